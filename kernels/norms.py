@@ -1,0 +1,70 @@
+"""The final norms a lens applies before the unembedding, and their plain-torch form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Layer normalisation: ``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``.
+
+    Args:
+        weight: ``[d_model]`` floating, or None for ones.
+        bias: ``[d_model]`` floating, or None for zeros.
+        eps: Added to the (biased) variance.
+
+    Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450, equation 4.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+    @property
+    def offset(self) -> float:
+        """Always 0: layer norms scale by the stored weight itself."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Root-mean-square normalisation: ``x / sqrt(mean(x^2) + eps) * (offset + weight)``.
+
+    Args:
+        weight: ``[d_model]`` floating, or None for ones (then ``offset`` is not used).
+        eps: Added to the mean square.
+        offset: Added to the stored weight: 0 for Llama, 1 for Gemma.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+    """
+
+    weight: Tensor | None
+    eps: float = 1e-6
+    offset: float = 0.0
+
+    @property
+    def bias(self) -> None:
+        """Always None: the norm has no bias."""
+        return None
+
+
+Norm = LayerNorm | RMSNorm | None
+
+
+def apply_norm(hidden: Tensor, norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normalise ``hidden`` ``[..., d_model]`` in ``dtype`` and return it in ``dtype``, unrounded."""
+    x = hidden.to(dtype)
+    if norm is None:
+        return x
+    if isinstance(norm, LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+    if norm.weight is not None:
+        x = x * (norm.weight.to(dtype) + norm.offset)
+    if norm.bias is not None:
+        x = x + norm.bias.to(dtype)
+    return x

@@ -1,0 +1,27 @@
+"""refinelens: how deep into a language model does an answer settle?
+
+Public names are imported on first use, so that `refinelens --help` needs no torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "fused_lens": "lens",
+    "LensStats": "lens",
+    "LayerNorm": "kernels.norms",
+    "RMSNorm": "kernels.norms",
+    "LogitLens": "logit_lens",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

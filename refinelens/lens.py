@@ -1,0 +1,276 @@
+"""`fused_lens`: the public op. Checks, choice of backend, registration as a torch operator."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .kernels.lens_twin import LensOutput, fused_lens_twin
+from .kernels.norms import LayerNorm, Norm, RMSNorm
+
+BACKENDS = ("auto", "triton", "cpp", "twin")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LensStats:
+    """Statistics of every hidden row over the whole vocabulary, each of shape ``hidden.shape[:-1]``.
+
+    Logits, log-probabilities and entropies are in nats and fp32. The three target fields are None when
+    no targets were given.
+    """
+
+    argmax: Tensor  # int64, lowest id among equals
+    max_logit: Tensor  # fp32
+    logsumexp: Tensor  # fp32
+    entropy: Tensor  # fp32
+    target_logit: Tensor | None = None  # fp32
+    target_rank: Tensor | None = None  # int64, number of tokens that beat the target
+    target_logprob: Tensor | None = None  # fp32
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.argmax.shape:
+                raise ValueError(f"{field.name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
+
+    @property
+    def max_logprob(self) -> Tensor:
+        """Log-probability of the argmax, fp32."""
+        return self.max_logit - self.logsumexp
+
+    def to(self, device: torch.device | str) -> LensStats:
+        """The same statistics on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LensStats(**{name: None if v is None else v.to(device) for name, v in values.items()})
+
+
+def fused_lens(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: Norm = None,
+    targets: Tensor | int | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> LensStats:
+    """Norm and unembedding of every hidden row, reduced over the vocabulary without storing the logits.
+
+    The logits are ``softcap * tanh(z / softcap)`` (``z`` itself without a softcap) of
+    ``z = logit_scale * (norm(hidden) @ unembedding.T + bias)``, accumulated in fp32. This is the logit
+    lens (nostalgebraist 2020, "interpreting GPT: the logit lens") when ``hidden`` is the residual stream.
+
+    Args:
+        hidden: ``[..., d_model]``, fp32, fp16 or bf16, CPU or CUDA.
+        unembedding: ``[vocab_size, d_model]``, dtype and device of ``hidden``.
+        norm: ``LayerNorm``, ``RMSNorm`` or None; applied in fp32.
+        targets: Integer ids in ``[0, vocab_size)``, broadcastable to ``hidden.shape[:-1]``, or None.
+        bias: ``[vocab_size]`` floating, or None.
+        softcap: Positive cap of the logits, or None.
+        logit_scale: Positive factor of the logits.
+        backend: ``"auto"``, ``"triton"`` (CUDA), ``"cpp"`` (CPU) or ``"twin"`` (plain torch).
+
+    Returns:
+        LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one
+        and a lower id; so it is 0 exactly when ``argmax`` is the target. Ranks and argmax are decided
+        before the softcap, which is strictly increasing but saturates in fp32.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit (both values are shown), a target outside
+            the vocabulary, or NaN or infinity in a hidden row (its index is shown).
+
+    Not differentiable.
+    """
+    _check_static(hidden, unembedding, norm, bias, softcap, logit_scale)
+    shape = hidden.shape[:-1]
+    flat_targets = None if targets is None else _flatten_targets(targets, hidden)
+    kind = {LayerNorm: "layer", RMSNorm: "rms"}.get(type(norm), "none")
+    weight, norm_bias, eps, offset = (norm.weight, norm.bias, norm.eps, norm.offset) if norm else (None, None, 0.0, 0.0)
+    out = torch.ops.refinelens.fused_lens(
+        hidden.reshape(-1, hidden.shape[-1]),
+        unembedding,
+        kind,
+        weight,
+        norm_bias,
+        eps,
+        offset,
+        flat_targets,
+        bias,
+        softcap,
+        logit_scale,
+        backend,
+    )
+    stats = [t.view(shape) for t in (out if targets is not None else out[:4])]
+    if targets is None:
+        return LensStats(*stats)
+    return LensStats(*stats, target_logprob=stats[4] - stats[2])
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
+    """The backend for a device, and the reason in words.
+
+    Raises:
+        ValueError: An unknown backend, or one that cannot run on this device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    has_cpp, has_triton = _is_installed("refinelens._C"), _is_installed("triton")
+    if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
+        if not has_triton:
+            raise ValueError("backend: expected Triton to be installed for 'triton', got none; pip install triton")
+        return "triton", "asked for" if backend == "triton" else "CUDA device and Triton are present"
+    if backend == "cpp" and (device_type != "cpu" or not has_cpp):
+        raise ValueError(
+            f"backend: expected CPU tensors and the C++ extension for 'cpp', got device {device_type!r} and "
+            f"{'an' if has_cpp else 'no'} extension"
+        )
+    if backend == "cpp" or (backend == "auto" and device_type == "cpu" and has_cpp):
+        return "cpp", "asked for" if backend == "cpp" else "CPU device and the C++ extension are present"
+    if backend == "twin":
+        return "twin", "asked for"
+    missing = {"cuda": "Triton is not installed", "cpu": "the C++ extension was not built"}
+    return "twin", missing.get(device_type, f"no kernel for device {device_type!r}") + ": plain torch"
+
+
+def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None:
+    if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
+        raise ValueError(
+            "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
+            f"{list(hidden.shape)} and {list(unembedding.shape)}"
+        )
+    if unembedding.shape[0] == 0 or unembedding.shape[1] == 0:
+        raise ValueError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
+    if hidden.dtype not in DTYPES or hidden.dtype != unembedding.dtype:
+        raise ValueError(
+            "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
+            f"{hidden.dtype} and {unembedding.dtype}"
+        )
+    if not isinstance(norm, LayerNorm | RMSNorm | None):
+        raise ValueError(f"norm: expected LayerNorm, RMSNorm or None, got {type(norm).__name__}")
+    vectors = {"bias": (bias, unembedding.shape[0])}
+    if norm is not None:
+        vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
+    for name, (vector, length) in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != (length,) or not vector.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
+            )
+    tensors = {"unembedding": unembedding} | {name: v for name, (v, _) in vectors.items() if v is not None}
+    for name, tensor in tensors.items():
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale: expected a positive number, got {logit_scale}")
+
+
+def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
+    targets = torch.as_tensor(targets, device=hidden.device)
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets: expected integer ids, got {targets.dtype}")
+    shape = hidden.shape[:-1]
+    try:
+        return targets.to(torch.int64).expand(shape).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"targets: expected a shape that broadcasts to {list(shape)}, got {list(targets.shape)}"
+        ) from None
+
+
+@torch.library.custom_op("refinelens::fused_lens", mutates_args=())
+def _fused_lens_op(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: str,
+    norm_weight: Optional[Tensor],  # noqa: UP045 - the schema is inferred from these
+    norm_bias: Optional[Tensor],  # noqa: UP045
+    norm_eps: float,
+    norm_offset: float,
+    targets: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    logit_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    specs = {
+        "none": lambda: None,
+        "layer": lambda: LayerNorm(norm_weight, norm_bias, norm_eps),
+        "rms": lambda: RMSNorm(norm_weight, norm_eps, norm_offset),
+    }
+    _check_targets(targets, unembedding.shape[0])
+    run = _backend(choose_backend(hidden.device.type, backend)[0]) if hidden.shape[0] else fused_lens_twin
+    with torch.no_grad():
+        out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
+    _check_finite(out, hidden)
+    absent = hidden.new_empty(0, dtype=torch.float32), hidden.new_empty(0, dtype=torch.int64)
+    return (*out[:4], *(absent if targets is None else out[4:]))
+
+
+@_fused_lens_op.register_fake
+def _(hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, *_):
+    def stat(dtype, n=hidden.shape[0]):
+        return hidden.new_empty(n, dtype=dtype)
+
+    n_targets = 0 if targets is None else hidden.shape[0]
+    values = [stat(torch.float32) for _ in range(3)]
+    return stat(torch.int64), *values, stat(torch.float32, n_targets), stat(torch.int64, n_targets)
+
+
+def _backend(name: str):
+    if name == "triton":
+        from .kernels.lens_triton import fused_lens_triton
+
+        return fused_lens_triton
+    if name == "cpp":
+        from .lens_cpu import fused_lens_cpu
+
+        return fused_lens_cpu
+    return fused_lens_twin
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """A CUDA graph cannot hold a check: it would wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
+    if targets is None or targets.numel() == 0 or _is_capturing(targets):
+        return
+    outside = (targets < 0) | (targets >= n_vocab)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
+
+
+def _check_finite(out: LensOutput, hidden: Tensor) -> None:
+    # A NaN anywhere in a row's logits reaches its logsumexp, so the statistics are checked, not the inputs.
+    if out.logsumexp.numel() == 0 or _is_capturing(hidden):
+        return
+    broken = ~out.logsumexp.isfinite()
+    if not broken.any():
+        return
+    row = int(broken.nonzero()[0])
+    value = "NaN" if hidden[row].isnan().any() else "infinity"
+    if hidden[row].isfinite().all():
+        raise ValueError(
+            f"logits of hidden row {row} are not finite although the row is: expected finite norm and "
+            f"unembedding weights, got logsumexp {float(out.logsumexp[row])}"
+        )
+    raise ValueError(
+        f"hidden: expected finite values, got {value} in row {row} of {len(hidden)} (hidden as [rows, d_model]); "
+        f"{int(broken.sum())} rows are affected"
+    )

@@ -1,0 +1,26 @@
+"""Build of the C++ extension and the layout of the packages; everything else is in pyproject.toml."""
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+# Optional: without a compiler the package still installs and the CPU runs the plain-torch path,
+# which `refinelens doctor` reports.
+extension = Pybind11Extension(
+    "refinelens._C",
+    ["csrc/bindings.cpp"],
+    include_dirs=["csrc"],
+    depends=["csrc/tile_stats.hpp", "csrc/trajectory.hpp"],
+    cxx_std=17,
+    extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],
+    optional=True,
+)
+
+setup(
+    packages=["refinelens", "refinelens.data", "refinelens.kernels"],
+    # The folder stands at the top of the repository; installed, it is a part of refinelens, so that it
+    # cannot be taken for the package `kernels` that Transformers looks for.
+    package_dir={"refinelens.kernels": "kernels"},
+    package_data={"refinelens.data": ["*.jsonl"]},
+    ext_modules=[extension],
+    cmdclass={"build_ext": build_ext},
+)
