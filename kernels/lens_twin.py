@@ -10,7 +10,7 @@ from torch import Tensor
 from .norms import Norm, apply_norm
 
 VOCAB_CHUNK = 4096
-ROW_CHUNK = 2048
+ROW_CHUNK = 512
 
 
 class LensOutput(NamedTuple):

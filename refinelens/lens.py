@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .kernels.lens_twin import LensOutput, fused_lens_twin
 from .kernels.norms import LayerNorm, Norm, RMSNorm
 
@@ -37,7 +38,7 @@ class LensStats:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value.shape != self.argmax.shape:
-                raise ValueError(f"{field.name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
+                raise InputError(f"{field.name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
 
     @property
     def max_logprob(self) -> Tensor:
@@ -82,7 +83,7 @@ def fused_lens(
         before the softcap, which is strictly increasing but saturates in fp32.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit (both values are shown), a target outside
+        InputError: Shapes, dtypes or devices that do not fit (both values are shown), a target outside
             the vocabulary, or NaN or infinity in a hidden row (its index is shown).
 
     Not differentiable.
@@ -121,17 +122,17 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     """The backend for a device, and the reason in words.
 
     Raises:
-        ValueError: An unknown backend, or one that cannot run on this device.
+        InputError: An unknown backend, or one that cannot run on this device.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     has_cpp, has_triton = _is_installed("refinelens._C"), _is_installed("triton")
     if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
         if not has_triton:
-            raise ValueError("backend: expected Triton to be installed for 'triton', got none; pip install triton")
+            raise InputError("backend: expected Triton to be installed for 'triton', got none; pip install triton")
         return "triton", "asked for" if backend == "triton" else "CUDA device and Triton are present"
     if backend == "cpp" and (device_type != "cpu" or not has_cpp):
-        raise ValueError(
+        raise InputError(
             f"backend: expected CPU tensors and the C++ extension for 'cpp', got device {device_type!r} and "
             f"{'an' if has_cpp else 'no'} extension"
         )
@@ -145,19 +146,19 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
 
 def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None:
     if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
-        raise ValueError(
+        raise InputError(
             "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
             f"{list(hidden.shape)} and {list(unembedding.shape)}"
         )
     if unembedding.shape[0] == 0 or unembedding.shape[1] == 0:
-        raise ValueError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
+        raise InputError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
     if hidden.dtype not in DTYPES or hidden.dtype != unembedding.dtype:
-        raise ValueError(
+        raise InputError(
             "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
             f"{hidden.dtype} and {unembedding.dtype}"
         )
     if not isinstance(norm, LayerNorm | RMSNorm | None):
-        raise ValueError(f"norm: expected LayerNorm, RMSNorm or None, got {type(norm).__name__}")
+        raise InputError(f"norm: expected LayerNorm, RMSNorm or None, got {type(norm).__name__}")
     vectors = {"bias": (bias, unembedding.shape[0])}
     if norm is not None:
         vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
@@ -165,28 +166,28 @@ def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None
         if vector is None:
             continue
         if vector.shape != (length,) or not vector.is_floating_point():
-            raise ValueError(
+            raise InputError(
                 f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
             )
     tensors = {"unembedding": unembedding} | {name: v for name, (v, _) in vectors.items() if v is not None}
     for name, tensor in tensors.items():
         if tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
+            raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+        raise InputError(f"softcap: expected a positive number or None, got {softcap}")
     if not logit_scale > 0:
-        raise ValueError(f"logit_scale: expected a positive number, got {logit_scale}")
+        raise InputError(f"logit_scale: expected a positive number, got {logit_scale}")
 
 
 def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
     targets = torch.as_tensor(targets, device=hidden.device)
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"targets: expected integer ids, got {targets.dtype}")
+        raise InputError(f"targets: expected integer ids, got {targets.dtype}")
     shape = hidden.shape[:-1]
     try:
         return targets.to(torch.int64).expand(shape).reshape(-1)
     except RuntimeError:
-        raise ValueError(
+        raise InputError(
             f"targets: expected a shape that broadcasts to {list(shape)}, got {list(targets.shape)}"
         ) from None
 
@@ -253,7 +254,7 @@ def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
     outside = (targets < 0) | (targets >= n_vocab)
     if outside.any():
         row = int(outside.nonzero()[0])
-        raise ValueError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
+        raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
 
 
 def _check_finite(out: LensOutput, hidden: Tensor) -> None:
@@ -266,11 +267,11 @@ def _check_finite(out: LensOutput, hidden: Tensor) -> None:
     row = int(broken.nonzero()[0])
     value = "NaN" if hidden[row].isnan().any() else "infinity"
     if hidden[row].isfinite().all():
-        raise ValueError(
+        raise InputError(
             f"logits of hidden row {row} are not finite although the row is: expected finite norm and "
             f"unembedding weights, got logsumexp {float(out.logsumexp[row])}"
         )
-    raise ValueError(
+    raise InputError(
         f"hidden: expected finite values, got {value} in row {row} of {len(hidden)} (hidden as [rows, d_model]); "
         f"{int(broken.sum())} rows are affected"
     )

@@ -40,7 +40,7 @@ def fused_lens_cpu(
 
 
 def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> LensOutput:
-    n_rows, n_vocab = x_hat.shape[0], unembedding.shape[0]
+    n_rows = x_hat.shape[0]
     best = torch.full((n_rows,), float("-inf"))
     argmax = torch.zeros(n_rows, dtype=torch.int64)
     peak = best.clone()

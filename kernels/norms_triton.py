@@ -1,0 +1,70 @@
+"""The final norm on a GPU: the pre-pass of the fused lens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import WIDTH_MULTIPLE
+from .norms import LayerNorm, Norm
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _norm_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, x_ptr,
+    n_rows, d_model, width, stride_hr, stride_hd, stride_w, stride_b, eps, offset,
+    HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)
+    col_ok = offs_d < d_model
+    ptrs = hidden_ptr + row.to(tl.int64) * stride_hr + offs_d.to(tl.int64) * stride_hd
+    x = tl.load(ptrs, mask=col_ok & (row < n_rows), other=0.0).to(tl.float32)
+    if HAS_MEAN:
+        x = tl.where(col_ok, x - tl.sum(x, 0) / d_model, 0.0)
+    if HAS_NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / d_model + eps)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + offs_d.to(tl.int64) * stride_w, mask=col_ok, other=0.0)
+        x = x * (weight.to(tl.float32) + offset)
+    if HAS_BIAS:
+        x = x + tl.load(bias_ptr + offs_d.to(tl.int64) * stride_b, mask=col_ok, other=0.0).to(tl.float32)
+    # Rows and columns of the padding become zeros, so that the products need no mask on this operand.
+    x = tl.where(col_ok & (row < n_rows), x, 0.0)
+    tl.store(x_ptr + row.to(tl.int64) * width + offs_d, x.to(x_ptr.dtype.element_ty), mask=offs_d < width)
+
+
+def padded_width(d_model: int) -> int:
+    """Columns of the normed states, padding included."""
+    return triton.cdiv(d_model, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int) -> Tensor:
+    """``norm(hidden)`` computed in fp32 and rounded once, padded with zeros to whole row blocks.
+
+    Args:
+        hidden: ``[R, d_model]`` floating, any strides.
+        norm: Final norm, or None to copy.
+        row_multiple: Rows of the result are a multiple of this.
+
+    Returns:
+        ``[padded R, padded_width(d_model)]`` of the dtype of ``hidden``.
+    """
+    n_rows, d_model = hidden.shape
+    shape = (triton.cdiv(n_rows, row_multiple) * row_multiple, padded_width(d_model))
+    x_hat = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
+    block_d = triton.next_power_of_2(shape[1])
+    _norm_kernel[(shape[0],)](
+        hidden, weight, bias, x_hat,
+        n_rows, d_model, shape[1], *hidden.stride(),
+        0 if weight is None else weight.stride(0), 0 if bias is None else bias.stride(0), eps, offset,
+        HAS_NORM=norm is not None, HAS_MEAN=isinstance(norm, LayerNorm),
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        BLOCK_D=block_d, num_warps=min(16, max(1, block_d // 512)),
+    )  # fmt: skip
+    return x_hat

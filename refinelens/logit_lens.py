@@ -1,0 +1,197 @@
+"""`LogitLens`: the fused lens with everything it needs of a model, proven against the model's own logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .capture import LensParts, find_parts, keep_positions, probe_ids, run_base
+from .errors import InputError, UnsupportedModelError
+from .kernels.lens_twin import linear_logits, soft_cap
+from .kernels.norms import apply_norm
+from .lens import LensStats, fused_lens
+
+# Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
+# in half precision rounds its normed states and its logits, so there the share is a multiple of epsilon.
+FP32_PARITY = 1e-4
+ROUNDINGS = 2
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How well the lens at the last layer reproduces the model's own logits."""
+
+    max_difference: float  # largest absolute difference of a logit
+    logit_range: float  # largest minus smallest logit
+    tolerance: float  # allowed share of the range
+    argmax_equal: bool  # same prediction at every position, or one that rounding cannot tell apart
+    op_agrees: bool  # the op's argmax, maximum and logsumexp agree with the model's logits
+
+    @property
+    def passed(self) -> bool:
+        """Whether the lens may be used."""
+        within = self.max_difference <= self.tolerance * self.logit_range
+        return within and self.argmax_equal and self.op_agrees
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """A model with the parts of its logit lens; make one with `LogitLens.from_model`."""
+
+    model: PreTrainedModel
+    parts: LensParts
+    backend: str
+    parity: ParityReport
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, backend: str = "auto") -> LogitLens:
+        """Find the parts of a Hugging Face causal LM and prove them by the parity gate.
+
+        Args:
+            model: A causal LM on one device; set to evaluation mode.
+            backend: Backend of `fused_lens`.
+
+        Raises:
+            UnsupportedModelError: A part was not found, or the lens at the last layer is not the model's
+                own prediction; the class and the difference are named.
+        """
+        model.eval()
+        parts = find_parts(model)
+        parity = check_parity(model, parts, backend)
+        if not parity.passed:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "
+                f"{parity.tolerance:.1e} of their range {parity.logit_range:.4g}, got a maximum difference of "
+                f"{parity.max_difference:.4g}, argmax {'equal' if parity.argmax_equal else 'different'}, "
+                f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
+            )
+        return cls(model, parts, backend, parity)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks; layers run from 0 (embedding output) to this."""
+        return len(self.parts.blocks)
+
+    def stats(self, hidden: Tensor, targets: Tensor | int | None = None) -> LensStats:
+        """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
+        return _apply(self.parts, hidden, targets, self.backend)
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Residual stream at chosen positions, ``[n_layers + 1, batch, n_positions, d_model]``.
+
+        Args:
+            input_ids: ``[batch, token]`` int64. Shorter contexts of a batch are padded on the right.
+            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64, in ``[0, token)``.
+            attention_mask: ``[batch, token]``, 1 for real tokens, or None for all ones.
+
+        Raises:
+            InputError: Shapes that do not fit, or a position or token id out of range (both are shown).
+        """
+        positions = self._check_inputs(input_ids, positions)
+        with keep_positions(self.parts.blocks, positions) as kept:
+            run_base(self.model, input_ids.to(self.model.device), attention_mask)
+        return torch.stack(kept)
+
+    def trajectory(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> LensStats:
+        """Run the model once and read every layer at the chosen positions.
+
+        Args:
+            input_ids: ``[batch, token]`` int64.
+            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64. Position p predicts token p + 1.
+            targets: Ids broadcastable to ``[batch, n_positions]``, the same for every layer, or None.
+            attention_mask: ``[batch, token]``, or None.
+
+        Returns:
+            LensStats with fields ``[n_layers + 1, batch, n_positions]``. Layer 0 is the embedding output,
+            layer i the output of block i, layer ``n_layers`` the model's own prediction.
+
+        Raises:
+            InputError: Shapes, positions, token ids or targets that do not fit.
+        """
+        return self.stats(self.hidden(input_ids, positions, attention_mask), targets)
+
+    def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise InputError(
+                f"input_ids: expected integer ids of shape [batch, token], got {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
+        n_vocab = self.model.get_input_embeddings().weight.shape[0]
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < n_vocab:
+            raise InputError(
+                f"input_ids: expected ids from 0 to {n_vocab - 1}, got {int(input_ids.min())} to {int(input_ids.max())}"
+            )
+        positions = torch.as_tensor(positions)
+        if positions.dim() == 1:
+            positions = positions.expand(len(input_ids), -1)
+        n_tokens = input_ids.shape[1]
+        if positions.dim() != 2 or len(positions) != len(input_ids):
+            raise InputError(
+                f"positions: expected shape [n_positions] or [{len(input_ids)}, n_positions], got "
+                f"{list(positions.shape)}"
+            )
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
+            raise InputError(
+                f"positions: expected 0 to {n_tokens - 1}, got {int(positions.min())} to {int(positions.max())}"
+            )
+        return positions
+
+
+def _apply(parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backend: str) -> LensStats:
+    with torch.no_grad():
+        return fused_lens(
+            hidden.to(parts.unembedding.device),
+            parts.unembedding,
+            norm=parts.norm,
+            targets=targets,
+            bias=parts.bias,
+            softcap=parts.softcap,
+            logit_scale=parts.logit_scale,
+            backend=backend,
+        )
+
+
+def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto") -> ParityReport:
+    """Compare the lens at the last layer with the model's own logits on a few tokens.
+
+    Both the formula (every logit) and the op (argmax, maximum, logsumexp) are compared; the only place
+    where logits of all tokens are held, for 8 positions.
+    """
+    ids = probe_ids(model)
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad(), keep_positions(parts.blocks, positions) as kept:
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+    last = kept[-1][0]
+    x_hat = apply_norm(last, parts.norm)
+    bias = parts.bias
+    lens = soft_cap(linear_logits(x_hat, parts.unembedding, bias, parts.logit_scale), parts.softcap).to(own.device)
+    logit_range = float(own.max() - own.min())
+    eps = torch.finfo(parts.unembedding.dtype).eps
+    tolerance = FP32_PARITY if parts.unembedding.dtype == torch.float32 else ROUNDINGS * eps
+    allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
+    stats = _apply(parts, last, None, backend).to(own.device)
+    close = [
+        (stats.max_logit - own.amax(-1)).abs().max() <= allowed,
+        (stats.logsumexp - own.logsumexp(-1)).abs().max() <= allowed,
+    ]
+    return ParityReport(
+        max_difference=float((lens - own).abs().max()),
+        logit_range=logit_range,
+        tolerance=tolerance,
+        argmax_equal=_same_argmax(own, lens.argmax(-1), tie),
+        op_agrees=all(close) and _same_argmax(own, stats.argmax, tie),
+    )
+
+
+def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:
+    margin = own.amax(-1) - own.gather(1, predicted[:, None])[:, 0]
+    return bool((margin <= tie).all())

@@ -1,0 +1,84 @@
+"""The manifest of a run: everything needed to repeat it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__
+from .lens import choose_backend
+from .logit_lens import LogitLens
+from .models import LoadedModel
+from .results import SCHEMA_VERSION
+from .task import Task
+
+PACKAGES = ("torch", "transformers", "triton", "numpy", "pyarrow", "gguf")
+
+
+def now() -> str:
+    """Current time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def make_manifest(
+    arguments: dict,
+    argv: list[str] | None,
+    task: Task,
+    template: str,
+    loaded: LoadedModel,
+    lens: LogitLens,
+    n_questions: int,
+) -> dict:
+    """The manifest of a run that starts now; counts, status and times are completed when it ends."""
+    device = loaded.model.device
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "refinelens_version": __version__,
+        "status": "running",
+        "arguments": arguments,
+        "argv": argv,
+        "seed": arguments["seed"],
+        "model": {
+            "name": loaded.name,
+            "class": type(loaded.model).__name__,
+            "config_sha256": loaded.config_sha256,
+            "weights_sha256": loaded.weights_sha256,
+            "n_layers": lens.n_layers,
+            "d_model": lens.parts.unembedding.shape[1],
+            "vocab_size": lens.parts.unembedding.shape[0],
+            "max_tokens": loaded.max_tokens,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": device.type,
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "backend": choose_backend(device.type, lens.backend)[0],
+            "norm": type(lens.parts.norm).__name__,
+            "softcap": lens.parts.softcap,
+            "logit_scale": lens.parts.logit_scale,
+            "parity": asdict(lens.parity),
+        },
+        "task": {
+            "name": task.name,
+            "file": task.path.name,
+            "sha256": task.sha256,
+            "questions": len(task.questions),
+        },
+        "template": template,
+        "packages": {"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
+        "platform": platform.platform(),
+        "started": now(),
+        "finished": None,
+        "seconds": None,
+        "counts": {"questions": n_questions, "done": 0, "left_out": {}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

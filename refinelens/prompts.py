@@ -1,0 +1,141 @@
+"""Prompts: templates, gold positions and the token ids of a context with its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import InputError
+from .task import Document, Question
+
+# Lost in the Middle (Liu et al. 2023, arXiv 2307.03172), prompt for multi-document question answering.
+DEFAULT_TEMPLATE = (
+    "Write a high-quality answer for the given question using only the provided search results "
+    "(some of which might be irrelevant).\n\n{documents}\n\nQuestion: {question}\nAnswer:"
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One prompt with its answer, as token ids."""
+
+    question: Question
+    n_documents: int
+    gold_position: int  # 0-based
+    input_ids: tuple[int, ...]  # prompt, then all answer tokens but the last
+    prompt_length: int  # tokens of the prompt
+    answer_ids: tuple[int, ...]  # teacher-forced; token i is predicted at position prompt_length - 1 + i
+    gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown
+
+    def __post_init__(self):
+        if len(self.input_ids) != self.prompt_length + len(self.answer_ids) - 1:
+            raise ValueError(
+                f"input_ids: expected {self.prompt_length + len(self.answer_ids) - 1} ids, got {len(self.input_ids)}"
+            )
+
+    @property
+    def positions(self) -> list[int]:
+        """Token positions whose next token is an answer token, one per answer token."""
+        return list(range(self.prompt_length - 1, len(self.input_ids)))
+
+
+def load_template(path: str | None) -> str:
+    """The template of a file, or the default one.
+
+    Raises:
+        InputError: No such file, or the fields are not ``{documents}`` and ``{question}``.
+    """
+    if path is None:
+        return DEFAULT_TEMPLATE
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--template {path}: expected a readable text file, got {error}") from None
+    template = template.removesuffix("\n")
+    for field in ("{documents}", "{question}"):
+        if field not in template:
+            raise InputError(f"--template {path}: expected the fields {{documents}} and {{question}}, got no {field}")
+    return template
+
+
+def gold_positions(choice: str, n_documents: int) -> list[int]:
+    """0-based gold positions of a context size: ``all``, ``ends-middle`` or a list such as ``0,4,9``.
+
+    Raises:
+        InputError: Not one of these, or a position outside the context.
+    """
+    if choice == "all":
+        return list(range(n_documents))
+    if choice == "ends-middle":
+        return sorted({0, (n_documents - 1) // 2, n_documents - 1})
+    try:
+        positions = [int(part) for part in choice.split(",")]
+    except ValueError:
+        raise InputError(f"--gold-positions: expected all, ends-middle or a list like 0,4,9, got {choice!r}") from None
+    for position in positions:
+        if not 0 <= position < n_documents:
+            raise InputError(
+                f"--gold-positions: expected 0 to {n_documents - 1} with {n_documents} documents, got {position}"
+            )
+    return sorted(set(positions))
+
+
+def format_documents(documents: list[Document]) -> list[str]:
+    """One line per document, numbered from 1, as in Lost in the Middle."""
+    return [f"Document [{i}](Title: {d.title}) {d.text}" for i, d in enumerate(documents, start=1)]
+
+
+def build_context(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    question: Question,
+    distractors: list[Document],
+    gold_position: int,
+) -> Context:
+    """Put the gold document among the distractors, fill the template and tokenise."""
+    documents = [*distractors[:gold_position], question.gold, *distractors[gold_position:]]
+    lines = format_documents(documents)
+    before, after = template.split("{documents}", 1)
+    before, after = (part.replace("{question}", question.question) for part in (before, after))
+    prompt = before + "\n".join(lines) + after + question.answer_prefix
+    gold_start = len(before) + sum(len(line) + 1 for line in lines[:gold_position])
+    prompt_ids, answer_ids = _tokenise(tokenizer, prompt, question.answers[0])
+    return Context(
+        question=question,
+        n_documents=len(documents),
+        gold_position=gold_position,
+        input_ids=(*prompt_ids, *answer_ids[:-1]),
+        prompt_length=len(prompt_ids),
+        answer_ids=tuple(answer_ids),
+        gold_span=_token_span(tokenizer, prompt, gold_start, gold_start + len(lines[gold_position])),
+    )
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of the prompt and of the answer that continues it, its first token carrying the space."""
+    prompt_ids = _ids(tokenizer, prompt)
+    whole = _ids(tokenizer, f"{prompt} {answer}")
+    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
+        return prompt_ids, whole[len(prompt_ids) :]
+    # The tokenizer merges across the boundary (or appends an end token): tokenise the answer by itself.
+    answer_ids = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+    if not answer_ids:
+        raise InputError(f"answer {answer!r}: expected at least one token of {type(tokenizer).__name__}, got none")
+    return prompt_ids, answer_ids
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = tokenizer(text)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        return ids[:-1]
+    return ids
+
+
+def _token_span(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[int, int] | None:
+    if not tokenizer.is_fast:
+        return None
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+    return (inside[0], inside[-1] + 1) if inside else None

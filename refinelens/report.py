@@ -1,0 +1,150 @@
+"""The table, the CSV and the figures of a run. Reads results only; no torch, no model."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .results import Run, write_whole
+from .summary import ESTIMATES, Estimate, SummaryRow, summarise, trajectory_table
+
+
+def write_outputs(run: Run) -> None:
+    """Write trajectories, summary and figures of the predictions that a run has."""
+    manifest = run.manifest
+    arguments = manifest["arguments"]
+    table = trajectory_table(run, arguments["top"])
+    run.write_trajectories(table)
+    rows = summarise(table, arguments["answer_tokens"], manifest["seed"])
+    write_csv(run, rows)
+    draw_figures(run, manifest, rows)
+
+
+def show_run(run: Run, console: Console) -> None:
+    """Print the table of a run from its predictions, finished or not."""
+    manifest = run.manifest
+    arguments = manifest["arguments"]
+    table = trajectory_table(run, arguments["top"])
+    rows = summarise(table, arguments["answer_tokens"], manifest["seed"])
+    settle = table["settle"].drop_null().to_numpy()
+    at_output = int((settle == manifest["model"]["n_layers"]).sum())
+    print_table(console, manifest, rows, notes(manifest, len(settle), at_output))
+
+
+def write_csv(run: Run, rows: list[SummaryRow]) -> None:
+    """Write ``summary.csv``: one line per context size and gold position, each estimate with its interval."""
+    names = [f"{name}{suffix}" for name in ESTIMATES for suffix in ("", "_low", "_high")]
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["documents", "gold_position", "n", *names])
+            for row in rows:
+                estimates = [getattr(row, name) for name in ESTIMATES]
+                numbers = [x for e in estimates for x in (e.value, e.low, e.high)]
+                cells = ["" if math.isnan(x) else f"{x:.6g}" for x in numbers]
+                writer.writerow([row.documents, row.gold_position, row.n, *cells])
+
+    write_whole(run.path / "summary.csv", write)
+
+
+def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines: list[str]) -> None:
+    """Print the summary and, under it, what a reader needs to trust it."""
+    model, task = manifest["model"], manifest["task"]
+    console.print(f"{model['name']} on {task['name']}: refinement by gold position\n", highlight=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for heading in ("docs", "gold", "n", "accuracy", "cens.", "depth", "median", "first", "settle"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row.documents),
+            str(row.gold_position),
+            str(row.n),
+            format_estimate(row.accuracy, 2, interval=True),
+            format_estimate(row.share_censored, 2),
+            format_estimate(row.mean_depth, 1, interval=True),
+            format_estimate(row.median_depth, 1),
+            format_estimate(row.mean_first_correct, 1),
+            format_estimate(row.mean_settle, 1),
+            end_section=row.gold_position == max(r.gold_position for r in rows if r.documents == row.documents),
+        )
+    console.print(table)
+    for line in lines:
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def format_estimate(estimate: Estimate, digits: int, interval: bool = False) -> str:
+    """``0.83`` or ``0.83 [0.67,1.00]``; a dash where it does not exist."""
+    if math.isnan(estimate.value):
+        return "-"
+    text = f"{estimate.value:.{digits}f}"
+    return f"{text} [{estimate.low:.{digits}f},{estimate.high:.{digits}f}]" if interval else text
+
+
+def notes(manifest: dict, settled: int, settled_at_output: int) -> list[str]:
+    """The lines under the table: what the numbers are, and the checks behind them."""
+    model, counts = manifest["model"], manifest["counts"]
+    parity, arguments = model["parity"], manifest["arguments"]
+    left_out = counts["left_out"]
+    reasons = ", ".join(f"{count} with {key}" for key, count in left_out.items())
+    lines = [
+        f"gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
+        f"correct at the output. first, settle: mean layers, 0 (embedding) to {model['n_layers']} (output); depth = "
+        "settle - first. Brackets: 95 % bootstrap intervals over questions, all of them in summary.csv.",
+        f"Parity: the lens at layer {model['n_layers']} equals the model's own logits within "
+        f"{parity['max_difference']:.2g} of a range of {parity['logit_range']:.3g} "
+        f"(allowed {parity['tolerance']:.0e} of the range), same predictions.",
+        f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
+        f"rank <= {arguments['top']}, answer tokens: {arguments['answer_tokens']}. Lens: logit lens, backend "
+        f"{model['backend']}, {model['dtype']} on {model['device']}.",
+    ]
+    if settled and settled_at_output > settled / 2:
+        lines.append(
+            f"Caution: {settled_at_output} of {settled} settled examples settle only at the output, so the logit lens "
+            "resolves little depth on this model; a depth near 0 speaks of the lens."
+        )
+    if manifest["status"] != "finished":
+        lines.append(f"This run is {manifest['status']}: {counts['done']} of {counts['questions']} questions.")
+    return lines
+
+
+def draw_figures(run: Run, manifest: dict, rows: list[SummaryRow]) -> None:
+    """Write ``depth.png`` and ``accuracy.png``: by gold position, one line per context size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    _draw(run, manifest, rows, "mean_depth", "depth.png", "mean refinement depth (layers)")
+    _draw(run, manifest, rows, "accuracy", "accuracy.png", "accuracy of the first answer token")
+
+
+def _draw(run: Run, manifest: dict, rows: list[SummaryRow], name: str, file: str, label: str) -> None:
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    sizes = sorted({row.documents for row in rows})
+    for index, size in enumerate(sizes):
+        line = [row for row in rows if row.documents == size and not math.isnan(getattr(row, name).value)]
+        estimates = [getattr(row, name) for row in line]
+        x, colour = [row.gold_position for row in line], f"C{index}"
+        axes.plot(x, [e.value for e in estimates], marker="o", color=colour, label=f"{size} documents")
+        axes.fill_between(x, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.15, lw=0)
+    questions = max((row.n for row in rows), default=0)
+    axes.set_title(f"{manifest['model']['name']} on {manifest['task']['name']}, {questions} questions", fontsize=10)
+    axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    if name == "accuracy":
+        axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if sizes:
+        axes.legend(frameon=False)
+    write_whole(run.path / file, lambda path: figure.savefig(path, dpi=150, format="png"))
+    plt.close(figure)

@@ -1,0 +1,179 @@
+"""A run on disk: manifest, Parquet parts and their schema. Every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+KEYS = [
+    ("question_id", pa.int64()),  # 0-based line of the task file
+    ("documents", pa.int32()),  # documents in the context, the gold one included
+    ("gold_position", pa.int32()),  # 0-based
+    ("answer_token", pa.int32()),  # 0-based token of the answer
+]
+# One row per question x context size x gold position x answer token; lists run over layers 0 .. n_layers.
+PREDICTIONS = pa.schema(
+    [
+        *KEYS,
+        ("n_tokens", pa.int32()),  # tokens of the context, answer tokens but the last included
+        ("gold_start", pa.int32()),  # tokens of the gold document, end exclusive; null if unknown
+        ("gold_end", pa.int32()),
+        ("answer_id", pa.int64()),
+        ("answer_text", pa.string()),
+        ("target_id", pa.int64()),  # the answer token, or the model's own prediction
+        ("target_text", pa.string()),
+        ("argmax", pa.list_(pa.int64())),
+        ("argmax_text", pa.list_(pa.string())),
+        ("target_rank", pa.list_(pa.int64())),  # 0-based
+        ("target_logprob", pa.list_(pa.float32())),  # nats
+        ("max_logprob", pa.list_(pa.float32())),  # nats
+        ("entropy", pa.list_(pa.float32())),  # nats
+    ]
+)
+TRAJECTORIES = pa.schema(
+    [
+        *KEYS,
+        ("first_correct", pa.int32()),
+        ("settle", pa.int32()),  # null where censored
+        ("depth", pa.int32()),  # null where censored
+        ("flips", pa.int32()),
+        ("final_correct", pa.bool_()),  # the target is correct at the output; false is censored
+        ("answer_correct", pa.bool_()),  # the model's own prediction is the answer token
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> dict:
+        """The manifest as written last."""
+        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+
+    def write_manifest(self, manifest: dict) -> None:
+        """Replace the manifest."""
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_part(self, index: int, rows: list[dict]) -> None:
+        """Write one part of the predictions."""
+        table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
+        path = self.path / "predictions" / f"part-{index:05d}.parquet"
+        write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+    def write_trajectories(self, table: pa.Table) -> None:
+        """Write the trajectories of the whole run."""
+        write_whole(self.path / "trajectories.parquet", lambda temporary: pq.write_table(table, temporary))
+
+    def parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        """The finished parts in order, a few columns of each."""
+        for path in sorted((self.path / "predictions").glob("part-*.parquet")):
+            yield pq.read_table(path, columns=columns, partitioning=None)
+
+
+def open_run(path: str | Path) -> Run:
+    """An existing run.
+
+    Raises:
+        InputError: The folder does not hold a run, or one of another schema version.
+    """
+    run = Run(Path(path))
+    if not (run.path / MANIFEST).is_file():
+        raise InputError(f"{path}: expected a run folder with {MANIFEST}, got none; make one with refinelens sweep")
+    try:
+        version = run.manifest["schema_version"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got something else") from None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path}: expected schema version {SCHEMA_VERSION}, got {version}")
+    return run
+
+
+def check_output(path: str | Path, overwrite: bool, arguments: dict) -> None:
+    """Refuse an output folder that would lose something.
+
+    Raises:
+        InputError: The folder exists and ``overwrite`` is not set, or it is not a run.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got something else")
+    if overwrite:
+        return
+    manifest = open_run(path).manifest
+    old = manifest.get("arguments", {})
+    changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
+    same = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments; see it with refinelens show"
+    raise InputError(
+        f"--out {path}: expected a new folder, got a run ({manifest.get('status')}) of {same}; "
+        "choose another folder or pass --overwrite"
+    )
+
+
+def check_disk(path: str | Path, needed: int) -> None:
+    """Refuse to start a run that will not fit.
+
+    Raises:
+        InputError: Less than ``needed`` bytes are free where ``path`` will be.
+    """
+    existing = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"--out {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
+        )
+
+
+def create_run(path: str | Path, manifest: dict) -> Run:
+    """Make a fresh run folder, replacing the run that `check_output` allowed to overwrite.
+
+    Raises:
+        InputError: The folder cannot be made.
+    """
+    run = Run(Path(path))
+    try:
+        if run.path.exists():
+            shutil.rmtree(run.path)
+        (run.path / "predictions").mkdir(parents=True)
+        run.write_manifest(manifest)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    return run
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, flush to disk, rename: the file is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: str | Path, error: OSError) -> InputError:
+    """One line for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"--out {path}: no free disk left; what is finished stays readable; free some and run again")
+    return InputError(f"--out {path}: expected a folder that can be written, got: {error.strerror or error}")

@@ -1,0 +1,37 @@
+"""Set-up shared by all tests; the environment comes before the first import of torch and Triton."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import json
+
+import pytest
+from tiny import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a tiny random GPT-2 with a word-level tokenizer that knows the words of `questions`."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def question_file(tmp_path_factory):
+    """Six questions in the Lost in the Middle format; answers of one, two and three words."""
+    places = ["arven", "brosk", "calmi", "dorra", "elska", "fenta"]
+    answers = ["red", "blue stone", "green", "black iron gate", "white", "brown"]
+    path = tmp_path_factory.mktemp("task") / "questions.jsonl"
+    with path.open("w") as file:
+        for place, answer in zip(places, answers, strict=True):
+            gold = {"title": place, "text": f"the door of {place} is {answer} .", "hasanswer": True, "isgold": True}
+            record = {"question": f"what is the door of {place} ?", "answers": [answer], "ctxs": [gold]}
+            file.write(json.dumps(record) + "\n")
+    return path

@@ -1,0 +1,128 @@
+"""The command line as a user meets it: fast help, one line per error, exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from refinelens.cli import main
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "refinelens.cli", *arguments], capture_output=True, text=True)
+
+
+def test_help_is_fast_and_imports_no_torch():
+    code = "import sys; from refinelens.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert "sweep" in done.stdout and done.stdout.endswith("False\n")
+    assert min(seconds) < 0.3
+
+
+def test_version_and_doctor(capsys):
+    assert run("--version").stdout.startswith("refinelens 0.")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("backend", "CUDA device", "Triton", "C++ extension", "smollm2"):
+        assert word in out
+
+
+@pytest.fixture
+def sweep(tiny_model, question_file, tmp_path):
+    arguments = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2"]
+    return [*arguments, "--device", "cpu", "--out", str(tmp_path / "run")]
+
+
+def test_sweep_then_show(sweep, tmp_path, capsys):
+    assert main(sweep) == 0
+    out = capsys.readouterr().out
+    assert "Parity: the lens at layer 3 equals the model's own logits" in out and "summary.csv" in out
+    assert main(["show", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() in out, "show prints the same table again"
+
+
+def test_a_broken_model_leaves_nothing_behind(sweep, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    sweep[sweep.index("--model") + 1] = str(folder)
+    assert main(sweep) == 2
+    assert_one_line(capsys.readouterr().err, "expected a causal LM with its tokenizer")
+    assert not (tmp_path / "run").exists()
+
+
+def assert_one_line(error, message):
+    lines = [line for line in error.splitlines() if line.startswith("refinelens:")]
+    assert len(lines) == 1 and message in lines[0], error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--documents", "two"], "--documents: expected sizes such as 5,10, got 'two'"),
+        (["--gold-positions", "9"], "--gold-positions: expected 0 to 1 with 2 documents, got 9"),
+        (["--task", "missing.jsonl"], "got no file at missing.jsonl"),
+        (["--template", "missing.txt"], "--template missing.txt: expected a readable text file"),
+        (["--model", "./missing"], "got no folder at ./missing"),
+        (["--model", "missing.gguf"], "got no file at missing.gguf"),
+        (["--examples", "99"], "--examples: expected 1 to 6"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(sweep, change, message, capsys, tmp_path):
+    assert main([*sweep, *change]) == 2
+    assert_one_line(capsys.readouterr().err, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_in_a_real_process(sweep):
+    done = run(*sweep, "--gold-positions", "nowhere")
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_line(done.stderr, "--gold-positions: expected all, ends-middle or a list")
+
+
+def test_a_hub_name_without_network(sweep, capsys):
+    assert main([*sweep, "--model", "nobody/nothing"]) == 2
+    assert_one_line(capsys.readouterr().err, "without network pass a folder")
+
+
+def test_no_cuda_device(sweep, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*sweep, "--device", "cuda"]) == 2
+    assert_one_line(capsys.readouterr().err, "expected a CUDA device")
+
+
+def test_show_of_something_else(tmp_path, capsys):
+    assert main(["show", str(tmp_path)]) == 2
+    assert_one_line(capsys.readouterr().err, "expected a run folder with manifest.json")
+    (tmp_path / "manifest.json").write_text("{}")
+    assert main(["show", str(tmp_path)]) == 2
+    assert_one_line(capsys.readouterr().err, "expected the manifest of a run")
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 99}))
+    assert main(["show", str(tmp_path)]) == 2
+    assert_one_line(capsys.readouterr().err, "expected schema version 1, got 99")
+
+
+def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):
+    from refinelens import sweep as module
+
+    run_question, calls = module._Sweeper.rows, []
+
+    def rows(self, question):
+        calls.append(question)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_question(self, question)
+
+    monkeypatch.setattr(module._Sweeper, "rows", rows)
+    assert main(sweep) == 130
+    captured = capsys.readouterr()
+    assert_one_line(captured.err, "interrupted; the finished questions stay readable")
+    assert "This run is interrupted: 2 of 6 questions" in captured.out

@@ -1,0 +1,227 @@
+"""The fused lens on the CPU backends, against whole logits in fp64."""
+
+import pytest
+import torch
+from refinelens.kernels.lens_twin import fused_lens_twin
+from tiny import assert_matches_truth, truth
+
+import refinelens
+from refinelens import LayerNorm, RMSNorm, fused_lens
+from refinelens.errors import InputError
+from refinelens.lens import choose_backend
+
+BACKENDS = ("cpp", "twin")
+
+
+def make(rows=37, d_model=24, vocab=1031, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    return randn(rows, d_model) * 3, randn(vocab, d_model), targets, randn
+
+
+NORMS = {
+    "none": lambda randn, d: None,
+    "layer": lambda randn, d: LayerNorm(randn(d), randn(d), 1e-5),
+    "layer-plain": lambda randn, d: LayerNorm(None),
+    "rms": lambda randn, d: RMSNorm(randn(d), 1e-6),
+    "rms-offset": lambda randn, d: RMSNorm(randn(d), 1e-6, offset=1.0),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm_name", NORMS)
+@pytest.mark.parametrize("with_bias, softcap, scale", [(False, None, 1.0), (True, 12.0, 0.25), (True, None, 3.0)])
+def test_agrees_with_fp64(backend, norm_name, with_bias, softcap, scale):
+    hidden, unembedding, targets, randn = make()
+    options = (NORMS[norm_name](randn, 24), targets, randn(len(unembedding)) if with_bias else None, softcap, scale)
+    stats = fused_lens(hidden, unembedding, *options, backend=backend)
+    exact, same = (truth(hidden, unembedding, *options, dtype=d) for d in (torch.float64, torch.float32))
+    assert assert_matches_truth(stats, exact, same, targets) <= 1
+    assert torch.equal(stats.target_logprob, stats.target_logit - stats.logsumexp)
+
+
+# One row and one token; a prime; one more than the reduction's 16 lanes; one more than a tile of 8192 and
+# than the twin's chunk of 4096; one row more than the twin's chunk of 512.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "rows, d_model, vocab", [(1, 1, 1), (1, 7, 2), (2, 5, 17), (3, 1, 8193), (5, 16, 4097), (513, 3, 31)]
+)
+def test_odd_sizes(backend, rows, d_model, vocab):
+    hidden, unembedding, targets, _ = make(rows, d_model, vocab)
+    stats = fused_lens(hidden, unembedding, None, targets, backend=backend)
+    exact, same = (truth(hidden, unembedding, None, targets, dtype=d) for d in (torch.float64, torch.float32))
+    assert_matches_truth(stats, exact, same, targets)
+
+
+def test_more_rows_than_a_block():
+    from refinelens.lens_cpu import ROW_BLOCK
+
+    hidden, unembedding, targets, _ = make(ROW_BLOCK + 1, 4, 600)
+    stats = fused_lens(hidden, unembedding, None, targets, backend="cpp")
+    exact, same = (truth(hidden, unembedding, None, targets, dtype=d) for d in (torch.float64, torch.float32))
+    assert_matches_truth(stats, exact, same, targets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_lose_nothing(backend, dtype):
+    """Inputs are widened, so the error is that of fp32, far below torch's own in the same dtype."""
+    hidden, unembedding, targets, randn = make(64, 32, 3001, dtype)
+    norm = LayerNorm(randn(32), randn(32))
+    stats = fused_lens(hidden, unembedding, norm, targets, backend=backend)
+    exact, fp32 = (truth(hidden, unembedding, norm, targets, dtype=d) for d in (torch.float64, torch.float32))
+    assert assert_matches_truth(stats, exact, fp32, targets) <= 1
+    assert stats.logsumexp.dtype == torch.float32 and stats.argmax.dtype == stats.target_rank.dtype == torch.int64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lower_id(backend):
+    """Small integers are exact in fp32, so argmax and rank must be equal to the truth, ties included."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randint(-2, 3, (200, 6), generator=generator).float()
+    unembedding = torch.randint(-2, 3, (700, 6), generator=generator).float()  # hundreds of duplicate rows
+    targets = torch.randint(0, 700, (200,), generator=generator)
+    targets[:50] = fused_lens(hidden[:50], unembedding, backend="twin").argmax
+    stats = fused_lens(hidden, unembedding, None, targets, backend=backend)
+    exact = truth(hidden, unembedding, None, targets)
+    assert torch.equal(stats.argmax, exact["argmax"])
+    assert torch.equal(stats.target_rank, exact["target_rank"])
+    assert (stats.target_rank[:50] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_logits_equal(backend):
+    targets = torch.tensor([0, 5, 999])
+    stats = fused_lens(torch.zeros(3, 4), torch.randn(1000, 4), None, targets, backend=backend)
+    assert stats.argmax.tolist() == [0, 0, 0]
+    assert stats.target_rank.tolist() == [0, 5, 999]
+    torch.testing.assert_close(stats.entropy, torch.full((3,), 1000.0).log())
+
+
+def test_threads_do_not_change_the_reduction():
+    from refinelens import _C
+
+    def reduce(n_threads):
+        dots = torch.randn(500, 512, generator=torch.Generator().manual_seed(0)).numpy()
+        state = [torch.full((500,), float("-inf")), torch.zeros(500, dtype=torch.int64), torch.full((500,), -1e30)]
+        state += [torch.zeros(500, dtype=torch.float64), torch.zeros(500, dtype=torch.float64)]
+        arrays = [s.numpy() for s in state]
+        _C.reduce_tile(dots, 512, 0, None, 1.0, 0.0, *arrays, None, None, None, n_threads)
+        return torch.stack([s.double() for s in state])
+
+    assert torch.equal(reduce(1), reduce(7))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_broadcasting_and_strides(backend):
+    hidden, unembedding, _, _ = make(24, 24, 301)
+    by_layer = hidden.reshape(4, 2, 3, 24)
+    targets = torch.tensor([[5, 300, 0], [1, 2, 3]])
+    stats = fused_lens(by_layer, unembedding, targets=targets, backend=backend)
+    assert stats.argmax.shape == stats.target_rank.shape == (4, 2, 3)
+    flat = fused_lens(hidden, unembedding, targets=targets.expand(4, 2, 3).reshape(-1), backend=backend)
+    assert torch.equal(stats.target_rank.view(-1), flat.target_rank)
+    strided = fused_lens(hidden.T.contiguous().T, unembedding.T.contiguous().T, targets=7, backend=backend)
+    torch.testing.assert_close(strided.logsumexp, flat.logsumexp)
+    expanded = fused_lens(hidden[:1].expand(5, 24), unembedding, targets=7, backend=backend)
+    assert (expanded.target_rank == expanded.target_rank[0]).all()
+    single = fused_lens(hidden[0], unembedding, backend=backend)
+    assert single.argmax.shape == () and single.target_rank is None and single.target_logprob is None
+    empty = fused_lens(hidden[:0], unembedding, targets=7, backend=backend)
+    assert empty.argmax.shape == empty.target_rank.shape == (0,)
+
+
+def test_twin_and_cpp_write_every_output(monkeypatch):
+    """Uninitialised buffers are poisoned: a value that is not written shows as NaN or -1."""
+    from refinelens import lens_cpu
+
+    empty = torch.empty
+    monkeypatch.setattr(lens_cpu.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    hidden, unembedding, targets, _ = make(9, 5, 1300)
+    stats = fused_lens(hidden, unembedding, None, targets, backend="cpp")
+    exact = fused_lens_twin(hidden, unembedding, None, targets, dtype=torch.float64)
+    torch.testing.assert_close(stats.logsumexp.double(), exact.logsumexp)
+    torch.testing.assert_close(stats.entropy.double(), exact.entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value, word", [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_a_broken_row_is_named(backend, value, word):
+    hidden, unembedding, targets, _ = make(10, 8, 100)
+    hidden[7, 3] = value
+    norm = LayerNorm(None)
+    with pytest.raises(ValueError, match=rf"hidden: expected finite values, got {word} in row 7 of 10.*1 rows"):
+        fused_lens(hidden, unembedding, norm, targets, backend=backend)
+
+
+def test_broken_weights_are_not_blamed_on_hidden():
+    hidden, unembedding, targets, _ = make(10, 8, 100)
+    unembedding[50, 0] = float("nan")
+    with pytest.raises(ValueError, match="although the row is"):
+        fused_lens(hidden, unembedding, None, targets)
+
+
+def bad_calls():
+    hidden, unembedding, targets, _ = make(10, 8, 100)
+    weight = torch.ones(8)
+    yield "d_model", (hidden, unembedding[:, :5]), {}, r"got \[10, 8\] and \[100, 5\]"
+    yield "dtypes", (hidden, unembedding.bfloat16()), {}, "got torch.float32 and torch.bfloat16"
+    yield "fp64", (hidden.double(), unembedding.double()), {}, "got torch.float64"
+    yield "target above", (hidden, unembedding), {"targets": 100}, "expected ids from 0 to 99, got 100 at row 0"
+    yield "target below", (hidden, unembedding), {"targets": targets - 200}, "expected ids from 0 to 99, got -"
+    yield "target shape", (hidden, unembedding), {"targets": targets[:3]}, r"broadcasts to \[10\], got \[3\]"
+    yield "target dtype", (hidden, unembedding), {"targets": targets.float()}, "integer ids, got torch.float32"
+    yield "norm weight", (hidden, unembedding, LayerNorm(weight[:5])), {}, r"norm.weight: .*\[8\], got .*\[5\]"
+    yield "norm type", (hidden, unembedding, torch.nn.LayerNorm(8)), {}, "norm: expected"
+    yield "bias", (hidden, unembedding), {"bias": torch.ones(99)}, r"bias: .*\[100\], got .*\[99\]"
+    yield "softcap", (hidden, unembedding), {"softcap": 0.0}, "softcap: expected a positive"
+    yield "scale", (hidden, unembedding), {"logit_scale": -1.0}, "logit_scale: expected a positive"
+    yield "backend", (hidden, unembedding), {"backend": "gpu"}, "backend: expected one of auto, triton, cpp, twin"
+    yield "empty vocabulary", (hidden, unembedding[:0]), {}, "at least one token"
+    yield "meta", (hidden, unembedding), {"bias": torch.ones(100, device="meta")}, "bias: expected device cpu"
+
+
+@pytest.mark.parametrize("args, kwargs, message", [pytest.param(*c[1:], id=c[0]) for c in bad_calls()])
+def test_bad_input_shows_both_values(args, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        fused_lens(*args, **kwargs)
+
+
+def test_opcheck():
+    hidden, unembedding, targets, randn = make(6, 8, 50)
+    op = torch.ops.refinelens.fused_lens.default
+    for backend in BACKENDS:
+        full = (hidden, unembedding, "layer", randn(8), randn(8), 1e-5, 0.0, targets, randn(50), 9.0, 0.5, backend)
+        bare = (hidden, unembedding, "none", None, None, 0.0, 0.0, None, None, None, 1.0, backend)
+        for arguments in (full, bare):
+            assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def test_compiles_without_graph_breaks():
+    hidden, unembedding, targets, _ = make(12, 8, 50)
+
+    def probability(x, t):
+        return refinelens.fused_lens(x, unembedding, RMSNorm(None), t).target_logprob.exp().sum()
+
+    compiled = torch.compile(probability, backend="aot_eager", fullgraph=True)
+    for rows in (12, 7):  # a second size: dynamic shapes
+        torch.testing.assert_close(compiled(hidden[:rows], targets[:rows]), probability(hidden[:rows], targets[:rows]))
+
+
+def test_backend_choice_says_why():
+    assert choose_backend("cpu")[0] == "cpp", "the C++ extension must be built where the tests run"
+    assert choose_backend("meta") == ("twin", "no kernel for device 'meta': plain torch")
+    with pytest.raises(InputError, match="got device 'cuda'"):
+        choose_backend("cuda", "cpp")
+
+
+def test_without_extension_the_twin_runs(monkeypatch):
+    from refinelens import lens
+
+    monkeypatch.setattr(lens, "_is_installed", lambda module: False)
+    assert choose_backend("cpu") == ("twin", "the C++ extension was not built: plain torch")
+    assert choose_backend("cuda") == ("twin", "Triton is not installed: plain torch")

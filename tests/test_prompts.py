@@ -1,0 +1,96 @@
+"""Prompts, gold positions and answer tokens."""
+
+import pytest
+from tiny import word_tokenizer
+
+from refinelens.errors import InputError
+from refinelens.prompts import DEFAULT_TEMPLATE, build_context, gold_positions, load_template
+from refinelens.task import Document, Question
+
+GOLD = Document("arven", "the door is black iron gate .")
+QUESTION = Question(0, "what is the door ?", ("black iron gate",), "", "", GOLD, ())
+OTHERS = [Document("brosk", "red ."), Document("calmi", "white .")]
+
+
+@pytest.mark.parametrize(
+    "choice, n, expected",
+    [
+        ("all", 3, [0, 1, 2]),
+        ("ends-middle", 10, [0, 4, 9]),
+        ("ends-middle", 3, [0, 1, 2]),
+        ("ends-middle", 1, [0]),
+        ("4,0", 5, [0, 4]),
+    ],
+)
+def test_gold_positions(choice, n, expected):
+    assert gold_positions(choice, n) == expected
+
+
+@pytest.mark.parametrize("choice", ["5", "-1", "middle", "", "0;1"])
+def test_unknown_gold_position(choice):
+    with pytest.raises(InputError, match="--gold-positions: expected"):
+        gold_positions(choice, 5)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_gold_document_moves_and_the_rest_stays(position):
+    tokenizer = word_tokenizer()
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS, position)
+    text = tokenizer.decode(context.input_ids)
+    titles = sorted(("arven", "brosk", "calmi"), key=text.index)
+    expected = ["brosk", "calmi"]
+    expected.insert(position, "arven")
+    assert titles == expected
+    start, end = context.gold_span
+    span = tokenizer.decode(context.input_ids[start:end])
+    assert span.startswith("Document [") and "iron" in span and span.endswith(".") and "white" not in span
+    assert (context.n_documents, context.gold_position) == (3, position)
+
+
+def test_answer_is_teacher_forced():
+    tokenizer = word_tokenizer()
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS, 1)
+    assert tokenizer.convert_ids_to_tokens(list(context.answer_ids)) == ["black", "iron", "gate"]
+    assert context.positions == [context.prompt_length - 1, context.prompt_length, context.prompt_length + 1]
+    assert context.input_ids[context.prompt_length :] == context.answer_ids[:2]
+    assert tokenizer.decode(context.input_ids[: context.prompt_length]).endswith("Answer :")
+
+
+def test_answer_prefix_follows_the_template():
+    tokenizer = word_tokenizer()
+    question = Question(0, "what is the door ?", ("red",), " the door of arven is", "", GOLD, ())
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, [], 0)
+    assert tokenizer.decode(context.input_ids).endswith("Answer : the door of arven is")
+
+
+def test_prompt_is_that_of_lost_in_the_middle():
+    seen = []
+
+    class Spy(type(word_tokenizer())):
+        def __call__(self, text, **kwargs):
+            seen.append(text)
+            return super().__call__(text, **kwargs)
+
+    tokenizer = word_tokenizer()
+    tokenizer.__class__ = Spy
+    build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS[:1], 1)
+    assert seen[0] == (
+        "Write a high-quality answer for the given question using only the provided search results (some of which "
+        "might be irrelevant).\n\nDocument [1](Title: brosk) red .\nDocument [2](Title: arven) the door is black iron "
+        "gate .\n\nQuestion: what is the door ?\nAnswer:"
+    )
+    assert seen[1] == seen[0] + " black iron gate"
+
+
+def test_template_from_a_file(tmp_path):
+    path = tmp_path / "template.txt"
+    path.write_text("Question: {question}\n{documents}\nQuestion: {question}\nAnswer:\n")
+    template = load_template(str(path))
+    tokenizer = word_tokenizer()
+    text = tokenizer.decode(build_context(tokenizer, template, QUESTION, OTHERS, 0).input_ids)
+    assert text.count("what is the door") == 2
+    path.write_text("{documents}")
+    with pytest.raises(InputError, match=r"got no \{question\}"):
+        load_template(str(path))
+    with pytest.raises(InputError, match="expected a readable text file"):
+        load_template(str(tmp_path / "none.txt"))

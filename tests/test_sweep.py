@@ -1,0 +1,251 @@
+"""The sweep on a tiny model: every output, pairing, teacher forcing, batching, interrupts and full disks."""
+
+import csv
+import errno
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refinelens import results
+from refinelens.errors import InputError
+from refinelens.prompts import DEFAULT_TEMPLATE, build_context
+from refinelens.results import PREDICTIONS, open_run
+from refinelens.summary import summarise, trajectory_table
+from refinelens.sweep import SweepOptions, run_sweep
+from refinelens.task import DistractorSource, load_task
+
+OUTPUTS = {"manifest.json", "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png"}
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, question_file):
+    return SweepOptions(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
+
+
+def predictions(run):
+    return pq.read_table(run.path / "predictions").to_pylist()
+
+
+def test_all_outputs_are_there(finished):
+    assert {p.name for p in finished.path.iterdir()} == OUTPUTS
+    table = pq.read_table(finished.path / "predictions" / "part-00000.parquet")
+    assert table.schema.equals(PREDICTIONS)
+    tokens = {0: 1, 1: 2, 2: 1, 3: 3, 4: 1, 5: 1}  # answers of one, two and three words
+    assert table.num_rows == sum(tokens.values()) * (2 + 4)
+    keys = {tuple(row[k] for k in PREDICTIONS.names[:4]) for row in table.to_pylist()}
+    assert keys == {(q, n, p, t) for q, count in tokens.items() for n in (2, 4) for p in range(n) for t in range(count)}
+
+
+def test_predictions_are_the_models_own(finished, tiny_model, question_file):
+    """Rows are recomputed from a plain forward pass over the teacher-forced context."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    task = load_task(str(question_file))
+    question = task.questions[3]
+    distractors = DistractorSource(task, seed=0).choose(question, 3)
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, distractors, 2)
+    rows = [r for r in predictions(finished) if (r["question_id"], r["documents"], r["gold_position"]) == (3, 4, 2)]
+    assert [r["answer_text"] for r in rows] == ["black", "iron", "gate"]
+    with torch.no_grad():
+        logits = model(torch.tensor([context.input_ids])).logits[0, context.positions]
+    log_p = logits.log_softmax(-1)
+    for token, row in enumerate(rows):
+        answer = context.answer_ids[token]
+        assert row["target_id"] == row["answer_id"] == answer
+        assert row["argmax"][-1] == int(logits[token].argmax())
+        assert row["argmax_text"][-1] == tokenizer.decode([row["argmax"][-1]])
+        assert row["target_rank"][-1] == int((logits[token] > logits[token, answer]).sum())
+        assert row["target_logprob"][-1] == pytest.approx(float(log_p[token, answer]), abs=1e-4)
+        assert row["max_logprob"][-1] == pytest.approx(float(log_p[token].max()), abs=1e-4)
+        entropy = float(-(log_p[token].exp() * log_p[token]).sum())
+        assert row["entropy"][-1] == pytest.approx(entropy, abs=1e-4)
+        assert all(len(row[name]) == 4 for name in ("argmax", "target_rank", "entropy", "argmax_text"))
+
+
+def test_trajectories_and_summary_follow_from_predictions(finished):
+    rows = {tuple(r[k] for k in PREDICTIONS.names[:4]): r for r in predictions(finished)}
+    table = pq.read_table(finished.path / "trajectories.parquet").to_pylist()
+    assert len(table) == len(rows)
+    for row in table:
+        correct = [rank == 0 for rank in rows[tuple(row[k] for k in PREDICTIONS.names[:4])]["target_rank"]]
+        assert row["first_correct"] == (correct.index(True) if any(correct) else None)
+        assert (row["settle"] is None) == (row["depth"] is None) == (not correct[-1]) == (not row["final_correct"])
+        assert row["answer_correct"] == correct[-1]
+    with (finished.path / "summary.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(int(r["documents"]), int(r["gold_position"])) for r in lines] == [(n, p) for n in (2, 4) for p in range(n)]
+    for line in lines:
+        cell = [
+            r
+            for r in table
+            if r["answer_token"] == 0
+            and (r["documents"], r["gold_position"]) == (int(line["documents"]), int(line["gold_position"]))
+        ]
+        assert int(line["n"]) == len(cell) == 6
+        assert float(line["accuracy"]) == pytest.approx(np.mean([r["answer_correct"] for r in cell]), rel=1e-5)
+        depths = [r["depth"] for r in cell if r["depth"] is not None]
+        if depths:
+            assert float(line["mean_depth"]) == pytest.approx(np.mean(depths), rel=1e-5)
+        else:
+            assert line["mean_depth"] == ""
+
+
+def test_manifest_repeats_the_run(finished, options, tmp_path):
+    manifest = finished.manifest
+    assert manifest["status"] == "finished" and manifest["counts"]["done"] == 6
+    assert manifest["model"]["parity"]["argmax_equal"] and len(manifest["task"]["sha256"]) == 64
+    arguments = manifest["arguments"] | {"documents": tuple(manifest["arguments"]["documents"])}
+    again = run_sweep(SweepOptions(**arguments), tmp_path / "again")
+    assert predictions(again) == predictions(finished)
+    for name in ("config_sha256", "weights_sha256"):
+        assert again.manifest["model"][name] == manifest["model"][name]
+
+
+def test_other_weights_have_another_hash(finished, options, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
+    model.save_pretrained(folder)
+    other = run_sweep(replace(options, model=str(folder), examples=1), tmp_path / "run").manifest["model"]
+    assert other["weights_sha256"] != finished.manifest["model"]["weights_sha256"]
+    assert other["config_sha256"] == finished.manifest["model"]["config_sha256"]
+
+
+@pytest.mark.parametrize("batch_size", ["3", "64"])
+def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_size):
+    batched = predictions(run_sweep(replace(options, batch_size=batch_size), tmp_path / "run"))
+    for ours, single in zip(batched, predictions(finished), strict=True):
+        assert ours["argmax"] == single["argmax"] and ours["target_rank"] == single["target_rank"]
+        np.testing.assert_allclose(ours["target_logprob"], single["target_logprob"], atol=1e-4)
+
+
+def test_prediction_as_target(options, tmp_path):
+    run = run_sweep(replace(options, target="prediction"), tmp_path / "run")
+    for row in predictions(run):
+        assert row["target_id"] == row["argmax"][-1] and row["target_rank"][-1] == 0
+    table = pq.read_table(run.path / "trajectories.parquet").to_pylist()
+    assert all(r["final_correct"] and r["settle"] is not None for r in table)
+    by_key = {tuple(r[k] for k in PREDICTIONS.names[:4]): r for r in predictions(run)}
+    for r in table:
+        row = by_key[tuple(r[k] for k in PREDICTIONS.names[:4])]
+        assert r["answer_correct"] == (row["answer_id"] == row["target_id"])
+
+
+def test_all_answer_tokens_in_tables(finished):
+    table = trajectory_table(finished, top=1)
+    first, every = summarise(table, "first"), summarise(table, "all")
+    assert [r.n for r in first] == [r.n for r in every] == [6] * 6
+    tokens = [r for r in table.to_pylist() if (r["documents"], r["gold_position"]) == (2, 0)]
+    assert len(tokens) == 9
+    assert every[0].share_censored.value == pytest.approx(1 - np.mean([r["final_correct"] for r in tokens]))
+
+
+def test_too_long_at_one_size_is_left_out_at_all_its_positions(finished, tmp_path, question_file):
+    """Room for the shortest contexts of four documents only: nothing is truncated, pairs stay whole."""
+    limit = min(r["n_tokens"] for r in predictions(finished) if r["documents"] == 4)
+    model = save_tiny_model(tmp_path / "model", n_positions=limit)
+    options = SweepOptions(model=str(model), task=str(question_file), documents=(2, 4), device="cpu")
+    run = run_sweep(options, tmp_path / "run")
+    rows = predictions(run)
+    left_out = run.manifest["counts"]["left_out"]
+    asked = {n: {r["question_id"] for r in rows if r["documents"] == n} for n in (2, 4)}
+    assert len(asked[2]) == 6 and 0 < len(asked[4]) < 6
+    assert left_out == {"4 documents: a context longer than the model's positions": 6 - len(asked[4])}
+    for n, questions in asked.items():
+        for question in questions:
+            positions = {r["gold_position"] for r in rows if (r["question_id"], r["documents"]) == (question, n)}
+            assert positions == set(range(n))
+    assert max(r["n_tokens"] for r in rows) <= limit
+
+
+def test_too_few_distractors_are_counted(options, tmp_path):
+    run = run_sweep(replace(options, documents=(2, 9)), tmp_path / "run")
+    assert run.manifest["counts"]["left_out"] == {"9 documents: too few passages without an answer": 6}
+    assert {r["documents"] for r in predictions(run)} == {2}
+
+
+def test_interrupt_keeps_finished_questions(options, tmp_path):
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(options, tmp_path / "run", report=stop)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == 2
+    assert len({r["question_id"] for r in predictions(run)}) == 2
+    assert {p.name for p in run.path.iterdir()} == OUTPUTS
+
+
+def test_disk_full_while_writing(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
+    write_table, calls = pq.write_table, []
+
+    def full(table, where, **kwargs):
+        calls.append(where)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_table(table, where, **kwargs)
+
+    monkeypatch.setattr(results.pq, "write_table", full)
+    with pytest.raises(InputError, match="no free disk left; what is finished stays readable"):
+        run_sweep(options, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] != "finished"
+    assert len({r["question_id"] for r in predictions(run)}) >= 2
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypatch):
+    usage = results.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match="MB of free disk, got 0.0 MB"):
+        run_sweep(options, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_is_protected(finished, options, tmp_path):
+    before = json.dumps(finished.manifest)
+    with pytest.raises(InputError, match=r"got a run \(finished\) of the same arguments; see it with refinelens show"):
+        run_sweep(options, finished.path)
+    with pytest.raises(InputError, match=r"other arguments \(seed 0 there, 1 here\)"):
+        run_sweep(replace(options, seed=1), finished.path)
+    assert json.dumps(finished.manifest) == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="expected a new folder or a run to overwrite"):
+        run_sweep(options, mine, overwrite=True)
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_overwrite_replaces_a_run(options, tmp_path):
+    run_sweep(replace(options, examples=3), tmp_path / "run")
+    run = run_sweep(replace(options, examples=1), tmp_path / "run", overwrite=True)
+    assert len({r["question_id"] for r in predictions(run)}) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"documents": (0,)}, "--documents: expected sizes of at least 1"),
+        ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
+        ({"top": 0}, "--top: expected at least 1"),
+        ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
+    ],
+)
+def test_bad_options(options, change, message):
+    with pytest.raises(InputError, match=message):
+        replace(options, **change)

@@ -1,0 +1,100 @@
+"""Reading task files and choosing distractors."""
+
+import gzip
+import json
+
+import pytest
+
+from refinelens.errors import InputError
+from refinelens.task import DistractorSource, choose_questions, load_task, normalise_answer
+
+
+def passage(title, text, gold=False):
+    return {"title": title, "text": text, "hasanswer": gold, "isgold": gold}
+
+
+def record(question="q?", answers=("red",), ctxs=None, **extra):
+    return {"question": question, "answers": list(answers), "ctxs": ctxs or [passage("t", "red", True)], **extra}
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_plain_and_gzip_are_the_same(tmp_path, question_file):
+    packed = tmp_path / "q.jsonl.gz"
+    packed.write_bytes(gzip.compress(question_file.read_bytes()))
+    assert load_task(str(packed)).questions == load_task(str(question_file)).questions
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "expected at least one question, got an empty file"),
+        ("\n \n", "expected at least one question"),
+        ("{", "line 1: expected a JSON object"),
+        ("[]", "line 1: expected a JSON object, got list"),
+        (json.dumps(record()) + "\nnonsense\n", "line 2: expected a JSON object"),
+        (json.dumps(record(question=" ")), "line 1: expected a non-empty string 'question'"),
+        (json.dumps(record(answers=[])), "line 1: expected a non-empty list of strings 'answers'"),
+        (json.dumps(record(answers=[3])), "line 1: expected a non-empty list of strings 'answers'"),
+        (json.dumps(record(ctxs=["text"])), "line 1: expected a list 'ctxs'"),
+        (json.dumps(record(ctxs=[passage("t", "x")])), "line 1: expected one passage with isgold true, got 0"),
+        (json.dumps(record(group=4)), "line 1: expected a string 'group', got 4"),
+    ],
+)
+def test_malformed_files_name_file_and_line(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        load_task(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_not_gzip(tmp_path):
+    path = tmp_path / "bad.jsonl.gz"
+    path.write_text("plain")
+    with pytest.raises(InputError, match="gzip if it ends in .gz"):
+        load_task(str(path))
+
+
+def test_missing_files_and_variable(monkeypatch):
+    monkeypatch.delenv("REFINELENS_NQ", raising=False)
+    with pytest.raises(InputError, match="REFINELENS_NQ"):
+        load_task("nq")
+    with pytest.raises(InputError, match="expected builtin, nq or a .jsonl"):
+        load_task("no-such-file.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text, plain", [("The  Red, Gate!", "red gate"), ("an A-team", "ateam"), ("theatre", "theatre")]
+)
+def test_normalisation(text, plain):
+    assert normalise_answer(text) == plain
+
+
+def test_distractors_own_first_then_group_never_an_answer(tmp_path):
+    own = [passage("own", "blue things"), passage("own", "RED, things")]  # the second holds the answer
+    first = record("q1", ["red"], [passage("g", "it is red", True), *own], group="colour")
+    others = [record(f"c{i}", [f"a{i}"], [passage(f"c{i}", f"a{i}", True)], group="colour") for i in range(5)]
+    others += [record(f"m{i}", [f"b{i}"], [passage(f"m{i}", f"b{i} the red", True)], group="metal") for i in range(5)]
+    others += [record(f"n{i}", [f"n{i}"], [passage(f"n{i}", f"n{i}", True)]) for i in range(5)]
+    task = load_task(str(write(tmp_path / "t.jsonl", first, *others)))
+    question = task.questions[0]
+    chosen = DistractorSource(task, seed=1).choose(question, 8)
+    titles = [d.title for d in chosen]
+    assert titles[0] == "own" and set(titles[1:6]) == {f"c{i}" for i in range(5)}
+    assert all(t.startswith("n") for t in titles[6:]), "passages with the answer must not be used"
+    assert DistractorSource(task, seed=1).choose(question, 4) == chosen[:4], "sizes are nested, the seed decides"
+    assert DistractorSource(task, seed=2).choose(question, 8) != chosen
+    assert DistractorSource(task, seed=1).choose(question, 12) is None, "11 passages can be used"
+
+
+def test_choose_questions_is_seeded(question_file):
+    task = load_task(str(question_file))
+    assert choose_questions(task, 3, seed=0) == choose_questions(task, 3, seed=0)
+    assert len({tuple(q.id for q in choose_questions(task, 3, seed=s)) for s in range(10)}) > 1
+    assert choose_questions(task, None, 0) == list(task.questions)
+    with pytest.raises(InputError, match="--examples: expected 1 to 6"):
+        choose_questions(task, 7, seed=0)

@@ -1,0 +1,110 @@
+"""Tiny random models and the reference computations that tests compare with."""
+
+import torch
+import transformers
+from torch.nn import functional as F
+
+WORDS = (
+    "what is the door of arven brosk calmi dorra elska fenta red blue stone green black iron gate white brown "
+    ". ? [ ] ( ) : Document Title Question Answer Write a high - quality answer for given question using only "
+    "provided search results some which might be irrelevant 1 2 3 4 5 6 7 8 9 10 ,"
+).split()
+
+
+def word_tokenizer():
+    """A word-level tokenizer, loadable by AutoTokenizer once saved."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+def tiny_gpt2(vocab_size, n_positions=256, n_layer=3, n_embd=32, seed=0):
+    """A random GPT-2 whose norms are not the identity."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return shake(transformers.GPT2LMHeadModel(config)).eval()
+
+
+def shake(model):
+    """Random norm weights and biases, so that a forgotten one shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def save_tiny_model(folder, n_positions=256):
+    """Save `tiny_gpt2` and its tokenizer to a folder."""
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_gpt2(len(tokenizer), n_positions).save_pretrained(folder)
+    return folder
+
+
+def truth(hidden, unembedding, norm, targets, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+    """All statistics from whole logits, in fp64; with a narrower dtype, as torch computes them in it."""
+    from refinelens.kernels.norms import LayerNorm
+
+    x = hidden.to(dtype)
+    width = (x.shape[-1],)
+    if isinstance(norm, LayerNorm):
+        x = F.layer_norm(x, width, _cast(norm.weight, dtype), _cast(norm.bias, dtype), norm.eps)
+    elif norm is not None:
+        weight = None if norm.weight is None else norm.weight.to(dtype) + norm.offset
+        x = F.rms_norm(x, width, weight, norm.eps)
+    z = F.linear(x, unembedding.to(dtype), _cast(bias, dtype)) * logit_scale
+    wide = torch.promote_types(dtype, torch.float32)  # users widen half-precision logits before reducing
+    z = z.to(wide)
+    logits = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = logits.log_softmax(-1)
+    own = z.gather(-1, targets[:, None])
+    ids = torch.arange(z.shape[-1], device=z.device)
+    return {
+        "z": z,
+        "argmax": torch.where(z == z.amax(-1, keepdim=True), ids, z.shape[-1]).amin(-1),
+        "max_logit": logits.amax(-1),
+        "logsumexp": logits.logsumexp(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "target_logit": logits.gather(-1, targets[:, None])[:, 0],
+        "target_rank": ((z > own) | ((z == own) & (ids < targets[:, None]))).sum(-1),
+    }
+
+
+def _cast(tensor, dtype):
+    return None if tensor is None else tensor.to(dtype)
+
+
+FLOATS = ("max_logit", "logsumexp", "entropy", "target_logit")
+
+
+def assert_matches_truth(stats, exact, same_dtype, targets):
+    """Statistics lie within the error of torch's own same-dtype computation; ids agree but for near-ties.
+
+    Returns the number of rows whose argmax or rank differs, all of them near-ties in fp64.
+    """
+    slack = 4 * torch.finfo(torch.float32).eps * exact["z"].abs().amax().clamp(min=1)
+    for name in FLOATS:
+        allowed = (same_dtype[name] - exact[name]).abs().amax() + slack
+        error = (getattr(stats, name) - exact[name]).abs().amax()
+        assert error <= allowed, f"{name}: error {error:.3g}, torch's own {allowed:.3g}"
+    margin = 2 * ((same_dtype["z"] - exact["z"]).abs().amax() + slack)
+    best = exact["z"].amax(-1)
+    gap = best - exact["z"].gather(-1, stats.argmax[:, None])[:, 0]
+    assert (gap <= margin).all(), "argmax differs by more than rounding"
+    own = exact["z"].gather(-1, targets[:, None])
+    near = ((exact["z"] - own).abs() <= margin).sum(-1)
+    assert ((stats.target_rank - exact["target_rank"]).abs() <= near).all(), "rank differs by more than near-ties"
+    assert ((stats.target_rank == 0) == (stats.argmax == targets)).all(), "rank 0 must mean argmax"
+    return int(((stats.argmax != exact["argmax"]) | (stats.target_rank != exact["target_rank"])).sum())
