@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .norms import Norm, apply_norm
 
-VOCAB_CHUNK = 4096
+VOCAB_CHUNK = 2048
 ROW_CHUNK = 512
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers as tf
-from tiny import shake, tiny_gpt2
 
 from refinelens import LayerNorm, LogitLens, RMSNorm
 from refinelens.capture import find_parts, identify_norm, keep_positions, run_base
 from refinelens.errors import InputError, UnsupportedModelError
 from refinelens.logit_lens import check_parity
+from tiny import shake, tiny_gpt2
 
 VOCAB = 211  # a prime
 HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "vocab_size": VOCAB}

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens import results
@@ -19,6 +18,7 @@ from refinelens.results import PREDICTIONS, open_run
 from refinelens.summary import summarise, trajectory_table
 from refinelens.sweep import SweepOptions, run_sweep
 from refinelens.task import DistractorSource, load_task
+from tiny import save_tiny_model
 
 OUTPUTS = {"manifest.json", "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png"}
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# One command for a GPU machine without network: install, GPU tests, benchmark. Under 8 minutes.
+#   benchmarks/gpu.sh FOLDER      tables and logs go to FOLDER
+# Needs Python with torch (CUDA), triton, transformers, pybind11, pytest and pytest-benchmark installed.
+set -euo pipefail
+out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+rm -rf build
+PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation . 2>&1 | tee "$out/install.txt"
+# -P: what was installed is tested, not the sources beside it, which have no built extension.
+"$python" -P -m refinelens.cli doctor | tee "$out/doctor.txt"
+
+status=0
+timeout 240 "$python" -P -m pytest -q -p no:cacheprovider tests/test_lens.py tests/test_lens_triton.py \
+    tests/test_compile_gate.py tests/test_capture.py tests/test_sweep.py -rs 2>&1 | tee "$out/tests.txt" || status=$?
+timeout 180 "$python" -P -m pytest -q -p no:cacheprovider benchmarks/bench_fused_lens.py \
+    --benchmark-json="$out/bench.json" 2>&1 | tee "$out/bench.txt" || status=$?
+"$python" benchmarks/table.py "$out/bench.json" | tee "$out/bench.md"
+exit "$status"
