@@ -7,6 +7,7 @@ ratio holds when the machine's speed drifts; the naive expression against itself
 one thread, process CPU time. On CUDA: wall-clock time around a synchronised call.
 """
 
+import ctypes
 import time
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import refinelens
 from refinelens.kernels.lens_twin import fused_lens_twin
+from refinelens.manifest import device_name
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -113,7 +115,7 @@ def test_fused_lens(benchmark, problem, competitor):
         naive_over_this=median(baseline) / median(seconds),
         median_seconds=median(seconds),
         spread=(max(seconds) - min(seconds)) / median(seconds),
-        device=torch.cuda.get_device_name() if CUDA else cpu_name(),
+        device=device_name(DEVICE),
         torch=torch.__version__,
     )
 
@@ -159,6 +161,7 @@ def peak_memory(run, arguments):
         run(*arguments)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # else freed pages of earlier competitors are used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     before = resident("VmRSS")
     run(*arguments)
@@ -168,8 +171,3 @@ def peak_memory(run, arguments):
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -171,7 +171,9 @@ REFINELENS_CLONES static void reduce_rows(const Tile& tile, const RowState& rows
       }
       rows.peak[r] = peak;
     }
-    lane_exp_sums(z, tile.columns, rows.peak[r], rows.total[r], rows.weighted[r]);
+    // A row that has only seen -inf adds exp(-inf) = 0 from any finite peak; NaN comes through.
+    const float base = std::isinf(rows.peak[r]) && rows.peak[r] < 0 ? 0.0f : rows.peak[r];
+    lane_exp_sums(z, tile.columns, base, rows.total[r], rows.weighted[r]);
   }
 }
 

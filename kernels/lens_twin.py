@@ -11,6 +11,7 @@ from .norms import Norm, apply_norm
 
 VOCAB_CHUNK = 2048
 ROW_CHUNK = 512
+LOWEST = -3e38  # finite stand-in for -inf: 0 * -inf would be NaN
 
 
 class LensOutput(NamedTuple):
@@ -112,10 +113,11 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
         logits = soft_cap(z, softcap)
         new_peak = torch.maximum(peak, soft_cap(chunk_best, softcap))
         total, weighted = _rescale(total, weighted, peak - new_peak)
-        shifted = logits - new_peak[:, None]
+        # A token of logit -inf has probability 0 and adds nothing, also where there is nothing else yet.
+        shifted = logits - new_peak.masked_fill(new_peak == float("-inf"), 0.0)[:, None]
         weight = shifted.exp()
         total = total + weight.sum(-1)
-        weighted = weighted + weight.mul_(shifted).sum(-1)
+        weighted = weighted + weight.mul_(shifted.clamp_(min=LOWEST)).sum(-1)
         peak = new_peak
     logsumexp = peak + total.log()
     entropy = total.log() - weighted / total
@@ -134,7 +136,7 @@ def _lowest_argmax(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rescale(total: Tensor, weighted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the sums to a new peak; ``shift = old - new <= 0``, -inf before the first chunk."""
+    """Move the sums to a new peak; ``shift = old - new <= 0``, not finite while there is nothing to move."""
+    shift = torch.where(total == 0, 0.0, shift)
     factor = shift.exp()
-    moved = torch.where(total > 0, weighted + shift * total, 0.0)
-    return total * factor, moved * factor
+    return total * factor, (weighted + shift * total) * factor

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,18 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "pyarrow", "gguf")
 def now() -> str:
     """Current time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def device_name(device_type: str) -> str:
+    """The name of the GPU or of the processor."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def make_manifest(
@@ -54,7 +67,7 @@ def make_manifest(
             "max_tokens": loaded.max_tokens,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "device_name": device_name(device.type),
             "backend": choose_backend(device.type, lens.backend)[0],
             "norm": type(lens.parts.norm).__name__,
             "softcap": lens.parts.softcap,

@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import csv
 import math
+import textwrap
 from pathlib import Path
 
+import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from .results import Run, write_whole
-from .summary import ESTIMATES, Estimate, SummaryRow, summarise, trajectory_table
+from .summary import ESTIMATES, Estimate, SummaryRow, choose_tokens, summarise, trajectory_table
 
 
 def write_outputs(run: Run) -> None:
     """Write trajectories, summary and figures of the predictions that a run has."""
     manifest = run.manifest
-    arguments = manifest["arguments"]
-    table = trajectory_table(run, arguments["top"])
+    table = trajectory_table(run, manifest["arguments"]["top"])
     run.write_trajectories(table)
-    rows = summarise(table, arguments["answer_tokens"], manifest["seed"])
+    table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
+    rows = summarise(table, manifest["seed"])
     write_csv(run, rows)
-    draw_figures(run, manifest, rows)
+    draw_figures(run, manifest, rows, caution(manifest, table))
 
 
 def show_run(run: Run, console: Console) -> None:
     """Print the table of a run from its predictions, finished or not."""
     manifest = run.manifest
-    arguments = manifest["arguments"]
-    table = trajectory_table(run, arguments["top"])
-    rows = summarise(table, arguments["answer_tokens"], manifest["seed"])
+    table = trajectory_table(run, manifest["arguments"]["top"])
+    table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
+    rows = summarise(table, manifest["seed"])
+    print_table(console, manifest, rows, [*notes(manifest), *caution(manifest, table)])
+
+
+def caution(manifest: dict, table: pa.Table) -> list[str]:
+    """A line where most examples settle at the output: then a small depth speaks of the lens, not the model."""
     settle = table["settle"].drop_null().to_numpy()
     at_output = int((settle == manifest["model"]["n_layers"]).sum())
-    print_table(console, manifest, rows, notes(manifest, len(settle), at_output))
+    if 2 * at_output <= len(settle):
+        return []
+    return [
+        f"Caution: {at_output} of {len(settle)} settled examples settle only at the output: the plain logit lens "
+        "cannot resolve refinement depth on this model, and a depth near 0 speaks of the lens."
+    ]
 
 
 def write_csv(run: Run, rows: list[SummaryRow]) -> None:
@@ -86,43 +98,38 @@ def format_estimate(estimate: Estimate, digits: int, interval: bool = False) -> 
     return f"{text} [{estimate.low:.{digits}f},{estimate.high:.{digits}f}]" if interval else text
 
 
-def notes(manifest: dict, settled: int, settled_at_output: int) -> list[str]:
+def notes(manifest: dict) -> list[str]:
     """The lines under the table: what the numbers are, and the checks behind them."""
-    model, counts = manifest["model"], manifest["counts"]
-    parity, arguments = model["parity"], manifest["arguments"]
-    left_out = counts["left_out"]
-    reasons = ", ".join(f"{count} with {key}" for key, count in left_out.items())
+    model, counts, arguments = manifest["model"], manifest["counts"], manifest["arguments"]
+    parity = model["parity"]
+    reasons = ", ".join(f"{count} at {reason}" for reason, count in counts["left_out"].items())
     lines = [
-        f"gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
+        "gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
         f"correct at the output. first, settle: mean layers, 0 (embedding) to {model['n_layers']} (output); depth = "
         "settle - first. Brackets: 95 % bootstrap intervals over questions, all of them in summary.csv.",
-        f"Parity: the lens at layer {model['n_layers']} equals the model's own logits within "
-        f"{parity['max_difference']:.2g} of a range of {parity['logit_range']:.3g} "
-        f"(allowed {parity['tolerance']:.0e} of the range), same predictions.",
+        f"Parity: the lens at layer {model['n_layers']} equals the model's own logits: largest difference "
+        f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
-        f"rank <= {arguments['top']}, answer tokens: {arguments['answer_tokens']}. Lens: logit lens, backend "
+        f"rank <= {arguments['top']}, answer tokens: {arguments['answer_tokens']}. Lens: plain logit lens, backend "
         f"{model['backend']}, {model['dtype']} on {model['device']}.",
     ]
-    if settled and settled_at_output > settled / 2:
-        lines.append(
-            f"Caution: {settled_at_output} of {settled} settled examples settle only at the output, so the logit lens "
-            "resolves little depth on this model; a depth near 0 speaks of the lens."
-        )
     if manifest["status"] != "finished":
         lines.append(f"This run is {manifest['status']}: {counts['done']} of {counts['questions']} questions.")
     return lines
 
 
-def draw_figures(run: Run, manifest: dict, rows: list[SummaryRow]) -> None:
+def draw_figures(run: Run, manifest: dict, rows: list[SummaryRow], cautions: list[str]) -> None:
     """Write ``depth.png`` and ``accuracy.png``: by gold position, one line per context size."""
     import matplotlib
 
     matplotlib.use("agg")
-    _draw(run, manifest, rows, "mean_depth", "depth.png", "mean refinement depth (layers)")
-    _draw(run, manifest, rows, "accuracy", "accuracy.png", "accuracy of the first answer token")
+    _draw(run, manifest, rows, "mean_depth", "depth.png", "mean refinement depth (layers)", cautions)
+    _draw(run, manifest, rows, "accuracy", "accuracy.png", "accuracy of the next token", [])
 
 
-def _draw(run: Run, manifest: dict, rows: list[SummaryRow], name: str, file: str, label: str) -> None:
+def _draw(
+    run: Run, manifest: dict, rows: list[SummaryRow], name: str, file: str, label: str, cautions: list[str]
+) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
@@ -137,10 +144,10 @@ def _draw(run: Run, manifest: dict, rows: list[SummaryRow], name: str, file: str
     questions = max((row.n for row in rows), default=0)
     axes.set_title(f"{manifest['model']['name']} on {manifest['task']['name']}, {questions} questions", fontsize=10)
     axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval")
+    if cautions:
+        figure.supxlabel("\n".join(textwrap.fill(line, 95) for line in cautions), fontsize=8)
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
-    if name == "accuracy":
-        axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.02 if name == "accuracy" else max(1.0, axes.get_ylim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .results import KEYS, TRAJECTORIES, Run
 from .trajectory import NONE, trajectories
@@ -33,7 +34,7 @@ class SummaryRow:
     gold_position: int
     n: int
     accuracy: Estimate
-    share_censored: Estimate
+    share_censored: Estimate  # not correct at the output
     mean_depth: Estimate
     median_depth: Estimate
     mean_first_correct: Estimate
@@ -63,18 +64,19 @@ def trajectory_table(run: Run, top: int) -> pa.Table:
     return pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table()
 
 
-def summarise(table: pa.Table, answer_tokens: str = "first", seed: int = 0) -> list[SummaryRow]:
+def choose_tokens(table: pa.Table, answer_tokens: str) -> pa.Table:
+    """The trajectories a summary is about: of the ``first`` answer token of each question, or of ``all``."""
+    return table.filter(pc.equal(table["answer_token"], 0)) if answer_tokens == "first" else table
+
+
+def summarise(table: pa.Table, seed: int = 0) -> list[SummaryRow]:
     """Statistics per context size and gold position, with bootstrap intervals over questions.
 
     Args:
-        table: Trajectories of a run.
-        answer_tokens: ``first`` uses the first answer token of each question, ``all`` every one; with
-            ``all`` a question's tokens are resampled together.
+        table: Trajectories; where a question has several answer tokens, they are resampled together.
         seed: Seed of the bootstrap (percentile method, Efron 1979).
     """
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in TRAJECTORIES.names}
-    chosen = columns["answer_token"] == 0 if answer_tokens == "first" else np.ones(len(table), dtype=bool)
-    columns = {name: column[chosen] for name, column in columns.items()}
     cells = sorted(set(zip(columns["documents"].tolist(), columns["gold_position"].tolist(), strict=True)))
     rows = []
     for documents, position in cells:

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 import json
 
 import pytest
+
 from tiny import save_tiny_model
 
 

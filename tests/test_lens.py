@@ -102,6 +102,19 @@ def test_all_logits_equal(backend):
     torch.testing.assert_close(stats.entropy, torch.full((3,), 1000.0).log())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_masked_by_a_bias_of_minus_infinity(backend):
+    """More masked tokens than a tile, first: they have probability 0 and add nothing to the entropy."""
+    hidden, unembedding, targets, _ = make(5, 8, 9000)
+    bias = torch.zeros(9000)
+    bias[:8500] = float("-inf")
+    stats = fused_lens(hidden, unembedding, None, targets % 500 + 8500, bias, backend=backend)
+    rest = fused_lens(hidden, unembedding[8500:], None, targets % 500, backend=backend)
+    assert torch.equal(stats.argmax, rest.argmax + 8500) and torch.equal(stats.target_rank, rest.target_rank)
+    torch.testing.assert_close(stats.logsumexp, rest.logsumexp)
+    torch.testing.assert_close(stats.entropy, rest.entropy)
+
+
 def test_threads_do_not_change_the_reduction():
     from refinelens import _C
 

@@ -1,11 +1,11 @@
 """Prompts, gold positions and answer tokens."""
 
 import pytest
-from tiny import word_tokenizer
 
 from refinelens.errors import InputError
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context, gold_positions, load_template
 from refinelens.task import Document, Question
+from tiny import word_tokenizer
 
 GOLD = Document("arven", "the door is black iron gate .")
 QUESTION = Question(0, "what is the door ?", ("black iron gate",), "", "", GOLD, ())

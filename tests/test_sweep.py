@@ -15,7 +15,7 @@ from refinelens import results
 from refinelens.errors import InputError
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.results import PREDICTIONS, open_run
-from refinelens.summary import summarise, trajectory_table
+from refinelens.summary import choose_tokens, summarise, trajectory_table
 from refinelens.sweep import SweepOptions, run_sweep
 from refinelens.task import DistractorSource, load_task
 from tiny import save_tiny_model
@@ -145,7 +145,7 @@ def test_prediction_as_target(options, tmp_path):
 
 def test_all_answer_tokens_in_tables(finished):
     table = trajectory_table(finished, top=1)
-    first, every = summarise(table, "first"), summarise(table, "all")
+    first, every = (summarise(choose_tokens(table, tokens)) for tokens in ("first", "all"))
     assert [r.n for r in first] == [r.n for r in every] == [6] * 6
     tokens = [r for r in table.to_pylist() if (r["documents"], r["gold_position"]) == (2, 0)]
     assert len(tokens) == 9
