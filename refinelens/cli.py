@@ -99,7 +99,7 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     out = arguments.out or _default_out(arguments.model, arguments.task)
     console = Console(stderr=True)
     _calm_libraries()
-    from .sweep import SweepOptions, run_sweep
+    from .sweep import SweepInterrupted, SweepOptions, run_sweep
 
     options = SweepOptions(
         model=arguments.model,
@@ -120,9 +120,7 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     try:
         with sweep_progress(console) as report:
             run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report)
-    except KeyboardInterrupt:
-        if not (Path(out) / "manifest.json").is_file():
-            raise
+    except SweepInterrupted:
         print("refinelens: interrupted; the finished questions stay readable", file=sys.stderr)
         code = 130
     run = open_run(out)

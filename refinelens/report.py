@@ -67,8 +67,7 @@ def write_csv(run: Run, rows: list[SummaryRow]) -> None:
 
 def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines: list[str]) -> None:
     """Print the summary and, under it, what a reader needs to trust it."""
-    model, task = manifest["model"], manifest["task"]
-    console.print(f"{model['name']} on {task['name']}: refinement by gold position\n", highlight=False)
+    console.print(f"{title(manifest)}: refinement by gold position\n", highlight=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("docs", "gold", "n", "accuracy", "cens.", "depth", "median", "first", "settle"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -88,6 +87,12 @@ def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines:
     console.print(table)
     for line in lines:
         console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def title(manifest: dict) -> str:
+    """Model and task in words; of a path the last part."""
+    names = [manifest[what]["name"] for what in ("model", "task")]
+    return " on ".join(name if name.count("/") == 1 and name[0] not in "./" else Path(name).name for name in names)
 
 
 def format_estimate(estimate: Estimate, digits: int, interval: bool = False) -> str:
@@ -142,7 +147,7 @@ def _draw(
         axes.plot(x, [e.value for e in estimates], marker="o", color=colour, label=f"{size} documents")
         axes.fill_between(x, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.15, lw=0)
     questions = max((row.n for row in rows), default=0)
-    axes.set_title(f"{manifest['model']['name']} on {manifest['task']['name']}, {questions} questions", fontsize=10)
+    axes.set_title(f"{title(manifest)}, {questions} questions", fontsize=10)
     axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval")
     if cautions:
         figure.supxlabel("\n".join(textwrap.fill(line, 95) for line in cautions), fontsize=8)

@@ -20,7 +20,7 @@ from .report import write_outputs
 from .results import Run, check_disk, check_output, create_run, disk_error
 from .task import DistractorSource, Question, Task, choose_questions, load_task
 
-QUESTIONS_PER_PART = 16
+QUESTIONS_PER_PART = 8
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
 TOO_FEW_DISTRACTORS = "too few passages without an answer"
@@ -59,6 +59,10 @@ class SweepOptions:
         return {**asdict(self), "documents": list(self.documents)}
 
 
+class SweepInterrupted(KeyboardInterrupt):
+    """Ctrl-C after the run was begun; everything that was finished has been written."""
+
+
 @dataclass
 class Progress:
     """What a sweep tells while it runs."""
@@ -86,7 +90,7 @@ def run_sweep(
 
     Raises:
         InputError: Input that does not fit, or no free disk; finished parts stay readable.
-        KeyboardInterrupt: After the finished questions were written and the manifest says so.
+        SweepInterrupted: Ctrl-C, after the finished questions and their summary were written.
     """
     arguments = options.arguments()
     check_output(out, overwrite, arguments)
@@ -106,6 +110,9 @@ def run_sweep(
             write_outputs(run)
     except OSError as error:
         raise disk_error(out, error) from None
+    if not sweeper.counts["rows"]:
+        reasons = "; ".join(f"{count} at {reason}" for reason, count in sweeper.left_out.items())
+        raise InputError(f"expected at least one question that can be asked, got none ({reasons}); change --documents")
     return run
 
 
@@ -113,8 +120,8 @@ def _write_parts(run: Run, sweeper: _Sweeper, questions: list[Question], manifes
     progress = Progress(len(questions))
     started = time.monotonic()
     status, rows, part = "failed", [], 0
-    report(progress)
     try:
+        report(progress)
         for question in questions:
             rows += sweeper.rows(question)
             progress.done += 1
@@ -126,7 +133,7 @@ def _write_parts(run: Run, sweeper: _Sweeper, questions: list[Question], manifes
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
-        raise
+        raise SweepInterrupted from None
     finally:
         if rows:
             run.write_part(part, rows)

@@ -176,6 +176,11 @@ def test_too_few_distractors_are_counted(options, tmp_path):
     assert {r["documents"] for r in predictions(run)} == {2}
 
 
+def test_no_question_can_be_asked(options, tmp_path):
+    with pytest.raises(InputError, match="got none .6 at 9 documents: too few passages without an answer."):
+        run_sweep(replace(options, documents=(9,)), tmp_path / "run")
+
+
 def test_interrupt_keeps_finished_questions(options, tmp_path):
     def stop(progress):
         if progress.done == 2:
