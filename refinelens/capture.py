@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ class LensParts:
     """The parts of a causal LM that a logit lens uses; tensors are the model's own, not copies."""
 
     blocks: nn.ModuleList  # n_layers blocks; a block's output is the residual stream [batch, token, d_model]
-    final_norm: nn.Module
-    norm: Norm  # what final_norm computes
+    norm: Norm  # what the model's final norm computes
     unembedding: Tensor  # [vocab_size, d_model]
     bias: Tensor | None  # [vocab_size]
     softcap: float | None
@@ -47,12 +47,10 @@ def find_parts(model: PreTrainedModel) -> LensParts:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
     blocks, owner = _find_blocks(model)
-    final_norm = _find_final_norm(model, blocks, owner)
     softcap, logit_scale = _find_logit_transform(model)
     return LensParts(
         blocks=blocks,
-        final_norm=final_norm,
-        norm=identify_norm(final_norm),
+        norm=identify_norm(_find_final_norm(model, blocks, owner)),
         unembedding=head.weight.detach(),
         bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
         softcap=softcap,
@@ -122,10 +120,10 @@ def identify_norm(module: nn.Module) -> Norm:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, len(weight), generator=generator) + 0.5
     x[2:] *= eps**0.5  # rows so small that a wrong epsilon shows
-    x = x.to(weight.device, weight.dtype)
+    x = x.to(weight.device)
     with torch.no_grad():
-        wanted = module(x).float()
-    tolerance = 8 * torch.finfo(weight.dtype).eps * wanted.abs().max()
+        wanted = copy.deepcopy(module).float()(x)  # in fp32, so that half precision hides no difference
+    tolerance = 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
     for norm in (LayerNorm(weight, bias, eps), RMSNorm(weight, eps, 0.0), RMSNorm(weight, eps, 1.0)):
         if torch.isfinite(wanted).all() and (apply_norm(x, norm) - wanted).abs().max() <= tolerance:
             return norm

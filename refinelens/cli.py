@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -30,12 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"refinelens: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("refinelens: interrupted before a run was started", file=sys.stderr)
+        print("refinelens: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe went away; pointing stdout elsewhere keeps the exit quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        print(f"refinelens: expected files that can be used, got: {error}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +78,11 @@ def _add_sweep(commands) -> None:
     add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
     add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
     add("--top", type=int, default=1, metavar="K", help="correct means rank 1 to K (default: %(default)s)")
-    add("--template", metavar="FILE", help="prompt with {documents} and {question} (default: Lost in the Middle's)")
+    add(
+        "--template",
+        metavar="FILE",
+        help="text with {documents} and {question}, less one last newline (default: Lost in the Middle's)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
     add(
         "--dtype",
@@ -94,7 +102,6 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     from .progress import sweep_progress
     from .report import show_run
-    from .results import open_run
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
     console = Console(stderr=True)
@@ -119,11 +126,13 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     code = 0
     try:
         with sweep_progress(console) as report:
-            run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report)
-    except SweepInterrupted:
-        print("refinelens: interrupted; the finished questions stay readable", file=sys.stderr)
-        code = 130
-    run = open_run(out)
+            run = run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report)
+    except SweepInterrupted as stop:
+        code, run = 130, stop.run
+        kept = "the finished questions stay readable" if run else "no question was finished and nothing was written"
+        print(f"refinelens: interrupted; {kept}", file=sys.stderr)
+        if run is None:
+            return code
     show_run(run, Console())
     print(f"\n{out}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
     return code
@@ -164,7 +173,7 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 
 
 def _default_out(model: str, task: str) -> str:
-    words = [Path(name).name.split(".")[0] or "model" for name in (model, task)]
+    words = [re.sub(r"(\.jsonl)?(\.gz)?(\.gguf)?$", "", Path(name).name) for name in (model, task)]
     return str(Path("runs") / f"{'-'.join(words)}-{datetime.now():%Y%m%d-%H%M%S}")
 
 

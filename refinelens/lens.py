@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Optional
@@ -130,6 +132,8 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
         if not has_triton:
             raise InputError("backend: expected Triton to be installed for 'triton', got none; pip install triton")
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError(f"backend: expected CUDA tensors for 'triton', got device {device_type!r}; use auto")
         return "triton", "asked for" if backend == "triton" else "CUDA device and Triton are present"
     if backend == "cpp" and (device_type != "cpu" or not has_cpp):
         raise InputError(
@@ -145,6 +149,9 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
 
 
 def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None:
+    for name, value in (("hidden", hidden), ("unembedding", unembedding)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
     if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
         raise InputError(
             "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
@@ -173,14 +180,17 @@ def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None
     for name, tensor in tensors.items():
         if tensor.device != hidden.device:
             raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise InputError(f"softcap: expected a positive number or None, got {softcap}")
-    if not logit_scale > 0:
+    if not 0 < logit_scale < math.inf:
         raise InputError(f"logit_scale: expected a positive number, got {logit_scale}")
 
 
 def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
-    targets = torch.as_tensor(targets, device=hidden.device)
+    try:
+        targets = torch.as_tensor(targets, device=hidden.device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"targets: expected integer ids, got {targets!r} ({error})") from None
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise InputError(f"targets: expected integer ids, got {targets.dtype}")
     shape = hidden.shape[:-1]
@@ -213,10 +223,11 @@ def _fused_lens_op(
         "rms": lambda: RMSNorm(norm_weight, norm_eps, norm_offset),
     }
     _check_targets(targets, unembedding.shape[0])
-    run = _backend(choose_backend(hidden.device.type, backend)[0]) if hidden.shape[0] else fused_lens_twin
+    chosen = choose_backend(hidden.device.type, backend)[0]
+    run = _backend(chosen) if hidden.shape[0] else fused_lens_twin
     with torch.no_grad():
         out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
-    _check_finite(out, hidden)
+    _check_finite(out, hidden, saturates=norm == "none" and softcap is not None)
     absent = hidden.new_empty(0, dtype=torch.float32), hidden.new_empty(0, dtype=torch.int64)
     return (*out[:4], *(absent if targets is None else out[4:]))
 
@@ -257,11 +268,14 @@ def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
         raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
 
 
-def _check_finite(out: LensOutput, hidden: Tensor) -> None:
-    # A NaN anywhere in a row's logits reaches its logsumexp, so the statistics are checked, not the inputs.
+def _check_finite(out: LensOutput, hidden: Tensor, saturates: bool) -> None:
+    # A NaN or infinity anywhere in a row reaches its logsumexp, so the statistics are checked, not the
+    # inputs; but for an infinity that no norm turns into NaN and that the softcap makes finite again.
     if out.logsumexp.numel() == 0 or _is_capturing(hidden):
         return
     broken = ~out.logsumexp.isfinite()
+    if saturates:
+        broken |= ~hidden.isfinite().all(-1)
     if not broken.any():
         return
     row = int(broken.nonzero()[0])

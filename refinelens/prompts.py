@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -42,10 +43,10 @@ class Context:
 
 
 def load_template(path: str | None) -> str:
-    """The template of a file, or the default one.
+    """The template of a file, or the default one. One newline at the end of the file is not part of it.
 
     Raises:
-        InputError: No such file, or the fields are not ``{documents}`` and ``{question}``.
+        InputError: No such file, or not one field ``{documents}`` and at least one ``{question}``.
     """
     if path is None:
         return DEFAULT_TEMPLATE
@@ -54,9 +55,12 @@ def load_template(path: str | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--template {path}: expected a readable text file, got {error}") from None
     template = template.removesuffix("\n")
-    for field in ("{documents}", "{question}"):
-        if field not in template:
-            raise InputError(f"--template {path}: expected the fields {{documents}} and {{question}}, got no {field}")
+    found = [template.count(field) for field in ("{documents}", "{question}")]
+    if found[0] != 1 or found[1] < 1:
+        raise InputError(
+            f"--template {path}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
+            f"{found[1]}"
+        )
     return template
 
 
@@ -114,23 +118,36 @@ def build_context(
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of the prompt and of the answer that continues it, its first token carrying the space."""
+    """Ids of the prompt and of the answer that continues it, its first token carrying the space.
+
+    Where a tokenizer makes the space a token of its own (SmolLM2 before digits), that token belongs to the
+    prompt: predicting a space is not predicting the answer.
+    """
+    space = "" if prompt[-1:].isspace() else " "
     prompt_ids = _ids(tokenizer, prompt)
-    whole = _ids(tokenizer, f"{prompt} {answer}")
-    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
-        return prompt_ids, whole[len(prompt_ids) :]
-    # The tokenizer merges across the boundary (or appends an end token): tokenise the answer by itself.
-    answer_ids = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+    whole = _ids(tokenizer, f"{prompt}{space}{answer}")
+    answer_ids = whole[len(prompt_ids) :]
+    if whole[: len(prompt_ids)] != prompt_ids:  # merged across the boundary: tokenise the answer by itself
+        answer_ids = tokenizer(f"{space}{answer}", add_special_tokens=False)["input_ids"]
+    while answer_ids and not tokenizer.decode(answer_ids[:1]).strip():
+        prompt_ids, answer_ids = [*prompt_ids, answer_ids[0]], answer_ids[1:]
     if not answer_ids:
         raise InputError(f"answer {answer!r}: expected at least one token of {type(tokenizer).__name__}, got none")
     return prompt_ids, answer_ids
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids with the special tokens a tokenizer puts before a text, without those it puts after it."""
     ids = tokenizer(text)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        return ids[:-1]
-    return ids
+    return ids[: len(ids) - _special_tokens_after(tokenizer)]
+
+
+@lru_cache(maxsize=8)
+def _special_tokens_after(tokenizer: PreTrainedTokenizerBase) -> int:
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(full) - len(bare), -1, -1)
+    start = next((i for i in starts if full[i : i + len(bare)] == bare), 0)
+    return len(full) - len(bare) - start
 
 
 def _token_span(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .results import Run, write_whole
+from .results import OUTPUTS, Run, write_whole
 from .summary import ESTIMATES, Estimate, SummaryRow, choose_tokens, summarise, trajectory_table
 
 
@@ -28,12 +28,12 @@ def write_outputs(run: Run) -> None:
 
 
 def show_run(run: Run, console: Console) -> None:
-    """Print the table of a run from its predictions, finished or not."""
+    """Print the table of a run; of one that is not finished after summarising what it has."""
     manifest = run.manifest
-    table = trajectory_table(run, manifest["arguments"]["top"])
-    table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
-    rows = summarise(table, manifest["seed"])
-    print_table(console, manifest, rows, [*notes(manifest), *caution(manifest, table)])
+    if manifest["status"] != "finished" or not all((run.path / name).exists() for name in OUTPUTS):
+        write_outputs(run)
+    table = choose_tokens(run.read_trajectories(), manifest["arguments"]["answer_tokens"])
+    print_table(console, manifest, read_csv(run), [*notes(manifest), *caution(manifest, table)])
 
 
 def caution(manifest: dict, table: pa.Table) -> list[str]:
@@ -63,6 +63,23 @@ def write_csv(run: Run, rows: list[SummaryRow]) -> None:
                 writer.writerow([row.documents, row.gold_position, row.n, *cells])
 
     write_whole(run.path / "summary.csv", write)
+
+
+def read_csv(run: Run) -> list[SummaryRow]:
+    """The rows of ``summary.csv``."""
+    with (run.path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    keys = ("documents", "gold_position", "n")
+    return [
+        SummaryRow(
+            **{key: int(line[key]) for key in keys},
+            **{
+                name: Estimate(*(float(line[f"{name}{suffix}"] or "nan") for suffix in ("", "_low", "_high")))
+                for name in ESTIMATES
+            },
+        )
+        for line in lines
+    ]
 
 
 def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines: list[str]) -> None:
@@ -107,7 +124,7 @@ def notes(manifest: dict) -> list[str]:
     """The lines under the table: what the numbers are, and the checks behind them."""
     model, counts, arguments = manifest["model"], manifest["counts"], manifest["arguments"]
     parity = model["parity"]
-    reasons = ", ".join(f"{count} at {reason}" for reason, count in counts["left_out"].items())
+    reasons = ", ".join(f"{len(ids)} at {reason}" for reason, ids in counts["left_out"].items())
     lines = [
         "gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
         f"correct at the output. first, settle: mean layers, 0 (embedding) to {model['n_layers']} (output); depth = "
@@ -118,8 +135,14 @@ def notes(manifest: dict) -> list[str]:
         f"rank <= {arguments['top']}, answer tokens: {arguments['answer_tokens']}. Lens: plain logit lens, backend "
         f"{model['backend']}, {model['dtype']} on {model['device']}.",
     ]
+    if manifest["seconds"]:
+        lines.append(
+            f"{counts['done']} questions, {counts['contexts']} contexts, {counts['lens_rows']} rows of the lens "
+            f"in {manifest['seconds']:.0f} s."
+        )
     if manifest["status"] != "finished":
-        lines.append(f"This run is {manifest['status']}: {counts['done']} of {counts['questions']} questions.")
+        status = "not finished" if manifest["status"] == "running" else manifest["status"]
+        lines.append(f"This run is {status}: {counts['done']} of {counts['questions']} questions.")
     return lines
 
 

@@ -17,6 +17,9 @@ from .errors import InputError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+OUTPUTS = (MANIFEST, "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png")
+
+MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
 KEYS = [
     ("question_id", pa.int64()),  # 0-based line of the task file
@@ -85,7 +88,18 @@ class Run:
     def parts(self, columns: list[str]) -> Iterator[pa.Table]:
         """The finished parts in order, a few columns of each."""
         for path in sorted((self.path / "predictions").glob("part-*.parquet")):
-            yield pq.read_table(path, columns=columns, partitioning=None)
+            yield _read(path, columns)
+
+    def read_trajectories(self) -> pa.Table:
+        """The trajectories as written last."""
+        return _read(self.path / "trajectories.parquet")
+
+
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: expected a whole Parquet file of a run, got: {error}") from None
 
 
 def open_run(path: str | Path) -> Run:
@@ -95,14 +109,19 @@ def open_run(path: str | Path) -> Run:
         InputError: The folder does not hold a run, or one of another schema version.
     """
     run = Run(Path(path))
-    if not (run.path / MANIFEST).is_file():
-        raise InputError(f"{path}: expected a run folder with {MANIFEST}, got none; make one with refinelens sweep")
     try:
-        version = run.manifest["schema_version"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got something else") from None
-    if version != SCHEMA_VERSION:
-        raise InputError(f"{path}: expected schema version {SCHEMA_VERSION}, got {version}")
+        manifest = run.manifest
+        complete = isinstance(manifest, dict) and MANIFEST_KEYS <= manifest.keys()
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a run folder with {MANIFEST}, got none; make one with a sweep") from None
+    except OSError as error:
+        raise InputError(f"{path}/{MANIFEST}: expected a readable file, got: {error.strerror}") from None
+    except ValueError:
+        complete = False
+    if not complete:
+        raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got something else")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise InputError(f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}")
     return run
 
 
@@ -110,21 +129,29 @@ def check_output(path: str | Path, overwrite: bool, arguments: dict) -> None:
     """Refuse an output folder that would lose something.
 
     Raises:
-        InputError: The folder exists and ``overwrite`` is not set, or it is not a run.
+        InputError: The folder exists and ``overwrite`` is not set, or it holds anything that is not a run's.
     """
     path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / MANIFEST).is_file():
-        raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got something else")
-    if overwrite:
+    try:
+        if not path.exists():
+            return
+        names = sorted(p.name for p in path.iterdir())
+    except OSError as error:
+        raise disk_error(path, error) from None
+    foreign = [name for name in names if name not in OUTPUTS and not name.endswith(".tmp")]
+    if foreign or (names and MANIFEST not in names):
+        other = (foreign + names)[0]
+        raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got other files, such as {other}")
+    if not names:
         return
     manifest = open_run(path).manifest
-    old = manifest.get("arguments", {})
+    if overwrite:
+        return
+    old = manifest["arguments"]
     changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
     same = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments; see it with refinelens show"
     raise InputError(
-        f"--out {path}: expected a new folder, got a run ({manifest.get('status')}) of {same}; "
+        f"--out {path}: expected a new folder, got a run ({manifest['status']}) of {same}; "
         "choose another folder or pass --overwrite"
     )
 
@@ -136,6 +163,8 @@ def check_disk(path: str | Path, needed: int) -> None:
         InputError: Less than ``needed`` bytes are free where ``path`` will be.
     """
     existing = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--out {path}: expected a folder that can be written, got no permission for {existing}")
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
@@ -143,21 +172,16 @@ def check_disk(path: str | Path, needed: int) -> None:
         )
 
 
-def create_run(path: str | Path, manifest: dict) -> Run:
-    """Make a fresh run folder, replacing the run that `check_output` allowed to overwrite.
-
-    Raises:
-        InputError: The folder cannot be made.
-    """
-    run = Run(Path(path))
-    try:
-        if run.path.exists():
-            shutil.rmtree(run.path)
-        (run.path / "predictions").mkdir(parents=True)
-        run.write_manifest(manifest)
-    except OSError as error:
-        raise disk_error(path, error) from None
-    return run
+def create_run(run: Run, manifest: dict) -> None:
+    """Begin a run in its folder; of a run that `check_output` allowed to overwrite only its own files go."""
+    parts = run.path / "predictions"
+    parts.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:
+        if name != parts.name:
+            (run.path / name).unlink(missing_ok=True)
+    for part in parts.glob("part-*.parquet"):
+        part.unlink()
+    run.write_manifest(manifest)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -13,7 +13,7 @@ from .trajectory import NONE, trajectories
 
 RESAMPLES = 2000
 LEVEL = 0.95
-RESAMPLED_VALUES = 1 << 20  # held at a time, so that memory does not grow with the number of questions
+RESAMPLED_VALUES = 1 << 16  # held at a time, so that memory does not grow with the number of questions
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
-
-import torch
+from pathlib import Path
 
 from .errors import InputError
-from .lens import LensStats
 from .logit_lens import LogitLens
 from .manifest import make_manifest, now
-from .models import LoadedModel, load_model
-from .prompts import Context, build_context, gold_positions, load_template
+from .models import load_model
+from .predict import Predictor
+from .prompts import gold_positions, load_template
 from .report import write_outputs
 from .results import Run, check_disk, check_output, create_run, disk_error
-from .task import DistractorSource, Question, Task, choose_questions, load_task
+from .task import choose_questions, load_task
 
 QUESTIONS_PER_PART = 8
-TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
-CONTEXT_TOO_LONG = "a context longer than the model's positions"
-TOO_FEW_DISTRACTORS = "too few passages without an answer"
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,8 @@ class SweepOptions:
             raise InputError(f"--documents: expected sizes of at least 1 such as 5,10, got {self.documents}")
         for size in self.documents:
             gold_positions(self.gold_positions, size)
+        if self.seed < 0:
+            raise InputError(f"--seed: expected 0 or more, got {self.seed}")
         if self.top < 1:
             raise InputError(f"--top: expected at least 1, got {self.top}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
@@ -60,7 +57,10 @@ class SweepOptions:
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C after the run was begun; everything that was finished has been written."""
+    """Ctrl-C in a sweep; ``run`` holds all finished questions, or is None if there are none yet."""
+
+    def __init__(self, run: Run | None):
+        self.run = run
 
 
 @dataclass
@@ -101,161 +101,79 @@ def run_sweep(
     lens = LogitLens.from_model(loaded.model)
     check_disk(out, _bytes_needed(options, len(questions), lens.n_layers))
     manifest = make_manifest(arguments, argv, task, template, loaded, lens, len(questions))
-    run = create_run(out, manifest)
-    sweeper = _Sweeper(options, task, template, loaded, lens)
-    try:
-        try:
-            _write_parts(run, sweeper, questions, manifest, report)
-        finally:
-            write_outputs(run)
-    except OSError as error:
-        raise disk_error(out, error) from None
-    if not sweeper.counts["rows"]:
-        reasons = "; ".join(f"{count} at {reason}" for reason, count in sweeper.left_out.items())
-        raise InputError(f"expected at least one question that can be asked, got none ({reasons}); change --documents")
-    return run
-
-
-def _write_parts(run: Run, sweeper: _Sweeper, questions: list[Question], manifest: dict, report) -> None:
+    predictor = Predictor(options, task, template, loaded, lens)
+    recorder = _Recorder(Run(Path(out)), manifest, predictor)
     progress = Progress(len(questions))
-    started = time.monotonic()
-    status, rows, part = "failed", [], 0
     try:
         report(progress)
         for question in questions:
-            rows += sweeper.rows(question)
-            progress.done += 1
-            progress.rows = sweeper.counts["lens_rows"]
+            recorder.add(predictor.rows(question))
+            progress.done, progress.rows = progress.done + 1, predictor.counts["lens_rows"]
             report(progress)
-            if progress.done % QUESTIONS_PER_PART == 0:
-                run.write_part(part, rows)
-                rows, part = [], part + 1
-        status = "finished"
+        recorder.close("finished")
     except KeyboardInterrupt:
-        status = "interrupted"
-        raise SweepInterrupted from None
-    finally:
-        if rows:
-            run.write_part(part, rows)
-        manifest["status"], manifest["finished"] = status, now()
-        manifest["seconds"] = round(time.monotonic() - started, 3)
-        manifest["counts"] |= {"done": progress.done, **sweeper.summary_counts()}
-        run.write_manifest(manifest)
+        recorder.close("interrupted")
+        raise SweepInterrupted(recorder.run if recorder.parts else None) from None
+    except OSError as error:
+        recorder.give_up()
+        raise disk_error(out, error) from None
+    except InputError:
+        recorder.close("failed")
+        raise
+    if not recorder.parts:
+        reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in predictor.left_out.items())
+        raise InputError(f"expected at least one question that can be asked, got none ({reasons}); change --documents")
+    return recorder.run
 
 
-class _Sweeper:
-    """Turns questions into prediction rows."""
+class _Recorder:
+    """Writes a part every few questions and keeps the manifest true after each.
 
-    def __init__(self, options: SweepOptions, task: Task, template: str, loaded: LoadedModel, lens: LogitLens):
-        self.options = options
-        self.counts: Counter[str] = Counter()
-        self.left_out: Counter[str] = Counter()
-        self._template = template
-        self._loaded = loaded
-        self._lens = lens
-        self._distractors = DistractorSource(task, options.seed)
-        self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
+    The folder is made, and a run that is there replaced, when the first part is ready: whatever fails
+    before that leaves everything as it was.
+    """
 
-    def summary_counts(self) -> dict:
-        """Counts for the manifest."""
-        return {**self.counts, "left_out": dict(self.left_out)}
+    def __init__(self, run: Run, manifest: dict, predictor: Predictor):
+        self.run = run
+        self.parts = 0
+        self._manifest = manifest
+        self._predictor = predictor
+        self._started = time.monotonic()
+        self._rows: list[dict] = []
+        self._asked = 0  # questions taken
+        self._done = 0  # questions written
 
-    def rows(self, question: Question) -> list[dict]:
-        """Prediction rows of one question at every context size and gold position it can be asked at."""
-        contexts = [c for size in self.options.documents for c in self._contexts(question, size)]
-        rows = []
-        for batch in self._batches(contexts):
-            rows += self._run(batch)
-        self.counts["contexts"] += len(contexts)
-        self.counts["rows"] += len(rows)
-        return rows
+    def add(self, rows: list[dict]) -> None:
+        """Take the rows of one more question."""
+        self._rows += rows
+        self._asked += 1
+        if self._asked % QUESTIONS_PER_PART == 0:
+            self._flush("running")
 
-    def _contexts(self, question: Question, size: int) -> list[Context]:
-        """All gold positions of a context size, or none: a sweep is paired."""
-        distractors = self._distractors.choose(question, size - 1)
-        if distractors is None:
-            self.left_out[f"{size} documents: {TOO_FEW_DISTRACTORS}"] += 1
-            return []
-        contexts = [
-            build_context(self._loaded.tokenizer, self._template, question, distractors, position)
-            for position in gold_positions(self.options.gold_positions, size)
-        ]
-        limit = self._loaded.max_tokens
-        if limit is not None and any(len(c.input_ids) > limit for c in contexts):
-            self.left_out[f"{size} documents: {CONTEXT_TOO_LONG}"] += 1
-            return []
-        return contexts
+    def close(self, status: str) -> None:
+        """Write what is left, the status and the summary."""
+        self._flush(status)
+        if self.parts:
+            write_outputs(self.run)
 
-    def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
-        if not contexts:
-            return
-        if self.options.batch_size != "auto":
-            size = int(self.options.batch_size)
-        elif self._loaded.model.device.type == "cpu":
-            size = 1  # several contexts at a time bring nothing on a CPU
-        else:
-            size = max(1, TOKENS_PER_BATCH // max(len(c.input_ids) for c in contexts))
-        for start in range(0, len(contexts), size):
-            yield contexts[start : start + size]
+    def give_up(self) -> None:
+        """After a failed write: let go of what was not written and, if there is room, close the rest."""
+        self._rows = []
+        with suppress(OSError):
+            self.close("failed")
 
-    def _run(self, batch: list[Context]) -> list[dict]:
-        try:
-            stats, targets = self._statistics(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise InputError(
-                    f"--device: expected memory for one context of {len(batch[0].input_ids)} tokens, got out of "
-                    "memory; use fewer documents, a smaller model or --dtype bfloat16"
-                ) from None
-            torch.cuda.empty_cache()
-            half = len(batch) // 2
-            return self._run(batch[:half]) + self._run(batch[half:])
-        self.counts["lens_rows"] += stats.argmax.numel()
-        return [row for index, context in enumerate(batch) for row in self._rows(context, index, stats, targets)]
-
-    def _statistics(self, batch: list[Context]) -> tuple[LensStats, torch.Tensor]:
-        """Statistics ``[n_layers + 1, batch, answer tokens]`` and targets ``[batch, answer tokens]``, on the CPU.
-
-        Contexts are padded on the right, and answers by repeating their last token; padded rows are not used.
-        """
-        device = self._loaded.model.device
-        n_tokens = max(len(c.input_ids) for c in batch)
-        n_answers = max(len(c.answer_ids) for c in batch)
-        ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch], device=device)
-        mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch], device=device)
-        positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
-        answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
-        hidden = self._lens.hidden(ids, positions, mask)
-        targets = answers if self.options.target == "answer" else self._lens.stats(hidden[-1]).argmax
-        return self._lens.stats(hidden, targets).to("cpu"), targets.cpu()
-
-    def _rows(self, context: Context, index: int, stats: LensStats, targets: torch.Tensor) -> Iterator[dict]:
-        start, end = context.gold_span or (None, None)
-        for token, answer_id in enumerate(context.answer_ids):
-            layers = {
-                name: getattr(stats, name)[:, index, token].tolist()
-                for name in ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
-            }
-            target_id = int(targets[index, token])
-            yield {
-                "question_id": context.question.id,
-                "documents": context.n_documents,
-                "gold_position": context.gold_position,
-                "answer_token": token,
-                "n_tokens": len(context.input_ids),
-                "gold_start": start,
-                "gold_end": end,
-                "answer_id": answer_id,
-                "answer_text": self._text(answer_id),
-                "target_id": target_id,
-                "target_text": self._text(target_id),
-                "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
-                **layers,
-            }
-
-
-def _pad(values, length: int, value: int) -> list[int]:
-    return [*values, *[value] * (length - len(values))]
+    def _flush(self, status: str) -> None:
+        if self._rows:
+            if self.parts == 0:
+                create_run(self.run, self._manifest)
+            self.run.write_part(self.parts, self._rows)
+            self._rows, self.parts, self._done = [], self.parts + 1, self._asked
+        if self.parts:
+            self._manifest["status"], self._manifest["finished"] = status, now()
+            self._manifest["seconds"] = round(time.monotonic() - self._started, 3)
+            counts = {"done": self._done, **self._predictor.counts, "left_out": self._predictor.left_out}
+            self._manifest["counts"] |= counts
+            self.run.write_manifest(self._manifest)
 
 
 def _bytes_needed(options: SweepOptions, n_questions: int, n_layers: int) -> int:

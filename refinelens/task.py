@@ -9,6 +9,7 @@ import os
 import random
 import re
 import string
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def resolve_task(name: str) -> Path:
         path = os.environ.get(NQ_VARIABLE, "")
         if not path:
             raise InputError(f"--task nq: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"--task {name}: expected builtin, nq or a .jsonl[.gz] file, got no file at {path}")
     return Path(path)
 
@@ -80,7 +81,10 @@ def load_task(name: str) -> Task:
         InputError: The file is missing, empty or malformed; file and line are named.
     """
     path = resolve_task(name)
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got: {error.strerror}") from None
     lines = _lines(path, raw)
     questions = tuple(_parse_line(path, number, line) for number, line in lines)
     if not questions:
@@ -90,7 +94,7 @@ def load_task(name: str) -> Task:
 
 def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, str]]:
     try:
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: expected UTF-8 lines of JSON (gzip if it ends in .gz), got {error}") from None
     return ((number, line) for number, line in enumerate(text.split("\n")) if line.strip())
@@ -100,8 +104,9 @@ def _parse_line(path: Path, number: int, line: str) -> Question:
     where = f"{path}, line {number + 1}"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: expected a JSON object, got {error}") from None
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected a JSON object of valid text, got {error}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
     question, answers = record.get("question"), record.get("answers")
@@ -138,8 +143,12 @@ def _document(ctx: dict) -> Document:
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: the normalisation of Lost in the Middle."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    """Lower case, no punctuation, no articles, single spaces: the normalisation of Lost in the Middle.
+
+    Accents are composed first (Unicode NFC), so that two spellings of one name are equal.
+    """
+    text = unicodedata.normalize("NFC", text).lower()
+    text = "".join(c for c in text if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -158,12 +167,11 @@ class DistractorSource:
         group before the rest, in an order fixed by the seed and the question. Fewer distractors are a prefix
         of more, so that context sizes are nested.
         """
-        answers = [normalise_answer(a) for a in question.answers]
         chosen: list[Document] = []
         for document in self._candidates(question):
             if len(chosen) == count:
                 break
-            if document not in chosen and document != question.gold and not self._contains(document, answers):
+            if document not in chosen and document != question.gold and not self._has_answer(document, question):
                 chosen.append(document)
         return chosen if len(chosen) == count else None
 
@@ -177,11 +185,17 @@ class DistractorSource:
         for other in others:
             yield from other.distractors
 
-    def _contains(self, document: Document, answers: list[str]) -> bool:
+    def _has_answer(self, document: Document, question: Question) -> bool:
+        whole = f"{document.title} {document.text}"
         text = self._normalised.get(document)
         if text is None:
-            text = self._normalised[document] = normalise_answer(f"{document.title} {document.text}")
-        return any(answer in text for answer in answers if answer)
+            text = self._normalised[document] = normalise_answer(whole)
+        for answer in question.answers:
+            plain = normalise_answer(answer)
+            # An answer such as "A" has nothing left after normalisation: it is looked for as it stands.
+            if plain in text if plain else re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", whole):
+                return True
+        return False
 
 
 def choose_questions(task: Task, count: int | None, seed: int) -> list[Question]:

@@ -73,6 +73,21 @@ def test_trajectory_is_the_lens_of_every_layer(family):
         assert torch.equal(kept.target_rank, stats.target_rank[layer])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trajectory_on_a_gpu(family, dtype):
+    """The Triton backend passes the gate and, in fp32, predicts what the CPU does."""
+    model = build(family)
+    ids, positions = torch.arange(11)[None], torch.tensor([4, 10])
+    on_cpu = LogitLens.from_model(model).trajectory(ids, positions, torch.tensor([5, 6]))
+    lens = LogitLens.from_model(model.to("cuda", dtype), backend="triton")
+    stats = lens.trajectory(ids, positions, torch.tensor([5, 6])).to("cpu")
+    if dtype == torch.float32:
+        assert torch.equal(stats.argmax, on_cpu.argmax)
+        torch.testing.assert_close(stats.target_logprob, on_cpu.target_logprob, rtol=1e-3, atol=1e-3)
+
+
 def test_padding_on_the_right_changes_nothing():
     lens = LogitLens.from_model(build("llama"))
     ids = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(4))
@@ -126,6 +141,13 @@ def test_a_model_without_final_norm_is_named():
     model = tiny_gpt2(50)
     model.transformer.ln_f = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel: expected one final norm .* GPT2Model, got 0"):
+        LogitLens.from_model(model)
+
+
+def test_a_projection_behind_the_final_norm_is_refused():
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "word_embed_proj_dim": 16, **HEADS}
+    model = tf.AutoModelForCausalLM.from_config(tf.OPTConfig(**sizes))
+    with pytest.raises(UnsupportedModelError, match="OPTForCausalLM: .* of width 16 .* got width 32"):
         LogitLens.from_model(model)
 
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from refinelens.cli import main
+from tiny import save_tiny_model
 
 
 def run(*arguments):
@@ -48,20 +49,44 @@ def test_sweep_then_show(sweep, tmp_path, capsys):
     assert shown.strip() in out, "show prints the same table again"
 
 
-def test_a_broken_model_leaves_nothing_behind(sweep, tiny_model, tmp_path, capsys):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    sweep[sweep.index("--model") + 1] = str(folder)
+def break_config(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": "three"}))
+
+
+def break_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def remove_a_layer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 4}))
+
+
+def remove_the_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_config, "expected a causal LM with its tokenizer"),
+        (break_weights, "expected a causal LM with its tokenizer"),
+        (remove_a_layer, "expected weights for every part of GPT2LMHeadModel, got none that fit for 12, such as"),
+        (remove_the_tokenizer, "expected a causal LM with its tokenizer"),
+    ],
+)
+def test_a_damaged_model_is_refused_and_leaves_nothing_behind(sweep, tmp_path, capsys, damage, message):
+    damage(save_tiny_model(tmp_path / "model"))
+    sweep[sweep.index("--model") + 1] = str(tmp_path / "model")
     assert main(sweep) == 2
-    assert_one_line(capsys.readouterr().err, "expected a causal LM with its tokenizer")
+    assert_one_line(capsys.readouterr().err, message)
     assert not (tmp_path / "run").exists()
 
 
 def assert_one_line(error, message):
-    lines = [line for line in error.splitlines() if line.startswith("refinelens:")]
-    assert len(lines) == 1 and message in lines[0], error
-    assert "Traceback" not in error
+    assert error.startswith("refinelens: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert message in error
 
 
 @pytest.mark.parametrize(
@@ -105,15 +130,29 @@ def test_show_of_something_else(tmp_path, capsys):
     (tmp_path / "manifest.json").write_text("{}")
     assert main(["show", str(tmp_path)]) == 2
     assert_one_line(capsys.readouterr().err, "expected the manifest of a run")
-    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 99}))
-    assert main(["show", str(tmp_path)]) == 2
+
+
+def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
+    assert main(sweep) == 0
+    run = tmp_path / "run"
+    (run / "summary.csv").unlink()
+    capsys.readouterr()
+    assert main(["show", str(run)]) == 0 and (run / "summary.csv").exists(), "what is missing is written again"
+    (run / "predictions" / "part-00000.parquet").write_bytes(b"PAR1")
+    (run / "summary.csv").unlink()
+    capsys.readouterr()
+    assert main(["show", str(run)]) == 2
+    assert_one_line(capsys.readouterr().err, "part-00000.parquet: expected a whole Parquet file of a run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    assert main(["show", str(run)]) == 2
     assert_one_line(capsys.readouterr().err, "expected schema version 1, got 99")
 
 
 def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):
-    from refinelens import sweep as module
+    from refinelens.predict import Predictor
 
-    run_question, calls = module._Sweeper.rows, []
+    run_question, calls = Predictor.rows, []
 
     def rows(self, question):
         calls.append(question)
@@ -121,7 +160,7 @@ def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return run_question(self, question)
 
-    monkeypatch.setattr(module._Sweeper, "rows", rows)
+    monkeypatch.setattr(Predictor, "rows", rows)
     assert main(sweep) == 130
     captured = capsys.readouterr()
     assert_one_line(captured.err, "interrupted; the finished questions stay readable")

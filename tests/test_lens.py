@@ -148,13 +148,14 @@ def test_shapes_broadcasting_and_strides(backend):
     assert empty.argmax.shape == empty.target_rank.shape == (0,)
 
 
-def test_twin_and_cpp_write_every_output(monkeypatch):
-    """Uninitialised buffers are poisoned: a value that is not written shows as NaN or -1."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tile_is_written_before_it_is_read(monkeypatch, dtype):
+    """The reused buffers start as NaN; the last tile is narrower than the others, and its rest must not count."""
     from refinelens import lens_cpu
 
     empty = torch.empty
     monkeypatch.setattr(lens_cpu.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    hidden, unembedding, targets, _ = make(9, 5, 1300)
+    hidden, unembedding, targets, _ = make(9, 5, 8300, dtype)
     stats = fused_lens(hidden, unembedding, None, targets, backend="cpp")
     exact = fused_lens_twin(hidden, unembedding, None, targets, dtype=torch.float64)
     torch.testing.assert_close(stats.logsumexp.double(), exact.logsumexp)
@@ -169,6 +170,15 @@ def test_a_broken_row_is_named(backend, value, word):
     norm = LayerNorm(None)
     with pytest.raises(ValueError, match=rf"hidden: expected finite values, got {word} in row 7 of 10.*1 rows"):
         fused_lens(hidden, unembedding, norm, targets, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinity_is_named_also_under_a_softcap(backend):
+    """tanh makes an infinite logit finite again; the row is refused all the same."""
+    hidden, unembedding, targets, _ = make(10, 8, 100)
+    hidden[7, 3] = float("inf")
+    with pytest.raises(ValueError, match="got infinity in row 7 of 10"):
+        fused_lens(hidden, unembedding.abs(), None, targets, softcap=5.0, backend=backend)
 
 
 def test_broken_weights_are_not_blamed_on_hidden():
@@ -191,6 +201,10 @@ def bad_calls():
     yield "norm weight", (hidden, unembedding, LayerNorm(weight[:5])), {}, r"norm.weight: .*\[8\], got .*\[5\]"
     yield "norm type", (hidden, unembedding, torch.nn.LayerNorm(8)), {}, "norm: expected"
     yield "bias", (hidden, unembedding), {"bias": torch.ones(99)}, r"bias: .*\[100\], got .*\[99\]"
+    yield "no tensor", ([[1.0]], unembedding), {}, "hidden: expected a tensor, got list"
+    yield "infinite softcap", (hidden, unembedding), {"softcap": float("inf")}, "softcap: expected a positive"
+    yield "target overflow", (hidden, unembedding), {"targets": 2**70}, "targets: expected integer ids, got"
+    yield "backend of no rows", (hidden[:0], unembedding), {"backend": "gpu"}, "backend: expected one of"
     yield "softcap", (hidden, unembedding), {"softcap": 0.0}, "softcap: expected a positive"
     yield "scale", (hidden, unembedding), {"logit_scale": -1.0}, "logit_scale: expected a positive"
     yield "backend", (hidden, unembedding), {"backend": "gpu"}, "backend: expected one of auto, triton, cpp, twin"
@@ -230,6 +244,23 @@ def test_backend_choice_says_why():
     assert choose_backend("meta") == ("twin", "no kernel for device 'meta': plain torch")
     with pytest.raises(InputError, match="got device 'cuda'"):
         choose_backend("cuda", "cpp")
+
+
+def test_triton_through_the_public_op(monkeypatch):
+    """In the interpreter where there is no GPU; without either, Triton is refused in one line."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, unembedding, targets, randn = make(5, 16, 40)
+    norm = LayerNorm(randn(16).to(device), randn(16).to(device))
+    moved = [t.to(device) for t in (hidden, unembedding)]
+    stats = fused_lens(*moved, norm, targets.to(device), backend="triton").to("cpu")
+    exact, same = (
+        truth(hidden, unembedding, LayerNorm(norm.weight.cpu(), norm.bias.cpu()), targets, dtype=d)
+        for d in (torch.float64, torch.float32)
+    )
+    assert_matches_truth(stats, exact, same, targets)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="expected CUDA tensors for 'triton', got device 'cpu'"):
+        fused_lens(hidden, unembedding, backend="triton")
 
 
 def test_without_extension_the_twin_runs(monkeypatch):

@@ -63,6 +63,49 @@ def test_answer_prefix_follows_the_template():
     assert tokenizer.decode(context.input_ids).endswith("Answer : the door of arven is")
 
 
+def test_special_tokens_before_stay_and_after_go():
+    """A beginning token belongs to the prompt; an end token, appended by the tokenizer, must not become the answer."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    plain = build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS, 1)
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <unk> <unk>", special_tokens=[("<pad>", 0), ("<unk>", 1)]
+    )
+    special = build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS, 1)
+    assert special.input_ids == (0, *plain.input_ids) and special.answer_ids == plain.answer_ids
+    assert special.gold_span == (plain.gold_span[0] + 1, plain.gold_span[1] + 1)
+
+
+def test_a_space_that_is_a_token_belongs_to_the_prompt():
+    """As SmolLM2 does before digits: the first answer token is the digit, not the space."""
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([" "])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]|\s"), "isolated")
+    question = Question(0, "what is the door ?", ("1 2",), "", "", GOLD, ())
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, OTHERS, 0)
+    assert tokenizer.convert_ids_to_tokens(list(context.answer_ids)) == ["1", " ", "2"]
+    assert tokenizer.decode(context.input_ids[: context.prompt_length][-2:]) in (":  ", ": ")
+
+
+def test_no_second_space_where_the_prompt_ends_in_one():
+    tokenizer = word_tokenizer()
+    seen = []
+    whole = tokenizer.__class__.__call__
+
+    class Spy(type(tokenizer)):
+        def __call__(self, text, **kwargs):
+            seen.append(text)
+            return whole(self, text, **kwargs)
+
+    tokenizer.__class__ = Spy
+    build_context(tokenizer, "{documents} {question} is\n", QUESTION, OTHERS[:1], 1)
+    assert any(text.endswith("is\nblack iron gate") for text in seen)
+
+
 def test_prompt_is_that_of_lost_in_the_middle():
     seen = []
 
@@ -79,7 +122,7 @@ def test_prompt_is_that_of_lost_in_the_middle():
         "might be irrelevant).\n\nDocument [1](Title: brosk) red .\nDocument [2](Title: arven) the door is black iron "
         "gate .\n\nQuestion: what is the door ?\nAnswer:"
     )
-    assert seen[1] == seen[0] + " black iron gate"
+    assert seen[0] + " black iron gate" in seen
 
 
 def test_template_from_a_file(tmp_path):
@@ -89,8 +132,9 @@ def test_template_from_a_file(tmp_path):
     tokenizer = word_tokenizer()
     text = tokenizer.decode(build_context(tokenizer, template, QUESTION, OTHERS, 0).input_ids)
     assert text.count("what is the door") == 2
-    path.write_text("{documents}")
-    with pytest.raises(InputError, match=r"got no \{question\}"):
-        load_template(str(path))
+    for text, counts in (("{documents}", "1 and 0"), ("{documents}{question}{documents}", "2 and 1")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"and at least one .*, got {counts}"):
+            load_template(str(path))
     with pytest.raises(InputError, match="expected a readable text file"):
         load_template(str(tmp_path / "none.txt"))

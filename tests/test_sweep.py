@@ -16,7 +16,7 @@ from refinelens.errors import InputError
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.results import PREDICTIONS, open_run
 from refinelens.summary import choose_tokens, summarise, trajectory_table
-from refinelens.sweep import SweepOptions, run_sweep
+from refinelens.sweep import SweepInterrupted, SweepOptions, run_sweep
 from refinelens.task import DistractorSource, load_task
 from tiny import save_tiny_model
 
@@ -116,7 +116,7 @@ def test_other_weights_have_another_hash(finished, options, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
+        model.transformer.h[1].mlp.c_fc.weight[17, 101] += 1e-3  # one of 4,096 values; 1,024 are sampled
     model.save_pretrained(folder)
     other = run_sweep(replace(options, model=str(folder), examples=1), tmp_path / "run").manifest["model"]
     assert other["weights_sha256"] != finished.manifest["model"]["weights_sha256"]
@@ -129,6 +129,15 @@ def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_s
     for ours, single in zip(batched, predictions(finished), strict=True):
         assert ours["argmax"] == single["argmax"] and ours["target_rank"] == single["target_rank"]
         np.testing.assert_allclose(ours["target_logprob"], single["target_logprob"], atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sweep_on_a_gpu(finished, options, tmp_path):
+    run = run_sweep(replace(options, device="auto", dtype="float32"), tmp_path / "run")
+    assert run.manifest["model"]["backend"] == "triton" and run.manifest["model"]["device"] == "cuda"
+    for ours, on_cpu in zip(predictions(run), predictions(finished), strict=True):
+        assert ours["argmax"][-1] == on_cpu["argmax"][-1]
+        np.testing.assert_allclose(ours["target_logprob"], on_cpu["target_logprob"], atol=1e-2)
 
 
 def test_prediction_as_target(options, tmp_path):
@@ -162,7 +171,7 @@ def test_too_long_at_one_size_is_left_out_at_all_its_positions(finished, tmp_pat
     left_out = run.manifest["counts"]["left_out"]
     asked = {n: {r["question_id"] for r in rows if r["documents"] == n} for n in (2, 4)}
     assert len(asked[2]) == 6 and 0 < len(asked[4]) < 6
-    assert left_out == {"4 documents: a context longer than the model's positions": 6 - len(asked[4])}
+    assert left_out == {"4 documents: a context longer than the model's positions": sorted(set(range(6)) - asked[4])}
     for n, questions in asked.items():
         for question in questions:
             positions = {r["gold_position"] for r in rows if (r["question_id"], r["documents"]) == (question, n)}
@@ -172,13 +181,16 @@ def test_too_long_at_one_size_is_left_out_at_all_its_positions(finished, tmp_pat
 
 def test_too_few_distractors_are_counted(options, tmp_path):
     run = run_sweep(replace(options, documents=(2, 9)), tmp_path / "run")
-    assert run.manifest["counts"]["left_out"] == {"9 documents: too few passages without an answer": 6}
+    assert run.manifest["counts"]["left_out"] == {"9 documents: too few passages without an answer": list(range(6))}
     assert {r["documents"] for r in predictions(run)} == {2}
 
 
-def test_no_question_can_be_asked(options, tmp_path):
+def test_no_question_can_be_asked_and_the_old_run_stays(options, tmp_path):
+    old = run_sweep(replace(options, examples=1), tmp_path / "run")
+    before = predictions(old)
     with pytest.raises(InputError, match="got none .6 at 9 documents: too few passages without an answer."):
-        run_sweep(replace(options, documents=(9,)), tmp_path / "run")
+        run_sweep(replace(options, documents=(9,)), tmp_path / "run", overwrite=True)
+    assert predictions(old) == before
 
 
 def test_interrupt_keeps_finished_questions(options, tmp_path):
@@ -192,6 +204,30 @@ def test_interrupt_keeps_finished_questions(options, tmp_path):
     assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == 2
     assert len({r["question_id"] for r in predictions(run)}) == 2
     assert {p.name for p in run.path.iterdir()} == OUTPUTS
+
+
+def test_interrupt_before_anything_is_finished(options, tmp_path):
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SweepInterrupted) as interrupt:
+        run_sweep(options, tmp_path / "run", report=stop)
+    assert interrupt.value.run is None and not (tmp_path / "run").exists()
+
+
+def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
+    from refinelens.logit_lens import LogitLens
+
+    hidden, calls = LogitLens.hidden, []
+
+    def broken(self, *arguments):
+        calls.append(arguments)
+        return hidden(self, *arguments).fill_(float("nan")) if len(calls) == 8 else hidden(self, *arguments)
+
+    monkeypatch.setattr(LogitLens, "hidden", broken)
+    with pytest.raises(InputError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
+        run_sweep(options, tmp_path / "run")
+    assert open_run(tmp_path / "run").manifest["counts"]["done"] == 1
 
 
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
@@ -208,8 +244,8 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no free disk left; what is finished stays readable"):
         run_sweep(options, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    assert run.manifest["status"] != "finished"
-    assert len({r["question_id"] for r in predictions(run)}) >= 2
+    assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
+    assert len({r["question_id"] for r in predictions(run)}) == 2
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
@@ -233,7 +269,13 @@ def test_output_folder_is_protected(finished, options, tmp_path):
     (mine / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="expected a new folder or a run to overwrite"):
         run_sweep(options, mine, overwrite=True)
-    assert (mine / "thesis.txt").read_text() == "precious"
+    (mine / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(InputError, match="got other files, such as thesis.txt"):
+        run_sweep(options, mine, overwrite=True)
+    (mine / "thesis.txt").rename(tmp_path / "thesis.txt")
+    with pytest.raises(InputError, match="expected the manifest of a run, got something else"):
+        run_sweep(options, mine, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious" and len(list(mine.iterdir())) == 1
 
 
 def test_overwrite_replaces_a_run(options, tmp_path):
@@ -247,6 +289,7 @@ def test_overwrite_replaces_a_run(options, tmp_path):
     [
         ({"documents": (0,)}, "--documents: expected sizes of at least 1"),
         ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
+        ({"seed": -1}, "--seed: expected 0 or more, got -1"),
         ({"top": 0}, "--top: expected at least 1"),
         ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
     ],

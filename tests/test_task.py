@@ -42,6 +42,8 @@ def test_plain_and_gzip_are_the_same(tmp_path, question_file):
         (json.dumps(record(ctxs=["text"])), "line 1: expected a list 'ctxs'"),
         (json.dumps(record(ctxs=[passage("t", "x")])), "line 1: expected one passage with isgold true, got 0"),
         (json.dumps(record(group=4)), "line 1: expected a string 'group', got 4"),
+        (json.dumps(record()) + "\n" + json.dumps(record("\ud83d")), "line 2: expected a JSON object of valid text"),
+        ("[" * 100_000, "line 1: expected a JSON object of valid text"),
     ],
 )
 def test_malformed_files_name_file_and_line(tmp_path, text, message):
@@ -68,7 +70,13 @@ def test_missing_files_and_variable(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, plain", [("The  Red, Gate!", "red gate"), ("an A-team", "ateam"), ("theatre", "theatre")]
+    "text, plain",
+    [
+        ("The  Red, Gate!", "red gate"),
+        ("an A-team", "ateam"),
+        ("theatre", "theatre"),
+        ("Beyonce\u0301", "beyonc\xe9"),  # two spellings of one name
+    ],
 )
 def test_normalisation(text, plain):
     assert normalise_answer(text) == plain
@@ -89,6 +97,14 @@ def test_distractors_own_first_then_group_never_an_answer(tmp_path):
     assert DistractorSource(task, seed=1).choose(question, 4) == chosen[:4], "sizes are nested, the seed decides"
     assert DistractorSource(task, seed=2).choose(question, 8) != chosen
     assert DistractorSource(task, seed=1).choose(question, 12) is None, "11 passages can be used"
+
+
+def test_an_answer_of_articles_alone_is_looked_for_as_it_stands(tmp_path):
+    vitamin = record("which vitamin?", ["A"], [passage("g", "vitamin A", True), passage("x", "Vitamin A again")])
+    other = record("other?", ["red"], [passage("h", "a red door", True)])
+    task = load_task(str(write(tmp_path / "t.jsonl", vitamin, other)))
+    chosen = DistractorSource(task, seed=0).choose(task.questions[0], 1)
+    assert [d.title for d in chosen] == ["h"]
 
 
 def test_choose_questions_is_seeded(question_file):

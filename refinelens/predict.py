@@ -1,0 +1,144 @@
+"""Prediction rows of a question: contexts, one forward pass per batch, every layer through the lens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import InputError
+from .lens import LensStats
+from .logit_lens import LogitLens
+from .models import LoadedModel
+from .prompts import Context, build_context, gold_positions
+from .task import DistractorSource, Question, Task
+
+if TYPE_CHECKING:
+    from .sweep import SweepOptions
+
+TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
+CONTEXT_TOO_LONG = "a context longer than the model's positions"
+TOO_FEW_DISTRACTORS = "too few passages without an answer"
+
+
+class Predictor:
+    """Asks questions and turns the answers into rows; counts what it did and what it had to leave out."""
+
+    def __init__(self, options: SweepOptions, task: Task, template: str, loaded: LoadedModel, lens: LogitLens):
+        self.options = options
+        self.counts: Counter[str] = Counter(contexts=0, rows=0, lens_rows=0)
+        self.left_out: dict[str, list[int]] = {}  # reason: question ids
+        self._template = template
+        self._loaded = loaded
+        self._lens = lens
+        self._distractors = DistractorSource(task, options.seed)
+        self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
+
+    def rows(self, question: Question) -> list[dict]:
+        """Prediction rows of one question at every context size and gold position it can be asked at."""
+        contexts = [c for size in self.options.documents for c in self._contexts(question, size)]
+        rows = []
+        for batch in self._batches(contexts):
+            rows += self._run(batch)
+        self.counts["contexts"] += len(contexts)
+        self.counts["rows"] += len(rows)
+        return rows
+
+    def _contexts(self, question: Question, size: int) -> list[Context]:
+        """All gold positions of a context size, or none: a sweep is paired."""
+        distractors = self._distractors.choose(question, size - 1)
+        if distractors is None:
+            self._leave_out(question, size, TOO_FEW_DISTRACTORS)
+            return []
+        contexts = [
+            build_context(self._loaded.tokenizer, self._template, question, distractors, position)
+            for position in gold_positions(self.options.gold_positions, size)
+        ]
+        limit = self._loaded.max_tokens
+        if limit is not None and any(len(c.input_ids) > limit for c in contexts):
+            self._leave_out(question, size, CONTEXT_TOO_LONG)
+            return []
+        return contexts
+
+    def _leave_out(self, question: Question, size: int, reason: str) -> None:
+        self.left_out.setdefault(f"{size} documents: {reason}", []).append(question.id)
+
+    def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
+        if not contexts:
+            return
+        if self.options.batch_size != "auto":
+            size = int(self.options.batch_size)
+        elif self._loaded.model.device.type == "cpu":
+            size = 1  # several contexts at a time bring nothing on a CPU
+        else:
+            size = max(1, TOKENS_PER_BATCH // max(len(c.input_ids) for c in contexts))
+        for start in range(0, len(contexts), size):
+            yield contexts[start : start + size]
+
+    def _run(self, batch: list[Context]) -> list[dict]:
+        try:
+            stats, targets = self._statistics(batch)
+        except InputError as error:
+            first = batch[0]
+            raise InputError(
+                f"question {first.question.id}, {first.n_documents} documents, gold position {first.gold_position}: "
+                f"{error}"
+            ) from None
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise InputError(
+                    f"--device: expected memory for one context of {len(batch[0].input_ids)} tokens, got out of "
+                    "memory; use fewer documents, a smaller model or --dtype bfloat16"
+                ) from None
+            torch.cuda.empty_cache()
+            half = len(batch) // 2
+            return self._run(batch[:half]) + self._run(batch[half:])
+        self.counts["lens_rows"] += stats.argmax.numel()
+        return [row for index, context in enumerate(batch) for row in self._rows(context, index, stats, targets)]
+
+    def _statistics(self, batch: list[Context]) -> tuple[LensStats, torch.Tensor]:
+        """Statistics ``[n_layers + 1, batch, answer tokens]`` and targets ``[batch, answer tokens]``, on the CPU.
+
+        Contexts are padded on the right, and answers by repeating their last token; padded rows are not used.
+        """
+        device = self._loaded.model.device
+        n_tokens = max(len(c.input_ids) for c in batch)
+        n_answers = max(len(c.answer_ids) for c in batch)
+        ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch], device=device)
+        mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch], device=device)
+        positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
+        answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
+        hidden = self._lens.hidden(ids, positions, mask)
+        targets = answers if self.options.target == "answer" else self._lens.stats(hidden[-1]).argmax
+        return self._lens.stats(hidden, targets).to("cpu"), targets.cpu()
+
+    def _rows(self, context: Context, index: int, stats: LensStats, targets: torch.Tensor) -> Iterator[dict]:
+        start, end = context.gold_span or (None, None)
+        for token, answer_id in enumerate(context.answer_ids):
+            layers = {
+                name: getattr(stats, name)[:, index, token].tolist()
+                for name in ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
+            }
+            target_id = int(targets[index, token])
+            yield {
+                "question_id": context.question.id,
+                "documents": context.n_documents,
+                "gold_position": context.gold_position,
+                "answer_token": token,
+                "n_tokens": len(context.input_ids),
+                "gold_start": start,
+                "gold_end": end,
+                "answer_id": answer_id,
+                "answer_text": self._text(answer_id),
+                "target_id": target_id,
+                "target_text": self._text(target_id),
+                "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
+                **layers,
+            }
+
+
+def _pad(values, length: int, value: int) -> list[int]:
+    return [*values, *[value] * (length - len(values))]
