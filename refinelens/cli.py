@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 
@@ -100,30 +101,17 @@ def _add_sweep(commands) -> None:
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
+    from .options import SweepOptions
     from .progress import sweep_progress
     from .report import show_run
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
-    console = Console(stderr=True)
+    values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
+    options = SweepOptions(**values | {"documents": _parse_sizes(arguments.documents)})
+    console, code = Console(stderr=True), 0
     _calm_libraries()
-    from .sweep import SweepInterrupted, SweepOptions, run_sweep
+    from .sweep import SweepInterrupted, run_sweep
 
-    options = SweepOptions(
-        model=arguments.model,
-        task=arguments.task,
-        documents=_parse_sizes(arguments.documents),
-        gold_positions=arguments.gold_positions,
-        examples=arguments.examples,
-        target=arguments.target,
-        answer_tokens=arguments.answer_tokens,
-        top=arguments.top,
-        template=arguments.template,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-    )
-    code = 0
     try:
         with sweep_progress(console) as report:
             run = run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +12,9 @@ from .errors import InputError
 from .lens import LensStats
 from .logit_lens import LogitLens
 from .models import LoadedModel
+from .options import SweepOptions
 from .prompts import Context, build_context, gold_positions
 from .task import DistractorSource, Question, Task
-
-if TYPE_CHECKING:
-    from .sweep import SweepOptions
 
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 CONTEXT_TOO_LONG = "a context longer than the model's positions"

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from . import sweep
+
+@dataclass
+class SweepProgress:
+    """What a sweep tells while it runs."""
+
+    questions: int
+    done: int = 0
+    rows: int = 0  # rows of the lens: layers x positions
 
 
 @contextmanager
-def sweep_progress(console: Console) -> Iterator[Callable[[sweep.Progress], None]]:
+def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]]:
     """Show questions done, lens rows per second and time left while the block runs; yields the reporter.
 
     Nothing is shown where there is no terminal, so that logs hold results and errors only.
@@ -34,7 +40,7 @@ def sweep_progress(console: Console) -> Iterator[Callable[[sweep.Progress], None
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task("", start=False, rate="")
 
-    def report(progress: sweep.Progress) -> None:
+    def report(progress: SweepProgress) -> None:
         if progress.done == 0:
             loading.stop()
             bar.start()

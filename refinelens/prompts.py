@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from .errors import InputError
 from .task import Document, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Lost in the Middle (Liu et al. 2023, arXiv 2307.03172), prompt for multi-document question answering.
 DEFAULT_TEMPLATE = (

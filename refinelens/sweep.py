@@ -5,55 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import InputError
 from .logit_lens import LogitLens
 from .manifest import make_manifest, now
 from .models import load_model
+from .options import SweepOptions
 from .predict import Predictor
+from .progress import SweepProgress
 from .prompts import gold_positions, load_template
 from .report import write_outputs
 from .results import Run, check_disk, check_output, create_run, disk_error
 from .task import choose_questions, load_task
 
 QUESTIONS_PER_PART = 8
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """Everything that decides the numbers of a run, except what the machine decides."""
-
-    model: str = "smollm2"
-    task: str = "builtin"
-    documents: tuple[int, ...] = (5, 10)  # context sizes, the gold document included
-    gold_positions: str = "all"
-    examples: int | None = None  # questions drawn; None for all
-    target: str = "answer"
-    answer_tokens: str = "first"
-    top: int = 1
-    template: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self):
-        if not self.documents or min(self.documents) < 1:
-            raise InputError(f"--documents: expected sizes of at least 1 such as 5,10, got {self.documents}")
-        for size in self.documents:
-            gold_positions(self.gold_positions, size)
-        if self.seed < 0:
-            raise InputError(f"--seed: expected 0 or more, got {self.seed}")
-        if self.top < 1:
-            raise InputError(f"--top: expected at least 1, got {self.top}")
-        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
-            raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
-
-    def arguments(self) -> dict:
-        """The options as a manifest holds them."""
-        return {**asdict(self), "documents": list(self.documents)}
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -63,21 +29,12 @@ class SweepInterrupted(KeyboardInterrupt):
         self.run = run
 
 
-@dataclass
-class Progress:
-    """What a sweep tells while it runs."""
-
-    questions: int
-    done: int = 0
-    rows: int = 0  # rows of the lens: layers x positions
-
-
 def run_sweep(
     options: SweepOptions,
     out: str,
     overwrite: bool = False,
     argv: list[str] | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[SweepProgress], None] = lambda progress: None,
 ) -> Run:
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
@@ -103,7 +60,7 @@ def run_sweep(
     manifest = make_manifest(arguments, argv, task, template, loaded, lens, len(questions))
     predictor = Predictor(options, task, template, loaded, lens)
     recorder = _Recorder(Run(Path(out)), manifest, predictor)
-    progress = Progress(len(questions))
+    progress = SweepProgress(len(questions))
     try:
         report(progress)
         for question in questions:

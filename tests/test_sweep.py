@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens import results
 from refinelens.errors import InputError
+from refinelens.options import SweepOptions
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.results import PREDICTIONS, open_run
 from refinelens.summary import choose_tokens, summarise, trajectory_table
-from refinelens.sweep import SweepInterrupted, SweepOptions, run_sweep
+from refinelens.sweep import SweepInterrupted, run_sweep
 from refinelens.task import DistractorSource, load_task
 from tiny import save_tiny_model
 
