@@ -43,9 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what does not fit."""
+
+    def error(self, message: str):
+        self.exit(2, f"refinelens: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="refinelens",
         description="How does where the answer stands in the context change the way a language model, "
         "layer by layer, arrives at it?",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +53,7 @@ def make_manifest(
     return {
         "schema_version": SCHEMA_VERSION,
         "refinelens_version": __version__,
+        "run_id": uuid.uuid4().hex,  # tells two runs in one folder apart
         "status": "running",
         "arguments": arguments,
         "argv": argv,
@@ -62,6 +64,7 @@ def make_manifest(
             "config_sha256": loaded.config_sha256,
             "weights_sha256": loaded.weights_sha256,
             "tokenizer_sha256": loaded.tokenizer_sha256,
+            "unused_weights": list(loaded.unused_weights),
             "n_layers": lens.n_layers,
             "d_model": lens.parts.unembedding.shape[1],
             "vocab_size": lens.parts.unembedding.shape[0],

@@ -35,6 +35,7 @@ class LoadedModel:
     config_sha256: str  # of the configuration as JSON
     weights_sha256: str  # of name, shape, dtype, exact sum of bit patterns and a sample of every tensor
     tokenizer_sha256: str  # of the vocabulary and, of a fast tokenizer, its rules
+    unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
 
     @property
     def max_tokens(self) -> int | None:
@@ -63,7 +64,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, output_loading_info=True, **extra)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+        )
     except Exception as error:  # a damaged file can raise anything from the libraries that read it
         raise InputError(_load_message(name, source, error)) from None
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -73,7 +76,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
             f"{len(absent)}, such as {absent[0]}"
         )
     model = model.to(target).eval()
-    return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer))
+    return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer), tuple(sorted(info["unexpected_keys"])))
 
 
 def resolve_device(device: str) -> str:
@@ -142,7 +145,8 @@ def _load_message(name: str, source: str, error: Exception) -> str:
 
 def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """Hashes of configuration, weights and tokenizer; of the weights one that needs one pass, not all bytes."""
-    config = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
+    settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in ("dtype", "transformers_version")}
+    config = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     weights = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()

@@ -33,8 +33,8 @@ class SweepOptions:
             gold_positions(self.gold_positions, size)
         if self.seed < 0:
             raise InputError(f"--seed: expected 0 or more, got {self.seed}")
-        if self.top < 1:
-            raise InputError(f"--top: expected at least 1, got {self.top}")
+        if not 1 <= self.top < 2**31:
+            raise InputError(f"--top: expected 1 to {2**31 - 1}, got {self.top}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
 

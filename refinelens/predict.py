@@ -26,7 +26,7 @@ class Predictor:
 
     def __init__(self, options: SweepOptions, task: Task, template: str, loaded: LoadedModel, lens: LogitLens):
         self.options = options
-        self.counts: Counter[str] = Counter(contexts=0, rows=0, lens_rows=0)
+        self.counts: Counter[str] = Counter(contexts=0, lens_rows=0)
         self.left_out: dict[str, list[int]] = {}  # reason: question ids
         self._template = template
         self._loaded = loaded
@@ -41,7 +41,6 @@ class Predictor:
         for batch in self._batches(contexts):
             rows += self._run(batch)
         self.counts["contexts"] += len(contexts)
-        self.counts["rows"] += len(rows)
         return rows
 
     def _contexts(self, question: Question, size: int) -> list[Context]:
@@ -84,7 +83,9 @@ class Predictor:
                 f"question {first.question.id}, {first.n_documents} documents, gold position {first.gold_position}: "
                 f"{error}"
             ) from None
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise InputError(
                     f"--device: expected memory for one context of {len(batch[0].input_ids)} tokens, got out of "
@@ -135,6 +136,11 @@ class Predictor:
                 "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
                 **layers,
             }
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _pad(values, length: int, value: int) -> list[int]:

@@ -25,7 +25,7 @@ def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]
 
     Nothing is shown where there is no terminal, so that logs hold results and errors only.
     """
-    if not console.is_interactive:
+    if not console.file.isatty():  # rich also takes FORCE_COLOR for a terminal
         yield lambda progress: None
         return
     columns = (

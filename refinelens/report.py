@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,14 +13,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .errors import InputError
 from .results import OUTPUTS, Run, write_whole
 from .summary import ESTIMATES, Estimate, SummaryRow, choose_tokens, summarise, trajectory_table
 
 
 def write_outputs(run: Run) -> None:
     """Write trajectories, summary and figures of the predictions that a run has."""
-    manifest = run.manifest
-    table = trajectory_table(run, manifest["arguments"]["top"])
+    manifest, table = run.manifest, _trajectories(run)
     run.write_trajectories(table)
     table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
     rows = summarise(table, manifest["seed"])
@@ -28,12 +29,24 @@ def write_outputs(run: Run) -> None:
 
 
 def show_run(run: Run, console: Console) -> None:
-    """Print the table of a run; of one that is not finished after summarising what it has."""
+    """Print the table of a run from its predictions; files that are missing are written if they can be."""
+    manifest, table = run.manifest, _trajectories(run)
+    if not all((run.path / name).exists() for name in OUTPUTS):
+        with suppress(OSError):
+            write_outputs(run)
+    table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
+    rows = summarise(table, manifest["seed"])
+    print_table(console, manifest, rows, [*notes(manifest), *caution(manifest, table)])
+
+
+def _trajectories(run: Run) -> pa.Table:
+    """Of a run all of whose rows are there; more than the manifest knows is one that was killed."""
     manifest = run.manifest
-    if manifest["status"] != "finished" or not all((run.path / name).exists() for name in OUTPUTS):
-        write_outputs(run)
-    table = choose_tokens(run.read_trajectories(), manifest["arguments"]["answer_tokens"])
-    print_table(console, manifest, read_csv(run), [*notes(manifest), *caution(manifest, table)])
+    table = trajectory_table(run, manifest["arguments"]["top"])
+    expected = manifest["counts"].get("rows", 0)
+    if len(table) < expected:
+        raise InputError(f"{run.parts_path}: expected {expected} rows, got {len(table)}; parts are missing")
+    return table
 
 
 def caution(manifest: dict, table: pa.Table) -> list[str]:
@@ -65,26 +78,9 @@ def write_csv(run: Run, rows: list[SummaryRow]) -> None:
     write_whole(run.path / "summary.csv", write)
 
 
-def read_csv(run: Run) -> list[SummaryRow]:
-    """The rows of ``summary.csv``."""
-    with (run.path / "summary.csv").open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    keys = ("documents", "gold_position", "n")
-    return [
-        SummaryRow(
-            **{key: int(line[key]) for key in keys},
-            **{
-                name: Estimate(*(float(line[f"{name}{suffix}"] or "nan") for suffix in ("", "_low", "_high")))
-                for name in ESTIMATES
-            },
-        )
-        for line in lines
-    ]
-
-
 def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines: list[str]) -> None:
     """Print the summary and, under it, what a reader needs to trust it."""
-    console.print(f"{title(manifest)}: refinement by gold position\n", highlight=False)
+    console.print(f"{title(manifest)}: refinement by gold position\n", highlight=False, markup=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("docs", "gold", "n", "accuracy", "cens.", "depth", "median", "first", "settle"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -103,7 +99,7 @@ def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines:
         )
     console.print(table)
     for line in lines:
-        console.print(line, style="dim", highlight=False, soft_wrap=True)
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def title(manifest: dict) -> str:
@@ -135,6 +131,9 @@ def notes(manifest: dict) -> list[str]:
         f"rank <= {arguments['top']}, answer tokens: {arguments['answer_tokens']}. Lens: plain logit lens, backend "
         f"{model['backend']}, {model['dtype']} on {model['device']}.",
     ]
+    if model["unused_weights"]:
+        first, count = model["unused_weights"][0], len(model["unused_weights"])
+        lines.append(f"Caution: {count} tensors of the checkpoint have no place in this model, such as {first}.")
     if manifest["seconds"]:
         lines.append(
             f"{counts['done']} questions, {counts['contexts']} contexts, {counts['lens_rows']} rows of the lens "
@@ -170,7 +169,7 @@ def _draw(
         axes.plot(x, [e.value for e in estimates], marker="o", color=colour, label=f"{size} documents")
         axes.fill_between(x, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.15, lw=0)
     questions = max((row.n for row in rows), default=0)
-    axes.set_title(f"{title(manifest)}, {questions} questions", fontsize=10)
+    axes.set_title(f"{title(manifest)}, {questions} questions", fontsize=10, parse_math=False)
     axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval")
     if cautions:
         figure.supxlabel("\n".join(textwrap.fill(line, 95) for line in cautions), fontsize=8)

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 OUTPUTS = (MANIFEST, "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png")
 
+TEMPORARY = [f".{name}.tmp" for name in OUTPUTS]
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
 KEYS = [
@@ -70,16 +71,22 @@ class Run:
         """The manifest as written last."""
         return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
 
+    @property
+    def parts_path(self) -> Path:
+        """Folder of the parts."""
+        return self.path / "predictions"
+
+    def part_path(self, index: int) -> Path:
+        """File of one part."""
+        return self.parts_path / f"part-{index:05d}.parquet"
+
     def write_manifest(self, manifest: dict) -> None:
         """Replace the manifest."""
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        write_whole(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(self.path / MANIFEST, lambda path: path.write_text(_json(manifest), encoding="utf-8"))
 
     def write_part(self, index: int, rows: list[dict]) -> None:
         """Write one part of the predictions."""
-        table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
-        path = self.path / "predictions" / f"part-{index:05d}.parquet"
-        write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+        write_whole(self.part_path(index), lambda path: _write_rows(rows, path))
 
     def write_trajectories(self, table: pa.Table) -> None:
         """Write the trajectories of the whole run."""
@@ -87,15 +94,11 @@ class Run:
 
     def parts(self, columns: list[str]) -> Iterator[pa.Table]:
         """The finished parts in order, a few columns of each."""
-        for path in sorted((self.path / "predictions").glob("part-*.parquet")):
+        for path in sorted(self.parts_path.glob("part-*.parquet")):
             yield _read(path, columns)
 
-    def read_trajectories(self) -> pa.Table:
-        """The trajectories as written last."""
-        return _read(self.path / "trajectories.parquet")
 
-
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _read(path: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns, partitioning=None)
     except (OSError, pa.ArrowException) as error:
@@ -112,6 +115,7 @@ def open_run(path: str | Path) -> Run:
     try:
         manifest = run.manifest
         complete = isinstance(manifest, dict) and MANIFEST_KEYS <= manifest.keys()
+        complete = complete and all(isinstance(manifest[key], dict) for key in ("arguments", "model", "task", "counts"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a run folder with {MANIFEST}, got none; make one with a sweep") from None
     except OSError as error:
@@ -138,7 +142,7 @@ def check_output(path: str | Path, overwrite: bool, arguments: dict) -> None:
         names = sorted(p.name for p in path.iterdir())
     except OSError as error:
         raise disk_error(path, error) from None
-    foreign = [name for name in names if name not in OUTPUTS and not name.endswith(".tmp")]
+    foreign = [name for name in names if name not in OUTPUTS and name not in TEMPORARY]
     if foreign or (names and MANIFEST not in names):
         other = (foreign + names)[0]
         raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got other files, such as {other}")
@@ -172,32 +176,66 @@ def check_disk(path: str | Path, needed: int) -> None:
         )
 
 
-def create_run(run: Run, manifest: dict) -> None:
-    """Begin a run in its folder; of a run that `check_output` allowed to overwrite only its own files go."""
-    parts = run.path / "predictions"
-    parts.mkdir(parents=True, exist_ok=True)
+def begin_run(run: Run, manifest: dict, rows: list[dict], overwrite: bool) -> None:
+    """Make the folder of a run with its manifest and its first part.
+
+    A run that is there is replaced once the new files lie beside it whole; only its own files go.
+
+    Raises:
+        InputError: What `check_output` refuses came into being meanwhile.
+    """
+    check_output(run.path, overwrite, manifest["arguments"])
+    made = [path for path in (run.parts_path, run.path) if not path.exists()]
+    run.parts_path.mkdir(parents=True, exist_ok=True)
+    temporary = [_temporary(run.path / MANIFEST), _temporary(run.part_path(0))]
+    try:
+        _flushed(temporary[0], lambda path: path.write_text(_json(manifest), encoding="utf-8"))
+        _flushed(temporary[1], lambda path: _write_rows(rows, path))
+    except BaseException:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+        for path in made:
+            path.rmdir()
+        raise
     for name in OUTPUTS:
-        if name != parts.name:
+        if name != run.parts_path.name:
             (run.path / name).unlink(missing_ok=True)
-    for part in parts.glob("part-*.parquet"):
+    for part in run.parts_path.glob("part-*.parquet"):
         part.unlink()
-    run.write_manifest(manifest)
+    temporary[0].replace(run.path / MANIFEST)
+    temporary[1].replace(run.part_path(0))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name, flush to disk, rename: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flushed(temporary, write)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _flushed(path: Path, write: Callable[[Path], object]) -> None:
+    write(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _json(manifest: dict) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_rows(rows: list[dict], path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), path, compression="zstd")
+
+
 def disk_error(path: str | Path, error: OSError) -> InputError:
     """One line for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"--out {path}: no free disk left; what is finished stays readable; free some and run again")
+        return InputError(f"--out {path}: no free disk left; parts that were written stay readable; free some")
     return InputError(f"--out {path}: expected a folder that can be written, got: {error.strerror or error}")

@@ -16,7 +16,7 @@ from .predict import Predictor
 from .progress import SweepProgress
 from .prompts import gold_positions, load_template
 from .report import write_outputs
-from .results import Run, check_disk, check_output, create_run, disk_error
+from .results import Run, begin_run, check_disk, check_output, disk_error
 from .task import choose_questions, load_task
 
 QUESTIONS_PER_PART = 8
@@ -46,7 +46,7 @@ def run_sweep(
         report: Called after every question.
 
     Raises:
-        InputError: Input that does not fit, or no free disk; finished parts stay readable.
+        InputError: Input that does not fit, or no free disk; parts that were written stay readable.
         SweepInterrupted: Ctrl-C, after the finished questions and their summary were written.
     """
     arguments = options.arguments()
@@ -59,7 +59,7 @@ def run_sweep(
     check_disk(out, _bytes_needed(options, len(questions), lens.n_layers))
     manifest = make_manifest(arguments, argv, task, template, loaded, lens, len(questions))
     predictor = Predictor(options, task, template, loaded, lens)
-    recorder = _Recorder(Run(Path(out)), manifest, predictor)
+    recorder = _Recorder(Run(Path(out)), manifest, predictor, overwrite)
     progress = SweepProgress(len(questions))
     try:
         report(progress)
@@ -74,7 +74,7 @@ def run_sweep(
     except OSError as error:
         recorder.give_up()
         raise disk_error(out, error) from None
-    except InputError:
+    except Exception:
         recorder.close("failed")
         raise
     if not recorder.parts:
@@ -90,8 +90,9 @@ class _Recorder:
     before that leaves everything as it was.
     """
 
-    def __init__(self, run: Run, manifest: dict, predictor: Predictor):
+    def __init__(self, run: Run, manifest: dict, predictor: Predictor, overwrite: bool):
         self.run = run
+        self._overwrite = overwrite
         self.parts = 0
         self._manifest = manifest
         self._predictor = predictor
@@ -99,6 +100,7 @@ class _Recorder:
         self._rows: list[dict] = []
         self._asked = 0  # questions taken
         self._done = 0  # questions written
+        self._written = 0  # rows written
 
     def add(self, rows: list[dict]) -> None:
         """Take the rows of one more question."""
@@ -120,15 +122,21 @@ class _Recorder:
             self.close("failed")
 
     def _flush(self, status: str) -> None:
+        if self.parts and self.run.manifest["run_id"] != self._manifest["run_id"]:
+            self.parts, self._rows = 0, []
+            raise InputError(f"--out {self.run.path}: expected this sweep's own run, got another that replaced it")
         if self._rows:
             if self.parts == 0:
-                create_run(self.run, self._manifest)
-            self.run.write_part(self.parts, self._rows)
+                begin_run(self.run, self._manifest, self._rows, self._overwrite)
+            else:
+                self.run.write_part(self.parts, self._rows)
+            self._written += len(self._rows)
             self._rows, self.parts, self._done = [], self.parts + 1, self._asked
         if self.parts:
             self._manifest["status"], self._manifest["finished"] = status, now()
             self._manifest["seconds"] = round(time.monotonic() - self._started, 3)
-            counts = {"done": self._done, **self._predictor.counts, "left_out": self._predictor.left_out}
+            counts = {"done": self._done, "rows": self._written, "left_out": self._predictor.left_out}
+            self._manifest["counts"] |= self._predictor.counts
             self._manifest["counts"] |= counts
             self.run.write_manifest(self._manifest)
 

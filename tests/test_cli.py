@@ -63,6 +63,11 @@ def remove_a_layer(folder):
     (folder / "config.json").write_text(json.dumps(config | {"n_layer": 4}))
 
 
+def widen_the_vocabulary(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+
+
 def remove_the_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
@@ -73,6 +78,7 @@ def remove_the_tokenizer(folder):
         (break_config, "expected a causal LM with its tokenizer"),
         (break_weights, "expected a causal LM with its tokenizer"),
         (remove_a_layer, "expected weights for every part of GPT2LMHeadModel, got none that fit for 12, such as"),
+        (widen_the_vocabulary, "got none that fit for 1, such as transformer.wte.weight"),
         (remove_the_tokenizer, "expected a causal LM with its tokenizer"),
     ],
 )
@@ -107,10 +113,36 @@ def test_bad_input_is_one_line_and_exit_code_2(sweep, change, message, capsys, t
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_in_a_real_process(sweep):
-    done = run(*sweep, "--gold-positions", "nowhere")
+@pytest.mark.parametrize("change", [["--seed", "abc"], ["--target", "foo"], ["--nonsense"]])
+def test_bad_options_are_one_line_too(sweep, change, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*sweep, *change])
+    assert stop.value.code == 2
+    assert_one_line(capsys.readouterr().err, change[0])
+
+
+def test_names_are_shown_as_they_are(sweep, tmp_path, capsys):
+    """Brackets are markup to the terminal library and dollars are formulas to the figure's."""
+    folder = save_tiny_model(tmp_path / "m[b]$x_$")
+    sweep[sweep.index("--model") + 1] = str(folder)
+    assert main(sweep) == 0
+    assert capsys.readouterr().out.startswith("m[b]$x_$ on questions.jsonl: ")
+
+
+def test_unused_weights_are_said(sweep, tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    sweep[sweep.index("--model") + 1] = str(folder)
+    assert main(sweep) == 0
+    assert "Caution: 11 tensors of the checkpoint have no place in this model" in capsys.readouterr().out
+
+
+def test_bad_input_in_a_real_process(sweep, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as some continuous integrations do
+    done = run(*sweep, "--examples", "99")
     assert done.returncode == 2 and done.stdout == ""
-    assert_one_line(done.stderr, "--gold-positions: expected all, ends-middle or a list")
+    assert_one_line(done.stderr, "--examples: expected 1 to 6")
 
 
 def test_a_hub_name_without_network(sweep, capsys):
@@ -135,18 +167,42 @@ def test_show_of_something_else(tmp_path, capsys):
 def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
     assert main(sweep) == 0
     run = tmp_path / "run"
+    table = capsys.readouterr().out.split("\n\n" + str(run))[0]
     (run / "summary.csv").unlink()
-    capsys.readouterr()
+    (run / "trajectories.parquet").write_text("what show prints comes from the predictions")
     assert main(["show", str(run)]) == 0 and (run / "summary.csv").exists(), "what is missing is written again"
-    (run / "predictions" / "part-00000.parquet").write_bytes(b"PAR1")
-    (run / "summary.csv").unlink()
-    capsys.readouterr()
+    assert capsys.readouterr().out.strip() == table.strip()
+    part = run / "predictions" / "part-00000.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(b"PAR1")
     assert main(["show", str(run)]) == 2
     assert_one_line(capsys.readouterr().err, "part-00000.parquet: expected a whole Parquet file of a run")
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    part.unlink()
     assert main(["show", str(run)]) == 2
-    assert_one_line(capsys.readouterr().err, "expected schema version 1, got 99")
+    assert_one_line(capsys.readouterr().err, "expected 18 rows, got 0; parts are missing")
+    part.write_bytes(whole)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for change, message in (
+        ({"counts": []}, "expected the manifest of a run"),
+        ({"schema_version": 99}, "expected schema version 1, got 99"),
+    ):
+        (run / "manifest.json").write_text(json.dumps(manifest | change))
+        assert main(["show", str(run)]) == 2
+        assert_one_line(capsys.readouterr().err, message)
+
+
+def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypatch):
+    assert main(sweep) == 0
+    (tmp_path / "run" / "depth.png").unlink()
+
+    def read_only(path, write):
+        raise PermissionError(13, "Read-only file system")
+
+    monkeypatch.setattr("refinelens.results.write_whole", read_only)
+    monkeypatch.setattr("refinelens.report.write_whole", read_only)
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "run")]) == 0
+    assert "refinement by gold position" in capsys.readouterr().out
 
 
 def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tiny import save_tiny_model
+
 OP = """
 import resource, sys, torch, refinelens
 rows = int(sys.argv[1])
@@ -20,7 +22,9 @@ SWEEP = """
 import resource, sys, tracemalloc
 from refinelens import sweep
 sweep.QUESTIONS_PER_PART = int(sys.argv[4])
-options = sweep.SweepOptions(model=sys.argv[1], task=sys.argv[2], documents=(3,), device="cpu")
+options = sweep.SweepOptions(
+    model=sys.argv[1], task=sys.argv[2], documents=(3,), device="cpu", batch_size=sys.argv[5], gold_positions="all"
+)
 held = []
 def report(progress):
     if progress.done == 0:
@@ -52,7 +56,7 @@ def sweep_growth(tiny_model, question_file, folder, questions_per_part):
     for repeats in (8, 64):
         path = folder / f"{repeats}.jsonl"
         path.write_text("\n".join(lines * repeats))
-        peaks.append(kilobytes(SWEEP, tiny_model, path, folder / f"run{repeats}", questions_per_part))
+        peaks.append(kilobytes(SWEEP, tiny_model, path, folder / f"run{repeats}", questions_per_part, 1))
     return [large - small for small, large in zip(*peaks, strict=True)]
 
 
@@ -63,3 +67,12 @@ def test_sweep_does_not_grow_with_questions(tiny_model, question_file, tmp_path)
     _, leaking = sweep_growth(tiny_model, question_file, tmp_path / "leak", 10**9)
     assert resident < 25_000
     assert objects < 700 < leaking, f"objects grow by {objects} kB, and by {leaking} kB when rows are kept"
+
+
+def test_sweep_does_not_grow_with_layers_times_positions_times_vocabulary(question_file, tmp_path):
+    """All logits of a batch would be 60,000 ids x 4 bytes x (3 or 13 layers) x (1 or 3 contexts) x 3 tokens."""
+    peaks = []
+    for n_layer, contexts in ((2, 1), (12, 3)):
+        folder = save_tiny_model(tmp_path / f"model{n_layer}", vocab_size=60_000, n_layer=n_layer, n_embd=8)
+        peaks.append(kilobytes(SWEEP, folder, question_file, tmp_path / f"run{n_layer}", 8, contexts)[0])
+    assert 60_000 * 4 * (13 * 3 - 3 * 1) * 3 / 1024 > 25_000 > peaks[1] - peaks[0], f"{peaks} kB"

@@ -242,12 +242,81 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
         return write_table(table, where, **kwargs)
 
     monkeypatch.setattr(results.pq, "write_table", full)
-    with pytest.raises(InputError, match="no free disk left; what is finished stays readable"):
+    with pytest.raises(InputError, match="no free disk left; parts that were written stay readable"):
         run_sweep(options, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
     assert len({r["question_id"] for r in predictions(run)}) == 2
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkeypatch):
+    old = run_sweep(replace(options, examples=2), tmp_path / "run")
+    before = {path: path.read_bytes() for path in old.path.rglob("*.*")}
+
+    def full(table, where, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.pq, "write_table", full)
+    for out in (old.path, tmp_path / "new"):
+        with pytest.raises(InputError, match="no free disk left"):
+            run_sweep(options, out, overwrite=True)
+    assert {path: path.read_bytes() for path in old.path.rglob("*.*")} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
+    """The second to write its first part is refused; one that is overwritten meanwhile stops."""
+    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
+
+    def start_another(overwrite):
+        def report(progress):
+            if progress.done == 3:
+                run_sweep(replace(options, seed=7, examples=1), tmp_path / "run", overwrite)
+
+        return report
+
+    with pytest.raises(InputError, match=r"got a run \(running\) of other arguments"):
+        run_sweep(options, tmp_path / "run", report=start_another(overwrite=False))
+    with pytest.raises(InputError, match="expected this sweep's own run, got another that replaced it"):
+        run_sweep(options, tmp_path / "run", overwrite=True, report=start_another(overwrite=True))
+    run = open_run(tmp_path / "run")
+    assert run.manifest["arguments"]["seed"] == 7 and run.manifest["status"] == "finished"
+    assert {r["question_id"] for r in predictions(run)} == {
+        r["question_id"] for r in predictions(run_sweep(replace(options, seed=7, examples=1), tmp_path / "alone"))
+    }
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
+    from refinelens.predict import Predictor
+
+    statistics, sizes = Predictor._statistics, []
+
+    def small_machine(self, batch):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise error
+        return statistics(self, batch)
+
+    monkeypatch.setattr(Predictor, "_statistics", small_machine)
+    most = 1
+    run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run")
+    assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
+    most = 0
+    with pytest.raises(InputError, match="expected memory for one context of"):
+        run_sweep(options, tmp_path / "none")
+
+
+def test_any_other_fault_keeps_finished_questions(options, tmp_path):
+    def fault(progress):
+        if progress.done == 4:
+            raise RuntimeError("a fault in a driver")
+
+    with pytest.raises(RuntimeError, match="driver"):
+        run_sweep(options, tmp_path / "run", report=fault)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "failed" and len({r["question_id"] for r in predictions(run)}) == 4
 
 
 def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypatch):
@@ -291,7 +360,7 @@ def test_overwrite_replaces_a_run(options, tmp_path):
         ({"documents": (0,)}, "--documents: expected sizes of at least 1"),
         ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
         ({"seed": -1}, "--seed: expected 0 or more, got -1"),
-        ({"top": 0}, "--top: expected at least 1"),
+        ({"top": 0}, "--top: expected 1 to 2147483647, got 0"),
         ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
     ],
 )

@@ -45,11 +45,11 @@ def shake(model):
     return model
 
 
-def save_tiny_model(folder, n_positions=256):
-    """Save `tiny_gpt2` and its tokenizer to a folder."""
+def save_tiny_model(folder, vocab_size=None, **sizes):
+    """Save `tiny_gpt2` and its tokenizer to a folder; ids beyond the tokenizer's never occur."""
     tokenizer = word_tokenizer()
     tokenizer.save_pretrained(folder)
-    tiny_gpt2(len(tokenizer), n_positions).save_pretrained(folder)
+    tiny_gpt2(vocab_size or len(tokenizer), **sizes).save_pretrained(folder)
     return folder
 
 
