@@ -110,7 +110,9 @@ class _Recorder:
             self._flush("running")
 
     def close(self, status: str) -> None:
-        """Write what is left, the status and the summary."""
+        """Write what is left, the status and the summary; a failed run does not replace one that is there."""
+        if status == "failed" and not self.parts and self.run.path.exists():
+            self._rows = []
         self._flush(status)
         if self.parts:
             write_outputs(self.run)
@@ -136,8 +138,7 @@ class _Recorder:
             self._manifest["status"], self._manifest["finished"] = status, now()
             self._manifest["seconds"] = round(time.monotonic() - self._started, 3)
             counts = {"done": self._done, "rows": self._written, "left_out": self._predictor.left_out}
-            self._manifest["counts"] |= self._predictor.counts
-            self._manifest["counts"] |= counts
+            self._manifest["counts"] |= {**self._predictor.counts, **counts}
             self.run.write_manifest(self._manifest)
 
 

@@ -229,6 +229,11 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
         run_sweep(options, tmp_path / "run")
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 1
+    good = predictions(run_sweep(options, tmp_path / "good"))
+    calls.clear()
+    with pytest.raises(InputError, match="question 1"):
+        run_sweep(options, tmp_path / "good", overwrite=True)
+    assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
 
 
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
