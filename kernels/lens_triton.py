@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import LensConfig, choose_splits, chunk_blocks, is_aligned, pinned_config, processor_count
-from .lens_twin import LensOutput, settle_ties, soft_cap
+from .lens_common import LensOutput, lens_output
 from .norms import Norm
 from .norms_triton import normed_rows, padded_width
 from .running_sums import log2_logits, merge_splits, peak_of, rescale
@@ -206,11 +206,7 @@ def fused_lens_triton(
                 _launch_targets(x_hat, part_targets, part_z, options)
             merged = (best[rows], argmax[rows], rank[rows], logsumexp[rows], entropy[rows])
             _launch_lens(x_hat, part_targets, part_z, merged, options)
-    max_logit = soft_cap(best, softcap)
-    if targets is None:
-        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
-    target_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(target_z, softcap), rank)
-    return LensOutput(argmax, max_logit, logsumexp, entropy, target_logit, rank)
+    return lens_output(argmax, best, logsumexp, entropy, targets, target_z, rank, softcap)
 
 
 def _empty(like: Tensor, shape, dtype: torch.dtype) -> Tensor:

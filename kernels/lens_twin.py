@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from .lens_common import LensOutput, in_row_blocks, lens_output, linear_logits, soft_cap, target_z
 from .norms import Norm, apply_norm
 
 VOCAB_CHUNK = 2048
 ROW_CHUNK = 512
 LOWEST = -3e38  # finite stand-in for -inf: 0 * -inf would be NaN
-
-
-class LensOutput(NamedTuple):
-    """What every backend returns for ``R`` rows; the last two are None without targets.
-
-    Logits are ``softcap * tanh(z / softcap)`` (or ``z`` without softcap) of
-    ``z = logit_scale * (x_hat . w_v + bias_v)``. The cap is strictly increasing, so argmax and rank
-    are decided on ``z``, where fp32 does not saturate.
-    """
-
-    argmax: Tensor  # [R] int64, lowest id among equals
-    max_logit: Tensor  # [R] float
-    logsumexp: Tensor  # [R] float, nats
-    entropy: Tensor  # [R] float, nats
-    target_logit: Tensor | None  # [R] float
-    target_rank: Tensor | None  # [R] int64, number of tokens that beat the target
-
-
-def soft_cap(z: Tensor, softcap: float | None) -> Tensor:
-    """``softcap * tanh(z / softcap)``, or ``z`` unchanged (Gemma 2, arXiv 2408.00118, section 2)."""
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def linear_logits(x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
-    """``logit_scale * (x_hat @ unembedding.T + bias)`` in the dtype of ``x_hat``: ``[R, V]``."""
-    z = x_hat @ unembedding.to(x_hat.dtype).T
-    if bias is not None:
-        z += bias.to(x_hat.dtype)
-    return z * logit_scale if logit_scale != 1.0 else z
-
-
-def settle_ties(argmax: Tensor, max_logit: Tensor, targets: Tensor, logit: Tensor, rank: Tensor):
-    """Make rank 0 hold exactly when the argmax is the target.
-
-    A target's logit computed apart from the main product may differ from its own column there by
-    rounding; the main product, which decided the argmax, decides here too.
-    """
-    is_top = argmax == targets
-    rank = torch.where(is_top, 0, rank.clamp(min=1))
-    return torch.where(is_top, max_logit, logit), rank
 
 
 def fused_lens_twin(
@@ -79,13 +38,12 @@ def fused_lens_twin(
 
     Memory: ``ROW_CHUNK * VOCAB_CHUNK`` logits at a time, whatever ``R`` and ``V``.
     """
-    blocks = []
-    for start in range(0, max(hidden.shape[0], 1), ROW_CHUNK):
-        rows = slice(start, start + ROW_CHUNK)
-        x_hat = apply_norm(hidden[rows], norm, dtype)
-        block_targets = None if targets is None else targets[rows]
-        blocks.append(_reduce_block(x_hat, unembedding, block_targets, bias, softcap, logit_scale))
-    return LensOutput(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+    def reduce(rows: Tensor, row_targets: Tensor | None) -> LensOutput:
+        x_hat = apply_norm(rows, norm, dtype)
+        return _reduce_block(x_hat, unembedding, row_targets, bias, softcap, logit_scale)
+
+    return in_row_blocks(reduce, hidden, targets, ROW_CHUNK)
 
 
 def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> LensOutput:
@@ -95,11 +53,8 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
     peak = best.clone()  # largest capped logit so far
     total = torch.zeros_like(best)  # sum of exp(l - peak)
     weighted = torch.zeros_like(best)  # sum of (l - peak) exp(l - peak)
-    if targets is not None:
-        t_bias = None if bias is None else bias[targets].to(x_hat.dtype)
-        t_z = (x_hat * unembedding[targets].to(x_hat.dtype)).sum(-1)
-        t_z = (t_z if t_bias is None else t_z + t_bias) * logit_scale
-        rank = torch.zeros_like(argmax)
+    t_z = None if targets is None else target_z(x_hat, unembedding, targets, bias, logit_scale)
+    rank = torch.zeros_like(argmax)
     for first in range(0, n_vocab, VOCAB_CHUNK):
         columns = slice(first, min(first + VOCAB_CHUNK, n_vocab))
         z = linear_logits(x_hat, unembedding[columns], None if bias is None else bias[columns], logit_scale)
@@ -121,11 +76,7 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
         peak = new_peak
     logsumexp = peak + total.log()
     entropy = total.log() - weighted / total
-    max_logit = soft_cap(best, softcap)
-    if targets is None:
-        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
-    t_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(t_z, softcap), rank)
-    return LensOutput(argmax, max_logit, logsumexp, entropy, t_logit, rank)
+    return lens_output(argmax, best, logsumexp, entropy, targets, t_z, rank, softcap)
 
 
 def _lowest_argmax(z: Tensor) -> tuple[Tensor, Tensor]:

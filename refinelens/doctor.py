@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 
 from . import __version__
-from .lens import choose_backend
+from .backends import choose_backend
 from .models import find_smollm2, resolve_device
 
 

@@ -1,22 +1,20 @@
-"""`fused_lens`: the public op. Checks, choice of backend, registration as a torch operator."""
+"""`fused_lens`: the public op. Checks, dispatch, registration as a torch operator."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from .backends import backend_function, choose_backend
 from .errors import InputError
-from .kernels.lens_twin import LensOutput, fused_lens_twin
+from .kernels.lens_common import LensOutput
+from .kernels.lens_twin import fused_lens_twin
 from .kernels.norms import LayerNorm, Norm, RMSNorm
 
-BACKENDS = ("auto", "triton", "cpp", "twin")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -115,39 +113,6 @@ def fused_lens(
     return LensStats(*stats, target_logprob=stats[4] - stats[2])
 
 
-@cache
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
-    """The backend for a device, and the reason in words.
-
-    Raises:
-        InputError: An unknown backend, or one that cannot run on this device.
-    """
-    if backend not in BACKENDS:
-        raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    has_cpp, has_triton = _is_installed("refinelens._C"), _is_installed("triton")
-    if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
-        if not has_triton:
-            raise InputError("backend: expected Triton to be installed for 'triton', got none; pip install triton")
-        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise InputError(f"backend: expected CUDA tensors for 'triton', got device {device_type!r}; use auto")
-        return "triton", "asked for" if backend == "triton" else "CUDA device and Triton are present"
-    if backend == "cpp" and (device_type != "cpu" or not has_cpp):
-        raise InputError(
-            f"backend: expected CPU tensors and the C++ extension for 'cpp', got device {device_type!r} and "
-            f"{'an' if has_cpp else 'no'} extension"
-        )
-    if backend == "cpp" or (backend == "auto" and device_type == "cpu" and has_cpp):
-        return "cpp", "asked for" if backend == "cpp" else "CPU device and the C++ extension are present"
-    if backend == "twin":
-        return "twin", "asked for"
-    missing = {"cuda": "Triton is not installed", "cpu": "the C++ extension was not built"}
-    return "twin", missing.get(device_type, f"no kernel for device {device_type!r}") + ": plain torch"
-
-
 def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None:
     for name, value in (("hidden", hidden), ("unembedding", unembedding)):
         if not isinstance(value, Tensor):
@@ -224,7 +189,7 @@ def _fused_lens_op(
     }
     _check_targets(targets, unembedding.shape[0])
     chosen = choose_backend(hidden.device.type, backend)[0]
-    run = _backend(chosen) if hidden.shape[0] else fused_lens_twin
+    run = backend_function(chosen) if hidden.shape[0] else fused_lens_twin
     with torch.no_grad():
         out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
     _check_finite(out, hidden, saturates=norm == "none" and softcap is not None)
@@ -240,18 +205,6 @@ def _(hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, 
     n_targets = 0 if targets is None else hidden.shape[0]
     values = [stat(torch.float32) for _ in range(3)]
     return stat(torch.int64), *values, stat(torch.float32, n_targets), stat(torch.int64, n_targets)
-
-
-def _backend(name: str):
-    if name == "triton":
-        from .kernels.lens_triton import fused_lens_triton
-
-        return fused_lens_triton
-    if name == "cpp":
-        from .lens_cpu import fused_lens_cpu
-
-        return fused_lens_cpu
-    return fused_lens_twin
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .kernels.lens_twin import LensOutput, settle_ties, soft_cap
+from .kernels.lens_common import LensOutput, in_row_blocks, lens_output, target_z
 from .kernels.norms import Norm, apply_norm
 
 # A tile is read back by the reduction while it is still in cache; below 512 columns the matrix product
@@ -30,13 +30,11 @@ def fused_lens_cpu(
     fp16 and bf16 unembeddings are widened one tile at a time. Extra memory: the normed rows and one tile
     of logits of at most ``ROW_BLOCK`` rows (8 MiB plus ``ROW_BLOCK * d_model * 4`` bytes).
     """
-    blocks = []
-    for start in range(0, max(hidden.shape[0], 1), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        x_hat = apply_norm(hidden[rows], norm)
-        block_targets = None if targets is None else targets[rows].contiguous()
-        blocks.append(_reduce_block(x_hat, unembedding, block_targets, bias, softcap, logit_scale))
-    return LensOutput(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+    def reduce(rows: Tensor, row_targets: Tensor | None) -> LensOutput:
+        return _reduce_block(apply_norm(rows, norm), unembedding, row_targets, bias, softcap, logit_scale)
+
+    return in_row_blocks(reduce, hidden, None if targets is None else targets.contiguous(), ROW_BLOCK)
 
 
 def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> LensOutput:
@@ -49,8 +47,7 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
     bias = None if bias is None else bias.float().contiguous()
     t_z = rank = None
     if targets is not None:
-        t_z = (x_hat * unembedding[targets].float()).sum(-1)
-        t_z = (t_z if bias is None else t_z + bias[targets]) * logit_scale
+        t_z = target_z(x_hat, unembedding, targets, bias, logit_scale)
         rank = torch.zeros_like(argmax)
     state = [None if a is None else a.numpy() for a in (best, argmax, peak, total, weighted, t_z, targets, rank)]
     for columns, dots in _tiles(x_hat, unembedding):
@@ -61,11 +58,7 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
         )
     logsumexp = (peak + total.log()).float()
     entropy = (total.log() - weighted / total).float()
-    max_logit = soft_cap(best, softcap)
-    if targets is None:
-        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
-    t_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(t_z, softcap), rank)
-    return LensOutput(argmax, max_logit, logsumexp, entropy, t_logit, rank)
+    return lens_output(argmax, best, logsumexp, entropy, targets, t_z, rank, softcap)
 
 
 def _tiles(x_hat: Tensor, unembedding: Tensor):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .capture import LensParts, find_parts, keep_positions, probe_ids, run_base
 from .errors import InputError, UnsupportedModelError
-from .kernels.lens_twin import linear_logits, soft_cap
+from .kernels.lens_common import linear_logits, soft_cap
 from .kernels.norms import apply_norm
 from .lens import LensStats, fused_lens
 
@@ -92,7 +92,9 @@ class LogitLens:
         """
         positions = self._check_inputs(input_ids, positions)
         with keep_positions(self.parts.blocks, positions) as kept:
-            run_base(self.model, input_ids.to(self.model.device), attention_mask)
+            device = self.model.device
+            mask = None if attention_mask is None else attention_mask.to(device)
+            run_base(self.model, input_ids.to(device), mask)
         return torch.stack(kept)
 
     def trajectory(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .lens import choose_backend
+from .backends import choose_backend
 from .logit_lens import LogitLens
 from .models import LoadedModel
 from .results import SCHEMA_VERSION

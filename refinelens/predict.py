@@ -77,20 +77,12 @@ class Predictor:
     def _run(self, batch: list[Context]) -> list[dict]:
         try:
             stats, targets = self._statistics(batch)
-        except InputError as error:
-            first = batch[0]
-            raise InputError(
-                f"question {first.question.id}, {first.n_documents} documents, gold position {first.gold_position}: "
-                f"{error}"
-            ) from None
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not _is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise InputError(
-                    f"--device: expected memory for one context of {len(batch[0].input_ids)} tokens, got out of "
-                    "memory; use fewer documents, a smaller model or --dtype bfloat16"
-                ) from None
+                raise _name_context(batch[0], error) from None
+            # Half of the batch may fit; and of several contexts the one at fault is found and named.
             torch.cuda.empty_cache()
             half = len(batch) // 2
             return self._run(batch[:half]) + self._run(batch[half:])
@@ -105,8 +97,8 @@ class Predictor:
         device = self._loaded.model.device
         n_tokens = max(len(c.input_ids) for c in batch)
         n_answers = max(len(c.answer_ids) for c in batch)
-        ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch], device=device)
-        mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch], device=device)
+        ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch])
+        mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
         positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
         answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
         hidden = self._lens.hidden(ids, positions, mask)
@@ -136,6 +128,17 @@ class Predictor:
                 "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
                 **layers,
             }
+
+
+def _name_context(context: Context, error: Exception) -> InputError:
+    what = str(error)
+    if not isinstance(error, InputError):
+        what = (
+            f"--device: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
+            "fewer documents, a smaller model or --dtype bfloat16"
+        )
+    where = f"question {context.question.id}, {context.n_documents} documents, gold position {context.gold_position}"
+    return InputError(f"{where}: {what}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

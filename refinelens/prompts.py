@@ -11,7 +11,7 @@ from .errors import InputError
 from .task import Document, Question
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 # Lost in the Middle (Liu et al. 2023, arXiv 2307.03172), prompt for multi-document question answering.
 DEFAULT_TEMPLATE = (
@@ -107,7 +107,8 @@ def build_context(
     before, after = (part.replace("{question}", question.question) for part in (before, after))
     prompt = before + "\n".join(lines) + after + question.answer_prefix
     gold_start = len(before) + sum(len(line) + 1 for line in lines[:gold_position])
-    prompt_ids, answer_ids = _tokenise(tokenizer, prompt, question.answers[0])
+    encoded = tokenizer(prompt)
+    prompt_ids, answer_ids = _tokenise(tokenizer, prompt, encoded["input_ids"], question.answers[0])
     return Context(
         question=question,
         n_documents=len(documents),
@@ -115,19 +116,21 @@ def build_context(
         input_ids=(*prompt_ids, *answer_ids[:-1]),
         prompt_length=len(prompt_ids),
         answer_ids=tuple(answer_ids),
-        gold_span=_token_span(tokenizer, prompt, gold_start, gold_start + len(lines[gold_position])),
+        gold_span=_token_span(encoded, gold_start, gold_start + len(lines[gold_position])),
     )
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, encoded: list[int], answer: str
+) -> tuple[list[int], list[int]]:
     """Ids of the prompt and of the answer that continues it, its first token carrying the space.
 
     Where a tokenizer makes the space a token of its own (SmolLM2 before digits), that token belongs to the
     prompt: predicting a space is not predicting the answer.
     """
     space = "" if prompt[-1:].isspace() else " "
-    prompt_ids = _ids(tokenizer, prompt)
-    whole = _ids(tokenizer, f"{prompt}{space}{answer}")
+    prompt_ids = _without_end(tokenizer, encoded)
+    whole = _without_end(tokenizer, tokenizer(f"{prompt}{space}{answer}")["input_ids"])
     answer_ids = whole[len(prompt_ids) :]
     if whole[: len(prompt_ids)] != prompt_ids:  # merged across the boundary: tokenise the answer by itself
         answer_ids = tokenizer(f"{space}{answer}", add_special_tokens=False)["input_ids"]
@@ -138,9 +141,8 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> t
     return prompt_ids, answer_ids
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Ids with the special tokens a tokenizer puts before a text, without those it puts after it."""
-    ids = tokenizer(text)["input_ids"]
     return ids[: len(ids) - _special_tokens_after(tokenizer)]
 
 
@@ -152,9 +154,9 @@ def _special_tokens_after(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(full) - len(bare) - start
 
 
-def _token_span(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[int, int] | None:
-    if not tokenizer.is_fast:
+def _token_span(encoded: BatchEncoding, start: int, end: int) -> tuple[int, int] | None:
+    if not encoded.is_fast:
         return None
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    offsets = encoded.encodings[0].offsets
     inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
     return (inside[0], inside[-1] + 1) if inside else None

@@ -6,6 +6,7 @@ import csv
 import math
 import textwrap
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,35 +19,45 @@ from .results import OUTPUTS, Run, write_whole
 from .summary import ESTIMATES, Estimate, SummaryRow, choose_tokens, summarise, trajectory_table
 
 
-def write_outputs(run: Run) -> None:
-    """Write trajectories, summary and figures of the predictions that a run has."""
-    manifest, table = run.manifest, _trajectories(run)
-    run.write_trajectories(table)
-    table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
-    rows = summarise(table, manifest["seed"])
-    write_csv(run, rows)
-    draw_figures(run, manifest, rows, caution(manifest, table))
+@dataclass(frozen=True)
+class Report:
+    """What a run says: read and summarised once, then written, drawn or printed."""
+
+    manifest: dict
+    trajectories: pa.Table  # of all answer tokens
+    rows: list[SummaryRow]  # of the answer tokens that the run's tables are about
+    cautions: list[str]
 
 
-def show_run(run: Run, console: Console) -> None:
-    """Print the table of a run from its predictions; files that are missing are written if they can be."""
-    manifest, table = run.manifest, _trajectories(run)
-    if not all((run.path / name).exists() for name in OUTPUTS):
-        with suppress(OSError):
-            write_outputs(run)
-    table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
-    rows = summarise(table, manifest["seed"])
-    print_table(console, manifest, rows, [*notes(manifest), *caution(manifest, table)])
+def read_report(run: Run) -> Report:
+    """Summarise the predictions that a run has.
 
-
-def _trajectories(run: Run) -> pa.Table:
-    """Of a run all of whose rows are there; more than the manifest knows is one that was killed."""
+    Raises:
+        InputError: The parts hold fewer rows than the manifest says (a run that was killed may hold more).
+    """
     manifest = run.manifest
     table = trajectory_table(run, manifest["arguments"]["top"])
     expected = manifest["counts"].get("rows", 0)
     if len(table) < expected:
         raise InputError(f"{run.parts_path}: expected {expected} rows, got {len(table)}; parts are missing")
-    return table
+    chosen = choose_tokens(table, manifest["arguments"]["answer_tokens"])
+    return Report(manifest, table, summarise(chosen, manifest["seed"]), caution(manifest, chosen))
+
+
+def write_outputs(run: Run, report: Report) -> None:
+    """Write trajectories, summary and figures."""
+    run.write_trajectories(report.trajectories)
+    write_csv(run, report.rows)
+    draw_figures(run, report)
+
+
+def show_run(run: Run, console: Console) -> None:
+    """Print the table of a run from its predictions; files that are missing are written if they can be."""
+    report = read_report(run)
+    if not all((run.path / name).exists() for name in OUTPUTS):
+        with suppress(OSError):
+            write_outputs(run, report)
+    print_table(console, report)
 
 
 def caution(manifest: dict, table: pa.Table) -> list[str]:
@@ -78,8 +89,9 @@ def write_csv(run: Run, rows: list[SummaryRow]) -> None:
     write_whole(run.path / "summary.csv", write)
 
 
-def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines: list[str]) -> None:
+def print_table(console: Console, report: Report) -> None:
     """Print the summary and, under it, what a reader needs to trust it."""
+    manifest, rows = report.manifest, report.rows
     console.print(f"{title(manifest)}: refinement by gold position\n", highlight=False, markup=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("docs", "gold", "n", "accuracy", "cens.", "depth", "median", "first", "settle"):
@@ -98,7 +110,7 @@ def print_table(console: Console, manifest: dict, rows: list[SummaryRow], lines:
             end_section=row.gold_position == max(r.gold_position for r in rows if r.documents == row.documents),
         )
     console.print(table)
-    for line in lines:
+    for line in [*notes(manifest), *report.cautions]:
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -145,21 +157,20 @@ def notes(manifest: dict) -> list[str]:
     return lines
 
 
-def draw_figures(run: Run, manifest: dict, rows: list[SummaryRow], cautions: list[str]) -> None:
+def draw_figures(run: Run, report: Report) -> None:
     """Write ``depth.png`` and ``accuracy.png``: by gold position, one line per context size."""
     import matplotlib
 
     matplotlib.use("agg")
-    _draw(run, manifest, rows, "mean_depth", "depth.png", "mean refinement depth (layers)", cautions)
-    _draw(run, manifest, rows, "accuracy", "accuracy.png", "accuracy of the next token", [])
+    _draw(run, report, "mean_depth", "depth.png", "mean refinement depth (layers)", report.cautions)
+    _draw(run, report, "accuracy", "accuracy.png", "accuracy of the next token", [])
 
 
-def _draw(
-    run: Run, manifest: dict, rows: list[SummaryRow], name: str, file: str, label: str, cautions: list[str]
-) -> None:
+def _draw(run: Run, report: Report, name: str, file: str, label: str, cautions: list[str]) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
+    manifest, rows = report.manifest, report.rows
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     sizes = sorted({row.documents for row in rows})
     for index, size in enumerate(sizes):

@@ -18,7 +18,6 @@ from .errors import InputError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 OUTPUTS = (MANIFEST, "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png")
-
 TEMPORARY = [f".{name}.tmp" for name in OUTPUTS]
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 

@@ -15,7 +15,7 @@ from .options import SweepOptions
 from .predict import Predictor
 from .progress import SweepProgress
 from .prompts import gold_positions, load_template
-from .report import write_outputs
+from .report import read_report, write_outputs
 from .results import Run, begin_run, check_disk, check_output, disk_error
 from .task import choose_questions, load_task
 
@@ -115,7 +115,7 @@ class _Recorder:
             self._rows = []
         self._flush(status)
         if self.parts:
-            write_outputs(self.run)
+            write_outputs(self.run, read_report(self.run))
 
     def give_up(self) -> None:
         """After a failed write: let go of what was not written and, if there is room, close the rest."""

@@ -5,9 +5,9 @@ import torch
 
 import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
+from refinelens.backends import choose_backend
 from refinelens.errors import InputError
 from refinelens.kernels.lens_twin import fused_lens_twin
-from refinelens.lens import choose_backend
 from tiny import assert_matches_truth, truth
 
 BACKENDS = ("cpp", "twin")
@@ -264,8 +264,8 @@ def test_triton_through_the_public_op(monkeypatch):
 
 
 def test_without_extension_the_twin_runs(monkeypatch):
-    from refinelens import lens
+    from refinelens import backends
 
-    monkeypatch.setattr(lens, "_is_installed", lambda module: False)
+    monkeypatch.setattr(backends, "_is_installed", lambda module: False)
     assert choose_backend("cpu") == ("twin", "the C++ extension was not built: plain torch")
     assert choose_backend("cuda") == ("twin", "Triton is not installed: plain torch")

@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from refinelens.kernels import configs, lens_triton
+from refinelens.kernels import configs, lens_common, lens_triton
 from refinelens.kernels.configs import LensConfig
+from refinelens.kernels.lens_common import linear_logits
 from refinelens.kernels.lens_triton import fused_lens_triton
-from refinelens.kernels.lens_twin import fused_lens_twin, linear_logits
+from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import LayerNorm, RMSNorm, apply_norm
 from refinelens.kernels.norms_triton import normed_rows
 
@@ -360,7 +361,7 @@ def test_target_logit_is_that_of_the_main_product(d_model, dtype, monkeypatch):
     hidden, unembedding, _ = operands(1024 + 3, d_model, 50257, dtype)
     top = fused_lens_triton(hidden, unembedding).argmax
     # Without settling ties the target's own product stays visible beside the largest logit.
-    monkeypatch.setattr(lens_triton, "settle_ties", lambda argmax, best, targets, logit, rank: (logit, rank))
+    monkeypatch.setattr(lens_common, "settle_ties", lambda argmax, best, targets, logit, rank: (logit, rank))
     out = fused_lens_triton(hidden, unembedding, targets=top)
     mismatches = int((out.target_logit != out.max_logit).sum())
     print(f"{dtype} d_model {d_model}: {mismatches} of 1027 target logits differ from the main product")

@@ -236,6 +236,21 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
     assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
 
 
+def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch):
+    from refinelens.predict import Predictor
+
+    statistics = Predictor._statistics
+
+    def broken(self, batch):
+        if any((c.question.id, c.n_documents, c.gold_position) == (0, 4, 2) for c in batch):
+            raise InputError("hidden: NaN")
+        return statistics(self, batch)
+
+    monkeypatch.setattr(Predictor, "_statistics", broken)
+    with pytest.raises(InputError, match="^question 0, 4 documents, gold position 2: hidden: NaN$"):
+        run_sweep(replace(options, batch_size="6"), tmp_path / "run")
+
+
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
     write_table, calls = pq.write_table, []

@@ -1,0 +1,89 @@
+"""What every backend of the fused lens shares: its result, the logits' definition, rows taken in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LensOutput(NamedTuple):
+    """What every backend returns for ``R`` rows; the last two are None without targets.
+
+    Logits are ``softcap * tanh(z / softcap)`` (or ``z`` without softcap) of
+    ``z = logit_scale * (x_hat . w_v + bias_v)``. The cap is strictly increasing, so argmax and rank
+    are decided on ``z``, where fp32 does not saturate.
+    """
+
+    argmax: Tensor  # [R] int64, lowest id among equals
+    max_logit: Tensor  # [R] float
+    logsumexp: Tensor  # [R] float, nats
+    entropy: Tensor  # [R] float, nats
+    target_logit: Tensor | None  # [R] float
+    target_rank: Tensor | None  # [R] int64, number of tokens that beat the target
+
+
+def soft_cap(z: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(z / softcap)``, or ``z`` unchanged (Gemma 2, arXiv 2408.00118, section 2)."""
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_logits(x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
+    """``logit_scale * (x_hat @ unembedding.T + bias)`` in the dtype of ``x_hat``: ``[R, V]``."""
+    z = x_hat @ unembedding.to(x_hat.dtype).T
+    if bias is not None:
+        z += bias.to(x_hat.dtype)
+    return z * logit_scale if logit_scale != 1.0 else z
+
+
+def target_z(
+    x_hat: Tensor, unembedding: Tensor, targets: Tensor, bias: Tensor | None, logit_scale: float
+) -> Tensor:
+    """The targets' own ``z``, ``[R]``, by one dot product a row in the dtype of ``x_hat``."""
+    z = (x_hat * unembedding[targets].to(x_hat.dtype)).sum(-1)
+    if bias is not None:
+        z = z + bias[targets].to(x_hat.dtype)
+    return z * logit_scale
+
+
+def settle_ties(argmax: Tensor, max_logit: Tensor, targets: Tensor, logit: Tensor, rank: Tensor):
+    """Make rank 0 hold exactly when the argmax is the target.
+
+    A target's logit computed apart from the main product may differ from its own column there by
+    rounding; the main product, which decided the argmax, decides here too.
+    """
+    is_top = argmax == targets
+    rank = torch.where(is_top, 0, rank.clamp(min=1))
+    return torch.where(is_top, max_logit, logit), rank
+
+
+def lens_output(
+    argmax: Tensor,
+    best: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    targets: Tensor | None,
+    t_z: Tensor | None,
+    rank: Tensor | None,
+    softcap: float | None,
+) -> LensOutput:
+    """The result from uncapped maxima and target logits; ``t_z`` and ``rank`` are not read without targets."""
+    max_logit = soft_cap(best, softcap)
+    if targets is None:
+        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
+    t_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(t_z, softcap), rank)
+    return LensOutput(argmax, max_logit, logsumexp, entropy, t_logit, rank)
+
+
+def in_row_blocks(
+    reduce: Callable[[Tensor, Tensor | None], LensOutput], hidden: Tensor, targets: Tensor | None, size: int
+) -> LensOutput:
+    """``reduce(hidden, targets)`` on at most ``size`` rows at a time, put together again."""
+    starts = range(0, max(len(hidden), 1), size)
+    blocks = [
+        reduce(hidden[start : start + size], None if targets is None else targets[start : start + size])
+        for start in starts
+    ]
+    return LensOutput(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
