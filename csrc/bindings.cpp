@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "bind_screen.hpp"
 #include "dispatch.hpp"
 #include "tile_stats.hpp"
 #include "trajectory.hpp"
@@ -77,6 +78,7 @@ py::tuple summarise_trajectories(Array<int64_t> ranks, int64_t k) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  refinelens::bind_screen(m);
   m.doc() = "C++ half of refinelens: the reduction of tiles of logits, and rank trajectories.";
   m.def("instruction_set", [] { return refinelens::isa_description(refinelens::picked_isa()); },
         "The instruction set picked at run time; REFINELENS_ISA (baseline, v3, v4) lowers it.");
