@@ -86,4 +86,5 @@ def in_row_blocks(
         reduce(hidden[start : start + size], None if targets is None else targets[start : start + size])
         for start in starts
     ]
-    return LensOutput(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    fields = (None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return type(blocks[0])(*fields)
