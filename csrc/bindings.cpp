@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "dispatch.hpp"
 #include "tile_stats.hpp"
 #include "trajectory.hpp"
 
@@ -77,7 +78,8 @@ py::tuple summarise_trajectories(Array<int64_t> ranks, int64_t k) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ half of refinelens: the reduction of tiles of logits, and rank trajectories.";
-  m.def("instruction_set", &refinelens::instruction_set, "Name of the instruction set picked at run time.");
+  m.def("instruction_set", [] { return refinelens::isa_description(refinelens::picked_isa()); },
+        "The instruction set picked at run time; REFINELENS_ISA (baseline, v3, v4) lowers it.");
   m.def("reduce_tile", &reduce_tile, py::arg("dots").noconvert(), py::arg("columns"), py::arg("first_id"),
         py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("softcap"), py::arg("best").noconvert(),
         py::arg("argmax").noconvert(), py::arg("peak").noconvert(), py::arg("total").noconvert(),

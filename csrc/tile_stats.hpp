@@ -23,21 +23,6 @@
 
 namespace refinelens {
 
-inline const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return "x86-64-v3 (AVX2)";
-  return "x86-64 baseline (SSE2)";
-#else
-  return "compiler default";
-#endif
-}
-
 // Running statistics of a block of rows; every array has one entry per row.
 // z = logit_scale * (dot + bias) decides argmax and rank; l = softcap * tanh(z / softcap) enters the sums.
 struct RowState {
