@@ -13,7 +13,7 @@ extension = Pybind11Extension(
     include_dirs=["csrc"],
     depends=sorted(glob("csrc/*.hpp") + glob("csrc/*.inl")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],
+    extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra"],
     optional=True,
 )
 

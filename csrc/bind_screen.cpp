@@ -1,56 +1,44 @@
 // Python bindings of the certified lens: shapes and dtypes are checked here.
-#include "bind_screen.hpp"
-
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 
+#include "bindings.hpp"
 #include "screen.hpp"
 
 namespace py = pybind11;
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
 
 namespace refinelens {
 
 namespace {
 
-void check_shape(const py::array& a, const char* name, std::vector<py::ssize_t> expected) {
-  const std::vector<py::ssize_t> got(a.shape(), a.shape() + a.ndim());
-  if (got != expected)
-    throw py::value_error(std::string(name) + ": expected shape " + py::repr(py::cast(expected)).cast<std::string>() +
-                          ", got " + py::repr(py::cast(got)).cast<std::string>());
+Matrix as_weights(const py::array& unembedding) {
+  const Matrix weights = as_matrix(unembedding, "unembedding");
+  if (weights.rows == 0 || weights.columns == 0 || weights.column_stride != 1)
+    throw py::value_error("unembedding: expected at least one token and one dimension, and rows without gaps, got " +
+                          shape_text(unembedding));
+  return weights;
 }
 
-Weights as_weights(const py::array& unembedding, bool bf16) {
-  if (unembedding.ndim() != 2 || !(unembedding.flags() & py::array::c_style))
-    throw py::value_error("unembedding: expected a contiguous array of shape (vocab_size, d_model)");
-  const bool wide = py::isinstance<py::array_t<float>>(unembedding);
-  if (!wide && !py::isinstance<py::array_t<uint16_t>>(unembedding))
-    throw py::value_error("unembedding: expected float32, or uint16 with the bits of float16 or bfloat16");
-  return {unembedding.data(), wide ? Element::fp32 : bf16 ? Element::bf16 : Element::fp16, unembedding.shape(0),
-          unembedding.shape(1)};
-}
-
-std::unique_ptr<ScreenIndex> make_index(const py::array& unembedding, bool bf16, int n_threads) {
-  const Weights weights = as_weights(unembedding, bf16);
-  const ScreenKernels& kernels = screen_kernels(weights.depth);
+std::unique_ptr<ScreenIndex> make_index(const py::array& unembedding, int n_threads) {
+  const Matrix weights = as_weights(unembedding);
+  const ScreenKernels& kernels = screen_kernels(weights.columns);
   py::gil_scoped_release release;
   return std::make_unique<ScreenIndex>(weights, kernels, n_threads);
 }
 
-py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array& unembedding, bool bf16,
+py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array& unembedding,
                std::optional<Array<int64_t>> targets, std::optional<Array<double>> bias, double scale, double softcap,
                int n_threads) {
-  const Weights weights = as_weights(unembedding, bf16);
-  const py::ssize_t rows = x.ndim() ? x.shape(0) : 0;
-  check_shape(unembedding, "unembedding", {index.tokens(), index.depth()});
-  check_shape(x, "x", {rows, index.depth()});
-  if (targets) check_shape(*targets, "targets", {rows});
-  if (bias) check_shape(*bias, "bias", {index.tokens()});
+  const Matrix weights = as_weights(unembedding);
+  if (weights.rows != index.tokens() || weights.columns != index.depth() || x.ndim() != 2 ||
+      x.shape(1) != index.depth())
+    throw py::value_error("x and unembedding: expected the d_model and the unembedding of the index, got " +
+                          shape_text(x) + " and " + shape_text(unembedding));
+  const py::ssize_t rows = x.shape(0);
+  if (targets) check_targets(*targets, rows, index.tokens());
+  if (bias) check_length(*bias, "bias", index.tokens());
   Array<int64_t> argmax(rows), rank(targets ? rows : 0);
   Array<double> best(rows), logsumexp(rows), entropy(rows), target_z(targets ? rows : 0);
   Array<float> bound(rows);
@@ -76,11 +64,11 @@ py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array
 
 void bind_screen(py::module_& m) {
   py::class_<ScreenIndex>(m, "ScreenIndex", "An unembedding quantised for the screen of the certified lens.")
-      .def(py::init(&make_index), py::arg("unembedding").noconvert(), py::arg("bf16"), py::arg("n_threads"))
+      .def(py::init(&make_index), py::arg("unembedding"), py::arg("n_threads"))
       .def_property_readonly("finite", &ScreenIndex::finite, "Whether all weights are; if not, it cannot be used.")
       .def_property_readonly("nbytes", &ScreenIndex::bytes, "Memory it holds.")
       .def_property_readonly("kernels", [](const ScreenIndex& index) { return index.kernels().name; })
-      .def("lens", &lens, py::arg("x").noconvert(), py::arg("unembedding").noconvert(), py::arg("bf16"),
+      .def("lens", &lens, py::arg("x").noconvert(), py::arg("unembedding"),
            py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),
            py::arg("softcap"), py::arg("n_threads"),
            "argmax, z of argmax, logsumexp, entropy, target z, rank, logsumexp bound, fell back; [rows] each.");

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "dispatch.hpp"
-#include "fork_join.hpp"
+#include "parallel.hpp"
 #include "screen_exact.hpp"
 #include "screen_finish.hpp"
 
@@ -35,7 +35,7 @@ class HiddenRows {
     double largest_bias = 0.0;
     for (int64_t v = 0; problem.bias && v < index.tokens(); ++v)
       if (problem.bias[v] != -INFINITY) largest_bias = std::max(largest_bias, std::fabs(problem.bias[v]));
-    for_each_piece(panels_, n_threads, [&](int64_t panel) {
+    parallel_for(panels_, n_threads, [&](int64_t panel, int) {
       std::vector<int32_t> q(index.depth());
       for (int i = 0; i < format_.row_panel; ++i) fill(index, largest_bias, panel, i, q.data());
     });
@@ -48,7 +48,7 @@ class HiddenRows {
 
   ScreenRows panel(int64_t i) const {
     const int64_t first = i * format_.row_panel;
-    return {digits_.get() + first * format_.bytes_per_vector(problem_.weights.depth),
+    return {digits_.get() + first * format_.bytes_per_vector(problem_.weights.columns),
             scale_.get() + first,
             bound_.get() + first * kTerms,
             slack_.get() + first,
@@ -150,39 +150,30 @@ struct Screen {
   int64_t ranges() const { return (index.tiles() + kRangeTiles - 1) / kRangeTiles; }
 
   // The tokens of a block stay in cache while all rows pass.
-  void scan(int64_t range, RangeResult& result, float* products, Candidate* found) const {
+  void scan(int64_t range, RangeResult& result) const {
     const ScreenKernels& kernels = index.kernels();
+    const auto products = aligned_zeros<float>(kTileTokens * kernels.format.row_panel);
+    std::vector<Candidate> found(kTileTokens * kernels.format.row_panel);
     const int64_t steps = kernels.format.steps(index.depth());
     const int64_t tile_bytes = kTileTokens * kernels.format.bytes_per_vector(index.depth());
     const int64_t block = std::max<int64_t>(1, kBlockBytes / tile_bytes);
     const int64_t last = std::min(index.tiles(), (range + 1) * kRangeTiles);
     result.allocate(rows);
+    kernels.enter();
     for (int64_t first = range * kRangeTiles; first < last; first += block)
       for (int64_t panel = 0; panel < rows.panels(); ++panel) {
         const ScreenRows hidden = rows.panel(panel);
         const ScreenState state = result.state(hidden.first_row);
         for (int64_t i = first; i < std::min(last, first + block); ++i) {
           const ScreenTile tile = index.tile(i, offsets.data(), bounds.data());
-          kernels.multiply(tile, hidden, steps, products);
-          const int64_t count = kernels.fold(tile, hidden, map, products, state, found);
-          result.candidates.insert(result.candidates.end(), found, found + count);
+          kernels.multiply(tile, hidden, steps, products.get());
+          const int64_t count = kernels.fold(tile, hidden, map, products.get(), state, found.data());
+          result.candidates.insert(result.candidates.end(), found.begin(), found.begin() + count);
         }
       }
+    kernels.leave();
   }
 };
-
-void scan_all(const Screen& screen, std::vector<RangeResult>& results, int n_threads) {
-  const ScreenKernels& kernels = screen.index.kernels();
-  const int64_t ranges = static_cast<int64_t>(results.size());
-  fork_join(ranges, n_threads, [&](const auto& next) {
-    const auto products = aligned_zeros<float>(kTileTokens * kMaxPanel);
-    std::vector<Candidate> found(kTileTokens * kMaxPanel);
-    kernels.enter();
-    for (int64_t range = next(); range < ranges; range = next())
-      screen.scan(range, results[range], products.get(), found.data());
-    kernels.leave();
-  });
-}
 
 // The candidates of all rows, sorted by row, in the order of the vocabulary's ranges.
 struct CandidatesByRow {
@@ -238,12 +229,12 @@ void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, c
   const HiddenRows rows(index, problem, n_threads);
   const Screen screen(index, rows, problem);
   std::vector<RangeResult> results(screen.ranges());
-  scan_all(screen, results, n_threads);
+  parallel_for(screen.ranges(), n_threads, [&](int64_t range, int) { screen.scan(range, results[range]); });
   const CandidatesByRow by_row(results, problem.rows);
   float largest[kTerms] = {};
   for (int64_t i = 0; i < index.tiles() * kTerms; ++i)
     largest[i % kTerms] = std::max(largest[i % kTerms], screen.bounds[i]);
-  for_each_piece(problem.rows, n_threads, [&](int64_t row) {
+  parallel_for(problem.rows, n_threads, [&](int64_t row, int) {
     const double* x = problem.x + row * index.depth();
     stats.fell_back[row] = false;
     if (!std::all_of(x, x + index.depth(), [](double value) { return std::isfinite(value); }))

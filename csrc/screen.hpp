@@ -14,7 +14,7 @@ namespace refinelens {
 struct CertifiedProblem {
   const double* x;         // [rows, depth], normed
   int64_t rows;
-  Weights weights;         // those of the index
+  Matrix weights;         // those of the index
   const double* bias;      // [tokens], or null
   double scale, softcap;
   const int64_t* targets;  // [rows], or null

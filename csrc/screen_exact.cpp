@@ -38,14 +38,14 @@ class ExactSum {
 
 }  // namespace
 
-ExactRow::ExactRow(const double* x, const Weights& weights, const double* bias, double largest_norm)
+ExactRow::ExactRow(const double* x, const Matrix& weights, const double* bias, double largest_norm)
     : x_(x), weights_(weights), bias_(bias) {
   double squares = 0.0, largest = 0.0;
-  for (int64_t k = 0; k < weights.depth; ++k) {
+  for (int64_t k = 0; k < weights.columns; ++k) {
     squares += x[k] * x[k];
     largest = std::max(largest, std::fabs(x[k]));  // for the case that all squares underflow
   }
-  product_doubt_ = (weights.depth + 4) * 0x1p-53 * 1.000001 * std::max(std::sqrt(squares), largest) * largest_norm;
+  product_doubt_ = (weights.columns + 4) * 0x1p-53 * 1.000001 * std::max(std::sqrt(squares), largest) * largest_norm;
 }
 
 double ExactRow::z(int64_t token) const {
@@ -66,14 +66,14 @@ bool ExactRow::beats(int64_t a, double z_a, int64_t b, double z_b) const {
 int ExactRow::compare(int64_t a, int64_t b) const {
   const double bias_a = bias_ ? bias_[a] : 0.0, bias_b = bias_ ? bias_[b] : 0.0;
   if (std::isinf(bias_a) || std::isinf(bias_b)) return (bias_a > bias_b) - (bias_a < bias_b);
-  const size_t row_bytes = static_cast<const char*>(weights_.row(1)) - static_cast<const char*>(weights_.row(0));
-  if (product_doubt_ == 0.0 || std::memcmp(weights_.row(a), weights_.row(b), row_bytes) == 0)
+  const size_t row_bytes = weights_.columns * (weights_.element == Element::fp32 ? 4 : 2);
+  if (product_doubt_ == 0.0 || std::memcmp(row_of(weights_, a), row_of(weights_, b), row_bytes) == 0)
     return (bias_a > bias_b) - (bias_a < bias_b);
-  std::vector<double> w_a(weights_.depth), w_b(weights_.depth);
+  std::vector<double> w_a(weights_.columns), w_b(weights_.columns);
   widen(weights_, a, w_a.data());
   widen(weights_, b, w_b.data());
   ExactSum difference;
-  for (int64_t k = 0; k < weights_.depth; ++k) {
+  for (int64_t k = 0; k < weights_.columns; ++k) {
     difference.add_product(x_[k], w_a[k]);
     difference.add_product(x_[k], -w_b[k]);
   }

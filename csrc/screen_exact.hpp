@@ -12,7 +12,7 @@ namespace refinelens {
 class ExactRow {
  public:
   // x is [depth]; bias is [tokens] or null; largest_norm is at least the norm of any token's weights.
-  ExactRow(const double* x, const Weights& weights, const double* bias, double largest_norm);
+  ExactRow(const double* x, const Matrix& weights, const double* bias, double largest_norm);
 
   // z within doubt(), or more precisely: a sum of depth products and the bias in fp64.
   double z(int64_t token) const;
@@ -27,7 +27,7 @@ class ExactRow {
   int compare(int64_t a, int64_t b) const;
 
   const double* x_;
-  const Weights& weights_;
+  const Matrix& weights_;
   const double* bias_;
   double product_doubt_;
 };

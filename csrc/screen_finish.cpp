@@ -99,7 +99,7 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
 
 void finish_exhaustively(const CertifiedProblem& problem, int64_t row, const ExactRow& exact,
                          const CertifiedStats& stats) {
-  const int64_t count = problem.weights.tokens;
+  const int64_t count = problem.weights.rows;
   std::vector<int64_t> tokens(count);
   std::vector<double> z(count);
   for (int64_t v = 0; v < count; ++v) {

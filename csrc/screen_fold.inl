@@ -31,11 +31,11 @@ inline Floats scale_products(const ScreenTile& tile, Floats scale, float* produc
   return larger(larger(m[0], m[1]), larger(m[2], m[3]));
 }
 
-// Sums of exp(l - peak); z is read where `capped` is null.
-inline void add_exponentials(const float* z, const float* capped, const LogitMap& map, Floats best, Floats peak_of_best,
-                             Floats error, const ScreenState& state, int lane) {
+// Sums of exp(l - peak), where `best` is the largest l; z is read where `capped` is null.
+inline void add_exponentials(const float* z, const float* capped, const LogitMap& map, Floats best, Floats error,
+                             const ScreenState& state, int lane) {
   const Floats old_peak = load(state.peak + lane);
-  const Floats peak = larger(peak_of_best, old_peak);
+  const Floats peak = larger(best, old_peak);
   store(state.peak + lane, peak);
   const Floats base = peak == -kInfinity ? Floats{} : peak;
   Floats sums[2] = {}, moments[2] = {};
@@ -99,7 +99,7 @@ static int64_t fold_lanes(const ScreenTile& tile, const ScreenRows& rows, const 
     }
 
   if (map.softcap == 0.0f) {
-    add_exponentials(z, nullptr, map, best, best * map.scale, error, state, lane);
+    add_exponentials(z, nullptr, map, best * map.scale, error, state, lane);
     return count;
   }
   float capped[(kTileTokens + 1) * kLanes] __attribute__((aligned(kVectorBytes)));
@@ -108,7 +108,9 @@ static int64_t fold_lanes(const ScreenTile& tile, const ScreenRows& rows, const 
   float* top = capped + kTileTokens * kLanes;
   store(top, (best + shift) * map.scale);
   soft_cap(capped, (kTileTokens + 1) * kLanes, map.softcap);
-  add_exponentials(z, capped, map, best, load(top), error, state, lane);
+  // The cap makes -inf finite: right for a token, wrong for what only fills up the tile.
+  for (int v = tile.count; v < kTileTokens; ++v) store(capped + v * kLanes, broadcast(-kInfinity));
+  add_exponentials(z, capped, map, load(top), error, state, lane);
   return count;
 }
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#include "fork_join.hpp"
+#include "parallel.hpp"
 
 namespace refinelens {
 
@@ -82,32 +82,32 @@ void for_each_unit(const ScreenFormat& format, const int32_t* q, int64_t depth, 
 
 }  // namespace
 
-const void* Weights::row(int64_t token) const {
-  return static_cast<const char*>(data) + token * depth * (element == Element::fp32 ? 4 : 2);
+const void* row_of(const Matrix& weights, int64_t token) {
+  return static_cast<const char*>(weights.data) + token * weights.row_stride * (weights.element == Element::fp32 ? 4 : 2);
 }
 
-void widen(const Weights& weights, int64_t token, double* out) {
+void widen(const Matrix& weights, int64_t token, double* out) {
   if (weights.element == Element::fp32) {
-    const float* row = static_cast<const float*>(weights.row(token));
-    for (int64_t k = 0; k < weights.depth; ++k) out[k] = row[k];
+    const float* row = static_cast<const float*>(row_of(weights, token));
+    for (int64_t k = 0; k < weights.columns; ++k) out[k] = row[k];
     return;
   }
-  const uint16_t* row = static_cast<const uint16_t*>(weights.row(token));
+  const uint16_t* row = static_cast<const uint16_t*>(row_of(weights, token));
   if (weights.element == Element::bf16)
-    for (int64_t k = 0; k < weights.depth; ++k) out[k] = bf16_to_float(row[k]);
+    for (int64_t k = 0; k < weights.columns; ++k) out[k] = bf16_to_float(row[k]);
   else
-    for (int64_t k = 0; k < weights.depth; ++k) out[k] = half_to_float(row[k]);
+    for (int64_t k = 0; k < weights.columns; ++k) out[k] = half_to_float(row[k]);
 }
 
-double dot_product(const Weights& weights, int64_t token, const double* x) {
+double dot_product(const Matrix& weights, int64_t token, const double* x) {
   if (weights.element == Element::fp32) {
-    const float* w = static_cast<const float*>(weights.row(token));
-    return sum_over(weights.depth, [&](int64_t k) { return x[k] * w[k]; });
+    const float* w = static_cast<const float*>(row_of(weights, token));
+    return sum_over(weights.columns, [&](int64_t k) { return x[k] * w[k]; });
   }
-  const uint16_t* w = static_cast<const uint16_t*>(weights.row(token));
+  const uint16_t* w = static_cast<const uint16_t*>(row_of(weights, token));
   if (weights.element == Element::bf16)
-    return sum_over(weights.depth, [&](int64_t k) { return x[k] * bf16_to_float(w[k]); });
-  return sum_over(weights.depth, [&](int64_t k) { return x[k] * half_to_float(w[k]); });
+    return sum_over(weights.columns, [&](int64_t k) { return x[k] * bf16_to_float(w[k]); });
+  return sum_over(weights.columns, [&](int64_t k) { return x[k] * half_to_float(w[k]); });
 }
 
 Norms quantise(const double* x, int64_t depth, int digits, int32_t* q) {
@@ -170,23 +170,23 @@ template Aligned<float> aligned_zeros(int64_t);
 template Aligned<double> aligned_zeros(int64_t);
 template Aligned<int32_t> aligned_zeros(int64_t);
 
-ScreenIndex::ScreenIndex(const Weights& weights, const ScreenKernels& kernels, int n_threads)
+ScreenIndex::ScreenIndex(const Matrix& weights, const ScreenKernels& kernels, int n_threads)
     : kernels_(kernels),
-      tokens_(weights.tokens),
-      depth_(weights.depth),
+      tokens_(weights.rows),
+      depth_(weights.columns),
       mean_(depth_, 0.0),
       digits_(aligned_zeros<char>(tiles() * kTileTokens * kernels.format.bytes_per_vector(depth_))),
       scales_(tiles() * kTileTokens, 1.0f),
       bounds_(tiles() * (kTerms - 1), 0.0f) {
   measure_mean(weights, n_threads);
-  if (finite_) for_each_piece(tiles(), n_threads, [&](int64_t tile) { quantise_tile(weights, tile); });
+  if (finite_) parallel_for(tiles(), n_threads, [&](int64_t tile, int) { quantise_tile(weights, tile); });
 }
 
 // The mean of the weights, and their largest norm.
-void ScreenIndex::measure_mean(const Weights& weights, int n_threads) {
+void ScreenIndex::measure_mean(const Matrix& weights, int n_threads) {
   constexpr int64_t kPieces = 64;  // the sums must not depend on the number of threads
   std::vector<double> sums(kPieces * depth_, 0.0), largest(kPieces, 0.0);
-  for_each_piece(kPieces, n_threads, [&](int64_t piece) {
+  parallel_for(kPieces, n_threads, [&](int64_t piece, int) {
     std::vector<double> w(depth_);
     double* sum = sums.data() + piece * depth_;
     for (int64_t v = tokens_ * piece / kPieces; v < tokens_ * (piece + 1) / kPieces; ++v) {
@@ -204,7 +204,7 @@ void ScreenIndex::measure_mean(const Weights& weights, int n_threads) {
   }
 }
 
-void ScreenIndex::quantise_tile(const Weights& weights, int64_t tile) {
+void ScreenIndex::quantise_tile(const Matrix& weights, int64_t tile) {
   const ScreenFormat& format = kernels_.format;
   std::vector<double> c(depth_);
   std::vector<int32_t> q(depth_);
@@ -231,7 +231,7 @@ int64_t ScreenIndex::bytes() const {
 ScreenTile ScreenIndex::tile(int64_t i, const float* offsets, const float* bounds) const {
   const int64_t first = i * kTileTokens;
   return {digits_.get() + first * kernels_.format.bytes_per_vector(depth_), scales_.data() + first, offsets + first,
-          bounds + i * kTerms, first};
+          bounds + i * kTerms, first, static_cast<int>(std::min<int64_t>(kTileTokens, tokens_ - first))};
 }
 
 std::vector<float> ScreenIndex::bound_terms(const double* bias) const {

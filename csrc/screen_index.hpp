@@ -7,26 +7,19 @@
 #include <memory>
 #include <vector>
 
+#include "lens_kernels.hpp"
 #include "screen_kernels.hpp"
 
 namespace refinelens {
 
-enum class Element { fp32, fp16, bf16 };
+// The unembedding as it is: [tokens, depth] with a column_stride of 1.
+const void* row_of(const Matrix& weights, int64_t token);
 
-// The unembedding as it is, row-major.
-struct Weights {
-  const void* data;
-  Element element;
-  int64_t tokens, depth;
-
-  const void* row(int64_t token) const;
-};
-
-// depth values of one token, in fp64.
-void widen(const Weights& weights, int64_t token, double* out);
+// The values of one token, in fp64.
+void widen(const Matrix& weights, int64_t token, double* out);
 
 // x . w of one token, in fp64.
-double dot_product(const Weights& weights, int64_t token, const double* x);
+double dot_product(const Matrix& weights, int64_t token, const double* x);
 
 // A vector of quantised values and the norms of the proof in screen_kernels.hpp, rounded up.
 struct Norms {
@@ -61,7 +54,7 @@ Aligned<T> aligned_zeros(int64_t count);
 
 class ScreenIndex {
  public:
-  ScreenIndex(const Weights& weights, const ScreenKernels& kernels, int n_threads);
+  ScreenIndex(const Matrix& weights, const ScreenKernels& kernels, int n_threads);
 
   const ScreenKernels& kernels() const { return kernels_; }
   int64_t tokens() const { return tokens_; }
@@ -79,8 +72,8 @@ class ScreenIndex {
   std::vector<float> bound_terms(const double* bias) const;
 
  private:
-  void measure_mean(const Weights& weights, int n_threads);
-  void quantise_tile(const Weights& weights, int64_t tile);
+  void measure_mean(const Matrix& weights, int n_threads);
+  void quantise_tile(const Matrix& weights, int64_t tile);
 
   const ScreenKernels& kernels_;
   int64_t tokens_, depth_;

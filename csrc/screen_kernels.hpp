@@ -35,7 +35,6 @@ namespace refinelens {
 constexpr int kTileTokens = 96;         // tokens that are multiplied and folded at a time; they share one bound
 constexpr int kTerms = 5;               // of the bound
 constexpr int kMaxListed = 256;         // candidates of a row in one range of the vocabulary
-constexpr int kMaxPanel = 32;           // hidden rows multiplied at a time
 constexpr int64_t kMaxDigitDepth = 32768;
 constexpr double kSmallestScale = 0x1p-60;
 constexpr double kLargestLogit = 1e30;
@@ -46,20 +45,21 @@ struct ScreenFormat {
   int digits;       // 1 of 16 bits, or 3 of 8 bits
   int units;        // of 4 bytes
   int token_group;  // divides kTileTokens
-  int row_panel;    // at most kMaxPanel
+  int row_panel;    // hidden rows multiplied together
 
   int64_t values_per_step() const { return 4 * units / (digits == 1 ? 2 : 1); }
   int64_t steps(int64_t depth) const { return (depth + values_per_step() - 1) / values_per_step(); }
   int64_t bytes_per_vector(int64_t depth) const { return steps(depth) * digits * units * 4; }
 };
 
-// kTileTokens tokens; those beyond the vocabulary have offset -inf.
+// kTileTokens tokens; those beyond the vocabulary, from `count` on, have offset -inf.
 struct ScreenTile {
   const void* digits;
   const float* scale;
   const float* offset;  // bias
   const float* bound;   // [kTerms]
   int64_t first_token;
+  int count;
 };
 
 // A panel of hidden rows. Arrays of rows are [row_panel], those with several numbers a row [number][row_panel].
@@ -102,7 +102,7 @@ struct ScreenKernels {
   const char* name;
   ScreenFormat format;
 
-  // Around the work of a thread.
+  // Around calls of multiply() on one thread.
   void (*enter)();
   void (*leave)();
 

@@ -68,8 +68,7 @@ def fused_lens_certified(
 def _run_block(index, x_hat, unembedding, targets, bias, softcap, logit_scale) -> CertifiedOutput:
     arrays = index.lens(
         x_hat.contiguous().numpy(),
-        _bits(unembedding),
-        unembedding.dtype == torch.bfloat16,
+        _rows_in_memory(unembedding),
         None if targets is None else targets.contiguous().numpy(),
         None if bias is None else bias.double().contiguous().numpy(),
         logit_scale,
@@ -92,9 +91,12 @@ def _as_fp32(out, bound: Tensor, fell_back: Tensor) -> CertifiedOutput:
     return CertifiedOutput(*values, bound, fell_back)
 
 
-def _bits(unembedding: Tensor):
-    weights = unembedding.detach().contiguous()
-    return (weights if weights.dtype == torch.float32 else weights.view(torch.uint16)).numpy()
+def _rows_in_memory(unembedding: Tensor):
+    """As an array, copied where a row has gaps; numpy has no bf16, so its bits travel as uint16."""
+    weights = unembedding.detach()
+    if weights.stride(1) != 1:
+        weights = weights.contiguous()
+    return (weights.view(torch.uint16) if weights.dtype == torch.bfloat16 else weights).numpy()
 
 
 _indexes: dict[int, tuple[weakref.ref, tuple, _C.ScreenIndex]] = {}
@@ -122,4 +124,4 @@ def screen_index(unembedding: Tensor) -> _C.ScreenIndex:
 
 
 def _build(unembedding: Tensor) -> _C.ScreenIndex:
-    return _C.ScreenIndex(_bits(unembedding), unembedding.dtype == torch.bfloat16, torch.get_num_threads())
+    return _C.ScreenIndex(_rows_in_memory(unembedding), torch.get_num_threads())
