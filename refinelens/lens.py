@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Optional
 
@@ -14,8 +13,7 @@ from .errors import InputError
 from .kernels.lens_common import LensOutput
 from .kernels.lens_twin import fused_lens_twin
 from .kernels.norms import LayerNorm, Norm, RMSNorm
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .operands import check_operands
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def fused_lens(
 
     Not differentiable.
     """
-    _check_static(hidden, unembedding, norm, bias, softcap, logit_scale)
+    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     shape = hidden.shape[:-1]
     flat_targets = None if targets is None else _flatten_targets(targets, hidden)
     kind = {LayerNorm: "layer", RMSNorm: "rms"}.get(type(norm), "none")
@@ -111,44 +109,6 @@ def fused_lens(
     if targets is None:
         return LensStats(*stats)
     return LensStats(*stats, target_logprob=stats[4] - stats[2])
-
-
-def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None:
-    for name, value in (("hidden", hidden), ("unembedding", unembedding)):
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
-        raise InputError(
-            "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
-            f"{list(hidden.shape)} and {list(unembedding.shape)}"
-        )
-    if unembedding.shape[0] == 0 or unembedding.shape[1] == 0:
-        raise InputError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
-    if hidden.dtype not in DTYPES or hidden.dtype != unembedding.dtype:
-        raise InputError(
-            "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
-            f"{hidden.dtype} and {unembedding.dtype}"
-        )
-    if not isinstance(norm, LayerNorm | RMSNorm | None):
-        raise InputError(f"norm: expected LayerNorm, RMSNorm or None, got {type(norm).__name__}")
-    vectors = {"bias": (bias, unembedding.shape[0])}
-    if norm is not None:
-        vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
-    for name, (vector, length) in vectors.items():
-        if vector is None:
-            continue
-        if vector.shape != (length,) or not vector.is_floating_point():
-            raise InputError(
-                f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
-            )
-    tensors = {"unembedding": unembedding} | {name: v for name, (v, _) in vectors.items() if v is not None}
-    for name, tensor in tensors.items():
-        if tensor.device != hidden.device:
-            raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"softcap: expected a positive number or None, got {softcap}")
-    if not 0 < logit_scale < math.inf:
-        raise InputError(f"logit_scale: expected a positive number, got {logit_scale}")
 
 
 def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
