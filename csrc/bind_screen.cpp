@@ -72,8 +72,13 @@ void bind_screen(py::module_& m) {
            py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),
            py::arg("softcap"), py::arg("n_threads"),
            "argmax, z of argmax, logsumexp, entropy, target z, rank, logsumexp bound, fell back; [rows] each.");
-  m.def("screen_kernels", [](int64_t depth) { return screen_kernels(depth).name; }, py::arg("depth"),
-        "The screen that would be used for an unembedding of this width.");
+  m.def(
+      "screen_kernels",
+      [](int64_t depth) {
+        const ScreenKernels& kernels = screen_kernels(depth);
+        return py::make_tuple(kernels.name, kernels.format.digits);
+      },
+      py::arg("depth"), "(name, digits) of the screen that is used for an unembedding of this width.");
 }
 
 }  // namespace refinelens
