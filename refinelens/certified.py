@@ -14,7 +14,7 @@ from .kernels.lens_common import in_row_blocks, lens_output
 from .kernels.lens_twin import fused_lens_twin
 from .kernels.norms import Norm, apply_norm
 
-ROW_BLOCK = 2048
+ROW_BLOCK = 1024
 
 
 class CertifiedOutput(NamedTuple):
@@ -53,7 +53,7 @@ def fused_lens_certified(
     longer; ``fell_back`` tells which.
 
     Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding, and
-    ``ROW_BLOCK * d_model * 16`` bytes.
+    ``ROW_BLOCK * d_model * 32`` bytes.
     """
     index = screen_index(unembedding)
 
