@@ -54,7 +54,7 @@ static void find_targets(const LensProblem& problem, int64_t first_row, const Pa
   const int64_t d_model = problem.hidden.columns;
   const int64_t* wanted = problem.targets + first_row + panel.row;
   for (int64_t i = 0; i < panel.width(); ++i) {
-    rows.targets[panel.row + i] = i < panel.count ? wanted[i] : -1;
+    rows.targets[panel.row + i] = i < panel.count ? static_cast<int32_t>(wanted[i]) : -1;
     rows.target_z[panel.row + i] = 1.0f;
   }
   for (int64_t begin = 0; begin < panel.count; begin += kGroup) {
