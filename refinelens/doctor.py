@@ -48,7 +48,10 @@ def _extension() -> str:
         from . import _C
     except ImportError as error:
         return f"not built ({error}); reinstall with a C++ compiler"
-    return f"built; picked {_C.instruction_set()}"
+    try:
+        return f"built; picked {_C.instruction_set()}"
+    except ValueError as error:
+        return f"built; {error}"
 
 
 def _gguf() -> str:
