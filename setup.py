@@ -1,5 +1,7 @@
 """Build of the C++ extension and the layout of the packages; everything else is in pyproject.toml."""
 
+from glob import glob
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
@@ -7,11 +9,11 @@ from setuptools import setup
 # which `refinelens doctor` reports.
 extension = Pybind11Extension(
     "refinelens._C",
-    ["csrc/bindings.cpp"],
+    sorted(glob("csrc/*.cpp")),
     include_dirs=["csrc"],
-    depends=["csrc/tile_stats.hpp", "csrc/trajectory.hpp"],
+    depends=sorted(glob("csrc/*.hpp") + glob("csrc/*.inl")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-fno-math-errno", "-pthread"],
+    extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra"],
     optional=True,
 )
 

@@ -1,0 +1,92 @@
+// What the driver (fused_lens.cpp) and the kernels of each instruction set (lens_*.cpp) agree on. No Python types.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dispatch.hpp"
+
+namespace refinelens {
+
+enum class Element { fp32, fp16, bf16 };
+
+struct Matrix {
+  const void* data;
+  Element element;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;  // in elements; any value, also 0 or negative
+};
+
+struct NormSpec {
+  enum Kind { none, layer, rms } kind;
+  const float* weight;  // [d_model], or null for ones
+  const float* bias;    // [d_model], or null for zeros
+  double eps;
+};
+
+// z = scale * (norm(hidden) . unembedding_v + bias_v) decides argmax and rank; l = softcap * tanh(z / softcap) enters
+// the sums, or z itself where softcap is 0.
+struct LensProblem {
+  Matrix hidden;       // [rows, d_model]
+  NormSpec norm;
+  Matrix unembedding;  // [vocab_size, d_model]
+  const float* bias;   // [vocab_size], or null
+  float scale;
+  float softcap;
+  const int64_t* targets;  // [rows], or null
+};
+
+// A block of hidden rows as the product reads it: panels of `wide_panel` rows, each [depth][wide_panel], where depth
+// is d_model rounded up to kDepthStep with zeros. The last panel is narrow when that holds its rows. The other arrays
+// have an entry for every row of the panels; the rows that fill up the last one have target -1.
+struct PackedRows {
+  int64_t count;
+  float* panels;
+  int64_t* targets;
+  float* target_z;
+  float* target_logit;
+};
+
+// Running statistics of a block of rows over a range of the vocabulary, laid out like the rows of PackedRows.
+struct RangeState {
+  float* best;      // largest z, -inf at first
+  float* peak;      // the logit of `best`; the sums below are relative to it
+  int32_t* argmax;  // lowest id that has `best`, counted from the start of the range
+  int32_t* rank;    // tokens that beat the target
+  double* total;    // sum of exp(l - peak)
+  double* weighted; // sum of (l - peak) * exp(l - peak)
+};
+
+constexpr int64_t kDepthStep = 16;  // one cache line of fp32
+
+inline int64_t padded_depth(int64_t d_model) { return (d_model + kDepthStep - 1) / kDepthStep * kDepthStep; }
+
+struct LensKernels {
+  int64_t narrow_panel, wide_panel;  // rows
+
+  // Tokens that are staged in cache at a time; ranges start at multiples of it.
+  int64_t (*block_tokens)(int64_t d_model);
+
+  // Floats that pack_panel and scan_range need, aligned to a cache line.
+  int64_t (*scratch_floats)(int64_t d_model);
+
+  // Norm, pack and find the targets' logits of panel `panel` of the block of rows that starts at `first_row`.
+  void (*pack_panel)(const LensProblem&, int64_t first_row, const PackedRows&, int64_t panel, float* scratch);
+
+  // Multiply all rows with tokens first to last and fold the logits into `state`; without state only multiply.
+  void (*scan_range)(const LensProblem&, const PackedRows&, int64_t first, int64_t last, const RangeState* state,
+                     float* scratch);
+
+  // `rounds` rounds of independent multiply-adds in registers; returns the floating-point operations they are.
+  double (*multiply_adds)(int64_t rounds);
+};
+
+extern const LensKernels kLensKernelsBaseline;
+#if REFINELENS_X86_LEVELS
+extern const LensKernels kLensKernelsV3;
+extern const LensKernels kLensKernelsV4;
+#endif
+
+const LensKernels& lens_kernels(Isa isa);
+
+}  // namespace refinelens

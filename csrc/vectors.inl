@@ -1,0 +1,57 @@
+// Vectors of fp32 for one instruction set, and the functions of a logit. Included by lens_*.cpp, which define
+// REFINELENS_KERNELS (a namespace of their own), kVectorBytes and kGroup. Everything here is compiled for that
+// instruction set alone and instantiates nothing of the standard library: an inline function that the linker might
+// share with code for older processors must not be compiled for newer ones.
+
+namespace refinelens::REFINELENS_KERNELS {
+
+typedef float Floats __attribute__((vector_size(kVectorBytes), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
+constexpr int kLanes = kVectorBytes / sizeof(float);
+constexpr float kInfinity = __builtin_inff();
+
+inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+inline Floats broadcast(float x) { return x - Floats{}; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where a is NaN
+
+inline bool any(Ints mask) {
+  int32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= mask[i];
+  return lanes != 0;
+}
+
+// exp(x) for x <= 0 with a relative error of 2e-7: 2^n * e^r, |r| <= ln(2)/2, degree-6 minimax polynomial
+// (coefficients of Cephes expf). Below kExpFloor, also at -inf, the result is e^kExpFloor = 1.6e-38; NaN stays NaN.
+constexpr float kExpFloor = -87.0f;
+
+inline Floats exp_nonpositive(Floats x) {
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const Floats n = shifted - 12582912.0f;
+  Floats r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const Ints power = (reinterpret_cast<const Ints&>(shifted) << 23) + 0x3f800000;  // low bits hold n; 1.0f
+  return p * reinterpret_cast<const Floats&>(power);
+}
+
+inline Floats clamp_exponent(Floats x) { return x < kExpFloor ? broadcast(kExpFloor) : x; }
+
+// cap * tanh(z / cap) of n floats, from tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|). Not inlined, so
+// that equal z have equal logits wherever they are computed. n is a multiple of kLanes.
+__attribute__((noinline)) static void soft_cap(float* z, int64_t n, float cap) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Floats v = load(z + i);
+    const Floats magnitude = v < 0.0f ? -v : v;
+    const Floats e = exp_nonpositive(clamp_exponent(magnitude * (-2.0f / cap)));
+    const Floats tanh = (1.0f - e) / (1.0f + e);
+    store(z + i, cap * (v < 0.0f ? -tanh : tanh));
+  }
+}
+
+}  // namespace refinelens::REFINELENS_KERNELS
