@@ -75,7 +75,7 @@ def _needs_kernel(problem: Problem) -> str | None:
 
 
 HALF = (torch.bfloat16, torch.float16)
-_ALL = [
+ALL = [
     Competitor("fp32", "refinelens", _fused(precision="fp32"), "ours", obstacle=_needs_kernel),
     Competitor("certified", "refinelens, certified", _fused(precision="certified"), "ours", obstacle=_needs_cpp),
     Competitor("twin", "refinelens, plain torch", _fused(backend="twin"), "ours"),
@@ -101,7 +101,7 @@ _ALL = [
     Competitor("mm", "matrix product: torch.mm", _torch_product, "product", logit_bytes=4),
     Competitor("product", "matrix product: refinelens", _own_product, "product", obstacle=_needs_cpp),
 ]
-COMPETITORS = {competitor.name: competitor for competitor in _ALL}
+COMPETITORS = {competitor.name: competitor for competitor in ALL}
 
 
 def choose(peers_wanted: str) -> list[Competitor]:
@@ -113,9 +113,9 @@ def choose(peers_wanted: str) -> list[Competitor]:
     Raises:
         InputError: A name that no peer has.
     """
-    known = [c.name for c in _ALL if c.group == "peer"]
+    known = [c.name for c in ALL if c.group == "peer"]
     names = {"all": known, "none": []}.get(peers_wanted, peers_wanted.split(","))
     for name in names:
         if name not in known:
             raise InputError(f"--peers: expected all, none or some of {','.join(known)}, got {name!r}")
-    return [c for c in _ALL if c.group != "peer" or c.name in (NAIVE, *names)]
+    return [c for c in ALL if c.group != "peer" or c.name in (NAIVE, *names)]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .truth import Verdict
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the statistics of a competitor differ from fp64; None where it computes no such statistic."""
+
+    rows: int  # compared
+    argmax_off: int | None
+    rank_off: int | None
+    error: float  # largest of the real-valued statistics, nats
+    fell_back: int | None  # rows that an exact path had to take
+    wrong: str | None  # what rounding does not explain
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from .report import Report, Result
-from .truth import Verdict
+from .report import Report, Result, Verdict
 
 WIDTH = 110  # of the notes under a text table
 
@@ -20,17 +19,20 @@ def text_table(report: Report) -> str:
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in table
     ]
-    rule = "-" * len(lines[0])
     under = [textwrap.fill(note, WIDTH) for note in notes(report)]
-    return "\n".join([*header(report), "", lines[0], rule, *lines[1:], "", *under])
+    return "\n".join([*header(report), "", lines[0], "-" * len(lines[0]), *lines[1:], "", *under])
 
 
 def markdown_table(report: Report) -> str:
     """The same for a Markdown file."""
-    headings = _headings(report)
-    rows = [headings, ["---"] + ["--:"] * (len(headings) - 1), *_cells(report)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([" ".join(header(report)), "", *lines, "", *(f"- {note}" for note in notes(report))])
+    table = markdown_rows([_headings(report), *_cells(report)])
+    return "\n".join([" ".join(header(report)), "", table, "", *(f"- {note}" for note in notes(report))])
+
+
+def markdown_rows(rows: list[list[str]]) -> str:
+    """A Markdown table whose first row is the heading."""
+    rule = ["---"] + ["--:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
 def header(report: Report) -> list[str]:
@@ -60,6 +62,11 @@ def notes(report: Report) -> list[str]:
         f"{r.title}: measured on {r.measured_rows} of {report.rows} rows and scaled up; all would not fit."
         for r in report.results
         if r.measured_rows < report.rows
+    ]
+    lines += [
+        f"{r.title}: {r.verdict.fell_back} of {r.verdict.rows} rows fell back to the exact path."
+        for r in report.results
+        if r.verdict and r.verdict.fell_back
     ]
     return lines + [f"Left out: {title}: {reason}." for title, reason in report.left_out.items()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,21 +11,11 @@ from ..kernels.lens_twin import fused_lens_twin
 from ..kernels.norms import apply_norm
 from .peers import Statistics
 from .problem import Problem
+from .report import Verdict
 
 CHECKED_ROWS = 4096  # at most, spread over the problem
 EXPLAINED_ROWS = 64  # rows of another rank whose near ties are counted
 IDS = ("argmax", "target_rank")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How the statistics of a competitor differ from fp64; None where it computes no such statistic."""
-
-    rows: int  # compared
-    argmax_off: int | None
-    rank_off: int | None
-    error: float  # largest of the real-valued statistics, nats
-    wrong: str | None  # what rounding does not explain
 
 
 class Truth:
@@ -71,7 +60,14 @@ class Truth:
         off = {name: found[name] != self._exact[name][:rows] for name in IDS if name in found}
         wrong += self._unexplained_argmax(found, off) + self._unexplained_rank(found, off)
         counts = {name: int(mask.sum()) for name, mask in off.items()}
-        return Verdict(rows, counts.get("argmax"), counts.get("target_rank"), error, "; ".join(wrong) or None)
+        return Verdict(
+            rows=rows,
+            argmax_off=counts.get("argmax"),
+            rank_off=counts.get("target_rank"),
+            error=error,
+            fell_back=int(found["fell_back"].sum()) if "fell_back" in found else None,
+            wrong="; ".join(wrong) or None,
+        )
 
     def _unexplained_argmax(self, found: Statistics, off: dict[str, Tensor]) -> list[str]:
         rows = off["argmax"].nonzero()[:, 0] if "argmax" in off else []
