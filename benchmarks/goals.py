@@ -86,4 +86,4 @@ def goal_row(goal: Goal, reports: Reports) -> list[str]:
     cells = [goal.text, f"{'at least' if at_least else 'at most'} {bound:g}"]
     if value is None:
         return [*cells, "-", "not measured"]
-    return [*cells, f"{value:.3g}", "met" if (value >= bound if at_least else value <= bound) else "not met"]
+    return [*cells, f"{value:.4g}", "met" if (value >= bound if at_least else value <= bound) else "not met"]

@@ -88,9 +88,10 @@ def _run_on(threads: int, problem: Problem) -> None:
 
 def _medians(calls: dict[object, Callable], threads: int, rounds: int) -> Iterator[tuple]:
     """(key, (median, spread)) of every call, after one that is not counted."""
-    for call in calls.values():
+    race = Race("cpu", threads)
+    for key, call in calls.items():
         call()
-    race = Race(calls, "cpu", threads)
+        race.enter(key, call)
     for _ in range(rounds):
         race.round()
     for key, seconds in race.seconds.items():
@@ -133,10 +134,9 @@ def draw(points: list[Point], path: Path) -> None:
             panel.plot(
                 [p.size for p in line], [p.seconds for p in line], marker="o", ms=4, label=COMPETITORS[name].title
             )
-            if name == "fp32":
-                last = line[-1]
-                guide = [last.seconds * p.size / last.size for p in line]
-                panel.plot([p.size for p in line], guide, color="grey", lw=0.8, zorder=0, label="proportional")
+        first, *_, last = sorted((p for p in points if p.axis == axis and p.name == "fp32"), key=lambda p: p.size)
+        guide = [last.seconds * first.size / last.size, last.seconds]
+        panel.plot([first.size, last.size], guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

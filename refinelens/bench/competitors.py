@@ -76,7 +76,7 @@ def _needs_kernel(problem: Problem) -> str | None:
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = [
-    Competitor("fp32", "refinelens", _fused(precision="fp32"), "ours", obstacle=_needs_kernel),
+    Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), "ours", obstacle=_needs_kernel),
     Competitor("certified", "refinelens, certified", _fused(precision="certified"), "ours", obstacle=_needs_cpp),
     Competitor("twin", "refinelens, plain torch", _fused(backend="twin"), "ours"),
     Competitor(NAIVE, "torch, all logits (naive)", peers.naive, "peer", logit_bytes=18),

@@ -14,7 +14,8 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 def available_memory(device: str) -> int | None:
     """Bytes that can be allocated on ``cpu`` or ``cuda``; None where the system does not say."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
     try:
         there = _bytes("/proc/meminfo", "MemAvailable")
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 class Race:
-    """Named calls and the seconds of each, round by round."""
+    """Calls under a name and the seconds of each, round by round."""
 
-    def __init__(self, calls: Mapping[str, Callable[[], object]], device: str, threads: int):
-        self._calls = list(calls.items())
+    def __init__(self, device: str, threads: int):
         self._device = device
-        # Time that other processes take does not count, but then threads would add up.
+        self._calls: list[tuple[Hashable, Callable[[], object]]] = []
+        # CPU time leaves out what other processes take, but the times of several threads would add up.
         self.clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
-        self.seconds: dict[str, list[float]] = {name: [] for name in calls}
+        self.seconds: dict[Hashable, list[float]] = {}
+
+    def enter(self, name: Hashable, call: Callable[[], object]) -> None:
+        """Let ``call`` take part from the next round on."""
+        self._calls.append((name, call))
+        self.seconds[name] = []
 
     def round(self) -> None:
         """Call each once, every other round in reverse."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ from .report import Report, Result
 from .sources import make_problem
 from .truth import Truth, Verdict
 
-TRIAL_ROWS = 16
+TRIAL_ROWS = 64
 LONGEST = 10.0  # seconds of a call; what would take longer is measured on fewer rows
 MEMORY_SHARE = 0.5  # of what is available that the logits of a competitor may take
 
@@ -81,6 +82,7 @@ class Session:
         self._left_out: dict[str, str] = {}
         self._refuted: list[str] = []
         self._lanes: dict[str, Lane] = {}
+        self._race = Race(self._device, options.threads)
         with tempfile.TemporaryDirectory(prefix="refinelens-bench-") as folder:
             file = Path(folder) / "problem.pt"
             if self._device == "cpu":
@@ -88,8 +90,8 @@ class Session:
             for competitor in competitors:
                 say(competitor.title)
                 self._admit(competitor, file)
-        calls = {name: (lambda lane=lane: lane.competitor.run(lane.problem)) for name, lane in self._lanes.items()}
-        self._race = Race(calls, self._device, options.threads)
+        for name, lane in self._lanes.items():
+            self._race.enter(name, partial(lane.competitor.run, lane.problem))
         self._peak = peak_meter(self._device, self.problem.hidden.dtype, options.threads)
         self._peaks: list[float] = []
         self._rounds = 0
@@ -116,6 +118,8 @@ class Session:
                 reason = f"wrong: {reason}"
         except DoesNotRun as error:
             reason = str(error)
+        except torch.OutOfMemoryError:
+            reason = "does not fit into memory"
         except Exception as error:  # other people's code can raise anything
             if competitor.group != "peer":
                 raise
@@ -144,11 +148,8 @@ class Session:
         if competitor.compiles:  # a trial would compile once more; it takes about as long as naive
             return min(rows, len(self._lanes[NAIVE].problem.hidden)) if NAIVE in self._lanes else rows
         trial = self.problem.first(TRIAL_ROWS)
-        seconds = 0.0
-        for _ in range(2):  # the first call loads and builds what later ones use again
-            start = time.perf_counter()
-            competitor.run(trial)
-            seconds = time.perf_counter() - start
+        competitor.run(trial)  # loads and builds what later calls use again
+        seconds = self._race.time(lambda: competitor.run(trial))
         return min(rows, max(1, int(LONGEST / seconds * len(trial.hidden))))
 
     def report(self) -> Report:
