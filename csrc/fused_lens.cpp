@@ -48,7 +48,7 @@ struct Ranges {
 class Accumulators {
  public:
   Accumulators(int64_t n_ranges, int64_t n_rows)
-      : n_rows_(round_up(n_rows, kDepthStep)), floats_(2 * n_ranges * n_rows_), ints_(2 * n_ranges * n_rows_),
+      : n_rows_(n_rows), floats_(2 * n_ranges * n_rows_), ints_(2 * n_ranges * n_rows_),
         doubles_(2 * n_ranges * n_rows_) {}
 
   RangeState of(int64_t range) const {
@@ -106,11 +106,11 @@ class Driver {
  public:
   Driver(const LensProblem& problem, const LensKernels& kernels, int n_threads)
       : problem_(problem), kernels_(kernels), n_threads_(n_threads), d_model_(problem.hidden.columns),
-        depth_(padded_depth(d_model_)), ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_)),
+        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_)),
         block_rows_(std::min(round_up(std::max<int64_t>(problem.hidden.rows, 1), kernels.wide_panel),
-                             std::max<int64_t>(kPackedBytes / (4 * depth_) / kernels.wide_panel, 1) *
+                             std::max<int64_t>(kPackedBytes / (4 * d_model_) / kernels.wide_panel, 1) *
                                  kernels.wide_panel)),
-        scratch_floats_(round_up(kernels.scratch_floats(d_model_), kDepthStep)), panels_(block_rows_ * depth_),
+        scratch_floats_(kernels.scratch_floats(d_model_)), panels_(block_rows_ * d_model_),
         targets_(block_rows_), target_z_(block_rows_), target_logit_(block_rows_),
         scratch_(scratch_floats_ * std::max(n_threads, 1)) {}
 
@@ -159,7 +159,7 @@ class Driver {
   const LensProblem& problem_;
   const LensKernels& kernels_;
   const int n_threads_;
-  const int64_t d_model_, depth_;
+  const int64_t d_model_;
   const Ranges ranges_;
   const int64_t block_rows_, scratch_floats_;
   const Buffer<float> panels_;

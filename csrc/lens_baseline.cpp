@@ -5,7 +5,7 @@
 #define REFINELENS_KERNELS baseline_kernels
 namespace refinelens::REFINELENS_KERNELS {
 constexpr int kVectorBytes = 16;
-constexpr int kGroup = 6;
+constexpr int kMaxVectors = 2;  // of rows in a register tile
 constexpr int64_t kBlockBytes = 160 << 10;
 }  // namespace refinelens::REFINELENS_KERNELS
 
@@ -18,6 +18,6 @@ constexpr int64_t kBlockBytes = 160 << 10;
 
 namespace refinelens {
 using namespace REFINELENS_KERNELS;
-extern const LensKernels kLensKernelsBaseline = {kNarrow,        kWide,      block_tokens,  scratch_floats,
-                                            pack_panel, scan_range, multiply_adds};
+extern const LensKernels kLensKernelsBaseline = {kWide,      block_tokens, scratch_floats,
+                                            pack_panel, scan_range,   multiply_adds};
 }  // namespace refinelens

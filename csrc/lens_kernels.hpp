@@ -36,9 +36,9 @@ struct LensProblem {
   const int64_t* targets;  // [rows], or null
 };
 
-// A block of hidden rows as the product reads it: panels of `wide_panel` rows, each [depth][wide_panel], where depth
-// is d_model rounded up to kDepthStep with zeros. The last panel is narrow when that holds its rows. The other arrays
-// have an entry for every row of the panels; the rows that fill up the last one have target -1.
+// A block of hidden rows as the product reads it: panels of `wide_panel` rows, each [d_model][rows]; the last
+// one holds as few vectors of rows as it needs. The other arrays have an entry for every row of the panels; the rows
+// that fill up the last vector have target -1.
 struct PackedRows {
   int64_t count;
   float* panels;
@@ -57,12 +57,8 @@ struct RangeState {
   double* weighted; // sum of (l - peak) * exp(l - peak)
 };
 
-constexpr int64_t kDepthStep = 16;  // one cache line of fp32
-
-inline int64_t padded_depth(int64_t d_model) { return (d_model + kDepthStep - 1) / kDepthStep * kDepthStep; }
-
 struct LensKernels {
-  int64_t narrow_panel, wide_panel;  // rows
+  int64_t wide_panel;  // rows
 
   // Tokens that are staged in cache at a time; ranges start at multiples of it.
   int64_t (*block_tokens)(int64_t d_model);

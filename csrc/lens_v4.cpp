@@ -10,7 +10,7 @@
 #define REFINELENS_KERNELS v4_kernels
 namespace refinelens::REFINELENS_KERNELS {
 constexpr int kVectorBytes = 64;
-constexpr int kGroup = 14;
+constexpr int kMaxVectors = 4;  // of rows in a register tile
 constexpr int64_t kBlockBytes = 384 << 10;
 }  // namespace refinelens::REFINELENS_KERNELS
 
@@ -23,8 +23,8 @@ constexpr int64_t kBlockBytes = 384 << 10;
 
 namespace refinelens {
 using namespace REFINELENS_KERNELS;
-extern const LensKernels kLensKernelsV4 = {kNarrow,        kWide,      block_tokens,  scratch_floats,
-                                            pack_panel, scan_range, multiply_adds};
+extern const LensKernels kLensKernelsV4 = {kWide,      block_tokens, scratch_floats,
+                                            pack_panel, scan_range,   multiply_adds};
 }  // namespace refinelens
 
 #pragma GCC pop_options

@@ -27,19 +27,11 @@ inline void norm_panel(const NormSpec& norm, int64_t d_model, float* panel) {
   }
 }
 
-template <typename T>
-inline void copy_row(const Matrix& m, int64_t row, float* to, int64_t to_stride) {
-  const char* from = row_start<T>(m, row);
-  const int64_t step = m.column_stride * T::kBytes;
-  for (int64_t k = 0; k < m.columns; ++k) to[k * to_stride] = T::widen(from + k * step);
-}
-
 template <int N>
 inline void fill_panel(const LensProblem& problem, int64_t first_row, int64_t count, float* panel) {
   constexpr int kRows = N * kLanes;
   const int64_t d_model = problem.hidden.columns;
-  // Also what no row or column fills is written: its products with other zeros must be zeros.
-  __builtin_memset(panel, 0, sizeof(float) * kRows * padded_depth(d_model));
+  if (count < kRows) __builtin_memset(panel, 0, sizeof(float) * kRows * d_model);
   with_element(problem.hidden.element, [&](auto element) {
     for (int64_t i = 0; i < count; ++i)
       copy_row<decltype(element)>(problem.hidden, first_row + i, panel + i, kRows);

@@ -3,27 +3,37 @@
 
 namespace refinelens::REFINELENS_KERNELS {
 
-struct Tile {
-  float* z;       // overwritten where there is a softcap
-  int64_t width;  // rows of the panel
-  int64_t count;  // tokens
+// Logits of kLanes rows: `count` tokens, `stride` floats apart.
+struct Lanes {
+  float* z;  // overwritten where there is a softcap
+  int64_t stride, count;
+
+  Floats at(int64_t token) const { return load(z + token * stride); }
 };
 
-inline Floats column_max(const Tile& tile, int64_t lane) {
-  Floats m[4];
-  for (Floats& chain : m) chain = broadcast(-kInfinity);
-  int64_t v = 0;
-  for (; v + 4 <= tile.count; v += 4)
-    for (int i = 0; i < 4; ++i) m[i] = larger(load(tile.z + (v + i) * tile.width + lane), m[i]);
-  for (; v < tile.count; ++v) m[0] = larger(load(tile.z + v * tile.width + lane), m[0]);
-  return larger(larger(m[0], m[1]), larger(m[2], m[3]));
+// f(token, i) for every token, with i running over 0, 1, 0, 1, ... as a constant: two chains for what depends on the
+// token before.
+template <typename F>
+inline void for_tokens(int64_t count, F f) {
+  int64_t token = 0;
+  for (; token + 4 <= count; token += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) f(token + i, i & 1);
+  }
+  for (; token < count; ++token) f(token, 0);
 }
 
-// The lowest token of the tile, counted from its first, that has the value `best`.
-inline Ints lowest_id(const Tile& tile, int64_t lane, Floats best) {
+inline Floats largest(const Lanes& lanes) {
+  Floats best[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
+  for_tokens(lanes.count, [&](int64_t token, int i) { best[i] = larger(lanes.at(token), best[i]); });
+  return larger(best[0], best[1]);
+}
+
+// The lowest token, counted from the first, that has the value `best`.
+inline Ints lowest_id(const Lanes& lanes, Floats best) {
   Ints id = {};
-  for (int64_t v = tile.count - 1; v >= 0; --v)
-    id = load(tile.z + v * tile.width + lane) == best ? static_cast<int32_t>(v) - Ints{} : id;
+  for (int64_t token = lanes.count - 1; token >= 0; --token)
+    id = lanes.at(token) == best ? static_cast<int32_t>(token) - Ints{} : id;
   return id;
 }
 
@@ -33,65 +43,65 @@ inline float next_above(float t) {
   return __builtin_bit_cast(float, bits + (bits < 0 ? -1 : 1));
 }
 
-// Tokens of the tile that beat the targets: larger, or equal with a lower id.
-inline Ints count_beating(const Tile& tile, int64_t lane, int64_t first, const int64_t* target, const float* target_z) {
-  // Where the target is not in the tile, one comparison does: with t if ties count, with the float above t if not.
+// Tokens that beat the targets: larger, or equal with a lower id. `first` is the id of the first token.
+inline Ints count_beating(const Lanes& lanes, int64_t first, const int64_t* target, const float* target_z) {
+  // Where the target is not among the tokens one comparison does: with t if ties count, with the float above if not.
   float limit[kLanes] __attribute__((aligned(kVectorBytes)));
   bool simple = true;
   for (int i = 0; i < kLanes; ++i) {
     const float t = target_z[i];
-    const bool below = first + tile.count <= target[i], above = first > target[i];
+    const bool below = first + lanes.count <= target[i], above = first > target[i];
     limit[i] = below ? t : next_above(t);
     simple &= (below || above) && __builtin_fabsf(t) > 0x1p-120f && __builtin_fabsf(t) < kInfinity;
   }
-  Ints count = {};
   if (simple) {
     const Floats bound = load(limit);
-    for (int64_t v = 0; v < tile.count; ++v)
-      count = load(tile.z + v * tile.width + lane) >= bound ? count + 1 : count;
-    return count;
+    Ints count[2] = {};
+    for_tokens(lanes.count, [&](int64_t token, int i) {
+      count[i] = lanes.at(token) >= bound ? count[i] + 1 : count[i];
+    });
+    return count[0] + count[1];
   }
-  const Floats t = load(target_z);
+  Ints count = {};
   for (int i = 0; i < kLanes; ++i)
-    for (int64_t v = 0; v < tile.count; ++v) {
-      const float z = tile.z[v * tile.width + lane + i];
-      count[i] += z > t[i] || (z == t[i] && first + v < target[i]);
+    for (int64_t token = 0; token < lanes.count; ++token) {
+      const float z = lanes.z[token * lanes.stride + i];
+      count[i] += z > target_z[i] || (z == target_z[i] && first + token < target[i]);
     }
   return count;
 }
 
-// Fold tokens first, first + 1, ... of kLanes rows into their state; `offset` is `first` counted from the range's start.
-static void reduce_lanes(const Tile& tile, int64_t lane, int64_t first, int64_t offset, float softcap,
-                         const RangeState& state, int64_t row, const int64_t* targets, const float* target_z) {
-  const Floats tile_best = column_max(tile, lane), old_best = load(state.best + row);
+// Fold the tokens first, first + 1, ... of a range that starts at `range` into the statistics of kLanes rows.
+inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float softcap, const RangeState& state,
+                         int64_t row, const int64_t* targets, const float* target_z) {
+  const Floats tile_best = largest(lanes), old_best = load(state.best + row);
   const Ints improved = tile_best > old_best;
   Ints& argmax = *reinterpret_cast<Ints*>(state.argmax + row);
   if (any(improved)) {
     store(state.best + row, larger(tile_best, old_best));
-    argmax = improved ? lowest_id(tile, lane, tile_best) + static_cast<int32_t>(offset) : argmax;
+    argmax = improved ? lowest_id(lanes, tile_best) + static_cast<int32_t>(first - range) : argmax;
   }
-  if (targets) *reinterpret_cast<Ints*>(state.rank + row) += count_beating(tile, lane, first, targets, target_z);
+  if (targets) *reinterpret_cast<Ints*>(state.rank + row) += count_beating(lanes, first, targets, target_z);
 
   const Floats old_peak = load(state.peak + row);
   store(state.peak + row, load(state.best + row));
   if (softcap != 0.0f) {
     soft_cap(state.peak + row, kLanes, softcap);
-    for (int64_t v = 0; v < tile.count; ++v) soft_cap(tile.z + v * tile.width + lane, kLanes, softcap);
+    for (int64_t token = 0; token < lanes.count; ++token) soft_cap(lanes.z + token * lanes.stride, kLanes, softcap);
   }
   const Floats peak = load(state.peak + row);
   // Rows that have seen nothing but -inf have sums of 0, for which any finite base and shift will do.
   const Floats base = peak == -kInfinity ? Floats{} : peak;
   Floats sums[2] = {}, moments[2] = {};
-  for (int64_t v = 0; v < tile.count; ++v) {
-    const Floats d = clamp_exponent(load(tile.z + v * tile.width + lane) - base);
+  for_tokens(lanes.count, [&](int64_t token, int i) {
+    const Floats d = clamp_exponent(lanes.at(token) - base);
     const Floats e = exp_nonpositive(d);
-    sums[v & 1] += e;
-    moments[v & 1] += d * e;
-  }
-  Floats shift = old_peak == -kInfinity ? Floats{} : old_peak - base;
-  shift = clamp_exponent(shift);
+    sums[i] += e;
+    moments[i] += d * e;
+  });
+  const Floats shift = clamp_exponent(old_peak == -kInfinity ? Floats{} : old_peak - base);
   const Floats factor = exp_nonpositive(shift);
-  // A tile of nothing but -inf adds nothing; a product, not a choice, so that a tile of NaN adds NaN.
+  // Tokens of nothing but -inf add nothing; a product, not a choice, so that nothing but NaN adds NaN.
   const Floats seen = tile_best == -kInfinity ? Floats{} : broadcast(1.0f);
   const Floats sum = (sums[0] + sums[1]) * seen, moment = (moments[0] + moments[1]) * seen;
   double* total = state.total + row;

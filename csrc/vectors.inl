@@ -1,5 +1,5 @@
 // Vectors of fp32 for one instruction set, and the functions of a logit. Included by lens_*.cpp, which define
-// REFINELENS_KERNELS (a namespace of their own), kVectorBytes and kGroup. Everything here is compiled for that
+// REFINELENS_KERNELS (a namespace of their own), kVectorBytes and kMaxVectors. Everything here is compiled for that
 // instruction set alone and instantiates nothing of the standard library: an inline function that the linker might
 // share with code for older processors must not be compiled for newer ones.
 
@@ -21,25 +21,26 @@ inline bool any(Ints mask) {
   return lanes != 0;
 }
 
-// exp(x) for x <= 0 with a relative error of 2e-7: 2^n * e^r, |r| <= ln(2)/2, degree-6 minimax polynomial
-// (coefficients of Cephes expf). Below kExpFloor, also at -inf, the result is e^kExpFloor = 1.6e-38; NaN stays NaN.
+// exp(x) for kExpFloor <= x <= 0 with a relative error of 2e-7; NaN stays NaN. 2^n * e^r with |r| <= ln(2)/2 and the
+// polynomial of degree 5 whose largest relative error there is smallest (7.5e-8, by Remez's algorithm).
 constexpr float kExpFloor = -87.0f;
 
 inline Floats exp_nonpositive(Floats x) {
-  const Floats shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const Floats n = shifted - 12582912.0f;
-  Floats r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const Ints power = (reinterpret_cast<const Ints&>(shifted) << 23) + 0x3f800000;  // low bits hold n; 1.0f
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; with 127 added they are the exponent of 2^n.
+  constexpr float kRound = 12582912.0f + 127.0f;
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts, the first times n is exact
+  Floats p = r * 8.2976550e-3f + 4.1915382e-2f;
+  p = p * r + 1.6667575e-1f;
+  p = p * r + 4.9998895e-1f;
+  p = p * r + 9.9999969e-1f;
+  p = p * r + 1.0f;
+  const Ints power = reinterpret_cast<const Ints&>(shifted) << 23;
   return p * reinterpret_cast<const Floats&>(power);
 }
 
+// e^kExpFloor = 1.6e-38 is nothing beside the 1 of the peak; also for -inf. NaN stays NaN.
 inline Floats clamp_exponent(Floats x) { return x < kExpFloor ? broadcast(kExpFloor) : x; }
 
 // cap * tanh(z / cap) of n floats, from tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|). Not inlined, so
