@@ -14,18 +14,6 @@ namespace {
 
 using OptionalFloats = std::optional<Array<float>>;
 
-// The dtype tells the elements: float32, float16, or uint16 for the bits of bf16, which numpy does not have.
-Matrix as_matrix(const py::array& a, const char* name) {
-  if (a.ndim() != 2) throw py::value_error(std::string(name) + ": expected two dimensions, got shape " + shape_text(a));
-  const char kind = a.dtype().kind();
-  const py::ssize_t size = a.itemsize();
-  if (!(kind == 'f' && (size == 4 || size == 2)) && !(kind == 'u' && size == 2))
-    throw py::value_error(std::string(name) + ": expected float32, float16 or uint16 (the bits of bf16), got " +
-                          py::str(a.dtype()).cast<std::string>());
-  const Element element = size == 4 ? Element::fp32 : kind == 'f' ? Element::fp16 : Element::bf16;
-  return {a.data(), element, a.shape(0), a.shape(1), a.strides(0) / size, a.strides(1) / size};
-}
-
 const float* checked(const OptionalFloats& a, const char* name, int64_t length) {
   if (!a) return nullptr;
   check_length(*a, name, length);
@@ -53,13 +41,7 @@ py::tuple run_fused_lens(py::array hidden, py::array unembedding, const std::str
   check_product(rows, tokens);
   const NormSpec spec{norm_kind(norm), checked(norm_weight, "norm_weight", rows.columns),
                       checked(norm_bias, "norm_bias", rows.columns), norm_eps};
-  if (targets) {
-    check_length(*targets, "targets", rows.rows);
-    for (py::ssize_t i = 0; i < targets->size(); ++i)
-      if (targets->at(i) < 0 || targets->at(i) >= tokens.rows)
-        throw py::value_error("targets: expected ids below " + std::to_string(tokens.rows) + ", got " +
-                              std::to_string(targets->at(i)));
-  }
+  if (targets) check_targets(*targets, rows.rows, tokens.rows);
   const LensProblem problem{rows,  spec,  tokens, checked(bias, "bias", tokens.rows),
                             scale, softcap, targets ? targets->data() : nullptr};
   Array<int64_t> argmax(rows.rows), target_rank(targets ? rows.rows : 0);
@@ -92,7 +74,7 @@ void run_product_only(py::array x_hat, py::array unembedding, int n_threads) {
 
 void bind_lens(py::module_& m) {
   m.def("instruction_set", [] { return isa_description(picked_isa()); },
-        "The instruction set picked at run time; REFINELENS_ISA (baseline, v3, v4) lowers it.");
+        "The instruction set picked at run time; REFINELENS_ISA (baseline, v3, v4, amx) lowers it.");
   m.def("fused_lens", &run_fused_lens, py::arg("hidden"), py::arg("unembedding"), py::arg("norm"),
         py::arg("norm_weight").noconvert().none(true), py::arg("norm_bias").noconvert().none(true), py::arg("norm_eps"),
         py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),

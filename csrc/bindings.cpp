@@ -28,6 +28,7 @@ py::tuple run_summarise_trajectories(Array<int64_t> ranks, int64_t k) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ half of refinelens: the fused lens on a CPU, and rank trajectories.";
   bind_lens(m);
+  bind_screen(m);
   m.def("summarise_trajectories", &run_summarise_trajectories, py::arg("ranks").noconvert(), py::arg("k"),
         "First-correct, settle and flips, [examples] int64 each, of ranks [examples, n_layers + 1]; -1 for none.");
 }

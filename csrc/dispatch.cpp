@@ -1,5 +1,10 @@
 #include "dispatch.hpp"
 
+#if REFINELENS_X86_LEVELS && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -20,7 +25,19 @@ constexpr struct {
 #endif
     {Isa::v3, "v3", "x86-64-v3 (AVX2)"},
     {Isa::v4, "v4", "x86-64-v4 (AVX-512)"},
+    {Isa::amx, "amx", "x86-64-v4 (AVX-512) and AMX"},
 };
+
+#if REFINELENS_X86_LEVELS && defined(__linux__)
+// Linux saves the state of the tiles only for a process that has asked for it.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
 
 Isa detect() {
 #if REFINELENS_X86_LEVELS
@@ -28,7 +45,7 @@ Isa detect() {
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (v4) return Isa::v4;
+  if (v4) return may_use_tiles() ? Isa::amx : Isa::v4;
   if (v3) return Isa::v3;
 #endif
   return Isa::baseline;

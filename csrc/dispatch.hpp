@@ -11,12 +11,12 @@
 
 namespace refinelens {
 
-enum class Isa { baseline, v3, v4 };  // in the order of preference
+enum class Isa { baseline, v3, v4, amx };  // in the order of preference
 
 // The widest one that was built and that this processor runs.
 Isa widest_isa();
 
-// widest_isa(), or the one that the environment variable REFINELENS_ISA names (baseline, v3, v4). The variable is
+// widest_isa(), or the one that the environment variable REFINELENS_ISA names (baseline, v3, v4, amx). The variable is
 // read at every call, so that a test or a benchmark can compare instruction sets in one process.
 // Throws std::invalid_argument for a name that is unknown or that this processor does not run.
 Isa picked_isa();

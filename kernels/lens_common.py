@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,32 @@ class LensOutput(NamedTuple):
 def soft_cap(z: Tensor, softcap: float | None) -> Tensor:
     """``softcap * tanh(z / softcap)``, or ``z`` unchanged (Gemma 2, arXiv 2408.00118, section 2)."""
     return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+ROW_CHUNK = 512
+CHUNK_LOGITS = 1 << 20  # 4 MiB in fp32: the logits of a chunk of rows are read back from cache
+MAX_CHUNK = 8192
+
+
+def z_chunks(
+    x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit_scale: float
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The vocabulary in chunks: first id, weights ``[C, d_model]`` and ``z`` ``[R, C]`` in the dtype of ``x_hat``.
+
+    The caller may overwrite ``z``; the next chunk does.
+    """
+    n_rows, n_vocab = x_hat.shape[0], unembedding.shape[0]
+    width = max(1, min(CHUNK_LOGITS // max(n_rows, 1), MAX_CHUNK, n_vocab))
+    buffer = x_hat.new_empty(n_rows * width)
+    for first in range(0, n_vocab, width):
+        weights = unembedding[first : first + width].to(x_hat.dtype)
+        z = buffer[: n_rows * len(weights)].view(n_rows, len(weights))
+        torch.mm(x_hat, weights.T, out=z)
+        if bias is not None:
+            z += bias[first : first + width].to(x_hat.dtype)
+        if logit_scale != 1.0:
+            z *= logit_scale
+        yield first, weights, z
 
 
 def linear_logits(x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
@@ -86,4 +112,5 @@ def in_row_blocks(
         reduce(hidden[start : start + size], None if targets is None else targets[start : start + size])
         for start in starts
     ]
-    return LensOutput(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    fields = (None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return type(blocks[0])(*fields)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lens_common import LensOutput, in_row_blocks, lens_output, linear_logits, soft_cap, target_z
+from .lens_common import ROW_CHUNK, LensOutput, in_row_blocks, lens_output, soft_cap, target_z, z_chunks
 from .norms import Norm, apply_norm
 
-VOCAB_CHUNK = 2048
-ROW_CHUNK = 512
 LOWEST = -3e38  # finite stand-in for -inf: 0 * -inf would be NaN
 
 
@@ -36,7 +34,9 @@ def fused_lens_twin(
         logit_scale: Positive factor of the logits, applied before the cap.
         dtype: Dtype of the whole computation; float64 gives the truth of the tests.
 
-    Memory: ``ROW_CHUNK * VOCAB_CHUNK`` logits at a time, whatever ``R`` and ``V``.
+    Memory: two buffers of a chunk's logits and ``ROW_CHUNK`` normed rows, whatever ``R`` and ``V``.
+
+    Source of the running sums: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3.
     """
 
     def reduce(rows: Tensor, row_targets: Tensor | None) -> LensOutput:
@@ -47,30 +47,29 @@ def fused_lens_twin(
 
 
 def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> LensOutput:
-    n_rows, n_vocab = x_hat.shape[0], unembedding.shape[0]
-    best = x_hat.new_full((n_rows,), float("-inf"))  # largest z so far
-    argmax = torch.zeros(n_rows, dtype=torch.int64, device=x_hat.device)
+    best = x_hat.new_full((len(x_hat),), float("-inf"))  # largest z so far
+    argmax = torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device)
     peak = best.clone()  # largest capped logit so far
     total = torch.zeros_like(best)  # sum of exp(l - peak)
     weighted = torch.zeros_like(best)  # sum of (l - peak) exp(l - peak)
     t_z = None if targets is None else target_z(x_hat, unembedding, targets, bias, logit_scale)
     rank = torch.zeros_like(argmax)
-    for first in range(0, n_vocab, VOCAB_CHUNK):
-        columns = slice(first, min(first + VOCAB_CHUNK, n_vocab))
-        z = linear_logits(x_hat, unembedding[columns], None if bias is None else bias[columns], logit_scale)
-        chunk_best, chunk_arg = _lowest_argmax(z)
-        argmax = torch.where(chunk_best > best, chunk_arg + first, argmax)
+    buffer = None
+    for first, _, z in z_chunks(x_hat, unembedding, bias, logit_scale):
+        buffer = z.new_empty(z.numel()) if buffer is None else buffer
+        work = buffer[: z.numel()].view_as(z)
+        chunk_best = z.amax(-1)
+        (rising,) = (chunk_best > best).nonzero(as_tuple=True)  # after the first chunks, few rows
+        argmax[rising] = first + z[rising].argmax(-1)  # documented to return the first among equals
         best = torch.maximum(best, chunk_best)
         if targets is not None:
-            ids = torch.arange(columns.start, columns.stop, device=z.device)
-            beats = (z > t_z[:, None]) | ((z == t_z[:, None]) & (ids < targets[:, None]))
-            rank += (beats & (ids != targets[:, None])).sum(-1)
-        logits = soft_cap(z, softcap)
+            rank += _count_beating(z, t_z, targets - first, work)
         new_peak = torch.maximum(peak, soft_cap(chunk_best, softcap))
         total, weighted = _rescale(total, weighted, peak - new_peak)
         # A token of logit -inf has probability 0 and adds nothing, also where there is nothing else yet.
-        shifted = logits - new_peak.masked_fill(new_peak == float("-inf"), 0.0)[:, None]
-        weight = shifted.exp()
+        shift = new_peak.masked_fill(new_peak == float("-inf"), 0.0)[:, None]
+        shifted = torch.sub(soft_cap(z, softcap), shift, out=z)
+        weight = torch.exp(shifted, out=work)
         total = total + weight.sum(-1)
         weighted = weighted + weight.mul_(shifted.clamp_(min=LOWEST)).sum(-1)
         peak = new_peak
@@ -79,11 +78,21 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
     return lens_output(argmax, best, logsumexp, entropy, targets, t_z, rank, softcap)
 
 
-def _lowest_argmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Row maximum and its lowest index; torch promises no order among equals."""
-    best = z.amax(-1)
-    ids = torch.arange(z.shape[-1], device=z.device)
-    return best, torch.where(z == best[:, None], ids, z.shape[-1]).amin(-1)
+def _count_beating(z: Tensor, t_z: Tensor, own: Tensor, work: Tensor) -> Tensor:
+    """Columns of ``z`` that beat a target at column ``own``, which may lie outside; ``work`` is overwritten.
+
+    An equal logit beats the target from a lower id only, so left of the target one comparison with the
+    next lower float does; the target's own column is left out, whatever it holds. There is no float below
+    -inf: such a target is compared as if its column were here.
+    """
+    width, floor = z.shape[-1], t_z.new_full((), float("-inf"))
+    is_left = (own >= width) & (t_z > floor)
+    bar = torch.where(is_left, torch.nextafter(t_z, floor), t_z)
+    count = torch.gt(z, bar[:, None], out=work).sum(-1).to(torch.int64)  # exact: fewer than 2^24 ones
+    (here,) = ((own >= 0) & ~is_left).nonzero(as_tuple=True)
+    z, t, own, ids = z[here], t_z[here, None], own[here, None], torch.arange(width, device=z.device)
+    count[here] += ((z == t) & (ids < own)).sum(-1) - ((z > t) & (ids == own)).sum(-1)
+    return count
 
 
 def _rescale(total: Tensor, weighted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

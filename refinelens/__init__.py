@@ -12,6 +12,9 @@ _PUBLIC = {
     "LensStats": "lens",
     "LayerNorm": "kernels.norms",
     "RMSNorm": "kernels.norms",
+    "lens_top_k": "top_k",
+    "TopK": "top_k",
+    "kl_to_final": "kl",
     "LogitLens": "logit_lens",
 }
 __all__ = [*_PUBLIC, "__version__"]

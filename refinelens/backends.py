@@ -12,6 +12,9 @@ from .kernels.lens_common import LensOutput
 from .kernels.lens_twin import fused_lens_twin
 
 BACKENDS = ("auto", "triton", "cpp", "twin")
+PRECISIONS = ("auto", "fp32", "certified")
+# From so many rows on, a call of the certified lens with AMX repays the making of the index within itself.
+CERTIFIED_ROWS = 1024
 
 
 @cache
@@ -47,12 +50,45 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     return "twin", missing.get(device_type, f"no kernel for device {device_type!r}") + ": plain torch"
 
 
-def backend_function(name: str) -> Callable[..., LensOutput]:
-    """The function behind the name of a backend, imported when it is first used."""
+def choose_precision(
+    backend: str, device_type: str, precision: str = "auto", rows: int = CERTIFIED_ROWS, d_model: int = 1
+) -> tuple[str, str]:
+    """``"fp32"`` or ``"certified"`` for a backend that was chosen, and the reason in words.
+
+    Raises:
+        InputError: An unknown precision, or ``"certified"`` where it cannot run.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "certified" and backend != "cpp":
+        raise InputError(
+            f"precision: expected CPU tensors, the C++ extension and backend 'cpp' or 'auto' for 'certified', got "
+            f"backend {backend!r} on {device_type!r}"
+        )
+    if precision != "auto":
+        return precision, "asked for"
+    if backend != "cpp":
+        return "fp32", f"the only one of backend {backend!r}"
+    from ._C import screen_kernels
+
+    kernels, digits = screen_kernels(d_model)
+    if digits == 1:
+        return "fp32", f"'certified' ({kernels}) is exact in argmax and rank, but less so in logsumexp"
+    if rows < CERTIFIED_ROWS:
+        return "fp32", f"'certified' ({kernels}) repays its index from {CERTIFIED_ROWS} rows on"
+    return "certified", f"from {CERTIFIED_ROWS} rows on; {kernels}, faster than fp32 and more exact; fewer rows: fp32"
+
+
+def backend_function(name: str, precision: str = "fp32") -> Callable[..., LensOutput]:
+    """The function behind the names of a backend and a precision, imported when it is first used."""
     if name == "triton":
         from .kernels.lens_triton import fused_lens_triton
 
         return fused_lens_triton
+    if precision == "certified":
+        from .certified import fused_lens_certified
+
+        return fused_lens_certified
     if name == "cpp":
         from .lens_cpu import fused_lens_cpu
 

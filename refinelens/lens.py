@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .backends import backend_function, choose_backend
+from .backends import backend_function, choose_backend, choose_precision
 from .errors import InputError
 from .kernels.lens_common import LensOutput
 from .kernels.lens_twin import fused_lens_twin
 from .kernels.norms import LayerNorm, Norm, RMSNorm
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .operands import check_operands
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class LensStats:
     """Statistics of every hidden row over the whole vocabulary, each of shape ``hidden.shape[:-1]``.
 
     Logits, log-probabilities and entropies are in nats and fp32. The three target fields are None when
-    no targets were given.
+    no targets were given, the last two unless the precision ``"certified"`` was asked for.
     """
 
     argmax: Tensor  # int64, lowest id among equals
@@ -33,6 +31,8 @@ class LensStats:
     target_logit: Tensor | None = None  # fp32
     target_rank: Tensor | None = None  # int64, number of tokens that beat the target
     target_logprob: Tensor | None = None  # fp32
+    logsumexp_bound: Tensor | None = None  # fp32, distance to the logsumexp of exact logits at most
+    fell_back: Tensor | None = None  # bool, rows whose logits were all computed in fp64
 
     def __post_init__(self):
         for field in fields(self):
@@ -60,6 +60,7 @@ def fused_lens(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str = "auto",
+    precision: str = "auto",
 ) -> LensStats:
     """Norm and unembedding of every hidden row, reduced over the vocabulary without storing the logits.
 
@@ -76,6 +77,9 @@ def fused_lens(
         softcap: Positive cap of the logits, or None.
         logit_scale: Positive factor of the logits.
         backend: ``"auto"``, ``"triton"`` (CUDA), ``"cpp"`` (CPU) or ``"twin"`` (plain torch).
+        precision: ``"fp32"``; ``"certified"`` (CPU, ``"cpp"``) for argmax and ranks that no rounding has touched,
+            with a bound on the error of ``logsumexp``, see `refinelens.certified`; or ``"auto"``, which is the
+            former but where the latter is never slower and never less exact (`refinelens.backends`).
 
     Returns:
         LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one
@@ -88,7 +92,7 @@ def fused_lens(
 
     Not differentiable.
     """
-    _check_static(hidden, unembedding, norm, bias, softcap, logit_scale)
+    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     shape = hidden.shape[:-1]
     flat_targets = None if targets is None else _flatten_targets(targets, hidden)
     kind = {LayerNorm: "layer", RMSNorm: "rms"}.get(type(norm), "none")
@@ -106,49 +110,14 @@ def fused_lens(
         softcap,
         logit_scale,
         backend,
+        precision,
     )
-    stats = [t.view(shape) for t in (out if targets is not None else out[:4])]
-    if targets is None:
-        return LensStats(*stats)
-    return LensStats(*stats, target_logprob=stats[4] - stats[2])
-
-
-def _check_static(hidden, unembedding, norm, bias, softcap, logit_scale) -> None:
-    for name, value in (("hidden", hidden), ("unembedding", unembedding)):
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
-        raise InputError(
-            "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
-            f"{list(hidden.shape)} and {list(unembedding.shape)}"
-        )
-    if unembedding.shape[0] == 0 or unembedding.shape[1] == 0:
-        raise InputError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
-    if hidden.dtype not in DTYPES or hidden.dtype != unembedding.dtype:
-        raise InputError(
-            "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
-            f"{hidden.dtype} and {unembedding.dtype}"
-        )
-    if not isinstance(norm, LayerNorm | RMSNorm | None):
-        raise InputError(f"norm: expected LayerNorm, RMSNorm or None, got {type(norm).__name__}")
-    vectors = {"bias": (bias, unembedding.shape[0])}
-    if norm is not None:
-        vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
-    for name, (vector, length) in vectors.items():
-        if vector is None:
-            continue
-        if vector.shape != (length,) or not vector.is_floating_point():
-            raise InputError(
-                f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
-            )
-    tensors = {"unembedding": unembedding} | {name: v for name, (v, _) in vectors.items() if v is not None}
-    for name, tensor in tensors.items():
-        if tensor.device != hidden.device:
-            raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"softcap: expected a positive number or None, got {softcap}")
-    if not 0 < logit_scale < math.inf:
-        raise InputError(f"logit_scale: expected a positive number, got {logit_scale}")
+    given = {"target_logit": targets is not None, "target_rank": targets is not None}
+    given |= dict.fromkeys(("logsumexp_bound", "fell_back"), precision == "certified")
+    stats = {name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if given.get(name, True)}
+    if targets is not None:
+        stats["target_logprob"] = stats["target_logit"] - stats["logsumexp"]
+    return LensStats(**stats)
 
 
 def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
@@ -167,6 +136,19 @@ def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
         ) from None
 
 
+# What the operator returns, in this order; what was not asked for is empty.
+_OUTPUTS = {
+    "argmax": torch.int64,
+    "max_logit": torch.float32,
+    "logsumexp": torch.float32,
+    "entropy": torch.float32,
+    "target_logit": torch.float32,
+    "target_rank": torch.int64,
+    "logsumexp_bound": torch.float32,
+    "fell_back": torch.bool,
+}
+
+
 @torch.library.custom_op("refinelens::fused_lens", mutates_args=())
 def _fused_lens_op(
     hidden: Tensor,
@@ -181,7 +163,8 @@ def _fused_lens_op(
     softcap: Optional[float],  # noqa: UP045
     logit_scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    precision: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     specs = {
         "none": lambda: None,
         "layer": lambda: LayerNorm(norm_weight, norm_bias, norm_eps),
@@ -189,22 +172,29 @@ def _fused_lens_op(
     }
     _check_targets(targets, unembedding.shape[0])
     chosen = choose_backend(hidden.device.type, backend)[0]
-    run = backend_function(chosen) if hidden.shape[0] else fused_lens_twin
+    chosen_precision = choose_precision(chosen, hidden.device.type, precision, *hidden.shape)[0]
+    run = backend_function(chosen, chosen_precision) if hidden.shape[0] else fused_lens_twin
     with torch.no_grad():
         out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
     _check_finite(out, hidden, saturates=norm == "none" and softcap is not None)
-    absent = hidden.new_empty(0, dtype=torch.float32), hidden.new_empty(0, dtype=torch.int64)
-    return (*out[:4], *(absent if targets is None else out[4:]))
+    values = out._asdict()
+    if precision != "certified":
+        values |= {"logsumexp_bound": None, "fell_back": None}
+    elif hidden.shape[0] == 0:
+        values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
+    absent = {name: hidden.new_empty(0, dtype=dtype) for name, dtype in _OUTPUTS.items()}
+    return tuple(absent[name] if values[name] is None else values[name] for name in _OUTPUTS)
 
 
 @_fused_lens_op.register_fake
-def _(hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, *_):
-    def stat(dtype, n=hidden.shape[0]):
-        return hidden.new_empty(n, dtype=dtype)
-
-    n_targets = 0 if targets is None else hidden.shape[0]
-    values = [stat(torch.float32) for _ in range(3)]
-    return stat(torch.int64), *values, stat(torch.float32, n_targets), stat(torch.int64, n_targets)
+def _(
+    hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
+    backend, precision="auto",
+):  # fmt: skip
+    rows, absent = hidden.shape[0], {"target_logit", "target_rank"} if targets is None else set()
+    if precision != "certified":
+        absent |= {"logsumexp_bound", "fell_back"}
+    return tuple(hidden.new_empty(0 if name in absent else rows, dtype=dtype) for name, dtype in _OUTPUTS.items())
 
 
 def _is_capturing(tensor: Tensor) -> bool:

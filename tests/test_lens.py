@@ -7,6 +7,7 @@ import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
 from refinelens.backends import choose_backend
 from refinelens.errors import InputError
+from refinelens.kernels import lens_common
 from refinelens.kernels.lens_twin import fused_lens_twin
 from tiny import assert_matches_truth, truth
 
@@ -113,6 +114,23 @@ def test_tokens_masked_by_a_bias_of_minus_infinity(backend):
     assert torch.equal(stats.argmax, rest.argmax + 8500) and torch.equal(stats.target_rank, rest.target_rank)
     torch.testing.assert_close(stats.logsumexp, rest.logsumexp)
     torch.testing.assert_close(stats.entropy, rest.entropy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(10))
+def test_ties_among_tokens_that_cannot_occur(backend, seed, monkeypatch):
+    """A target of logit -inf is beaten by everything else and by its equals of lower id, over several chunks."""
+    monkeypatch.setattr(lens_common, "MAX_CHUNK", 16)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-2, 3, (30, 3), generator=generator).float()
+    unembedding = torch.randint(-2, 3, (61, 3), generator=generator).float()
+    bias = torch.where(torch.rand(61, generator=generator) < 0.4, float("-inf"), 0.0)
+    bias[0] = 0.0
+    targets = torch.randint(0, 61, (30,), generator=generator)
+    stats = fused_lens(hidden, unembedding, None, targets, bias, backend=backend)
+    exact = truth(hidden, unembedding, None, targets, bias)
+    assert torch.equal(stats.argmax, exact["argmax"])
+    assert torch.equal(stats.target_rank, exact["target_rank"])
 
 
 def test_threads_do_not_change_the_reduction():

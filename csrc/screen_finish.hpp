@@ -1,0 +1,32 @@
+// From the candidates of a row to its statistics.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "screen.hpp"
+#include "screen_exact.hpp"
+
+namespace refinelens {
+
+// What the screen has found of a row, over the whole vocabulary.
+struct ScreenedRow {
+  double reached;  // the largest x.c + b is at least this
+  double shift;    // x.m as the kernels were given it
+  double peak, total, weighted, uncertain;
+  double largest_bound;  // of any z
+  int64_t above;
+  std::vector<Candidate> candidates;
+};
+
+// False when no candidate is left: the row was not screened well enough.
+bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRow& exact, ScreenedRow& screened,
+                     const CertifiedStats& stats);
+
+// All logits in fp64.
+void finish_exhaustively(const CertifiedProblem& problem, int64_t row, const ExactRow& exact,
+                         const CertifiedStats& stats);
+
+void finish_broken(int64_t row, const CertifiedStats& stats);
+
+}  // namespace refinelens

@@ -1,0 +1,125 @@
+// What the driver (screen.cpp), the index (screen_index.hpp) and the kernels of each instruction set (screen_*.cpp) of
+// the certified lens agree on, and the proof that the screen misses nothing. No Python types.
+//
+// A hidden row x (normed, fp64) and a token's weights w of the unembedding have the logit z = x.w + b. The screen
+// computes an approximation of all z by integers and a bound on its error; only tokens whose interval reaches the
+// largest z, or the target's, are computed in fp64 (screen_exact.hpp).
+//
+// Proof of the bound. Let m be any fixed vector (the mean of the weights), c = w - m. Then z = x.c + x.m + b, and x.m is
+// the same for all tokens of a row; the screen compares x.c + b. Vectors are quantised as x = s q + r with a scale s and
+// integers q; c = s' q' + r'. By the Cauchy-Schwarz inequality
+//   (1)  |x.c - s s' (q.q')| = |x.r' + r.(s' q')| <= |x| |r'| + |r| |s' q'|.
+// The norms are measured on the vectors themselves in fp64, and are rounded up. Nothing is assumed about them.
+//   One digit (16 bits): |q| |q'| < 2^31, so that q.q' and each of its partial sums fit into 32 bits: the integer product
+//   is exact in any order. Three digits (8 bits): q = 2^16 d0 + 2^8 d1 + d2 with -128 <= di <= 127; the products
+//   d0.d0', d0.d1' + d1.d0', d0.d2' + d1.d1' + d2.d0' fit into 32 bits each (d_model <= kMaxDigitDepth) and are exact.
+//   The others are left out, which adds, with L = s |d2| and M = s 2^8 |d1|, at most
+//   (2)  |s 2^8 d1 . s' d2' + s d2 . s' (2^8 d1' + d2')| <= M L' + L (M' + L').
+//   Let T = s |q|, for three digits s (|2^16 d0| + |2^8 d1| + |d2|). The integers become an fp32 number, by one rounding
+//   or by three conversions and two additions, and then pass through a product of scales, a product with it, an addition
+//   of the bias rounded to fp32, a product with the logit scale: at most 8.1 roundings of values that are at most T T' and
+//   4.1 of the bias. With u = 2^-24 and all values normal (scales are at least kSmallestScale) this adds at most
+//   (3)  10 u T T' + 5 u |b| + 2^-125.
+//   The sum of (1), (2), (3) is an inner product of five numbers of the row and five of the token, of which the largest
+//   in a tile of kTileTokens tokens stand for all.
+// Assumptions: IEEE 754 arithmetic, round to nearest, subnormal numbers not flushed in fp64; finite x, w, b (or b = -inf:
+// such a token has probability 0 and beats nobody); all |x| |w| + |b| below kLargestLogit.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.hpp"
+
+namespace refinelens {
+
+constexpr int kTileTokens = 96;         // tokens that are multiplied and folded at a time; they share one bound
+constexpr int kTerms = 5;               // of the bound
+constexpr int kMaxListed = 256;         // candidates of a row in one range of the vocabulary
+constexpr int64_t kMaxDigitDepth = 32768;
+constexpr double kSmallestScale = 0x1p-60;
+constexpr double kLargestLogit = 1e30;
+
+// How quantised vectors are laid out. K, the dimension that is summed over, is cut into steps of 4 * units bytes for
+// each digit. Tokens are stored [group][step][digit][token][unit], hidden rows [panel][step][digit][unit][row].
+struct ScreenFormat {
+  int digits;       // 1 of 16 bits, or 3 of 8 bits
+  int units;        // of 4 bytes
+  int token_group;  // divides kTileTokens
+  int row_panel;    // hidden rows multiplied together
+
+  int64_t values_per_step() const { return 4 * units / (digits == 1 ? 2 : 1); }
+  int64_t steps(int64_t depth) const { return (depth + values_per_step() - 1) / values_per_step(); }
+  int64_t bytes_per_vector(int64_t depth) const { return steps(depth) * digits * units * 4; }
+};
+
+// kTileTokens tokens; those beyond the vocabulary, from `count` on, have offset -inf.
+struct ScreenTile {
+  const void* digits;
+  const float* scale;
+  const float* offset;  // bias
+  const float* bound;   // [kTerms]
+  int64_t first_token;
+  int count;
+};
+
+// A panel of hidden rows. Arrays of rows are [row_panel], those with several numbers a row [number][row_panel].
+struct ScreenRows {
+  const void* digits;
+  const float* scale;
+  const float* bound;     // [kTerms][row_panel]
+  const float* slack;     // added to every bound: rounding of what was computed in fp64
+  const float* shift;     // x.m
+  const float* target_z;  // of x.c + b, NaN where there is no target
+  const int32_t* live;    // 0 for rows that are not screened
+  int64_t first_row;
+};
+
+// Running statistics of a panel of rows over a range of the vocabulary; l is the logit, after scale and softcap, less
+// the constant scale * x.m where there is no softcap.
+struct ScreenState {
+  float* reached;      // the largest z is known to be at least this
+  float* peak;         // largest l
+  double* total;       // sum of exp(l - peak)
+  double* weighted;    // sum of (l - peak) * exp(l - peak)
+  double* uncertain;   // sum of exp(l - peak) * (exp(bound of l) - 1), rounded up
+  int32_t* above;      // tokens that certainly beat the target
+  int32_t* listed;     // candidates; more than kMaxListed: the list is not complete
+};
+
+// A token that may be the argmax, or that may or may not beat the target.
+struct Candidate {
+  int64_t row, token;
+  float z, bound;
+  int32_t near_target;  // not decided, and not counted in `above`
+};
+
+struct LogitMap {
+  float scale;
+  float softcap;  // 0 for none
+};
+
+struct ScreenKernels {
+  const char* name;
+  ScreenFormat format;
+
+  // Around calls of multiply() on one thread.
+  void (*enter)();
+  void (*leave)();
+
+  // products[token][row] of a tile and a panel; 64-byte aligned.
+  void (*multiply)(const ScreenTile&, const ScreenRows&, int64_t steps, float* products);
+
+  // Fold products, which are overwritten, into the state; candidates (at most kTileTokens * row_panel) are written to
+  // `found`, and their number is returned.
+  int64_t (*fold)(const ScreenTile&, const ScreenRows&, const LogitMap&, float* products, const ScreenState&,
+                  Candidate* found);
+};
+
+extern const ScreenKernels kScreenBaseline;
+#if REFINELENS_X86_LEVELS
+extern const ScreenKernels kScreenV3;
+extern const ScreenKernels kScreenV4;
+extern const ScreenKernels kScreenAmx;
+#endif
+
+}  // namespace refinelens

@@ -1,0 +1,37 @@
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "screen_kernels.hpp"
+
+#if REFINELENS_X86_LEVELS
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+#define REFINELENS_KERNELS v4_screen
+namespace refinelens::REFINELENS_KERNELS {
+constexpr int kVectorBytes = 64;
+constexpr int kGroup = 12;
+}  // namespace refinelens::REFINELENS_KERNELS
+
+#include "vectors.inl"
+
+namespace refinelens::REFINELENS_KERNELS {
+inline Ints multiply_add(Ints sum, Ints a, Ints b) {
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+}  // namespace refinelens::REFINELENS_KERNELS
+
+// After multiply_add, in the order of use.
+#include "screen_product.inl"
+#include "screen_fold.inl"
+
+namespace refinelens {
+using namespace REFINELENS_KERNELS;
+extern const ScreenKernels kScreenV4 = {"AVX-512 VNNI, 16-bit screen", {1, 1, kGroup, kPanel}, nothing, nothing, multiply_tile, fold_tile};
+}  // namespace refinelens
+
+#pragma GCC pop_options
+
+#endif
