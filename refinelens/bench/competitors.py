@@ -28,6 +28,7 @@ class Competitor:
     group: str  # ours, peer or product
     logit_bytes: int = 0  # bytes held at once for every logit of the problem
     compiles: bool = False  # the first call with a shape takes seconds
+    keeps: str | None = None  # what the first call with an unembedding makes for later ones
     obstacle: Callable[[Problem], str | None] = lambda problem: None  # why it cannot run on a problem
 
 
@@ -77,7 +78,14 @@ def _needs_kernel(problem: Problem) -> str | None:
 HALF = (torch.bfloat16, torch.float16)
 ALL = [
     Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), "ours", obstacle=_needs_kernel),
-    Competitor("certified", "refinelens, certified", _fused(precision="certified"), "ours", obstacle=_needs_cpp),
+    Competitor(
+        "certified",
+        "refinelens, certified",
+        _fused(precision="certified"),
+        "ours",
+        keeps="its index of the unembedding",
+        obstacle=_needs_cpp,
+    ),
     Competitor("twin", "refinelens, plain torch", _fused(backend="twin"), "ours"),
     Competitor(NAIVE, "torch, all logits (naive)", peers.naive, "peer", logit_bytes=18),
     Competitor("compiled", "torch.compile of naive", peers.compiled, "peer", logit_bytes=16, compiles=True),

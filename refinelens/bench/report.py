@@ -32,6 +32,7 @@ class Result:
     peak_share: float | None
     extra_bytes: int | None  # growth of the peak memory in a first call, on the measured rows
     verdict: Verdict | None  # None for a bare product
+    note: str | None  # what else a reader must know of the row
 
 
 @dataclass(frozen=True)

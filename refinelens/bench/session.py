@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import tempfile
 import time
@@ -40,8 +41,22 @@ class Lane:
 
     competitor: Competitor
     problem: Problem  # on the rows it is measured on
+    first_seconds: float | None  # by how much the very first call took longer, if it was tried
     extra_bytes: int | None
     verdict: Verdict | None
+
+    def note(self, all_rows: int) -> str | None:
+        """What a reader must know of this row of the table."""
+        rows, remarks = len(self.problem.hidden), []
+        if rows < all_rows:
+            remarks.append(f"measured on {rows} of {all_rows} rows and scaled up; all would not fit")
+        if self.competitor.keeps and self.first_seconds:
+            remarks.append(
+                f"{self.competitor.keeps} is made once, in {self.first_seconds:.2g} s, which are not counted"
+            )
+        if self.verdict and self.verdict.fell_back:
+            remarks.append(f"{self.verdict.fell_back} of {self.verdict.rows} rows fell back to the exact path")
+        return "; ".join(remarks) or None
 
 
 def run_bench(options: BenchOptions, say: Callable[[str], None] = lambda text: None) -> Report:
@@ -127,7 +142,7 @@ class Session:
         self._left_out[competitor.title] = reason
 
     def _prepare(self, competitor: Competitor, problem_file: Path) -> Lane:
-        rows = self._affordable_rows(competitor)
+        rows, first_seconds = self._affordable_rows(competitor)
         problem = self.problem.first(rows)
         extra = None
         if self._device == "cpu" and can_measure_growth():
@@ -135,9 +150,10 @@ class Session:
         verdict = self._truth.judge(competitor.run(problem), rows)
         if self._device == "cuda":
             extra = peak_growth_cuda(lambda: competitor.run(problem))
-        return Lane(competitor, problem, extra, verdict)
+        return Lane(competitor, problem, first_seconds, extra, verdict)
 
-    def _affordable_rows(self, competitor: Competitor) -> int:
+    def _affordable_rows(self, competitor: Competitor) -> tuple[int, float | None]:
+        """How many rows memory and patience allow, and by how much a first call takes longer than a second."""
         rows = len(self.problem.hidden)
         there = available_memory(self._device)
         if there is not None and competitor.logit_bytes:
@@ -146,11 +162,10 @@ class Session:
             if rows == 0:
                 raise DoesNotRun(f"does not fit: {a_row / 1e9:.3g} GB a row, {there / 1e9:.3g} GB available")
         if competitor.compiles:  # a trial would compile once more; it takes about as long as naive
-            return min(rows, len(self._lanes[NAIVE].problem.hidden)) if NAIVE in self._lanes else rows
+            return min(rows, len(self._lanes[NAIVE].problem.hidden)) if NAIVE in self._lanes else rows, None
         trial = self.problem.first(TRIAL_ROWS)
-        competitor.run(trial)  # loads and builds what later calls use again
-        seconds = self._race.time(lambda: competitor.run(trial))
-        return min(rows, max(1, int(LONGEST / seconds * len(trial.hidden))))
+        first, seconds = (self._race.time(lambda: competitor.run(trial)) for _ in range(2))
+        return min(rows, max(1, int(LONGEST / seconds * len(trial.hidden)))), first - seconds
 
     def report(self) -> Report:
         """What the rounds so far have shown."""
@@ -162,7 +177,7 @@ class Session:
             instruction_set=_instruction_set(),
             threads=self.options.threads,
             clock="process CPU time" if self._race.clock is time.process_time else "wall clock",
-            versions={"refinelens": __version__, "torch": version("torch"), "Python": platform.python_version()},
+            versions=_versions(self._device),
             date=f"{datetime.now(UTC):%Y-%m-%d}",
             rows=rows,
             d_model=problem.hidden.shape[1],
@@ -197,7 +212,15 @@ class Session:
             peak_share=flops / peak if peak else None,
             extra_bytes=lane.extra_bytes,
             verdict=lane.verdict,
+            note=lane.note(len(self.problem.hidden)),
         )
+
+
+def _versions(device: str) -> dict[str, str]:
+    found = {"refinelens": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        found["Triton"] = version("triton")
+    return found
 
 
 def _instruction_set() -> str | None:

@@ -58,16 +58,7 @@ def notes(report: Report) -> list[str]:
         "memory in a first call, in a fresh process on a CPU. off: rows that differ from fp64, of those compared; "
         "error: largest of any real statistic, nats.",
     ]
-    lines += [
-        f"{r.title}: measured on {r.measured_rows} of {report.rows} rows and scaled up; all would not fit."
-        for r in report.results
-        if r.measured_rows < report.rows
-    ]
-    lines += [
-        f"{r.title}: {r.verdict.fell_back} of {r.verdict.rows} rows fell back to the exact path."
-        for r in report.results
-        if r.verdict and r.verdict.fell_back
-    ]
+    lines += [f"{result.title}: {result.note}." for result in report.results if result.note]
     return lines + [f"Left out: {title}: {reason}." for title, reason in report.left_out.items()]
 
 
