@@ -129,21 +129,22 @@ def draw(points: list[Point], path: Path) -> None:
 
     figure, panels = plt.subplots(1, len(AXES), figsize=(10, 3.6), layout="constrained", sharey=True)
     for panel, axis in zip(panels, AXES, strict=True):
-        for name in NAMES:
+        for name in reversed(NAMES):  # the fused kernel last, on top
             line = sorted((p for p in points if p.axis == axis and p.name == name), key=lambda p: p.size)
             panel.plot(
                 [p.size for p in line], [p.seconds for p in line], marker="o", ms=4, label=COMPETITORS[name].title
             )
-        first, *_, last = sorted((p for p in points if p.axis == axis and p.name == "fp32"), key=lambda p: p.size)
-        guide = [last.seconds * first.size / last.size, last.seconds]
-        panel.plot([first.size, last.size], guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
+        sizes = [p.size for p in line]
+        anchor = line[-LARGEST:][0]  # the first of the points over which the slope is taken
+        guide = [anchor.seconds * size / anchor.size for size in sizes]
+        panel.plot(sizes, guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("seconds, one thread")
     panels[0].legend(frameon=False, fontsize=8)
-    others = f"elsewhere {ROWS} rows, d_model {D_MODEL}, vocab {VOCAB}"
-    figure.suptitle(f"{device_name('cpu')}, torch {torch.__version__}; {others}", fontsize=9)
+    fixed = f"{ROWS} rows, d_model {D_MODEL}, vocab {VOCAB} where not varied"
+    figure.suptitle(f"{device_name('cpu')}, torch {torch.__version__}; {fixed}", fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -223,6 +223,15 @@ def test_bad_input_is_one_line_and_exit_code_2(change, message, capsys):
     assert captured.err.startswith("refinelens: ") and message in captured.err
 
 
+def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch, capsys):
+    pytest.importorskip("refinelens._C")
+    monkeypatch.setenv("REFINELENS_ISA", "v9")
+    for command in (["bench", *TINY], ["doctor"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("refinelens: REFINELENS_ISA: expected one of") and error.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def report():
     with pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 from .. import __version__
+from ..backends import instruction_set
 from ..manifest import device_name
 from .competitors import NAIVE, Competitor, choose
 from .fresh import DoesNotRun, extra_memory
@@ -89,6 +90,7 @@ class Session:
 
     def __init__(self, options: BenchOptions, competitors: list[Competitor], say: Callable[[str], None]):
         self.options = options
+        self._instruction_set = _instruction_set()
         say("making the problem")
         self.problem = make_problem(options)
         self._device = self.problem.hidden.device.type
@@ -174,7 +176,7 @@ class Session:
         return Report(
             device=device_name(self._device),
             device_type=self._device,
-            instruction_set=_instruction_set(),
+            instruction_set=self._instruction_set,
             threads=self.options.threads,
             clock="process CPU time" if self._race.clock is time.process_time else "wall clock",
             versions=_versions(self._device),
@@ -225,7 +227,6 @@ def _versions(device: str) -> dict[str, str]:
 
 def _instruction_set() -> str | None:
     try:
-        from .. import _C
+        return instruction_set()
     except ImportError:
         return None
-    return _C.instruction_set()
