@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "bindings.hpp"
@@ -21,8 +23,9 @@ const float* checked(const OptionalFloats& a, const char* name, int64_t length) 
 }
 
 void check_product(const Matrix& hidden, const Matrix& unembedding) {
-  if (hidden.columns != unembedding.columns || hidden.columns == 0 || unembedding.rows == 0)
-    throw py::value_error("hidden and unembedding: expected one d_model above 0 and a token, got " +
+  if (hidden.columns != unembedding.columns || hidden.columns == 0 || unembedding.rows == 0 ||
+      unembedding.rows > std::numeric_limits<int32_t>::max())
+    throw py::value_error("hidden and unembedding: expected one d_model above 0 and 1 to 2^31 - 1 tokens, got " +
                           std::to_string(hidden.columns) + " and " + std::to_string(unembedding.rows) + " by " +
                           std::to_string(unembedding.columns));
 }

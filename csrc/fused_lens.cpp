@@ -163,7 +163,7 @@ class Driver {
   const Ranges ranges_;
   const int64_t block_rows_, scratch_floats_;
   const Buffer<float> panels_;
-  const Buffer<int64_t> targets_;
+  const Buffer<int32_t> targets_;
   const Buffer<float> target_z_, target_logit_, scratch_;
 };
 

@@ -29,7 +29,7 @@ struct NormSpec {
 struct LensProblem {
   Matrix hidden;       // [rows, d_model]
   NormSpec norm;
-  Matrix unembedding;  // [vocab_size, d_model]
+  Matrix unembedding;  // [vocab_size, d_model], fewer than 2^31 tokens
   const float* bias;   // [vocab_size], or null
   float scale;
   float softcap;
@@ -42,7 +42,7 @@ struct LensProblem {
 struct PackedRows {
   int64_t count;
   float* panels;
-  int64_t* targets;
+  int32_t* targets;
   float* target_z;
   float* target_logit;
 };

@@ -38,24 +38,20 @@ inline Ints lowest_id(const Lanes& lanes, Floats best) {
 }
 
 // The smallest float above t, for a normal t.
-inline float next_above(float t) {
-  const int32_t bits = __builtin_bit_cast(int32_t, t);
-  return __builtin_bit_cast(float, bits + (bits < 0 ? -1 : 1));
+inline Floats next_above(Floats t) {
+  const Ints bits = reinterpret_cast<const Ints&>(t);
+  const Ints next = bits < 0 ? bits - 1 : bits + 1;
+  return reinterpret_cast<const Floats&>(next);
 }
 
-// Tokens that beat the targets: larger, or equal with a lower id. `first` is the id of the first token.
-inline Ints count_beating(const Lanes& lanes, int64_t first, const int64_t* target, const float* target_z) {
+// Tokens that beat the targets: larger, or equal with a lower id. `targets` are counted from the first token.
+inline Ints count_beating(const Lanes& lanes, Ints target, Floats target_z) {
   // Where the target is not among the tokens one comparison does: with t if ties count, with the float above if not.
-  float limit[kLanes] __attribute__((aligned(kVectorBytes)));
-  bool simple = true;
-  for (int i = 0; i < kLanes; ++i) {
-    const float t = target_z[i];
-    const bool below = first + lanes.count <= target[i], above = first > target[i];
-    limit[i] = below ? t : next_above(t);
-    simple &= (below || above) && __builtin_fabsf(t) > 0x1p-120f && __builtin_fabsf(t) < kInfinity;
-  }
-  if (simple) {
-    const Floats bound = load(limit);
+  const Ints after = target >= static_cast<int32_t>(lanes.count), before = target < 0;
+  const Floats magnitude = target_z < 0.0f ? -target_z : target_z;
+  const Ints is_normal = (magnitude > 0x1p-120f) & (magnitude < kInfinity);
+  if (!any(~((after | before) & is_normal))) {
+    const Floats bound = after ? target_z : next_above(target_z);
     Ints count[2] = {};
     for_tokens(lanes.count, [&](int64_t token, int i) {
       count[i] = lanes.at(token) >= bound ? count[i] + 1 : count[i];
@@ -63,17 +59,17 @@ inline Ints count_beating(const Lanes& lanes, int64_t first, const int64_t* targ
     return count[0] + count[1];
   }
   Ints count = {};
-  for (int i = 0; i < kLanes; ++i)
-    for (int64_t token = 0; token < lanes.count; ++token) {
-      const float z = lanes.z[token * lanes.stride + i];
-      count[i] += z > target_z[i] || (z == target_z[i] && first + token < target[i]);
-    }
+  for (int64_t token = 0; token < lanes.count; ++token) {
+    const Floats z = lanes.at(token);
+    const Ints has_lower_id = static_cast<int32_t>(token) < target;
+    count -= (z > target_z) | ((z == target_z) & has_lower_id);
+  }
   return count;
 }
 
 // Fold the tokens first, first + 1, ... of a range that starts at `range` into the statistics of kLanes rows.
 inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float softcap, const RangeState& state,
-                         int64_t row, const int64_t* targets, const float* target_z) {
+                         int64_t row, const int32_t* targets, const float* target_z) {
   const Floats tile_best = largest(lanes), old_best = load(state.best + row);
   const Ints improved = tile_best > old_best;
   Ints& argmax = *reinterpret_cast<Ints*>(state.argmax + row);
@@ -81,7 +77,10 @@ inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float
     store(state.best + row, larger(tile_best, old_best));
     argmax = improved ? lowest_id(lanes, tile_best) + static_cast<int32_t>(first - range) : argmax;
   }
-  if (targets) *reinterpret_cast<Ints*>(state.rank + row) += count_beating(lanes, first, targets, target_z);
+  if (targets) {
+    const Ints relative = *reinterpret_cast<const Ints*>(targets) - static_cast<int32_t>(first);
+    *reinterpret_cast<Ints*>(state.rank + row) += count_beating(lanes, relative, load(target_z));
+  }
 
   const Floats old_peak = load(state.peak + row);
   store(state.peak + row, load(state.best + row));

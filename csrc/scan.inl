@@ -54,7 +54,7 @@ static void find_targets(const LensProblem& problem, int64_t first_row, const Pa
   const int64_t d_model = problem.hidden.columns;
   const int64_t* wanted = problem.targets + first_row + panel.row;
   for (int64_t i = 0; i < panel.width(); ++i) {
-    rows.targets[panel.row + i] = i < panel.count ? wanted[i] : -1;
+    rows.targets[panel.row + i] = i < panel.count ? static_cast<int32_t>(wanted[i]) : -1;
     rows.target_z[panel.row + i] = 1.0f;
   }
   for (int64_t begin = 0; begin < panel.count; begin += kGroup) {
@@ -88,43 +88,46 @@ static Group find_group(const Matrix& m, int64_t token, int64_t last, float* pla
   return {place, staged_stride(m.columns)};
 }
 
-// Multiplying one panel with one group asks memory for an equal share of the group that follows a block later.
-inline Prefetch share_of(const Matrix& m, int64_t token, int64_t panel, int64_t n_panels) {
-  if (m.column_stride != 1) return {};
-  const int64_t bytes = m.element == Element::fp32 ? 4 : 2;
-  const int64_t each = (kGroup + n_panels - 1) / n_panels, start = token + panel * each;
-  const int64_t group_end = token + kGroup < m.rows ? token + kGroup : m.rows;
-  const int64_t end = start + each < group_end ? start + each : group_end;
-  if (end <= start) return {};
-  return {static_cast<const char*>(m.data) + start * m.row_stride * bytes, m.row_stride * bytes, kPrefetchStep * bytes,
-          end - start};
-}
+// What is asked of memory while a panel of a block is multiplied with the group at `token`: an equal share of the group
+// that comes `distance` tokens later, a block or, where one panel leaves it at once, a group; and of the next panel.
+struct Ahead {
+  int64_t distance, each, lines;
 
-// Multiplying one group asks memory for an equal share of the next panel.
-inline Prefetch share_of(const PackedRows& rows, const Panel& panel, int64_t d_model, int64_t part, int64_t n_parts) {
-  if (panel.row + kWide >= rows.count) return {};
-  const int64_t lines = (kMaxVectors * kPrefetchStep * kVectorBytes / 64 + n_parts - 1) / n_parts;
-  const char* next = reinterpret_cast<const char*>(rows.panels + (panel.row + kWide) * d_model);
-  return {next + part * lines * (d_model / kPrefetchStep) * 64, 64, lines * 64, lines};
-}
+  Ahead(int64_t n_panels, int64_t n_groups)
+      : distance(n_panels > 1 ? n_groups * kGroup : kGroup), each((kGroup + n_panels - 1) / n_panels),
+        lines((kMaxVectors * kPrefetchStep * kVectorBytes / 64 + n_groups - 1) / n_groups) {}
+
+  Prefetch tokens(const Matrix& m, int64_t token, int64_t panel) const {
+    const int64_t group = token + distance, group_end = group + kGroup < m.rows ? group + kGroup : m.rows;
+    const int64_t start = group + panel * each, end = start + each < group_end ? start + each : group_end;
+    if (end <= start || m.column_stride != 1) return {};
+    const int64_t bytes = m.element == Element::fp32 ? 4 : 2;
+    return {static_cast<const char*>(m.data) + start * m.row_stride * bytes, m.row_stride * bytes,
+            kPrefetchStep * bytes, end - start};
+  }
+
+  Prefetch rows(const PackedRows& rows, int64_t d_model, int64_t panel, int64_t group) const {
+    if ((panel + 1) * kWide >= rows.count) return {};
+    const float* next = rows.panels + (panel + 1) * kWide * d_model;
+    return {reinterpret_cast<const char*>(next) + group * lines * (d_model / kPrefetchStep) * 64, 64, lines * 64, lines};
+  }
+};
 
 static void scan_range(const LensProblem& problem, const PackedRows& rows, int64_t first, int64_t last,
                        const RangeState* state, float* memory) {
   const Scratch scratch(memory);
   const Matrix& tokens = problem.unembedding;
-  const int64_t n_panels = (rows.count + kWide - 1) / kWide, step = block_tokens(tokens.columns);
+  const int64_t d_model = tokens.columns, step = block_tokens(d_model), n_panels = (rows.count + kWide - 1) / kWide;
+  const Ahead ahead(n_panels, step / kGroup);
   for (int64_t token = first; token < last; token += step) {
     const int64_t count = last - token < step ? last - token : step;
     for (int64_t i = 0; i < kMaxTokens; ++i) scratch.bias[i] = problem.bias && i < count ? problem.bias[token + i] : 0.0f;
     for (int64_t p = 0; p < n_panels; ++p) {
-      const Panel panel(rows, p, tokens.columns);
-      for (int64_t begin = 0; begin < count; begin += kGroup) {
-        const Group group = find_group(tokens, token + begin, last,
-                                       scratch.block + begin * staged_stride(tokens.columns), p > 0);
-        multiply(panel, group, tokens.columns, scratch.bias + begin, problem.scale,
-                 scratch.tile + begin * panel.width(), share_of(tokens, token + step + begin, p, n_panels),
-                 share_of(rows, panel, tokens.columns, begin / kGroup, (count + kGroup - 1) / kGroup));
-      }
+      const Panel panel(rows, p, d_model);
+      for (int64_t begin = 0, g = 0; begin < count; begin += kGroup, ++g)
+        multiply(panel, find_group(tokens, token + begin, last, scratch.block + begin * staged_stride(d_model), p > 0),
+                 d_model, scratch.bias + begin, problem.scale, scratch.tile + begin * panel.width(),
+                 ahead.tokens(tokens, token + begin, p), ahead.rows(rows, d_model, p, g));
       if (!state) continue;
       for (int64_t lane = 0; lane < panel.width(); lane += kLanes)
         reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state, panel.row + lane,

@@ -41,7 +41,7 @@ inline Floats exp_nonpositive(Floats x) {
 }
 
 // e^kExpFloor = 1.6e-38 is nothing beside the 1 of the peak; also for -inf. NaN stays NaN.
-inline Floats clamp_exponent(Floats x) { return x < kExpFloor ? broadcast(kExpFloor) : x; }
+inline Floats clamp_exponent(Floats x) { return larger(broadcast(kExpFloor), x); }
 
 // cap * tanh(z / cap) of n floats, from tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|). Not inlined, so
 // that equal z have equal logits wherever they are computed. n is a multiple of kLanes.
