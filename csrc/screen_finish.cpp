@@ -12,6 +12,7 @@ namespace {
 // is above -32 (what lies below weighs nothing), 48 additions to a partial sum 48 * 2^-24, and the rescaling of
 // all this with each new peak, at most once in each of 32 tiles, 32 * 2.5e-7.
 constexpr double kSumError = 1.3e-5;
+constexpr double kLoosestBound = 1.0;  // nats, of a logsumexp that is worth giving
 constexpr double kFp32 = 0x1p-24;
 constexpr double kCapError = 1e-6;  // of a capped logit in fp32, as a share of the cap
 
@@ -72,7 +73,6 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
   Decision decision = decide(problem, row, exact, count, tokens.data(), z.data(),
                              [&](int64_t i) { return candidates[i].near_target != 0; });
   decision.rank += screened.above;
-  write_decision(problem, row, exact, decision, stats);
 
   // In the sums exact logits take the place of the candidates' screened ones.
   const double offset = problem.softcap == 0.0 ? problem.scale * screened.shift : 0.0;
@@ -87,13 +87,15 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
     uncertain -= bound > 1.0 ? 0.0 : (bound + bound * bound) * std::exp(before);
   }
   const double logsumexp = screened.peak + offset + std::log(total);
-  stats.logsumexp[row] = logsumexp;
-  stats.entropy[row] = std::log(total) - weighted / total;
   const double share = std::max(uncertain, 0.0) / total;
   const double by_mass = share < 0.5 ? -std::log1p(-share) : std::numeric_limits<double>::infinity();
   const double rounding = kSumError + kFp32 * std::fabs(logsumexp) + kCapError * problem.softcap;
-  stats.logsumexp_bound[row] =
-      static_cast<float>(1.0001 * (std::min(by_mass, problem.scale * screened.largest_bound) + rounding));
+  const double bound = 1.0001 * (std::min(by_mass, problem.scale * screened.largest_bound) + rounding);
+  if (!(bound <= kLoosestBound) || !std::isfinite(logsumexp)) return false;
+  write_decision(problem, row, exact, decision, stats);
+  stats.logsumexp[row] = logsumexp;
+  stats.entropy[row] = std::log(total) - weighted / total;
+  stats.logsumexp_bound[row] = static_cast<float>(bound);
   return true;
 }
 

@@ -19,7 +19,7 @@ struct ScreenedRow {
   std::vector<Candidate> candidates;
 };
 
-// False when no candidate is left: the row was not screened well enough.
+// False when the row was not screened well enough: no candidate is left, or the logsumexp has no useful bound.
 bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRow& exact, ScreenedRow& screened,
                      const CertifiedStats& stats);
 

@@ -48,8 +48,9 @@ def fused_lens_certified(
     ``logsumexp`` and ``entropy`` are sums over the screened logits, with fp64 in place of the tokens computed there;
     ``logsumexp_bound`` bounds the distance to the logsumexp of exact logits.
 
-    Rows that the screen cannot decide (nearly equal logits, norms beyond 1e30 or of subnormal size) fall back: all
-    their logits are computed in fp64, which takes tens of times longer; ``fell_back`` tells which.
+    Rows that the screen cannot decide (nearly equal logits, norms beyond 1e30 or of subnormal size, logits so large that
+    the bound would exceed a nat) fall back: all their logits are computed in fp64, which takes tens of times longer;
+    ``fell_back`` tells which.
 
     Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding, and
     ``ROW_BLOCK * d_model * 16`` bytes.
