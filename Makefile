@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench scaling clean
+.PHONY: demo test test-slow lint bench scaling clean
 
 # Sweeps a small real model over the built-in questions and draws the figures.
 demo: .venv/.ready
@@ -9,6 +9,10 @@ demo: .venv/.ready
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
+
+# Sanitizer builds of the C++ code, valgrind, large inputs.
+test-slow: .venv/.ready
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
