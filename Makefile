@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench scaling clean
 
 # Sweeps a small real model over the built-in questions and draws the figures.
 demo: .venv/.ready
@@ -10,13 +10,21 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/python -m pytest
 
+# Sanitizer builds of the C++ code, valgrind, large inputs.
+test-slow: .venv/.ready
+	$(BIN)/python -m pytest -m slow
+
 lint: .venv/.ready
 	$(BIN)/ruff check .
 
 # On one thread, by process CPU time where there is no GPU, so that other users of the machine matter less.
 bench: .venv/.ready
-	$(BIN)/python -m pytest benchmarks/bench_fused_lens.py --benchmark-json=.benchmarks/fused_lens.json
+	$(BIN)/python -m pytest benchmarks/bench_fused_lens.py --benchmark-quiet --benchmark-json=.benchmarks/fused_lens.json
 	$(BIN)/python benchmarks/table.py .benchmarks/fused_lens.json
+
+# The figure of cost against size, and its numbers beside it.
+scaling: .venv/.ready
+	$(BIN)/python benchmarks/scaling.py docs
 
 .venv/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -43,11 +43,27 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
             f"{'an' if has_cpp else 'no'} extension"
         )
     if backend == "cpp" or (backend == "auto" and device_type == "cpu" and has_cpp):
+        instruction_set()
         return "cpp", "asked for" if backend == "cpp" else "CPU device and the C++ extension are present"
     if backend == "twin":
         return "twin", "asked for"
     missing = {"cuda": "Triton is not installed", "cpu": "the C++ extension was not built"}
     return "twin", missing.get(device_type, f"no kernel for device {device_type!r}") + ": plain torch"
+
+
+def instruction_set() -> str:
+    """What the C++ extension runs on, in words.
+
+    Raises:
+        ImportError: The extension was not built.
+        InputError: The variable REFINELENS_ISA names something else than this processor has.
+    """
+    from ._C import instruction_set as picked
+
+    try:
+        return picked()
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def choose_precision(

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 
 from . import __version__
 from .errors import InputError
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
   refinelens show runs/first
   refinelens doctor
+  refinelens bench --rows 416
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for input that does not fit, 130 for Ctrl-C."""
+    """Run the command line and return its exit code.
+
+    0, 1 for a benchmark that found the op wrong, 2 for input that does not fit, 130 for Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
     try:
@@ -67,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     doctor = commands.add_parser("doctor", help="say which backend would be used, and why")
     doctor.set_defaults(run=_doctor)
+    _add_bench(commands)
     return parser
 
 
@@ -94,7 +101,7 @@ def _add_sweep(commands) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
     add(
         "--dtype",
-        choices=("auto", "float32", "float16", "bfloat16"),
+        choices=DTYPES,
         default="auto",
         help="(default: float32 on a CPU, the checkpoint's own on CUDA)",
     )
@@ -103,6 +110,22 @@ def _add_sweep(commands) -> None:
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
     sweep.set_defaults(run=_sweep)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure the op here, beside what people use instead")
+    add = bench.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
+    add("--rows", type=int, metavar="N", help="layers x positions (default: 416, on CUDA 13312)")
+    add("--d-model", type=int, metavar="N", help="(default: 768)")
+    add("--vocab", type=int, metavar="N", help="(default: 50257)")
+    add("--model", metavar="NAME", help="its states, norm and unembedding, as in sweep (default: random numbers)")
+    add("--dtype", choices=DTYPES, default="auto", help="(default: float32, on CUDA bfloat16)")
+    add("--peers", default="all", help="all, none or names such as compiled,row-chunks (default: %(default)s)")
+    add("--rounds", type=int, default=7, metavar="N", help="how often all take turns (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="on a CPU; 1 is timed by CPU time (default: %(default)s)")
+    add("--json", metavar="FILE", help="write every number there too")
+    bench.set_defaults(run=_bench)
 
 
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -158,6 +181,26 @@ def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
     for name, value in findings():
         print(f"{name:<16} {value}")
     return 0
+
+
+def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from rich.console import Console
+
+    from .bench.options import BenchOptions
+
+    options = BenchOptions(**{field.name: getattr(arguments, field.name) for field in fields(BenchOptions)})
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise InputError(f"--json: expected a file in a folder that is there, got {arguments.json}")
+    _calm_libraries()
+    from .bench.session import run_bench
+    from .bench.table import text_table
+
+    with Console(stderr=True).status("loading torch") as status:
+        report = run_bench(options, status.update)
+    print(text_table(report))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    return 1 if report.refuted else 0
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 
 from . import __version__
-from .backends import choose_backend, choose_precision
+from .backends import choose_backend, choose_precision, instruction_set
 from .models import find_smollm2, resolve_device
 
 
@@ -45,13 +45,9 @@ def _cuda() -> str:
 
 def _extension() -> str:
     try:
-        from . import _C
+        return f"built; picked {instruction_set()}"
     except ImportError as error:
         return f"not built ({error}); reinstall with a C++ compiler"
-    try:
-        return f"built; picked {_C.instruction_set()}"
-    except ValueError as error:
-        return f"built; {error}"
 
 
 def _gguf() -> str:

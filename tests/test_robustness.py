@@ -12,7 +12,11 @@ from refinelens.errors import InputError
 from refinelens.lens import LensStats
 from tiny import assert_matches_truth, truth
 
-WAYS = {"cpp": dict(backend="cpp"), "twin": dict(backend="twin")}
+WAYS = {
+    "cpp": dict(backend="cpp", precision="fp32"),
+    "certified": dict(backend="cpp", precision="certified"),
+    "twin": dict(backend="twin"),
+}
 FIELDS = ("argmax", "max_logit", "logsumexp", "entropy", "target_logit", "target_rank", "target_logprob")
 
 
@@ -54,7 +58,7 @@ def test_small_sizes(way, rows, d_model, vocab):
         stats, exact, truth(hidden, unembedding, LayerNorm(None), targets, dtype=torch.float32), targets
     )
     if vocab == 1:
-        assert stats.entropy.abs().max() == 0 and stats.target_logprob.abs().max() == 0
+        assert stats.entropy.abs().max() < 1e-30 and stats.target_logprob.abs().max() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,6 +95,7 @@ def test_expanded_inputs(way):
     assert (int(same.argmax), int(same.target_rank)) == (0, 39)  # forty equal logits: ties by id
 
 
+@pytest.mark.slow
 def test_more_numbers_in_hidden_than_an_int32_counts(way):
     d_model = 4096
     rows = 2**31 // d_model + 3
@@ -161,7 +166,7 @@ def test_huge_and_tiny_numbers(way):
     hidden = torch.tensor([[1e30, 9e29, -1e30, 0.0, 1.0], [1e-40, 2e-40, 0.0, -1e-40, 3e-40]])
     stats = fused_lens(hidden, unembedding, None, torch.tensor([1, 1]), **way)
     assert stats.argmax.tolist() == [0, 4] and stats.target_rank.tolist() == [1, 1]
-    assert stats.logsumexp[0] == 1e30 and stats.entropy[0] == 0
+    assert stats.logsumexp[0] == 1e30 and 0 <= stats.entropy[0] < 1e-30
     torch.testing.assert_close(stats.entropy[1], torch.tensor(5.0).log())
 
 

@@ -1,0 +1,160 @@
+"""Cost of the op on a CPU against rows, d_model and vocabulary: `python benchmarks/scaling.py FOLDER`.
+
+Writes scaling.csv and scaling.png to FOLDER, and prints how linear the cost is, what odd sizes cost and what
+a second thread brings. All points of an axis take turns; medians; one thread and process CPU time, but for the
+comparison of threads, which is by wall clock and needs two idle cores.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from refinelens.bench.competitors import COMPETITORS
+from refinelens.bench.problem import Problem
+from refinelens.bench.race import Race, torch_threads
+from refinelens.bench.sources import random_problem
+from refinelens.manifest import device_name
+
+NAMES = ("fp32", "certified", "naive")
+ROWS, D_MODEL, VOCAB = 416, 768, 50257
+AXES = {
+    "rows": (1, 4, 16, 64, 256, 1024, 4096),
+    "d_model": (64, 128, 256, 512, 1024, 2048, 4096),
+    "vocab": (1024, 4096, 16384, 65536, 262144),
+}
+# A round size, and one that fills no tile, cache line or vector whole.
+ODD = {"rows": (416, 417), "d_model": (768, 769), "vocab": (50304, 50257)}
+ROUNDS, ODD_ROUNDS = 3, 9
+LARGEST = 3  # points of an axis over which the slope is taken; below, fixed costs show
+
+
+@dataclass(frozen=True)
+class Point:
+    """Median cost of one call."""
+
+    axis: str
+    rows: int
+    d_model: int
+    vocab: int
+    threads: int
+    name: str  # of the competitor
+    seconds: float
+    spread: float  # (slowest - fastest) / median
+
+    @property
+    def size(self) -> int:
+        return getattr(self, "threads" if self.axis == "threads" else self.axis.removeprefix("odd "))
+
+
+def measure() -> Iterator[Point]:
+    """Every point, axis by axis."""
+    for axis, sizes in AXES.items():
+        yield from _race(axis, axis, sizes, NAMES, ROUNDS)
+    for axis, sizes in ODD.items():
+        yield from _race(f"odd {axis}", axis, sizes, ("fp32",), ODD_ROUNDS)
+    yield from _threads()
+
+
+def _race(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...], rounds: int) -> Iterator[Point]:
+    shapes = [{"rows": ROWS, "d_model": D_MODEL, "vocab": VOCAB} | {axis: size} for size in sizes]
+    problems = [random_problem(**shape, dtype=torch.float32, device="cpu") for shape in shapes]
+    calls = {(name, i): partial(COMPETITORS[name].run, problem) for name in names for i, problem in enumerate(problems)}
+    for (name, i), seconds in _medians(calls, threads=1, rounds=rounds):
+        yield Point(label, *shapes[i].values(), 1, name, *seconds)
+
+
+def _threads() -> Iterator[Point]:
+    problem = random_problem(ROWS, D_MODEL, VOCAB, torch.float32, "cpu")
+    for threads, seconds in _medians({n: partial(_run_on, n, problem) for n in (1, 2)}, threads=2, rounds=ODD_ROUNDS):
+        yield Point("threads", ROWS, D_MODEL, VOCAB, threads, "fp32", *seconds)
+
+
+def _run_on(threads: int, problem: Problem) -> None:
+    with torch_threads(threads):
+        COMPETITORS["fp32"].run(problem)
+
+
+def _medians(calls: dict[object, Callable], threads: int, rounds: int) -> Iterator[tuple]:
+    """(key, (median, spread)) of every call, after one that is not counted."""
+    race = Race("cpu", threads)
+    for key, call in calls.items():
+        call()
+        race.enter(key, call)
+    for _ in range(rounds):
+        race.round()
+    for key, seconds in race.seconds.items():
+        middle = median(seconds)
+        yield key, (middle, (max(seconds) - min(seconds)) / middle)
+
+
+def findings(points: list[Point]) -> Iterator[str]:
+    """The numbers behind the figure, in words."""
+    for axis in AXES:
+        line = sorted((p for p in points if p.axis == axis and p.name == "fp32"), key=lambda p: p.size)[-LARGEST:]
+        slope = math.log(line[-1].seconds / line[0].seconds) / math.log(line[-1].size / line[0].size)
+        yield f"{axis}: cost grows with the power {slope:.2f} from {line[0].size} to {line[-1].size}"
+    for axis, (even, odd) in ODD.items():
+        cost = {p.size: p.seconds / p.size for p in points if p.axis == f"odd {axis}"}
+        yield f"{axis} {odd} against {even}: {cost[odd] / cost[even] - 1:+.1%} for each of them (goal: within 5 %)"
+    one, two = sorted((p for p in points if p.axis == "threads"), key=lambda p: p.threads)
+    yield f"2 threads: {one.seconds / two.seconds:.2f} times as fast as 1 (goal: 1.8 on two idle cores)"
+
+
+def write_csv(points: list[Point], path: Path) -> None:
+    """One line a point; seconds and spread to four digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(Point)])
+        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(point)] for point in points)
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """Three panels, cost against size, both logarithmic; the thin line is proportional to size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(AXES), figsize=(10, 3.6), layout="constrained", sharey=True)
+    for panel, axis in zip(panels, AXES, strict=True):
+        for name in reversed(NAMES):  # the fused kernel last, on top
+            line = sorted((p for p in points if p.axis == axis and p.name == name), key=lambda p: p.size)
+            panel.plot(
+                [p.size for p in line], [p.seconds for p in line], marker="o", ms=4, label=COMPETITORS[name].title
+            )
+        sizes = [p.size for p in line]
+        anchor = line[-LARGEST:][0]  # the first of the points over which the slope is taken
+        guide = [anchor.seconds * size / anchor.size for size in sizes]
+        panel.plot(sizes, guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
+        panel.set(xscale="log", yscale="log", xlabel=axis)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("seconds, one thread")
+    panels[0].legend(frameon=False, fontsize=8)
+    fixed = f"{ROWS} rows, d_model {D_MODEL}, vocab {VOCAB} where not varied"
+    figure.suptitle(f"{device_name('cpu')}, torch {torch.__version__}; {fixed}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main(folder: str) -> None:
+    with torch_threads(1), torch.no_grad():
+        points = list(measure())
+    write_csv(points, Path(folder) / "scaling.csv")
+    draw(points, Path(folder) / "scaling.png")
+    print("\n".join(findings(points)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,127 @@
+// Runs the CPU kernels on buffers that end where their data ends, so that a sanitizer or valgrind sees every access
+// beyond them, and compares with sums in fp64. `odd_sizes overread` reads past a buffer on purpose.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fused_lens.hpp"
+
+using namespace refinelens;
+
+namespace {
+
+struct Case {
+  int64_t rows, d_model, vocab;
+  Element element;
+  NormSpec::Kind norm;
+  bool targets, bias;
+  float softcap;
+};
+
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// A matrix in a heap block of its own, exactly as long as it has to be, and its values in fp64.
+struct Operand {
+  std::unique_ptr<char[]> data;
+  std::vector<double> values;
+  Matrix matrix;
+
+  Operand(int64_t rows, int64_t columns, Element element, std::mt19937& random, int64_t missing = 0)
+      : values(rows * columns) {
+    const int64_t size = element == Element::fp32 ? 4 : 2;
+    data.reset(new char[(rows * columns - missing) * size]);
+    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+    for (int64_t i = 0; i < rows * columns - missing; ++i) {
+      const float x = std::round(uniform(random) * 64) / 64;  // exact in bf16
+      values[i] = x;
+      const uint16_t half = to_bf16(x);
+      if (size == 4) std::memcpy(data.get() + 4 * i, &x, 4);
+      else std::memcpy(data.get() + 2 * i, &half, 2);
+    }
+    matrix = {data.get(), element, rows, columns, columns, 1};
+  }
+};
+
+std::vector<double> reference_logits(const Case& c, const Operand& hidden, const Operand& unembedding,
+                                     const std::vector<float>& bias, int64_t row) {
+  const double* from = &hidden.values[row * c.d_model];
+  std::vector<double> x(from, from + c.d_model), logits(c.vocab);
+  double mean = 0, square = 0;
+  if (c.norm == NormSpec::layer) for (double v : x) mean += v / c.d_model;
+  for (double v : x) square += (v - mean) * (v - mean) / c.d_model;
+  if (c.norm != NormSpec::none) for (double& v : x) v = (v - mean) / std::sqrt(square + 1e-5);
+  for (int64_t t = 0; t < c.vocab; ++t) {
+    for (int64_t k = 0; k < c.d_model; ++k) logits[t] += x[k] * unembedding.values[t * c.d_model + k];
+    if (c.bias) logits[t] += bias[t];
+    if (c.softcap != 0) logits[t] = c.softcap * std::tanh(logits[t] / c.softcap);
+  }
+  return logits;
+}
+
+bool agrees(const Case& c, int threads, std::mt19937& random) {
+  const Operand hidden(c.rows, c.d_model, c.element, random), unembedding(c.vocab, c.d_model, c.element, random);
+  std::vector<float> bias(c.vocab), max_logit(c.rows), logsumexp(c.rows), entropy(c.rows), target_logit(c.rows);
+  std::vector<int64_t> targets(c.rows), argmax(c.rows), rank(c.rows);
+  for (float& b : bias) b = static_cast<float>(random() % 64) / 64;
+  for (int64_t& t : targets) t = random() % c.vocab;
+  const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
+                            c.bias ? bias.data() : nullptr, 1.0f, c.softcap, c.targets ? targets.data() : nullptr};
+  fused_lens(problem, lens_kernels(picked_isa()), threads,
+             {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(),
+              c.targets ? target_logit.data() : nullptr, c.targets ? rank.data() : nullptr});
+  bool good = true;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    const std::vector<double> logits = reference_logits(c, hidden, unembedding, bias, r);
+    double peak = -INFINITY, sum = 0, weighted = 0;
+    for (double l : logits) peak = std::fmax(peak, l);
+    for (double l : logits) sum += std::exp(l - peak), weighted += (l - peak) * std::exp(l - peak);
+    const double slack = 1e-4;
+    good &= std::fabs(max_logit[r] - peak) < slack && logits[argmax[r]] > peak - slack;
+    good &= std::fabs(logsumexp[r] - (peak + std::log(sum))) < slack;
+    good &= std::fabs(entropy[r] - (std::log(sum) - weighted / sum)) < slack;
+    if (!c.targets) continue;
+    int64_t above = 0, near = 0;
+    for (double l : logits) above += l > logits[targets[r]] + slack, near += std::fabs(l - logits[targets[r]]) <= slack;
+    good &= std::fabs(target_logit[r] - logits[targets[r]]) < slack && rank[r] >= above && rank[r] < above + near;
+  }
+  if (!good)
+    std::printf("differs: rows %ld d_model %ld vocab %ld element %d norm %d threads %d\n", long(c.rows),
+                long(c.d_model), long(c.vocab), int(c.element), int(c.norm), threads);
+  return good;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::mt19937 random(0);
+  if (argc > 1 && std::string(argv[1]) == "overread") {
+    const Operand hidden(3, 33, Element::fp32, random, 1), unembedding(40, 33, Element::fp32, random);
+    const LensProblem problem{hidden.matrix, {NormSpec::none, nullptr, nullptr, 0}, unembedding.matrix,
+                              nullptr, 1.0f, 0.0f, nullptr};
+    int64_t argmax[3];
+    float numbers[9];
+    fused_lens(problem, lens_kernels(picked_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
+    return 0;
+  }
+  bool good = true;
+  int count = 0;
+  // One of everything; one off a vector, a register tile and a staged block; more rows than a panel.
+  for (int64_t rows : {1, 15, 17, 33, 70})
+    for (int64_t d_model : {1, 7, 16, 65})
+      for (int64_t vocab : {1, 13, 129, 1031})
+        for (Element element : {Element::fp32, Element::bf16})
+          for (auto norm : {NormSpec::none, NormSpec::layer, NormSpec::rms}) {
+            const bool odd = ++count % 2;
+            good &= agrees({rows, d_model, vocab, element, norm, odd, !odd, odd ? 0.0f : 5.0f}, 1 + count % 3, random);
+          }
+  std::printf("%d cases with %s\n", count, isa_description(picked_isa()));
+  return good ? 0 : 1;
+}
