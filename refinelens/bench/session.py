@@ -50,7 +50,7 @@ class Lane:
         """What a reader must know of this row of the table."""
         rows, remarks = len(self.problem.hidden), []
         if rows < all_rows:
-            remarks.append(f"measured on {rows} of {all_rows} rows and scaled up; all would take too much memory or time")
+            remarks.append(f"measured on {rows} of {all_rows} rows and scaled up; all take too much memory or time")
         if self.competitor.keeps and self.first_seconds:
             remarks.append(
                 f"{self.competitor.keeps} is made once, in {self.first_seconds:.2g} s, which do not count; its bytes do"
