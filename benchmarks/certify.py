@@ -7,14 +7,14 @@ A difference from the fp64 twin is settled by rational numbers, because the twin
 """
 
 import argparse
-import time
 from fractions import Fraction
 
 import torch
 
-from refinelens import LogitLens, fused_lens
+from refinelens import _C, LogitLens, fused_lens
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import apply_norm
+from refinelens.lens import LensStats
 from refinelens.models import load_model
 from refinelens.task import load_task
 
@@ -25,7 +25,7 @@ def real_states(n_tokens):
     """Hidden states [layer, n_tokens, d_model], their next tokens [n_tokens], and the lens."""
     loaded = load_model("smollm2", "cpu")
     lens = LogitLens.from_model(loaded.model)
-    text = " ".join(document.text for question in load_task("builtin").questions for document in question.documents)
+    text = " ".join(question.gold.text for question in load_task("builtin").questions)
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
     states, targets = [], []
     for start in range(0, n_tokens, CONTEXT):
@@ -44,50 +44,60 @@ def exact_rank(x_hat, unembedding, target):
         v: sum(Fraction(w) * h for w, h in zip(unembedding[v].tolist(), x, strict=True))
         for v in near.nonzero()[:, 0].tolist()
     }
-    ties = sum(z_v > exact[target] or (z_v == exact[target] and v < target) for v, z_v in exact.items())
-    return int(((z > z[target]) & ~near).sum()) + ties
+    near_beating = sum(z_v > exact[target] or (z_v == exact[target] and v < target) for v, z_v in exact.items())
+    return int(((z > z[target]) & ~near).sum()) + near_beating
+
+
+def true_ranks(exact, answers, layer, targets, parts):
+    """Ranks of the fp64 twin, but where an answer differs those of rational numbers; and how many of these."""
+    ranks = exact.target_rank.clone()
+    x_hat = apply_norm(layer, parts.norm, torch.float64)
+    open_rows = (answers["certified"].target_rank != exact.target_rank).nonzero()[:, 0].tolist()
+    for row in open_rows:
+        ranks[row] = exact_rank(x_hat[row], parts.unembedding, int(targets[row]))
+    return ranks, len(open_rows)
+
+
+def naive(layer, targets, parts):
+    """All logits in fp32, and the target's among them."""
+    logits = apply_norm(layer, parts.norm) @ parts.unembedding.T
+    return LensStats(
+        argmax=logits.argmax(-1),
+        max_logit=logits.amax(-1),
+        logsumexp=logits.logsumexp(-1),
+        entropy=torch.distributions.Categorical(logits=logits).entropy(),
+        target_rank=(logits > logits.gather(1, targets[:, None])).sum(-1),
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512, help="positions; rows are 31 times as many (default: 512)")
-    n_tokens = parser.parse_args().tokens
-    hidden, targets, lens = real_states(n_tokens)
+    hidden, targets, lens = real_states(parser.parse_args().tokens)
     parts = lens.parts
-    options = {"norm": parts.norm, "bias": parts.bias, "softcap": parts.softcap, "logit_scale": parts.logit_scale}
-    rows, counts = 0, {"certified": [0, 0], "fp32": [0, 0], "torch fp32": [0, 0]}
-    worst, bound, seconds, settled, fell_back = 0.0, 0.0, 0.0, 0, 0
+    mismatches, worst, settled, fell_back = {}, 0.0, 0, 0
     for layer in hidden:
-        exact = fused_lens_twin(layer, parts.unembedding, targets=targets, dtype=torch.float64, **options)
-        start = time.process_time()
-        certified = fused_lens(layer, parts.unembedding, targets=targets, precision="certified", **options)
-        seconds += time.process_time() - start
-        true_rank = exact.target_rank.clone()
-        x_hat = apply_norm(layer, parts.norm, torch.float64)
-        for row in (certified.target_rank != exact.target_rank).nonzero()[:, 0].tolist():
-            true_rank[row] = exact_rank(x_hat[row], parts.unembedding, int(targets[row]))
-            settled += 1
-        fp32 = fused_lens(layer, parts.unembedding, targets=targets, precision="fp32", **options)
-        logits = apply_norm(layer, parts.norm) @ parts.unembedding.T
-        naive_rank = (logits > logits.gather(1, targets[:, None])).sum(-1)
+        exact = fused_lens_twin(layer, parts.unembedding, parts.norm, targets, dtype=torch.float64)
         answers = {
-            "certified": (certified.argmax, certified.target_rank),
-            "fp32": (fp32.argmax, fp32.target_rank),
-            "torch fp32": (logits.argmax(-1), naive_rank),
+            precision: fused_lens(layer, parts.unembedding, parts.norm, targets, precision=precision)
+            for precision in ("certified", "fp32")
         }
-        for name, (argmax, rank) in answers.items():
-            counts[name][0] += int((argmax != exact.argmax).sum())
-            counts[name][1] += int((rank != true_rank).sum())
-        error = (certified.logsumexp - exact.logsumexp).abs()
-        assert (error <= certified.logsumexp_bound).all()
-        worst, bound = max(worst, float(error.max())), max(bound, float(certified.logsumexp_bound.max()))
+        certified = answers["certified"]
+        answers["torch, fp32"] = naive(layer, targets, parts)
+        ranks, n_settled = true_ranks(exact, answers, layer, targets, parts)
+        settled += n_settled
         fell_back += int(certified.fell_back.sum())
-        rows += len(layer)
-    print(f"{rows} rows, vocabulary {len(parts.unembedding)}, certified in {seconds:.1f} s of processor time")
-    for name, (argmax, rank) in counts.items():
+        error = (certified.logsumexp - exact.logsumexp).abs()
+        assert (error <= certified.logsumexp_bound).all(), "the bound does not hold"
+        worst = max(worst, float(error.max()))
+        for name, stats in answers.items():
+            found = torch.stack([(stats.argmax != exact.argmax).sum(), (stats.target_rank != ranks).sum()])
+            mismatches[name] = mismatches.get(name, 0) + found
+    print(f"{hidden[..., 0].numel()} rows, {len(parts.unembedding)} tokens, {_C.screen_kernels(hidden.shape[-1])[0]}")
+    for name, (argmax, rank) in mismatches.items():
         print(f"{name}: {argmax} argmax and {rank} rank mismatches")
-    print(f"{settled} ranks of the fp64 twin settled by rational numbers; {fell_back} rows fell back")
-    print(f"logsumexp: largest error {worst:.2e}, largest bound {bound:.2e}")
+    print(f"{settled} ranks of the fp64 twin were settled by rational numbers; {fell_back} rows fell back")
+    print(f"largest error of logsumexp {worst:.1e}, within its bound in every row")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-// The matrix product: tokens times rows, one register tile over the whole depth. See vectors.inl for how it is included.
+// The matrix product: tokens times rows, one register tile over the depth. See vectors.inl for how it is included.
 //
 // Vectors run along the hidden rows, which are packed once; the unembedding is the operand that is broadcast, so it
 // needs no transposition and is read where it lies. Six tokens at a time: their rows stay apart in an eight-way cache
-// also where d_model is a power of two. A product is one chain of multiply-adds over the depth in ascending order
-// whatever tile it is in, so a logit has the same bits for any number of rows and threads, and the target's logit,
+// also where d_model is a power of two. A product is the sum of chains of kChain multiply-adds, all in ascending order
+// whatever tile it is in: so a logit has the same bits for any number of rows and threads, and the target's logit,
 // computed ahead by this very function, equals its own column exactly.
 
 namespace refinelens::REFINELENS_KERNELS {
 
 constexpr int kGroup = 6;  // tokens of a register tile
 constexpr int64_t kWide = kMaxVectors * kLanes;
+constexpr int64_t kChain = 256;  // short enough for the rounding of a sum, long enough to hide what starting one costs
 constexpr int64_t kPrefetchStep = 16;  // one cache line of fp32
 
 template <int N>
@@ -144,20 +145,28 @@ inline void multiply_steps(Rows& rows, const float*& panel, Floats (&sums)[kGrou
 template <int N>
 __attribute__((noinline)) static void multiply_group(Group group, const float* panel, int64_t depth, const float* bias,
                                                      float scale, float* tile, Prefetch tokens, Prefetch rows_ahead) {
-  const char* first = reinterpret_cast<const char*>(group.start);
+  const char* start = reinterpret_cast<const char*>(group.start);
   const int64_t stride = group.stride * static_cast<int64_t>(sizeof(float));
-  Rows rows{first, first + kGroup / 2 * stride, stride};
-  Floats sums[kGroup][N] = {};
-  for (; depth >= kPrefetchStep; depth -= kPrefetchStep) {
-    tokens.ask();
-    rows_ahead.ask();
-    for (int part = 0; part < kPrefetchStep / 4; ++part) multiply_steps<N, 4>(rows, panel, sums);
-  }
-  for (; depth > 0; --depth) multiply_steps<N, 1>(rows, panel, sums);
+  Rows rows{start, start + kGroup / 2 * stride, stride};
+  for (bool first = true; depth > 0; first = false) {
+    Floats sums[kGroup][N] = {};
+    int64_t left = depth < kChain ? depth : kChain;
+    depth -= left;
+    for (; left >= kPrefetchStep; left -= kPrefetchStep) {
+      tokens.ask();
+      rows_ahead.ask();
+      for (int part = 0; part < kPrefetchStep / 4; ++part) multiply_steps<N, 4>(rows, panel, sums);
+    }
+    for (; left > 0; --left) multiply_steps<N, 1>(rows, panel, sums);
 #pragma GCC unroll 6
-  for (int i = 0; i < kGroup; ++i)
+    for (int i = 0; i < kGroup; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) store(tile + (i * N + j) * kLanes, scale * (sums[i][j] + bias[i]));
+      for (int j = 0; j < N; ++j) {
+        float* to = tile + (i * N + j) * kLanes;
+        const Floats sum = first ? sums[i][j] : load(to) + sums[i][j];
+        store(to, depth > 0 ? sum : scale * (sum + bias[i]));
+      }
+  }
 }
 
 static double multiply_adds(int64_t rounds) {

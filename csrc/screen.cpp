@@ -36,8 +36,8 @@ class HiddenRows {
     for (int64_t v = 0; problem.bias && v < index.tokens(); ++v)
       if (problem.bias[v] != -INFINITY) largest_bias = std::max(largest_bias, std::fabs(problem.bias[v]));
     parallel_for(panels_, n_threads, [&](int64_t panel, int) {
-      std::vector<int32_t> q(index.depth());
-      for (int i = 0; i < format_.row_panel; ++i) fill(index, largest_bias, panel, i, q.data());
+      Quantiser quantiser(index.kernels(), index.depth());
+      for (int i = 0; i < format_.row_panel; ++i) fill(index, largest_bias, panel, i, quantiser);
     });
   }
 
@@ -67,7 +67,7 @@ class HiddenRows {
   }
 
  private:
-  void fill(const ScreenIndex& index, double largest_bias, int64_t panel, int i, int32_t* q) {
+  void fill(const ScreenIndex& index, double largest_bias, int64_t panel, int i, Quantiser& quantiser) {
     const int64_t row = panel * format_.row_panel + i, depth = index.depth();
     target_z_[row] = std::numeric_limits<float>::quiet_NaN();
     if (row >= problem_.rows) return;
@@ -76,15 +76,16 @@ class HiddenRows {
     for (int64_t k = 0; k < depth; ++k) squares += x[k] * x[k];
     // Also false for NaN.
     if (!(std::sqrt(squares) * index.largest_norm() + largest_bias <= kLargestLogit)) return;
-    const ExactRow exact(x, problem_.weights, problem_.bias, index.largest_norm());
+    const ExactRow exact(x, problem_.weights, problem_.bias, index);
     double shift = 0.0;
     for (int64_t k = 0; k < depth; ++k) shift += x[k] * index.mean()[k];
-    const Norms norms = quantise(x, depth, format_.digits, q);
-    pack_row(format_, q, depth, i, digits_.get() + panel * format_.row_panel * format_.bytes_per_vector(depth));
-    const double terms[kTerms] = {norms.norm, norms.residual + 10 * 0x1p-24 * norms.digits, norms.middle, norms.low, 1.0};
+    const int64_t panel_bytes = format_.row_panel * format_.bytes_per_vector(depth);
+    const Norms norms = quantiser.pack_row(x, i, digits_.get() + panel * panel_bytes);
+    const double rounded = norms.residual + 10 * 0x1p-24 * norms.digits;
+    const double terms[kTerms] = {norms.norm, rounded, norms.middle, norms.low, 1.0};
     for (int term = 0; term < kTerms; ++term)
       bound_[(panel * kTerms + term) * format_.row_panel + i] = static_cast<float>(terms[term]) * (1.0f + 0x1p-20f);
-    scale_[row] = kept_scale(norms, format_.digits);
+    scale_[row] = norms.scale;
     shift_[row] = static_cast<float>(shift);
     double doubt = 4 * exact.doubt(0);
     live_[row] = 1;
@@ -239,7 +240,7 @@ void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, c
     stats.fell_back[row] = false;
     if (!std::all_of(x, x + index.depth(), [](double value) { return std::isfinite(value); }))
       return finish_broken(row, stats);
-    const ExactRow exact(x, problem.weights, problem.bias, index.largest_norm());
+    const ExactRow exact(x, problem.weights, problem.bias, index);
     ScreenedRow screened = {};
     screened.shift = rows.shift(row);
     screened.largest_bound = rows.bound(row, largest);

@@ -22,6 +22,8 @@ constexpr int kTileBytes = 1024;  // 16 rows of 64 bytes
 #include "vectors.inl"
 // After the vectors.
 #include "screen_fold.inl"
+#include "screen_quantise.inl"
+#include "screen_wide.inl"
 
 namespace refinelens::REFINELENS_KERNELS {
 
@@ -121,7 +123,9 @@ static void multiply_tile(const ScreenTile& tile, const ScreenRows& rows, int64_
 namespace refinelens {
 using namespace REFINELENS_KERNELS;
 extern const ScreenKernels kScreenAmx = {
-    "AMX, 24-bit screen", {kDigits, kUnits, kGroup, kPanel}, enter, leave, multiply_tile, fold_tile};
+    "AMX, 24-bit screen", {kDigits, kUnits, kGroup, kPanel},
+    widen, dot_product, quantise, enter, leave, multiply_tile, fold_tile,
+};
 }  // namespace refinelens
 
 #pragma GCC pop_options

@@ -38,18 +38,19 @@ class ExactSum {
 
 }  // namespace
 
-ExactRow::ExactRow(const double* x, const Matrix& weights, const double* bias, double largest_norm)
-    : x_(x), weights_(weights), bias_(bias) {
+ExactRow::ExactRow(const double* x, const Matrix& weights, const double* bias, const ScreenIndex& index)
+    : x_(x), weights_(weights), kernels_(index.kernels()), bias_(bias) {
   double squares = 0.0, largest = 0.0;
   for (int64_t k = 0; k < weights.columns; ++k) {
     squares += x[k] * x[k];
     largest = std::max(largest, std::fabs(x[k]));  // for the case that all squares underflow
   }
-  product_doubt_ = (weights.columns + 4) * 0x1p-53 * 1.000001 * std::max(std::sqrt(squares), largest) * largest_norm;
+  const double norm = std::max(std::sqrt(squares), largest) * 1.000001;
+  product_doubt_ = (weights.columns + 4) * 0x1p-53 * norm * index.largest_norm();
 }
 
 double ExactRow::z(int64_t token) const {
-  const double dot = dot_product(weights_, token, x_);
+  const double dot = kernels_.dot_product(row_of(weights_, token), weights_.element, x_, weights_.columns);
   return bias_ ? dot + bias_[token] : dot;
 }
 
@@ -70,8 +71,8 @@ int ExactRow::compare(int64_t a, int64_t b) const {
   if (product_doubt_ == 0.0 || std::memcmp(row_of(weights_, a), row_of(weights_, b), row_bytes) == 0)
     return (bias_a > bias_b) - (bias_a < bias_b);
   std::vector<double> w_a(weights_.columns), w_b(weights_.columns);
-  widen(weights_, a, w_a.data());
-  widen(weights_, b, w_b.data());
+  kernels_.widen(row_of(weights_, a), weights_.element, w_a.data(), weights_.columns);
+  kernels_.widen(row_of(weights_, b), weights_.element, w_b.data(), weights_.columns);
   ExactSum difference;
   for (int64_t k = 0; k < weights_.columns; ++k) {
     difference.add_product(x_[k], w_a[k]);

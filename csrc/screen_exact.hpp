@@ -11,8 +11,8 @@ namespace refinelens {
 // z_v = x.w_v + b_v of one hidden row.
 class ExactRow {
  public:
-  // x is [depth]; bias is [tokens] or null; largest_norm is at least the norm of any token's weights.
-  ExactRow(const double* x, const Matrix& weights, const double* bias, double largest_norm);
+  // x is [depth]; bias is [tokens] or null; the index is that of the weights.
+  ExactRow(const double* x, const Matrix& weights, const double* bias, const ScreenIndex& index);
 
   // z within doubt(), or more precisely: a sum of depth products and the bias in fp64.
   double z(int64_t token) const;
@@ -28,6 +28,7 @@ class ExactRow {
 
   const double* x_;
   const Matrix& weights_;
+  const ScreenKernels& kernels_;
   const double* bias_;
   double product_doubt_;
 };

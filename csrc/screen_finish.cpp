@@ -38,7 +38,8 @@ Decision decide(const CertifiedProblem& problem, int64_t row, const ExactRow& ex
       decision.argmax = tokens[i];
       decision.best = z[i];
     }
-    if (target >= 0 && tokens[i] != target && counts(i)) decision.rank += exact.beats(tokens[i], z[i], target, target_z);
+    if (target >= 0 && tokens[i] != target && counts(i))
+      decision.rank += exact.beats(tokens[i], z[i], target, target_z);
   }
   return decision;
 }

@@ -7,40 +7,33 @@
 #include <memory>
 #include <vector>
 
-#include "lens_kernels.hpp"
 #include "screen_kernels.hpp"
 
 namespace refinelens {
 
-// The unembedding as it is: [tokens, depth] with a column_stride of 1.
-const void* row_of(const Matrix& weights, int64_t token);
+// The weights of a token in an unembedding [tokens, depth] with a column_stride of 1.
+inline const void* row_of(const Matrix& weights, int64_t token) {
+  const int64_t bytes = weights.element == Element::fp32 ? 4 : 2;
+  return static_cast<const char*>(weights.data) + token * weights.row_stride * bytes;
+}
 
-// The values of one token, in fp64.
-void widen(const Matrix& weights, int64_t token, double* out);
+// Quantises vectors, one after the other, into the layout of the kernels.
+class Quantiser {
+ public:
+  Quantiser(const ScreenKernels& kernels, int64_t depth);
 
-// x . w of one token, in fp64.
-double dot_product(const Matrix& weights, int64_t token, const double* x);
+  // Vector `i` of those that are packed together in a group of tokens, or a panel of rows.
+  Norms pack_token(const double* x, int64_t i, void* group);
+  Norms pack_row(const double* x, int64_t i, void* panel);
 
-// A vector of quantised values and the norms of the proof in screen_kernels.hpp, rounded up.
-struct Norms {
-  float scale;
-  double norm;      // |x|
-  double residual;  // |x - s q|
-  double digits;    // T
-  double middle;    // M, 0 for one digit
-  double low;       // L, 0 for one digit
+ private:
+  Norms pack(const double* x, int64_t unit_stride, int64_t plane_stride, uint32_t* out);
+
+  const ScreenKernels& kernels_;
+  const int64_t depth_;
+  std::vector<int32_t> q_;
+  std::vector<uint32_t> planes_;
 };
-
-// Writes q. x is finite.
-Norms quantise(const double* x, int64_t depth, int digits, int32_t* q);
-
-// Where the values of a vector go in the layout of a format: vector `i` of `count` that are packed together, where a
-// unit of a token, or of a row, is followed by its next unit or by that of the next vector.
-void pack_token(const ScreenFormat&, const int32_t* q, int64_t depth, int i, void* group);
-void pack_row(const ScreenFormat&, const int32_t* q, int64_t depth, int i, void* panel);
-
-// The factor of integer products that the kernels leave out of them: 2^8 of each side of three digits.
-inline float kept_scale(const Norms& norms, int digits) { return digits == 1 ? norms.scale : norms.scale * 0x1p8f; }
 
 struct AlignedDelete {
   void operator()(void* p) const { std::free(p); }

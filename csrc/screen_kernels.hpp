@@ -1,34 +1,42 @@
-// What the driver (screen.cpp), the index (screen_index.hpp) and the kernels of each instruction set (screen_*.cpp) of
-// the certified lens agree on, and the proof that the screen misses nothing. No Python types.
+// What the driver (screen.cpp), the index (screen_index.hpp) and the kernels of each instruction set (screen_*.cpp)
+// of the certified lens agree on, and the proof that the screen misses nothing. No Python types.
 //
-// A hidden row x (normed, fp64) and a token's weights w of the unembedding have the logit z = x.w + b. The screen
-// computes an approximation of all z by integers and a bound on its error; only tokens whose interval reaches the
-// largest z, or the target's, are computed in fp64 (screen_exact.hpp).
+// A hidden row x (normed, fp64) and a token's weights w in the unembedding have the logit z = x.w + b. The screen
+// computes an approximation of all z by integers, and a bound on its error; only tokens whose interval reaches the
+// largest z, or the target's, are computed in fp64, and compared exactly where that is in doubt (screen_exact.hpp).
 //
-// Proof of the bound. Let m be any fixed vector (the mean of the weights), c = w - m. Then z = x.c + x.m + b, and x.m is
-// the same for all tokens of a row; the screen compares x.c + b. Vectors are quantised as x = s q + r with a scale s and
-// integers q; c = s' q' + r'. By the Cauchy-Schwarz inequality
-//   (1)  |x.c - s s' (q.q')| = |x.r' + r.(s' q')| <= |x| |r'| + |r| |s' q'|.
-// The norms are measured on the vectors themselves in fp64, and are rounded up. Nothing is assumed about them.
-//   One digit (16 bits): |q| |q'| < 2^31, so that q.q' and each of its partial sums fit into 32 bits: the integer product
-//   is exact in any order. Three digits (8 bits): q = 2^16 d0 + 2^8 d1 + d2 with -128 <= di <= 127; the products
-//   d0.d0', d0.d1' + d1.d0', d0.d2' + d1.d1' + d2.d0' fit into 32 bits each (d_model <= kMaxDigitDepth) and are exact.
-//   The others are left out, which adds, with L = s |d2| and M = s 2^8 |d1|, at most
+// Proof of the bound. Let m be any fixed vector (the mean of the weights) and c = w - m. Then z = x.c + x.m + b, and
+// x.m is the same for all tokens of a row; the screen compares x.c + b. Vectors are quantised as x = s q + r with a
+// scale s and integers q; likewise c = s' q' + r'. By the Cauchy-Schwarz inequality
+//   (1)  |x.c - s s' q.q'| = |x.r' + r.(s' q')| <= |x| |r'| + |r| |s' q'|.
+// These norms are measured on the vectors themselves in fp64 and rounded up; nothing is assumed about them.
+//
+// One digit of 16 bits: |q| |q'| < 2^31, so that q.q' and each of its partial sums fit into 32 bits, and the integer
+// product is exact in any order.
+//
+// Three digits of 8 bits: q = 2^16 d0 + 2^8 d1 + d2 with -128 <= di <= 127. The products d0.d0', d0.d1' + d1.d0' and
+// d0.d2' + d1.d1' + d2.d0' fit into 32 bits each (depth <= kMaxDigitDepth) and are exact. The others are left out,
+// which adds, with L = s |d2| and M = s 2^8 |d1|, at most
 //   (2)  |s 2^8 d1 . s' d2' + s d2 . s' (2^8 d1' + d2')| <= M L' + L (M' + L').
-//   Let T = s |q|, for three digits s (|2^16 d0| + |2^8 d1| + |d2|). The integers become an fp32 number, by one rounding
-//   or by three conversions and two additions, and then pass through a product of scales, a product with it, an addition
-//   of the bias rounded to fp32, a product with the logit scale: at most 8.1 roundings of values that are at most T T' and
-//   4.1 of the bias. With u = 2^-24 and all values normal (scales are at least kSmallestScale) this adds at most
+//
+// Rounding. Let T = s |q|, and for three digits T = s (|2^16 d0| + |2^8 d1| + |d2|). The integers become one fp32
+// number, by one rounding or by three conversions and two additions; then come a product of scales, a product with it,
+// the addition of the bias rounded to fp32, and a product with the logit scale. These are at most 8.1 roundings of
+// values of at most T T', and 4.1 of values of at most |b|. With u = 2^-24, and scales of at least kSmallestScale so
+// that products are normal numbers, this adds at most
 //   (3)  10 u T T' + 5 u |b| + 2^-125.
-//   The sum of (1), (2), (3) is an inner product of five numbers of the row and five of the token, of which the largest
-//   in a tile of kTileTokens tokens stand for all.
-// Assumptions: IEEE 754 arithmetic, round to nearest, subnormal numbers not flushed in fp64; finite x, w, b (or b = -inf:
-// such a token has probability 0 and beats nobody); all |x| |w| + |b| below kLargestLogit.
+//
+// The sum of (1), (2) and (3) is an inner product of five numbers of the row with five of the token; the largest in a
+// tile of kTileTokens tokens stand for all of them.
+//
+// Assumptions: IEEE 754 arithmetic with round to nearest; subnormal numbers are not flushed in fp64; x, w and b are
+// finite (or b = -inf: such a token has probability 0 and beats nobody); |x| |w| + |b| is below kLargestLogit.
 #pragma once
 
 #include <cstdint>
 
 #include "dispatch.hpp"
+#include "lens_kernels.hpp"
 
 namespace refinelens {
 
@@ -47,9 +55,22 @@ struct ScreenFormat {
   int token_group;  // divides kTileTokens
   int row_panel;    // hidden rows multiplied together
 
-  int64_t values_per_step() const { return 4 * units / (digits == 1 ? 2 : 1); }
-  int64_t steps(int64_t depth) const { return (depth + values_per_step() - 1) / values_per_step(); }
-  int64_t bytes_per_vector(int64_t depth) const { return steps(depth) * digits * units * 4; }
+  int64_t steps(int64_t depth) const {
+    const int64_t values = digits == 1 ? 2 * units : 4 * units;
+    return (depth + values - 1) / values;
+  }
+  int64_t plane_bytes(int64_t depth) const { return steps(depth) * units * 4; }
+  int64_t bytes_per_vector(int64_t depth) const { return digits * plane_bytes(depth); }
+};
+
+// Norms of a quantised vector, as the proof names them, rounded up.
+struct Norms {
+  float scale;      // of the integer products; s, for three digits 2^8 s
+  double norm;      // |x|
+  double residual;  // |r|
+  double digits;    // T
+  double middle;    // M, 0 for one digit
+  double low;       // L, 0 for one digit
 };
 
 // kTileTokens tokens; those beyond the vocabulary, from `count` on, have offset -inf.
@@ -101,6 +122,14 @@ struct LogitMap {
 struct ScreenKernels {
   const char* name;
   ScreenFormat format;
+
+  // Values of a row of weights in fp64, and their products with x summed up in fp64 in any order.
+  void (*widen)(const void* w, Element element, double* out, int64_t depth);
+  double (*dot_product)(const void* w, Element element, const double* x, int64_t depth);
+
+  // The digits of a finite vector as planes of plane_bytes each, the highest digit first; what lies beyond depth is not
+  // written. q is scratch memory of depth numbers.
+  Norms (*quantise)(const double* x, int64_t depth, int64_t plane_bytes, int32_t* q, void* planes);
 
   // Around calls of multiply() on one thread.
   void (*enter)();

@@ -1,9 +1,10 @@
-// The integer product of one 16-bit digit: kGroup tokens by two vectors of hidden rows in registers. See vectors.inl for
-// how it is included; multiply_add(sum, a, b) adds the products of pairs of 16-bit numbers to 32-bit sums.
+// The integer product of one 16-bit digit: kGroup tokens by two vectors of hidden rows in registers. See vectors.inl
+// for how it is included; multiply_add(sum, a, b) adds the products of pairs of 16-bit numbers to 32-bit sums.
 
 namespace refinelens::REFINELENS_KERNELS {
 
 constexpr int kPanel = 2 * kLanes;
+constexpr int kDigits = 1;
 
 inline Ints load_ints(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
 

@@ -26,10 +26,15 @@ inline Ints multiply_add(Ints sum, Ints a, Ints b) {
 // After multiply_add, in the order of use.
 #include "screen_product.inl"
 #include "screen_fold.inl"
+#include "screen_quantise.inl"
+#include "screen_wide.inl"
 
 namespace refinelens {
 using namespace REFINELENS_KERNELS;
-extern const ScreenKernels kScreenV4 = {"AVX-512 VNNI, 16-bit screen", {1, 1, kGroup, kPanel}, nothing, nothing, multiply_tile, fold_tile};
+extern const ScreenKernels kScreenV4 = {
+    "AVX-512 VNNI, 16-bit screen", {kDigits, 1, kGroup, kPanel},
+    widen, dot_product, quantise, nothing, nothing, multiply_tile, fold_tile,
+};
 }  // namespace refinelens
 
 #pragma GCC pop_options

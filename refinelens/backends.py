@@ -14,7 +14,7 @@ from .kernels.lens_twin import fused_lens_twin
 BACKENDS = ("auto", "triton", "cpp", "twin")
 PRECISIONS = ("auto", "fp32", "certified")
 # From so many rows on, a call of the certified lens with AMX repays the making of the index within itself.
-CERTIFIED_ROWS = 1024
+CERTIFIED_ROWS = 1536
 
 
 @cache

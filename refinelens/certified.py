@@ -14,7 +14,7 @@ from .kernels.lens_common import in_row_blocks, lens_output
 from .kernels.lens_twin import fused_lens_twin
 from .kernels.norms import Norm, apply_norm
 
-ROW_BLOCK = 2048
+ROW_BLOCK = 1024
 
 
 class CertifiedOutput(NamedTuple):
@@ -48,12 +48,12 @@ def fused_lens_certified(
     ``logsumexp`` and ``entropy`` are sums over the screened logits, with fp64 in place of the tokens computed there;
     ``logsumexp_bound`` bounds the distance to the logsumexp of exact logits.
 
-    Rows that the screen cannot decide (nearly equal logits, norms beyond 1e30 or of subnormal size, logits so large that
-    the bound would exceed a nat) fall back: all their logits are computed in fp64, which takes tens of times longer;
-    ``fell_back`` tells which.
+    Rows that the screen cannot decide (nearly equal logits, norms beyond 1e30 or of subnormal size, logits so large
+    that the bound would exceed a nat) fall back: all their logits are computed in fp64, which takes tens of times
+    longer; ``fell_back`` tells which.
 
     Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding, and
-    ``ROW_BLOCK * d_model * 16`` bytes.
+    ``ROW_BLOCK * d_model * 32`` bytes.
     """
     index = screen_index(unembedding)
 

@@ -78,8 +78,9 @@ def fused_lens(
         logit_scale: Positive factor of the logits.
         backend: ``"auto"``, ``"triton"`` (CUDA), ``"cpp"`` (CPU) or ``"twin"`` (plain torch).
         precision: ``"fp32"``; ``"certified"`` (CPU, ``"cpp"``) for argmax and ranks that no rounding has touched,
-            with a bound on the error of ``logsumexp``, see `refinelens.certified`; or ``"auto"``, which is the
-            former but where the latter is never slower and never less exact (`refinelens.backends`).
+            with a bound on the error of ``logsumexp`` and an index of 2 or 3 bytes a weight that lives as long as
+            the unembedding (`refinelens.certified`); or ``"auto"``, the former but where the latter is never slower
+            and never less exact: processors with AMX, and many rows (`refinelens.backends`).
 
     Returns:
         LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one

@@ -321,6 +321,18 @@ def test_where_it_cannot_run_it_is_refused(monkeypatch):
         choose_precision("triton", "cuda", "certified")
 
 
+def test_auto_runs_what_it_says(screen, monkeypatch):
+    monkeypatch.setattr("refinelens.backends.CERTIFIED_ROWS", 8)
+    hidden, unembedding, targets, _ = make(8, 64, 2000)
+    auto, few = (fused_lens(hidden[:n], unembedding, None, targets[:n]) for n in (8, 7))
+    chosen = choose_precision("cpp", "cpu", rows=8, d_model=64)[0]
+    wanted, fp32 = (
+        fused_lens(hidden[:n], unembedding, None, targets[:n], precision=p) for n, p in ((8, chosen), (7, "fp32"))
+    )
+    assert torch.equal(auto.logsumexp, wanted.logsumexp) and torch.equal(few.logsumexp, fp32.logsumexp)
+    assert auto.logsumexp_bound is None and auto.fell_back is None
+
+
 def test_what_auto_means(screen):
     digits = _C.screen_kernels(64)[1]
     expected = "certified" if digits == 3 else "fp32"

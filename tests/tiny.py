@@ -53,6 +53,18 @@ def save_tiny_model(folder, vocab_size=None, **sizes):
     return folder
 
 
+def skip_unless_isa_runs():
+    """Skip where this processor does not run the instruction set that REFINELENS_ISA names."""
+    import pytest
+
+    from refinelens import _C
+
+    try:
+        _C.instruction_set()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 def truth(hidden, unembedding, norm, targets, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
     """All statistics from whole logits, in fp64; with a narrower dtype, as torch computes them in it."""
     from refinelens.kernels.norms import LayerNorm
