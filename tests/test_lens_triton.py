@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from refinelens.kernels import configs, lens_common, lens_triton
+from refinelens.kernels import configs, lens_common, lens_triton, schedule
 from refinelens.kernels.configs import LensConfig
 from refinelens.kernels.lens_common import linear_logits
 from refinelens.kernels.lens_triton import fused_lens_triton
@@ -16,7 +16,10 @@ from refinelens.kernels.norms import LayerNorm, RMSNorm, apply_norm
 from refinelens.kernels.norms_triton import normed_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = LensConfig(32, 32, 32, num_warps=4, num_stages=2, splits=3)
+SMALL = LensConfig(32, 32, 16, 32, num_warps=4, num_stages=2, splits=3)
+FEW_ROWS = LensConfig(16, 32, 32, 32, num_warps=4, num_stages=2, kind="few_rows", splits=2)
+SPECIALIZED = LensConfig(32, 32, 16, 64, num_warps=4, num_stages=2, kind="specialized", splits=2)
+KINDS = [pytest.param(config, id=config.kind) for config in (SMALL, FEW_ROWS, SPECIALIZED)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [
     pytest.param(1, 1, 1, id="all-one"),  # every dimension far below its block, more splits than tiles
@@ -224,13 +227,14 @@ def test_target_never_beats_itself(monkeypatch):
     hidden = torch.ones(n_vocab, 16, device=DEVICE)
     unembedding = randint(0, n_vocab, (n_vocab, 1), seed=5) * torch.eye(16, device=DEVICE)[0]
     targets = torch.arange(n_vocab, device=DEVICE)
-    launch = lens_triton._launch_targets
+    launch = lens_triton.launch_targets
 
-    def lower(x_hat, targets, target_z, options):
-        launch(x_hat, targets, target_z, options)
-        target_z -= 0.5
+    def lower(rows, options):
+        launch(rows, options)
+        rows.target_z.sub_(0.5)
 
-    monkeypatch.setattr(lens_triton, "_launch_targets", lower)
+    monkeypatch.setattr(lens_triton, "launch_targets", lower)
+    monkeypatch.setattr(lens_triton, "has_same_bits", lambda options: False)
     out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
     z = unembedding[:, 0]
     above = (z[None] > z[:, None] - 0.5).sum(1) - 1  # all that reach the lowered logit but the target itself
@@ -298,7 +302,7 @@ def test_one_target_for_all_rows_without_a_copy():
 def test_chunks_of_rows_give_the_same_bits(monkeypatch):
     hidden, unembedding, targets = operands(70, 17, 67, torch.float32)
     whole = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
-    monkeypatch.setattr(configs, "X_HAT_BYTES", 1)  # one row block at a time
+    monkeypatch.setattr(schedule, "X_HAT_BYTES", 1)  # one row block at a time
     chunked = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
     for got, expected in zip(chunked, whole, strict=True):
         assert torch.equal(got, expected)
@@ -322,24 +326,24 @@ def test_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="bfloat16, float16 or float32 operands, got torch.float64"):
         fused_lens_triton(double, double)
     with pytest.raises(ValueError, match="block_k: expected a divisor of 64, got 128"):
-        LensConfig(32, 32, 128, num_warps=4, num_stages=2)
+        LensConfig(32, 32, 32, 128, num_warps=4, num_stages=2)
 
 
 @pytest.mark.parametrize("d_model, itemsize", [(1, 2), (576, 2), (768, 4), (4096, 2), (16384, 4)])
 @pytest.mark.parametrize("n_rows", [1, 129, 13 * 16384, 10**7])
 def test_buffers_stay_small(n_rows, d_model, itemsize):
     width = -(-d_model // 64) * 64
-    blocks = configs.chunk_blocks(n_rows, width * itemsize, block_m=128)
-    splits = configs.choose_splits(blocks, tiles=501, processors=132)
+    blocks = schedule.chunk_blocks(n_rows, width * itemsize, block_m=128)
+    splits = schedule.choose_splits(blocks, tiles=501, processors=132)
     assert 1 <= splits <= 501
     rows = 128 * blocks
     assert rows * width * itemsize + rows * splits * 20 <= 64 * 10**6
 
 
 def test_splits_fill_the_processors():
-    assert configs.choose_splits(row_blocks=1, tiles=197, processors=132) == 99  # two tiles a program
-    assert configs.choose_splits(row_blocks=104, tiles=197, processors=132) == 5  # 520 programs, 4 waves
-    assert configs.choose_splits(row_blocks=128, tiles=197, processors=132) == 1
+    assert schedule.choose_splits(row_blocks=1, tiles=197, processors=132) == 99  # two tiles a program
+    assert schedule.choose_splits(row_blocks=104, tiles=197, processors=132) == 5  # 520 programs, 4 waves
+    assert schedule.choose_splits(row_blocks=128, tiles=197, processors=132) == 1
 
 
 @needs_gpu
