@@ -58,7 +58,7 @@ _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 _FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=4, kind="few_rows")
 _FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=4, kind="few_rows")
 _SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=8, num_stages=4, kind="few_rows")
-_SOME_SINGLE = LensConfig(64, 128, 128, 32, num_warps=8, num_stages=4, kind="few_rows")
+_SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
 # Element-wise loads need an address register per element: only a small tile stays free of spills.
 _UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
 _SPECIALIZED = LensConfig(128, 256, 128, 64, num_warps=4, num_stages=4, kind="specialized")

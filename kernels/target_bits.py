@@ -17,11 +17,12 @@ def has_same_bits(options: LensOptions) -> bool:
     """Whether targets need not be kept from beating themselves, which costs some instructions a logit.
 
     Tried once per device, dtype and configuration, on 64 rows; not while a CUDA graph is captured, where the
-    answer is no unless it is known. With a bias or a softcap it is always no: those kernels lack the registers
-    to gain from it.
+    answer is no unless it is known. With a bias, a scale or a softcap it is always no: those kernels lack the
+    registers to gain from it.
     """
     weight = options.unembedding
-    if options.bias is not None or options.softcap is not None or weight.device.type != "cuda":
+    is_plain = options.bias is None and options.softcap is None and options.logit_scale == 1.0
+    if not is_plain or weight.device.type != "cuda":
         return False
     key = (weight.device, weight.dtype, options.config)
     if key not in _known:
