@@ -55,12 +55,12 @@ _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3)
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 # One warp group's 64 rows would stand mostly empty: the tokens take their place.
-_FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=4, kind="few_rows")
-_FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=4, kind="few_rows")
+_FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=3, kind="few_rows")
+_FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
 _SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=8, num_stages=4, kind="few_rows")
 _SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
-# Element-wise loads need an address register per element: only a small tile stays free of spills.
-_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
+# Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
+_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=2)
 _SPECIALIZED = LensConfig(128, 256, 128, 64, num_warps=4, num_stages=4, kind="specialized")
 
 
@@ -85,9 +85,9 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"expected bfloat16, float16 or float32 operands, got {dtype}")
-    if not aligned:
-        return _UNALIGNED
     single = dtype == torch.float32
+    if not aligned:
+        return _UNALIGNED if generation != HOPPER else _SINGLE if single else _HALF
     if n_rows <= _FEW_HALF.block_m:
         return _FEW_SINGLE if single else _FEW_HALF
     if generation != HOPPER:

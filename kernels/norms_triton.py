@@ -43,8 +43,8 @@ def padded_width(d_model: int) -> int:
 
 
 def norm_warps(block_d: int) -> int:
-    """Warps of a program that holds ``block_d`` columns: 16 elements a thread."""
-    return min(16, max(1, block_d // 512))
+    """Warps of a program that holds ``block_d`` columns: 8 elements a thread, as long as there are warps."""
+    return min(16, max(1, block_d // 256))
 
 
 def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int) -> Tensor:
