@@ -97,8 +97,6 @@ def violations(variant: LensVariant, report: KernelReport, ceiling: float | None
     _, target, product, shared = GENERATIONS[variant.generation]
     is_specialized = variant.options.config.kind == "specialized" and variant.kernel == "main"
     expected = {product} if variant.kernel in ("main", "tail", "targets") else set()
-    if variant.options.config.kind == "few_rows" and variant.kernel == "tail":
-        expected = {product}
     found = list(report.box_errors)
     if report.target != target:
         found.append(f"compiled for {report.target}, not {target}")

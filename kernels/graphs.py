@@ -46,12 +46,14 @@ class GraphedLens:
 
     def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> LensOutput:
         """Lens statistics of ``hidden`` ``[R, d_model]``, as ``fused_lens_triton`` returns them; unchecked."""
+        hidden = hidden.detach()
         key = (hidden.shape, hidden.dtype, targets is not None)
-        if key not in self._recorded:
-            if hidden.shape[0] == 0 or len(self._recorded) == self._max_shapes:
-                return self._run(hidden, targets)
-            self._recorded[key] = _Recording(self._run, hidden, targets)
-        return self._recorded[key].replay(hidden, targets)
+        with torch.cuda.device_of(hidden):
+            if key not in self._recorded:
+                if hidden.shape[0] == 0 or len(self._recorded) == self._max_shapes:
+                    return self._run(hidden, targets)
+                self._recorded[key] = _Recording(self._run, hidden, targets)
+            return self._recorded[key].replay(hidden, targets)
 
     def _run(self, hidden: Tensor, targets: Tensor | None) -> LensOutput:
         return fused_lens_triton(hidden, self._unembedding, self._norm, targets, *self._options)
@@ -63,12 +65,12 @@ class _Recording:
     def __init__(self, run, hidden: Tensor, targets: Tensor | None):
         self._hidden = hidden.clone(memory_format=torch.contiguous_format)
         self._targets = None if targets is None else targets.clone(memory_format=torch.contiguous_format)
-        stream = torch.cuda.Stream(hidden.device)
-        stream.wait_stream(torch.cuda.current_stream(hidden.device))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 run(self._hidden, self._targets)
-        torch.cuda.current_stream(hidden.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._out = run(self._hidden, self._targets)

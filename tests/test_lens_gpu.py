@@ -7,7 +7,10 @@ pytest.importorskip("triton")
 
 from lens_cases import DEVICE, DTYPES, check, operands
 from refinelens.kernels import lens_common
+from refinelens.kernels.configs import generation_of, pinned_config
+from refinelens.kernels.launch import LensOptions
 from refinelens.kernels.lens_triton import fused_lens_triton
+from refinelens.kernels.target_bits import has_same_bits
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device; too large for the interpreter")
 
@@ -34,3 +37,6 @@ def test_target_logit_is_that_of_the_main_product(d_model, dtype, monkeypatch):
     mismatches = int((out.target_logit != out.max_logit).sum())
     print(f"{dtype} d_model {d_model}: {mismatches} of 1027 target logits differ from the main product")
     torch.testing.assert_close(out.target_logit, out.max_logit, rtol=2e-6, atol=1e-4)
+    config = pinned_config(dtype, aligned=True, n_rows=1027, generation=generation_of(hidden.device))
+    if has_same_bits(LensOptions(unembedding, None, None, 1.0, config)):
+        assert mismatches == 0  # the kernel counts ranks on that promise

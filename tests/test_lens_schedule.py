@@ -20,7 +20,7 @@ def test_buffers_stay_small(n_rows, d_model, itemsize):
     splits = schedule.choose_splits(blocks, tiles=501, processors=132)
     assert 1 <= splits <= 501
     rows = 128 * blocks
-    assert rows * width * itemsize + rows * splits * 20 <= 64 * 10**6
+    assert rows * width * itemsize + rows * (splits + 1) * 20 <= 64 * 10**6  # and the tail's partials
 
 
 def test_splits_fill_the_processors():
