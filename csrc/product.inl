@@ -1,4 +1,4 @@
-// The matrix product: tokens times rows, one register tile over the depth. See vectors.inl for how it is included.
+// The matrix product: tokens times rows, one register tile over the depth.
 //
 // Vectors run along the hidden rows, which are packed once; the unembedding is the operand that is broadcast, so it
 // needs no transposition and is read where it lies. Six tokens at a time: their rows stay apart in an eight-way cache

@@ -1,5 +1,4 @@
-// The functions of a table of LensKernels: packing a panel of rows, scanning a range of tokens. See vectors.inl for
-// how it is included; it expects kBlockBytes, the part of the second-level cache that a block of tokens may fill.
+// The functions of a table of LensKernels: packing a panel of rows, scanning a range of tokens.
 
 namespace refinelens::REFINELENS_KERNELS {
 
