@@ -63,7 +63,8 @@ static void find_targets(const LensProblem& problem, int64_t first_row, const Pa
   for (int64_t begin = 0; begin < panel.count; begin += kGroup) {
     const int64_t n = panel.count - begin < kGroup ? panel.count - begin : kGroup;
     stage_group(problem.unembedding, [&](int64_t i) { return wanted[begin + i]; }, n, scratch.block);
-    for (int64_t i = 0; i < kGroup; ++i) scratch.bias[i] = i < n && problem.bias ? problem.bias[wanted[begin + i]] : 0.0f;
+    for (int64_t i = 0; i < kGroup; ++i)
+      scratch.bias[i] = i < n && problem.bias ? problem.bias[wanted[begin + i]] : 0.0f;
     multiply(panel, {scratch.block, staged_stride(d_model)}, 0, d_model, {true, true, scratch.bias, problem.scale},
              scratch.tile, {}, {});
     for (int64_t i = 0; i < n; ++i)
@@ -93,7 +94,8 @@ static Group find_group(const Matrix& m, int64_t token, int64_t last, float* pla
 }
 
 // What is asked of memory while a panel of a block is multiplied with the group at `token`: an equal share of the group
-// that comes `distance` tokens later, a block or, where one panel leaves it at once, a group; and of the rows' next part.
+// that comes `distance` tokens later, a block or, where one panel leaves it at once, a group; and of the rows' next
+// part.
 struct Ahead {
   int64_t distance, each, lines;
 
@@ -111,7 +113,8 @@ struct Ahead {
   }
 
   // Panels lie one after the other, so what follows the last part of one is the first of the next.
-  Prefetch rows(const Panel& panel, int64_t begin, int64_t depth, int64_t group) const {
+  Prefetch rows(const Panel& panel, bool is_last, int64_t begin, int64_t depth, int64_t group) const {
+    if (is_last) return {};
     const char* next = reinterpret_cast<const char*>(panel.values + (begin + depth) * panel.width());
     return {next + group * lines * (depth / kPrefetchStep) * 64, 64, lines * 64, lines};
   }
@@ -125,7 +128,8 @@ static void scan_range(const LensProblem& problem, const PackedRows& rows, int64
   const Ahead ahead(n_panels, step / kGroup);
   for (int64_t token = first; token < last; token += step) {
     const int64_t count = last - token < step ? last - token : step;
-    for (int64_t i = 0; i < kMaxTokens; ++i) scratch.bias[i] = problem.bias && i < count ? problem.bias[token + i] : 0.0f;
+    for (int64_t i = 0; i < kMaxTokens; ++i)
+      scratch.bias[i] = problem.bias && i < count ? problem.bias[token + i] : 0.0f;
     for (int64_t p = 0; p < n_panels; ++p) {
       const Panel panel(rows, p, d_model);
       for (int64_t begin = 0; begin < d_model; begin += kMaxDepth) {
@@ -135,12 +139,13 @@ static void scan_range(const LensProblem& problem, const PackedRows& rows, int64
                    find_group(tokens, token + i, last, scratch.block + i * staged_stride(d_model), p > 0 || begin > 0),
                    begin, depth, {begin == 0, begin + depth == d_model, scratch.bias + i, problem.scale},
                    scratch.tile + i * panel.width(), ahead.tokens(tokens, token + i, begin, p),
-                   ahead.rows(panel, begin, depth, g));
+                   ahead.rows(panel, p + 1 == n_panels && begin + depth == d_model, begin, depth, g));
       }
       if (!state) continue;
       for (int64_t lane = 0; lane < panel.width(); lane += kLanes)
-        reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state, panel.row + lane,
-                     problem.targets ? rows.targets + panel.row + lane : nullptr, rows.target_z + panel.row + lane);
+        reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state,
+                     panel.row + lane, problem.targets ? rows.targets + panel.row + lane : nullptr,
+                     rows.target_z + panel.row + lane);
     }
   }
 }
