@@ -49,7 +49,7 @@ GOALS = [
     Goal("gpt2-13x8/graphed", "GPT-2 13x8, graphed", 27, 22, unit="us"),
     Goal("llama-33x8", "Llama 33x8", 0.45, 0.40, unit="ms"),
     Goal("rank0", "rows where rank 0 and argmax == target disagree", 0, None),
-    Goal("bits", "target logits that differ from the main product", 0, None),
+    Goal("bits", "kernels that give a target's logit other bits than its column", 0, None),
 ]
 
 
