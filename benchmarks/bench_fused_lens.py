@@ -56,4 +56,4 @@ def test_fused_lens(benchmark, monkeypatch, case):
         benchmark.pedantic(session.round, rounds=options.rounds)
         report = session.report()
     benchmark.extra_info["report"] = asdict(report)
-    assert report.refuted == []
+    assert report.failed == []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command for a GPU machine without network: install, GPU tests, benchmark. Under 8 minutes.
+# One command for a GPU machine without network: install, GPU tests, goals, benchmark. Under 10 minutes.
 #   benchmarks/gpu.sh FOLDER      tables and logs go to FOLDER
 # Needs Python with torch (CUDA), triton, transformers, pybind11, pytest and pytest-benchmark installed.
 set -euo pipefail
@@ -13,9 +13,11 @@ PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation .
 "$python" -P -m refinelens.cli doctor | tee "$out/doctor.txt"
 
 status=0
-timeout 240 "$python" -P -m pytest -q -p no:cacheprovider tests/test_lens.py tests/test_lens_triton.py \
-    tests/test_compile_gate.py tests/test_capture.py tests/test_sweep.py -rs 2>&1 | tee "$out/tests.txt" || status=$?
-timeout 180 "$python" -P -m pytest -q -p no:cacheprovider benchmarks/bench_fused_lens.py \
+timeout 200 "$python" -P -m pytest -q -p no:cacheprovider tests/test_lens.py tests/test_lens_*.py \
+    tests/test_capture.py tests/test_sweep.py -rs -s \
+    2>&1 | tee "$out/tests.txt" || status=$?
+timeout 200 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?
+timeout 150 "$python" -P -m pytest -q -p no:cacheprovider benchmarks/bench_fused_lens.py \
     --benchmark-json="$out/bench.json" 2>&1 | tee "$out/bench.txt" || status=$?
 "$python" benchmarks/table.py "$out/bench.json" | tee "$out/bench.md"
 exit "$status"

@@ -3,21 +3,13 @@
 #include "lens_kernels.hpp"
 
 #define REFINELENS_KERNELS baseline_kernels
+#define REFINELENS_TABLE kLensKernelsBaseline
+
+// What every compiler vectorises: 12 of SSE2's 16 registers hold sums.
 namespace refinelens::REFINELENS_KERNELS {
 constexpr int kVectorBytes = 16;
-constexpr int kMaxVectors = 2;  // of rows in a register tile
+constexpr int kMaxVectors = 2;
 constexpr int64_t kBlockBytes = 160 << 10;
 }  // namespace refinelens::REFINELENS_KERNELS
 
-#include "vectors.inl"
-// After the vectors, in the order of use.
-#include "product.inl"
-#include "pack.inl"
-#include "reduce.inl"
-#include "scan.inl"
-
-namespace refinelens {
-using namespace REFINELENS_KERNELS;
-extern const LensKernels kLensKernelsBaseline = {kWide,      block_tokens, scratch_floats,
-                                            pack_panel, scan_range,   multiply_adds};
-}  // namespace refinelens
+#include "lens_kernels.inl"

@@ -8,24 +8,16 @@
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 
 #define REFINELENS_KERNELS v4_kernels
+#define REFINELENS_TABLE kLensKernelsV4
+
+// 24 of 32 registers hold sums.
 namespace refinelens::REFINELENS_KERNELS {
 constexpr int kVectorBytes = 64;
-constexpr int kMaxVectors = 4;  // of rows in a register tile
+constexpr int kMaxVectors = 4;
 constexpr int64_t kBlockBytes = 384 << 10;
 }  // namespace refinelens::REFINELENS_KERNELS
 
-#include "vectors.inl"
-// After the vectors, in the order of use.
-#include "product.inl"
-#include "pack.inl"
-#include "reduce.inl"
-#include "scan.inl"
-
-namespace refinelens {
-using namespace REFINELENS_KERNELS;
-extern const LensKernels kLensKernelsV4 = {kWide,      block_tokens, scratch_floats,
-                                            pack_panel, scan_range,   multiply_adds};
-}  // namespace refinelens
+#include "lens_kernels.inl"
 
 #pragma GCC pop_options
 

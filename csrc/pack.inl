@@ -1,4 +1,4 @@
-// Packing of hidden rows into panels, normed on the way. See vectors.inl for how it is included.
+// Packing of hidden rows into panels, normed on the way.
 
 namespace refinelens::REFINELENS_KERNELS {
 

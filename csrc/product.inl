@@ -1,4 +1,4 @@
-// The matrix product: tokens times rows, one register tile over the depth. See vectors.inl for how it is included.
+// The matrix product: tokens times rows, one register tile over the depth.
 //
 // Vectors run along the hidden rows, which are packed once; the unembedding is the operand that is broadcast, so it
 // needs no transposition and is read where it lies. Six tokens at a time: their rows stay apart in an eight-way cache
@@ -141,21 +141,28 @@ inline void multiply_steps(Rows& rows, const float*& panel, Floats (&sums)[kGrou
   panel += kSteps * N * kLanes;
 }
 
-// tile[i][lane] = scale * (w_i . x_lane + bias_i) for a group of tokens and a panel of N vectors.
+// What becomes of the sums: they start from zero or from the tile; the last part of the depth makes them logits.
+struct Part {
+  bool first, last;
+  const float* bias;  // [kGroup]
+  float scale;
+};
+
+// tile[i][lane] += w_i . x_lane for a group of tokens and a panel of N vectors; in the end scale * (tile + bias_i).
 template <int N>
-__attribute__((noinline)) static void multiply_group(Group group, const float* panel, int64_t depth, const float* bias,
-                                                     float scale, float* tile, Prefetch tokens, Prefetch rows_ahead) {
+__attribute__((noinline)) static void multiply_group(Group group, const float* panel, int64_t depth, Part part,
+                                                     float* tile, Prefetch tokens, Prefetch rows_ahead) {
   const char* start = reinterpret_cast<const char*>(group.start);
   const int64_t stride = group.stride * static_cast<int64_t>(sizeof(float));
   Rows rows{start, start + kGroup / 2 * stride, stride};
-  for (bool first = true; depth > 0; first = false) {
+  for (; depth > 0; part.first = false) {
     Floats sums[kGroup][N] = {};
     int64_t left = depth < kChain ? depth : kChain;
     depth -= left;
     for (; left >= kPrefetchStep; left -= kPrefetchStep) {
       tokens.ask();
       rows_ahead.ask();
-      for (int part = 0; part < kPrefetchStep / 4; ++part) multiply_steps<N, 4>(rows, panel, sums);
+      for (int quarter = 0; quarter < 4; ++quarter) multiply_steps<N, kPrefetchStep / 4>(rows, panel, sums);
     }
     for (; left > 0; --left) multiply_steps<N, 1>(rows, panel, sums);
 #pragma GCC unroll 6
@@ -163,8 +170,8 @@ __attribute__((noinline)) static void multiply_group(Group group, const float* p
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
         float* to = tile + (i * N + j) * kLanes;
-        const Floats sum = first ? sums[i][j] : load(to) + sums[i][j];
-        store(to, depth > 0 ? sum : scale * (sum + bias[i]));
+        const Floats sum = part.first ? sums[i][j] : load(to) + sums[i][j];
+        store(to, part.last && depth == 0 ? part.scale * (sum + part.bias[i]) : sum);
       }
   }
 }

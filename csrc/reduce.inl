@@ -1,5 +1,5 @@
-// One pass of statistics over a tile of logits, [tokens][rows of a panel], while it is in the first-level cache. See
-// vectors.inl for how it is included. A lane is a hidden row, so nothing is ever added or compared across lanes.
+// One pass of statistics over a tile of logits, [tokens][rows of a panel], while it is near. A lane is a hidden
+// row, so nothing is ever added or compared across lanes.
 
 namespace refinelens::REFINELENS_KERNELS {
 

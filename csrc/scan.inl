@@ -1,13 +1,14 @@
-// The functions of a table of LensKernels: packing a panel of rows, scanning a range of tokens. See vectors.inl for
-// how it is included; it expects kBlockBytes, the part of the second-level cache that a block of tokens may fill.
+// The functions of a table of LensKernels: packing a panel of rows, scanning a range of tokens.
 
 namespace refinelens::REFINELENS_KERNELS {
 
 constexpr int64_t kMaxGroups = 16;  // of a block
 constexpr int64_t kMaxTokens = kMaxGroups * kGroup;
+constexpr int64_t kMaxDepth = 4 * kChain;  // of a panel that is multiplied with all groups of a block before the next
 
 static int64_t block_tokens(int64_t d_model) {
-  const int64_t groups = kBlockBytes / (d_model * kGroup * static_cast<int64_t>(sizeof(float)));
+  const int64_t depth = d_model < kMaxDepth ? d_model : kMaxDepth;
+  const int64_t groups = kBlockBytes / (depth * kGroup * static_cast<int64_t>(sizeof(float)));
   return (groups < 1 ? 1 : groups > kMaxGroups ? kMaxGroups : groups) * kGroup;
 }
 
@@ -41,10 +42,12 @@ inline void with_vectors(int vectors, F f) {
   f(Vectors<N>{});
 }
 
-inline void multiply(const Panel& panel, Group group, int64_t d_model, const float* bias, float scale, float* tile,
+// Multiplies `depth` dimensions from `begin` on.
+inline void multiply(const Panel& panel, Group group, int64_t begin, int64_t depth, Part part, float* tile,
                      Prefetch tokens, Prefetch rows) {
+  group.start += begin;
   with_vectors(panel.vectors, [&](auto vectors) {
-    multiply_group<vectors.count>(group, panel.values, d_model, bias, scale, tile, tokens, rows);
+    multiply_group<vectors.count>(group, panel.values + begin * panel.width(), depth, part, tile, tokens, rows);
   });
 }
 
@@ -60,8 +63,10 @@ static void find_targets(const LensProblem& problem, int64_t first_row, const Pa
   for (int64_t begin = 0; begin < panel.count; begin += kGroup) {
     const int64_t n = panel.count - begin < kGroup ? panel.count - begin : kGroup;
     stage_group(problem.unembedding, [&](int64_t i) { return wanted[begin + i]; }, n, scratch.block);
-    for (int64_t i = 0; i < kGroup; ++i) scratch.bias[i] = i < n && problem.bias ? problem.bias[wanted[begin + i]] : 0.0f;
-    multiply(panel, {scratch.block, staged_stride(d_model)}, d_model, scratch.bias, problem.scale, scratch.tile, {}, {});
+    for (int64_t i = 0; i < kGroup; ++i)
+      scratch.bias[i] = i < n && problem.bias ? problem.bias[wanted[begin + i]] : 0.0f;
+    multiply(panel, {scratch.block, staged_stride(d_model)}, 0, d_model, {true, true, scratch.bias, problem.scale},
+             scratch.tile, {}, {});
     for (int64_t i = 0; i < n; ++i)
       rows.target_z[panel.row + begin + i] = scratch.tile[i * panel.width() + begin + i];
   }
@@ -89,7 +94,8 @@ static Group find_group(const Matrix& m, int64_t token, int64_t last, float* pla
 }
 
 // What is asked of memory while a panel of a block is multiplied with the group at `token`: an equal share of the group
-// that comes `distance` tokens later, a block or, where one panel leaves it at once, a group; and of the next panel.
+// that comes `distance` tokens later, a block or, where one panel leaves it at once, a group; and of the rows' next
+// part.
 struct Ahead {
   int64_t distance, each, lines;
 
@@ -97,19 +103,20 @@ struct Ahead {
       : distance(n_panels > 1 ? n_groups * kGroup : kGroup), each((kGroup + n_panels - 1) / n_panels),
         lines((kMaxVectors * kPrefetchStep * kVectorBytes / 64 + n_groups - 1) / n_groups) {}
 
-  Prefetch tokens(const Matrix& m, int64_t token, int64_t panel) const {
+  Prefetch tokens(const Matrix& m, int64_t token, int64_t begin, int64_t panel) const {
     const int64_t group = token + distance, group_end = group + kGroup < m.rows ? group + kGroup : m.rows;
     const int64_t start = group + panel * each, end = start + each < group_end ? start + each : group_end;
     if (end <= start || m.column_stride != 1) return {};
     const int64_t bytes = m.element == Element::fp32 ? 4 : 2;
-    return {static_cast<const char*>(m.data) + start * m.row_stride * bytes, m.row_stride * bytes,
+    return {static_cast<const char*>(m.data) + (start * m.row_stride + begin) * bytes, m.row_stride * bytes,
             kPrefetchStep * bytes, end - start};
   }
 
-  Prefetch rows(const PackedRows& rows, int64_t d_model, int64_t panel, int64_t group) const {
-    if ((panel + 1) * kWide >= rows.count) return {};
-    const float* next = rows.panels + (panel + 1) * kWide * d_model;
-    return {reinterpret_cast<const char*>(next) + group * lines * (d_model / kPrefetchStep) * 64, 64, lines * 64, lines};
+  // Panels lie one after the other, so what follows the last part of one is the first of the next.
+  Prefetch rows(const Panel& panel, bool is_last, int64_t begin, int64_t depth, int64_t group) const {
+    if (is_last) return {};
+    const char* next = reinterpret_cast<const char*>(panel.values + (begin + depth) * panel.width());
+    return {next + group * lines * (depth / kPrefetchStep) * 64, 64, lines * 64, lines};
   }
 };
 
@@ -121,17 +128,24 @@ static void scan_range(const LensProblem& problem, const PackedRows& rows, int64
   const Ahead ahead(n_panels, step / kGroup);
   for (int64_t token = first; token < last; token += step) {
     const int64_t count = last - token < step ? last - token : step;
-    for (int64_t i = 0; i < kMaxTokens; ++i) scratch.bias[i] = problem.bias && i < count ? problem.bias[token + i] : 0.0f;
+    for (int64_t i = 0; i < kMaxTokens; ++i)
+      scratch.bias[i] = problem.bias && i < count ? problem.bias[token + i] : 0.0f;
     for (int64_t p = 0; p < n_panels; ++p) {
       const Panel panel(rows, p, d_model);
-      for (int64_t begin = 0, g = 0; begin < count; begin += kGroup, ++g)
-        multiply(panel, find_group(tokens, token + begin, last, scratch.block + begin * staged_stride(d_model), p > 0),
-                 d_model, scratch.bias + begin, problem.scale, scratch.tile + begin * panel.width(),
-                 ahead.tokens(tokens, token + begin, p), ahead.rows(rows, d_model, p, g));
+      for (int64_t begin = 0; begin < d_model; begin += kMaxDepth) {
+        const int64_t depth = d_model - begin < kMaxDepth ? d_model - begin : kMaxDepth;
+        for (int64_t i = 0, g = 0; i < count; i += kGroup, ++g)
+          multiply(panel,
+                   find_group(tokens, token + i, last, scratch.block + i * staged_stride(d_model), p > 0 || begin > 0),
+                   begin, depth, {begin == 0, begin + depth == d_model, scratch.bias + i, problem.scale},
+                   scratch.tile + i * panel.width(), ahead.tokens(tokens, token + i, begin, p),
+                   ahead.rows(panel, p + 1 == n_panels && begin + depth == d_model, begin, depth, g));
+      }
       if (!state) continue;
       for (int64_t lane = 0; lane < panel.width(); lane += kLanes)
-        reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state, panel.row + lane,
-                     problem.targets ? rows.targets + panel.row + lane : nullptr, rows.target_z + panel.row + lane);
+        reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state,
+                     panel.row + lane, problem.targets ? rows.targets + panel.row + lane : nullptr,
+                     rows.target_z + panel.row + lane);
     }
   }
 }

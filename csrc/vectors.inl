@@ -1,7 +1,4 @@
-// Vectors of fp32 for one instruction set, and the functions of a logit. Included by lens_*.cpp, which define
-// REFINELENS_KERNELS (a namespace of their own), kVectorBytes and kMaxVectors. Everything here is compiled for that
-// instruction set alone and instantiates nothing of the standard library: an inline function that the linker might
-// share with code for older processors must not be compiled for newer ones.
+// Vectors of fp32 for one instruction set, and the functions of a logit. lens_kernels.inl says how it is included.
 
 namespace refinelens::REFINELENS_KERNELS {
 

@@ -1,4 +1,4 @@
-"""Pinned tile sizes of the fused lens and the split of its work over programs."""
+"""Pinned tile sizes of the fused lens: one configuration per dtype, layout, row count and GPU generation."""
 
 from __future__ import annotations
 
@@ -8,42 +8,60 @@ import torch
 from torch import Tensor
 
 WIDTH_MULTIPLE = 64  # of the padded columns of the normed states; every BLOCK_K divides it
-X_HAT_BYTES = 25 * 2**20
-MAX_CHUNK_ROWS = 2**16  # bounds the partials: 2**16 rows * 16 splits * 20 bytes = 20 MiB
-MAX_SPLITS = 16
+KINDS = ("plain", "few_rows", "specialized")
+HOPPER = 9  # the generation with warp group products; what a CPU emulates
 
 
 @dataclass(frozen=True)
 class LensConfig:
-    """Tile sizes of the main kernel; ``splits`` None lets the launcher divide the vocabulary."""
+    """How the main kernel is launched.
+
+    Args:
+        block_m: Rows of a tile.
+        block_v: Tokens of a tile, a power of two.
+        tail_v: Tokens of a tile past the last whole one, a divisor of ``block_v``; masks need registers.
+        block_k: Columns multiplied at a time, a divisor of ``WIDTH_MULTIPLE``.
+        num_warps: Warps of a program; of one consumer's tile where ``kind`` is ``"specialized"``.
+        num_stages: Tiles of operands in flight.
+        kind: ``"plain"``, ``"few_rows"`` (operands swapped, tokens as the rows of the product) or
+            ``"specialized"`` (one warp group loads, two multiply and reduce).
+        splits: Parts of the vocabulary; None lets the launcher divide it.
+        group: Row blocks whose programs are neighbours; None lets the launcher choose.
+    """
 
     block_m: int
     block_v: int
+    tail_v: int
     block_k: int
     num_warps: int
     num_stages: int
+    kind: str = "plain"
     splits: int | None = None
+    group: int | None = None
 
     def __post_init__(self):
         if WIDTH_MULTIPLE % self.block_k:
             raise ValueError(f"block_k: expected a divisor of {WIDTH_MULTIPLE}, got {self.block_k}")
+        if self.block_v % self.tail_v:
+            raise ValueError(f"tail_v: expected a divisor of block_v {self.block_v}, got {self.tail_v}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
-# Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. tf32x3 keeps
-# two parts of each operand as well, so fp32 gets half the columns.
-_ALIGNED = {
-    torch.bfloat16: LensConfig(128, 256, 64, num_warps=8, num_stages=3),
-    torch.float16: LensConfig(128, 256, 64, num_warps=8, num_stages=3),
-    torch.float32: LensConfig(128, 128, 32, num_warps=8, num_stages=3),
-}
-# The bias needs registers of its own: at BLOCK_K 64, with its eight addresses of weights, it spills.
-_ALIGNED_BIASED = {
-    torch.bfloat16: LensConfig(128, 256, 32, num_warps=8, num_stages=5),
-    torch.float16: LensConfig(128, 256, 32, num_warps=8, num_stages=5),
-    torch.float32: _ALIGNED[torch.float32],
-}
-# Element-wise loads need an address register per element: only a small tile stays free of spills.
-_UNALIGNED = LensConfig(64, 64, 32, num_warps=4, num_stages=1)
+# Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. Only Hopper's
+# products leave the others free; tf32x3 keeps two parts of each operand as well, so fp32 gets half the columns.
+_HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
+_SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
+_HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3)
+_SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
+# One warp group's 64 rows would stand mostly empty: the tokens take their place.
+_FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=3, kind="few_rows")
+_FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
+_SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=8, num_stages=4, kind="few_rows")
+_SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
+# Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
+_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=2)
+_SPECIALIZED = LensConfig(128, 256, 128, 64, num_warps=4, num_stages=4, kind="specialized")
 
 
 def is_aligned(unembedding: Tensor) -> bool:
@@ -53,33 +71,66 @@ def is_aligned(unembedding: Tensor) -> bool:
     return stride_d == 1 and sizes_fit and unembedding.data_ptr() % 16 == 0
 
 
-def pinned_config(dtype: torch.dtype, aligned: bool, bias: bool) -> LensConfig:
-    """The configuration for operands of ``dtype``; raises ``ValueError`` for other dtypes."""
-    if dtype not in _ALIGNED:
+def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: int = HOPPER) -> LensConfig:
+    """The configuration for operands of ``dtype``, by default on Hopper.
+
+    Args:
+        dtype: Of both operands.
+        aligned: Whether ``is_aligned`` holds for the unembedding.
+        n_rows: Rows of the call.
+        generation: Major compute capability of the device.
+
+    Raises:
+        ValueError: No kernel for ``dtype``.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"expected bfloat16, float16 or float32 operands, got {dtype}")
+    single = dtype == torch.float32
     if not aligned:
-        return _UNALIGNED
-    return (_ALIGNED_BIASED if bias else _ALIGNED)[dtype]
+        return _UNALIGNED if generation != HOPPER else _SINGLE if single else _HALF
+    if n_rows <= _FEW_HALF.block_m:
+        return _FEW_SINGLE if single else _FEW_HALF
+    if generation != HOPPER:
+        return _SINGLE if single else _HALF
+    if n_rows <= _SOME_HALF.block_m:
+        return _SOME_SINGLE if single else _SOME_HALF
+    return _SINGLE_HOPPER if single else _HALF_HOPPER
 
 
-def chunk_blocks(n_rows: int, row_bytes: int, block_m: int) -> int:
-    """Row blocks per chunk: equal chunks whose normed states fit in ``X_HAT_BYTES``."""
-    blocks = max(1, -(-n_rows // block_m))
-    most = max(1, min(X_HAT_BYTES // (block_m * row_bytes), MAX_CHUNK_ROWS // block_m))
-    return -(-blocks // -(-blocks // most))
+def specialized_config(dtype: torch.dtype, aligned: bool, bias: bool, generation: int) -> LensConfig | None:
+    """The warp-specialised configuration, or None where that kernel cannot run."""
+    fits = generation == HOPPER and aligned and not bias and dtype in (torch.bfloat16, torch.float16)
+    return _SPECIALIZED if fits else None
 
 
-def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """The vocabulary splits that finish soonest if a program takes its tiles plus one to start."""
-    most = min(tiles, max(MAX_SPLITS, processors // row_blocks))
-
-    def time(splits: int) -> int:
-        waves = -(-row_blocks * splits // processors)
-        return waves * (-(-tiles // splits) + 1)
-
-    return min(range(1, most + 1), key=time)
+def generation_of(device: torch.device) -> int:
+    """Major compute capability of ``device``; without a GPU that of the kernels' first target."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
 
 
-def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``; 1 where there are none to fill."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+@dataclass(frozen=True)
+class ShapeClass:
+    """Calls that share a configuration found by search: row counts within a power of two."""
+
+    device: torch.device
+    dtype: torch.dtype
+    aligned: bool
+    vocab_size: int
+    d_model: int
+    options: tuple[bool, bool, bool]  # bias, softcap, targets
+    row_bits: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, unembedding: Tensor, bias, softcap, targets) -> ShapeClass:
+        """The class of a call of ``fused_lens_triton``."""
+        options = (bias is not None, softcap is not None, targets is not None)
+        row_bits = hidden.shape[0].bit_length()
+        return cls(hidden.device, hidden.dtype, is_aligned(unembedding), *unembedding.shape, options, row_bits)
+
+
+KEPT: dict[ShapeClass, LensConfig] = {}  # written by ``search.search_config`` on request
+
+
+def config_for(shape: ShapeClass, n_rows: int) -> LensConfig:
+    """The configuration kept for ``shape``, or the pinned one."""
+    return KEPT.get(shape) or pinned_config(shape.dtype, shape.aligned, n_rows, generation_of(shape.device))

@@ -42,6 +42,11 @@ def padded_width(d_model: int) -> int:
     return triton.cdiv(d_model, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
+def norm_warps(block_d: int) -> int:
+    """Warps of a program that holds ``block_d`` columns: 8 elements a thread, as long as there are warps."""
+    return min(16, max(1, block_d // 256))
+
+
 def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int) -> Tensor:
     """``norm(hidden)`` computed in fp32 and rounded once, padded with zeros to whole row blocks.
 
@@ -67,6 +72,6 @@ def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int) -> Tensor:
         0 if weight is None else weight.stride(0), 0 if bias is None else bias.stride(0), eps, offset,
         HAS_NORM=norm is not None, HAS_MEAN=isinstance(norm, LayerNorm),
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_D=block_d, num_warps=min(16, max(1, block_d // 512)),
+        BLOCK_D=block_d, num_warps=norm_warps(block_d),
     )  # fmt: skip
     return x_hat.to(hidden.dtype)

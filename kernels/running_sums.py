@@ -13,7 +13,9 @@ from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_MERGE_ROWS = 128
+MERGE_ROWS = 128
+_PARTS = ["parts_best_ptr", "parts_argmax_ptr", "parts_rank_ptr", "parts_total_ptr", "parts_weighted_ptr"]
+_MERGED = ["best_ptr", "argmax_ptr", "rank_ptr", "logsumexp_ptr", "entropy_ptr"]
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def rescale(total, weighted, shift):
     return total * factor, (weighted + shift * total) * factor
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+@triton.jit(do_not_specialize=["n_rows", "n_splits"], do_not_specialize_on_alignment=[*_PARTS, *_MERGED])
 def _merge_kernel(
     parts_best_ptr, parts_argmax_ptr, parts_rank_ptr, parts_total_ptr, parts_weighted_ptr,
     best_ptr, argmax_ptr, rank_ptr, logsumexp_ptr, entropy_ptr,
@@ -91,6 +93,6 @@ def merge_splits(parts: tuple[Tensor, ...], merged: tuple[Tensor, ...], softcap:
         flags: ``HAS_TARGETS`` and ``HAS_SOFTCAP``; without targets neither rank is touched.
     """
     splits, n_rows = parts[0].shape
-    _merge_kernel[(triton.cdiv(n_rows, _MERGE_ROWS),)](
-        *parts, *merged, n_rows, splits, softcap, **flags, BLOCK_M=_MERGE_ROWS
+    _merge_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
+        *parts, *merged, n_rows, splits, softcap, **flags, BLOCK_M=MERGE_ROWS
     )

@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0, 1 for a benchmark that found the op wrong, 2 for input that does not fit, 130 for Ctrl-C.
+    0, 1 for a benchmark that finds the op wrong or failing, 2 for input that does not fit, 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
@@ -200,7 +200,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
     print(text_table(report))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-    return 1 if report.refuted else 0
+    return 1 if report.failed else 0
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:

@@ -217,7 +217,8 @@ def _check_finite(out: LensOutput, hidden: Tensor, saturates: bool) -> None:
     # inputs; but for an infinity that no norm turns into NaN and that the softcap makes finite again.
     if out.logsumexp.numel() == 0 or _is_capturing(hidden):
         return
-    broken = ~out.logsumexp.isfinite()
+    # An infinite weight may make a logit -inf, which the sums take; not every backend's entropy does.
+    broken = ~out.logsumexp.isfinite() | out.entropy.isnan()
     if saturates:
         broken |= ~hidden.isfinite().all(-1)
     if not broken.any():
@@ -227,7 +228,7 @@ def _check_finite(out: LensOutput, hidden: Tensor, saturates: bool) -> None:
     if hidden[row].isfinite().all():
         raise InputError(
             f"logits of hidden row {row} are not finite although the row is: expected finite norm and "
-            f"unembedding weights, got logsumexp {float(out.logsumexp[row])}"
+            f"unembedding weights, got logsumexp {float(out.logsumexp[row])} and entropy {float(out.entropy[row])}"
         )
     raise InputError(
         f"hidden: expected finite values, got {value} in row {row} of {len(hidden)} (hidden as [rows, d_model]); "

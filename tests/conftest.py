@@ -15,12 +15,12 @@ import json
 
 import pytest
 
-from tiny import save_tiny_model
-
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a tiny random GPT-2 with a word-level tokenizer that knows the words of `questions`."""
+    from tiny import save_tiny_model  # needs transformers, which the tests of the kernels alone do without
+
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

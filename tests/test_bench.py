@@ -126,6 +126,16 @@ def test_a_wrong_op_is_exit_code_1(in_process, monkeypatch, capsys):
     assert "Left out: refinelens, plain torch: wrong" in capsys.readouterr().out
 
 
+def test_an_op_that_is_killed_is_exit_code_1(monkeypatch, capsys):
+    def killed(problem_file, name, rows, threads):
+        raise fresh.DoesNotRun("does not fit into memory")
+
+    monkeypatch.setattr(session, "can_measure_growth", lambda: True)
+    monkeypatch.setattr(session, "extra_memory", killed)
+    assert main(["bench", *TINY, "--peers", "none"]) == 1
+    assert "Left out: refinelens, plain torch: does not fit into memory." in capsys.readouterr().out
+
+
 def test_a_peer_that_fails_is_left_out(in_process, monkeypatch, capsys):
     def fail(problem):
         raise RuntimeError("no compiler\nand a long story")
@@ -153,7 +163,7 @@ def test_bench_end_to_end(in_process, tmp_path, capsys):
     for result in report.results:
         assert result.seconds > 0 and result.measured_rows == 33 and result.ratio > 0
         assert (result.verdict is None) == (result.group == "product")
-    assert report.threads == 1 and report.rounds == 2 and report.refuted == []
+    assert report.threads == 1 and report.rounds == 2 and report.failed == []
 
 
 def test_two_threads_are_timed_by_wall_clock(in_process):

@@ -24,7 +24,7 @@ class Result:
     name: str
     title: str
     group: str  # ours, peer or product
-    measured_rows: int  # fewer than the problem's where all would not fit; seconds are scaled up then
+    measured_rows: int  # where fewer than the problem has, seconds are scaled up
     seconds: float  # median
     spread: float  # (slowest - fastest) / median
     ratio: float | None  # naive over this: median of the ratios within a round
@@ -56,7 +56,7 @@ class Report:
     peak_flops: float | None  # per second
     results: list[Result]  # those that are right, timed
     left_out: dict[str, str]  # title: why
-    refuted: list[str]  # our own paths that fp64 refutes
+    failed: list[str]  # our own paths that fp64 refutes or that did not run to the end
 
     def result(self, name: str) -> Result | None:
         """The row of a competitor, if it has one."""

@@ -50,10 +50,10 @@ class Lane:
         """What a reader must know of this row of the table."""
         rows, remarks = len(self.problem.hidden), []
         if rows < all_rows:
-            remarks.append(f"measured on {rows} of {all_rows} rows and scaled up; all would not fit")
+            remarks.append(f"measured on {rows} of {all_rows} rows and scaled up; all take too much memory or time")
         if self.competitor.keeps and self.first_seconds:
             remarks.append(
-                f"{self.competitor.keeps} is made once, in {self.first_seconds:.2g} s, which are not counted"
+                f"{self.competitor.keeps} is made once, in {self.first_seconds:.2g} s, which do not count; its bytes do"
             )
         if self.verdict and self.verdict.fell_back:
             remarks.append(f"{self.verdict.fell_back} of {self.verdict.rows} rows fell back to the exact path")
@@ -97,7 +97,7 @@ class Session:
         say("fp64")
         self._truth = Truth(self.problem)
         self._left_out: dict[str, str] = {}
-        self._refuted: list[str] = []
+        self._failed: list[str] = []
         self._lanes: dict[str, Lane] = {}
         self._race = Race(self._device, options.threads)
         with tempfile.TemporaryDirectory(prefix="refinelens-bench-") as folder:
@@ -130,18 +130,20 @@ class Session:
                 if reason is None:
                     self._lanes[competitor.name] = lane
                     return
-                if competitor.group == "ours":
-                    self._refuted.append(competitor.title)
+                self._note_failure(competitor)
                 reason = f"wrong: {reason}"
-        except DoesNotRun as error:
-            reason = str(error)
-        except torch.OutOfMemoryError:
-            reason = "does not fit into memory"
+        except (DoesNotRun, torch.OutOfMemoryError) as error:
+            reason = str(error) if isinstance(error, DoesNotRun) else "does not fit into memory"
+            self._note_failure(competitor)
         except Exception as error:  # other people's code can raise anything
             if competitor.group != "peer":
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         self._left_out[competitor.title] = reason
+
+    def _note_failure(self, competitor: Competitor) -> None:
+        if competitor.group == "ours":
+            self._failed.append(competitor.title)
 
     def _prepare(self, competitor: Competitor, problem_file: Path) -> Lane:
         rows, first_seconds = self._affordable_rows(competitor)
@@ -191,7 +193,7 @@ class Session:
             peak_flops=peak,
             results=[self._result(lane, peak) for lane in self._lanes.values()],
             left_out=self._left_out,
-            refuted=self._refuted,
+            failed=self._failed,
         )
 
     def _per_row(self, name: str) -> list[float]:

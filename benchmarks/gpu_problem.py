@@ -1,0 +1,117 @@
+"""Shapes, operands, peers and clock of the measurements on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from refinelens.kernels.lens_triton import fused_lens_triton
+from refinelens.kernels.norms import LayerNorm
+
+ROUNDS = 9
+CHUNK_BYTES = 2**28  # of fp32 logits in the chunked peer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shape in bf16: rows are layers x positions."""
+
+    name: str
+    rows: int
+    d_model: int
+    vocab: int
+
+    def _randn(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        return self._randn(0, self.rows, self.d_model)
+
+    @cached_property
+    def unembedding(self) -> Tensor:
+        return self._randn(1, self.vocab, self.d_model) / self.d_model**0.5
+
+    @cached_property
+    def norm(self) -> LayerNorm:
+        return LayerNorm(self._randn(2, self.d_model), self._randn(3, self.d_model))
+
+    @cached_property
+    def targets(self) -> Tensor:
+        return torch.randint(0, self.vocab, (self.rows,), device="cuda")
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.d_model * self.vocab
+
+    def fused(self, config=None, targets: bool = True):
+        """Everything, from the norm to the merge of the splits."""
+        chosen = self.targets if targets else None
+        return fused_lens_triton(self.hidden, self.unembedding, self.norm, chosen, config=config)
+
+    def product(self) -> Callable[[], Tensor]:
+        """B: cuBLAS on these rows, V padded to a multiple of 64, bf16 output allocated before."""
+        padded = self._randn(1, -(-self.vocab // 64) * 64, self.d_model)
+        out = torch.empty(self.rows, len(padded), device="cuda", dtype=torch.bfloat16)
+        return lambda: torch.mm(self.hidden, padded.T, out=out)
+
+    def naive(self) -> tuple[Tensor, ...]:
+        """What people write: all logits, then one reduction after the other."""
+        return _naive(self.hidden, self.unembedding, self.norm, self.targets)
+
+    def chunked(self) -> list[tuple[Tensor, ...]]:
+        """The same on as many rows at a time as keep their logits small."""
+        size = max(1, CHUNK_BYTES // (4 * self.vocab))
+        parts = zip(self.hidden.split(size), self.targets.split(size), strict=True)
+        return [_naive(hidden, self.unembedding, self.norm, targets) for hidden, targets in parts]
+
+
+def _naive(hidden, unembedding, norm, targets):
+    x_hat = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, norm.eps)
+    logits = (x_hat @ unembedding.T).float()
+    best = logits.max(-1)
+    target_logit = logits.gather(-1, targets[:, None])
+    rank = (logits > target_logit).sum(-1)
+    logsumexp = logits.logsumexp(-1)
+    log_p = logits - logsumexp[:, None]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return best.indices, best.values, logsumexp, entropy, target_logit[:, 0], rank
+
+
+def timed(runs: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+    """Median seconds and spread (of the middle half) of every run; in turns, so that all see one clock."""
+    for run in runs.values():
+        run()
+    seconds = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: (median(times), _spread(times)) for name, times in seconds.items()}
+
+
+def _spread(times: list[float]) -> float:
+    ordered = sorted(times)
+    quarter = len(ordered) // 4
+    return (ordered[-1 - quarter] - ordered[quarter]) / median(ordered)
+
+
+def extra_memory(run: Callable[[], object]) -> int:
+    """Bytes of device memory that a call needs at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,123 @@
+"""The steps of `gpu_goals.py`: each prints what it found and adds to the measurements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from gpu_problem import Problem, extra_memory, timed
+
+from refinelens.kernels.configs import generation_of, pinned_config, specialized_config
+from refinelens.kernels.graphs import GraphedLens
+from refinelens.kernels.launch import LensOptions
+from refinelens.kernels.lens_twin import fused_lens_twin
+from refinelens.kernels.schedule import choose_splits, processor_count
+from refinelens.kernels.search import outputs_agree
+from refinelens.kernels.target_bits import has_same_bits
+
+LARGE = [
+    Problem("gpt2-13x1024", 13 * 1024, 768, 50257),
+    Problem("smollm2-31x1024", 31 * 1024, 576, 49152),
+    Problem("llama-33x1024", 33 * 1024, 4096, 128256),
+    Problem("gpt2-13x16384", 13 * 16384, 768, 50257),
+]
+FEW = [Problem("gpt2-13x8", 13 * 8, 768, 50257), Problem("llama-33x8", 33 * 8, 4096, 128256)]
+CHECKED_ROWS = 256
+DEVICE = torch.device("cuda")
+
+
+def run_all() -> dict[str, float]:
+    """All steps in order; the first one decides whether the others mean anything."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}\n")
+    measured: dict[str, float] = {"rank0": 0, "bits": 0}
+    for problem in [*FEW, *LARGE]:
+        correctness(problem, measured)
+    if measured["rank0"]:
+        return measured
+    target_bits(measured)
+    for problem in LARGE:
+        against_product(problem, measured)
+    for problem in LARGE[:3]:
+        configurations(problem)
+    for problem in (LARGE[0], LARGE[2]):
+        against_torch(problem, measured)
+    few_rows(measured)
+    return measured
+
+
+def correctness(problem: Problem, measured: dict[str, float]) -> None:
+    """Rows off an fp64 truth of the same rounded states; the invariant on all rows."""
+    out = problem.fused()
+    measured["rank0"] += int(((out.target_rank == 0) != (out.argmax == problem.targets)).sum())
+    part = slice(0, CHECKED_ROWS)
+    operands = (problem.hidden[part], problem.unembedding, problem.norm, problem.targets[part])
+    truth = fused_lens_twin(*operands, dtype=torch.float64)
+    wrong = int((out.argmax[part] != truth.argmax).sum()), int((out.target_rank[part] != truth.target_rank).sum())
+    error = float((out.logsumexp[part] - truth.logsumexp).abs().max())
+    print(f"{problem.name}: argmax {wrong[0]}, rank {wrong[1]} of {len(truth.argmax)} off fp64, logsumexp {error:.1e}")
+    assert error < 0.1, "the logsumexp is wrong: nothing below would mean anything"
+
+
+def target_bits(measured: dict[str, float]) -> None:
+    """Whether every kind of kernel forms a target's logit with the bits of its own product."""
+    generation = generation_of(DEVICE)
+    configs = [pinned_config(torch.bfloat16, True, rows, generation) for rows in (1024, 60, 5)]
+    configs.append(specialized_config(torch.bfloat16, True, False, generation))
+    weight = torch.empty(0, device="cuda", dtype=torch.bfloat16)
+    for config in filter(None, configs):
+        same = has_same_bits(LensOptions(weight, None, None, 1.0, config))
+        measured["bits"] += not same
+        print(f"target bits, {config.kind} {config.block_m}x{config.block_v}: {'equal' if same else 'differ'}")
+
+
+def against_product(problem: Problem, measured: dict[str, float]) -> None:
+    """B, the pinned kernel with and without targets, and the memory."""
+    times = timed({"B": problem.product(), "fused": problem.fused, "no targets": lambda: problem.fused(targets=False)})
+    for name, (seconds, spread) in times.items():
+        tflops = problem.flops / seconds / 1e12
+        print(f"{problem.name}: {name} {seconds * 1e3:.3f} ms ({spread:.0%}), {tflops:.0f} TFLOP/s")
+    measured[f"{problem.name}/B"] = times["fused"][0] / times["B"][0]
+    measured["memory"] = max(measured.get("memory", 0), extra_memory(problem.fused) / 1e6)
+
+
+def configurations(problem: Problem) -> None:
+    """The specialised kernel against the plain one, program-id grouping, split counts."""
+    generation = generation_of(DEVICE)
+    pinned = pinned_config(torch.bfloat16, True, problem.rows, generation)
+    processors = processor_count(DEVICE)
+    splits = choose_splits(-(-problem.rows // pinned.block_m), problem.vocab // pinned.block_v, processors)
+    tried = {"plain": pinned}
+    if special := specialized_config(torch.bfloat16, True, False, generation):
+        tried |= {"specialised": special, "specialised, 3 stages": replace(special, num_stages=3)}
+    tried |= {f"groups of {group}": replace(pinned, group=group) for group in (1, 4, 8, 12, 24)}
+    tried |= {f"{count} splits": replace(pinned, splits=count) for count in (3, 5, 7, 10, 11, 14) if count != splits}
+    reference = problem.fused(pinned)
+    agrees = {name: outputs_agree(problem.fused(config), reference) for name, config in tried.items()}
+    times = timed({name: lambda config=config: problem.fused(config) for name, config in tried.items()})
+    for name, (seconds, spread) in times.items():
+        ratio = seconds / times["plain"][0]
+        print(f"{problem.name}: {name} {seconds * 1e3:.3f} ms ({spread:.0%}), {ratio:.3f} of plain, "
+              f"{'agrees' if agrees[name] else 'DISAGREES'}")  # fmt: skip
+
+
+def against_torch(problem: Problem, measured: dict[str, float]) -> None:
+    """What people run instead."""
+    times = timed({"fused": problem.fused, "chunked": problem.chunked, "naive": problem.naive})
+    for name in ("chunked", "naive"):
+        measured[f"{problem.name}/{name}"] = times[name][0] / times["fused"][0]
+        print(f"{problem.name}: {name} {times[name][0] * 1e3:.2f} ms ({times[name][1]:.0%})")
+
+
+def few_rows(measured: dict[str, float]) -> None:
+    """Short calls, where launches count: with and without a graph."""
+    for problem in FEW:
+        lens = GraphedLens(problem.unembedding, problem.norm)
+        graphed = lens(problem.hidden, problem.targets)
+        assert outputs_agree(graphed, problem.fused()), "a replayed graph differs from a plain call"
+        runs = {"call": problem.fused, "graphed": lambda p=problem, g=lens: g(p.hidden, p.targets)}
+        times = timed(runs)
+        for name, (seconds, spread) in times.items():
+            print(f"{problem.name}: {name} {seconds * 1e6:.1f} us ({spread:.0%})")
+        measured[f"{problem.name}/graphed"] = times["graphed"][0] * 1e6
+        measured[problem.name] = times["call"][0] * 1e3

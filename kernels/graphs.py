@@ -1,0 +1,84 @@
+"""The lens of repeated shapes as CUDA graphs: one launch a call instead of five and their checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .lens_common import LensOutput
+from .lens_triton import fused_lens_triton
+from .norms import Norm
+
+WARM_UPS = 3  # compile, settle what is tried once per device, fill the allocator's pools
+
+
+class GraphedLens:
+    """A lens whose launches are recorded once per shape and replayed after that.
+
+    Worth it where a call is short, tens of rows, and its shape comes again. Every recorded shape keeps its
+    buffers; beyond ``max_shapes`` shapes calls run without a graph. The weights must stay where they are in
+    memory. Not for several threads at once.
+
+    Args:
+        unembedding, norm, bias, softcap, logit_scale: As for ``fused_lens_triton``, the same for all calls.
+        max_shapes: Shapes to record.
+
+    Example::
+
+        lens = GraphedLens(unembedding, norm)
+        out = lens(hidden, targets)
+    """
+
+    def __init__(
+        self,
+        unembedding: Tensor,
+        norm: Norm = None,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        *,
+        max_shapes: int = 8,
+    ):
+        self._unembedding, self._norm = unembedding, norm
+        self._options = (bias, softcap, logit_scale)
+        self._max_shapes = max_shapes
+        self._recorded: dict[tuple, _Recording] = {}
+
+    def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> LensOutput:
+        """Lens statistics of ``hidden`` ``[R, d_model]``, as ``fused_lens_triton`` returns them; unchecked."""
+        hidden = hidden.detach()
+        key = (hidden.shape, hidden.dtype, targets is not None)
+        with torch.cuda.device_of(hidden):
+            if key not in self._recorded:
+                if hidden.shape[0] == 0 or len(self._recorded) == self._max_shapes:
+                    return self._run(hidden, targets)
+                self._recorded[key] = _Recording(self._run, hidden, targets)
+            return self._recorded[key].replay(hidden, targets)
+
+    def _run(self, hidden: Tensor, targets: Tensor | None) -> LensOutput:
+        return fused_lens_triton(hidden, self._unembedding, self._norm, targets, *self._options)
+
+
+class _Recording:
+    """One captured call with the buffers that its launches read and write."""
+
+    def __init__(self, run, hidden: Tensor, targets: Tensor | None):
+        self._hidden = hidden.clone(memory_format=torch.contiguous_format)
+        self._targets = None if targets is None else targets.clone(memory_format=torch.contiguous_format)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run(self._hidden, self._targets)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out = run(self._hidden, self._targets)
+
+    def replay(self, hidden: Tensor, targets: Tensor | None) -> LensOutput:
+        """Run the captured launches on new values; the result is the caller's own copy."""
+        self._hidden.copy_(hidden)
+        if targets is not None:
+            self._targets.copy_(targets)
+        self._graph.replay()
+        return LensOutput(*(None if value is None else value.clone() for value in self._out))

@@ -1,0 +1,35 @@
+"""The statistics of one chunk of rows: the launches over the vocabulary and the merge of their parts."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import LensOptions, LensRows
+from .lens_kernel import launch_tiles
+from .lens_specialized import launch_specialized
+from .running_sums import merge_splits
+from .schedule import processor_count, tile_ranges
+
+
+def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions, same_bits: bool) -> None:
+    """Write best, argmax, rank, logsumexp and entropy of ``rows`` into ``merged``; see ``merge_splits``.
+
+    ``same_bits`` says that ``rows.target_z`` has the bits of the main product.
+    """
+    config, device = options.config, rows.x_hat.device
+    row_blocks = triton.cdiv(rows.count, config.block_m)
+    ranges = tile_ranges(options.unembedding.shape[0], row_blocks, config, processor_count(device))
+    n_parts = sum(tiles.splits for tiles in ranges)
+    best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
+    argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
+    parts = (best, argmax, rank, total, weighted)
+    first = 0
+    for tiles in ranges:
+        own_parts = tuple(part[first : first + tiles.splits] for part in parts)
+        is_specialized = config.kind == "specialized" and not tiles.masked
+        launch = launch_specialized if is_specialized else launch_tiles
+        launch(rows, own_parts, options, tiles, same_bits)
+        first += tiles.splits
+    merge_splits(parts, merged, options.cap, options.row_flags(rows.targets is not None))

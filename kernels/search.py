@@ -1,0 +1,125 @@
+"""Search for a faster configuration on the device at hand; only on request, never by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .configs import KEPT, LensConfig, ShapeClass, generation_of, pinned_config, specialized_config
+from .lens_common import LensOutput
+from .lens_triton import fused_lens_triton
+from .norms import Norm
+from .schedule import choose_splits, processor_count
+
+ROUNDS = 7
+GROUPS = (4, 8, 12)
+MARGIN = 0.98  # a candidate has to beat the pinned configuration by more than the clock's noise
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration's outcome; ``seconds`` is empty unless it agrees with the pinned one."""
+
+    config: LensConfig
+    agrees: bool
+    seconds: tuple[float, ...]
+
+
+def search_config(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: Norm = None,
+    targets: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    *,
+    keep: bool = False,
+) -> LensConfig:
+    """The fastest configuration for these operands among those that agree with the pinned one.
+
+    The warp-specialised kernel is one of the candidates; this is the check that it stands behind.
+
+    Args:
+        hidden, unembedding, norm, targets, bias, softcap, logit_scale: As for ``fused_lens_triton``.
+        keep: Use the result for later calls of this process with the same dtype, layout, vocabulary, width,
+            options and about as many rows.
+
+    Raises:
+        ValueError: ``hidden`` is not on a CUDA device.
+    """
+    if hidden.device.type != "cuda":
+        raise ValueError(f"hidden: expected a CUDA device, got {hidden.device}")
+    options = (norm, targets, bias, softcap, logit_scale)
+    tried = trials(hidden, unembedding, *options)
+    best = fastest(tried)
+    if keep:
+        KEPT[ShapeClass.of(hidden, unembedding, bias, softcap, targets)] = best
+    return best
+
+
+def trials(hidden: Tensor, unembedding: Tensor, norm, targets, bias, softcap, logit_scale) -> list[Trial]:
+    """Outcomes of all candidates, the pinned configuration first; timed in turns, so that all see one clock."""
+    shape = ShapeClass.of(hidden, unembedding, bias, softcap, targets)
+    candidates = candidate_configs(shape, hidden.shape[0], processor_count(hidden.device))
+
+    def run(config):
+        return fused_lens_triton(
+            hidden, unembedding, norm, targets, bias, softcap, logit_scale, config=config
+        )
+
+    reference = run(candidates[0])
+    sound = [config for config in candidates if outputs_agree(run(config), reference)]
+    seconds = {config: [] for config in sound}
+    for _ in range(ROUNDS):
+        for config in sound:
+            seconds[config].append(_timed(lambda config=config: run(config)))
+    return [Trial(config, config in seconds, tuple(seconds.get(config, ()))) for config in candidates]
+
+
+def candidate_configs(shape: ShapeClass, n_rows: int, processors: int) -> list[LensConfig]:
+    """The pinned configuration, then what may be faster: other groups, other splits, the specialised kernel."""
+    generation = generation_of(shape.device)
+    pinned = pinned_config(shape.dtype, shape.aligned, n_rows, generation)
+    bases = [pinned]
+    special = specialized_config(shape.dtype, shape.aligned, shape.options[0], generation)
+    if special and pinned.kind == "plain" and shape.vocab_size >= special.block_v:
+        bases += [special, replace(special, num_stages=3)]
+    found = []
+    for base in bases:
+        row_blocks = -(-n_rows // base.block_m)
+        splits = choose_splits(row_blocks, max(1, shape.vocab_size // base.block_v), processors)
+        found += [base, *(replace(base, group=group) for group in GROUPS)]
+        found += [replace(base, splits=count) for count in (2 * splits, splits // 2) if count]
+    return found
+
+
+def outputs_agree(out: LensOutput, reference: LensOutput) -> bool:
+    """Equal bits where logits are compared; sums within fp32's error, their order differs."""
+    for name in ("argmax", "max_logit", "target_logit", "target_rank"):
+        got, expected = getattr(out, name), getattr(reference, name)
+        if expected is not None and not torch.equal(got, expected):
+            return False
+    return all(
+        torch.allclose(getattr(out, name), getattr(reference, name), rtol=1e-5, atol=1e-4, equal_nan=True)
+        for name in ("logsumexp", "entropy")
+    )
+
+
+def fastest(tried: list[Trial]) -> LensConfig:
+    """The configuration of the lowest median; the first, pinned one unless another is clearly faster."""
+    pinned = tried[0]
+    best = min((trial for trial in tried if trial.agrees), key=lambda trial: median(trial.seconds))
+    return best.config if median(best.seconds) < MARGIN * median(pinned.seconds) else pinned.config
+
+
+def _timed(run) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -1,0 +1,79 @@
+"""Every form of every kernel that can be launched compiles clean; half an hour on one core."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gate_process import inspect_all
+from refinelens.kernels import machine_code
+from refinelens.kernels.configs import specialized_config
+from refinelens.kernels.gate import LensVariant, violations
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SPECIALIZED = specialized_config(BF16, aligned=True, bias=False, generation=9)
+FLAGS = [
+    dict(zip(("targets", "bias", "scale", "softcap"), on, strict=True))
+    for on in itertools.product((True, False), repeat=4)
+]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(machine_code.tools_missing()), reason="this Triton brings no disassembler"),
+]
+
+
+def with_same_bits(variants):
+    """And the forms without a guard of the target, which only plain logits with targets have."""
+    for variant in variants:
+        yield variant
+        if variant.targets and not (variant.bias or variant.scale or variant.softcap):
+            yield replace(variant, same_bits=True)
+
+
+def main_kernels(dtype, generation):
+    # Three tile sizes by row count, and the unaligned one.
+    for aligned, n_rows in ((True, 1024), (True, 60), (True, 5), (False, 1024)):
+        for kernel, on in itertools.product(("main", "tail"), FLAGS):
+            yield LensVariant(kernel, dtype, generation, n_rows, aligned=aligned, **on)
+
+
+def other_kernels(dtype, generation):
+    for aligned, bias, scale in itertools.product((True, False), repeat=3):
+        yield LensVariant("targets", dtype, generation, aligned=aligned, bias=bias, scale=scale)
+    for d_model in (1, 64, 768, 4096, 16384):
+        yield LensVariant("norm", dtype, generation, d_model=d_model)
+    for targets, softcap in itertools.product((True, False), repeat=2):
+        yield LensVariant("merge", dtype, generation, targets=targets, softcap=softcap)
+
+
+def specialized_kernels(dtype):
+    for kernel, on, num_stages in itertools.product(("main", "tail"), FLAGS, (3, 4)):
+        if not on["bias"]:
+            yield LensVariant(kernel, dtype, config=replace(SPECIALIZED, num_stages=num_stages), **on)
+
+
+def check(variants):
+    variants = {str(variant): variant for variant in with_same_bits(variants)}
+    assert len(variants) > 10
+    reports = inspect_all(variants)
+    assert {name: found for name, report in reports.items() if (found := violations(variants[name], report))} == {}
+
+
+@pytest.mark.parametrize("generation", [8, 9, 10])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_main_kernels(dtype, generation):
+    check(main_kernels(dtype, generation))
+
+
+@pytest.mark.parametrize("generation", [8, 9, 10])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_other_kernels(dtype, generation):
+    check(other_kernels(dtype, generation))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_specialized_kernels(dtype):
+    check(specialized_kernels(dtype))

@@ -1,0 +1,42 @@
+"""The Triton lens at the size of models, compiled; skipped without a CUDA device."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lens_cases import DEVICE, DTYPES, check, operands
+from refinelens.kernels import lens_common
+from refinelens.kernels.configs import generation_of, pinned_config
+from refinelens.kernels.launch import LensOptions
+from refinelens.kernels.lens_triton import fused_lens_triton
+from refinelens.kernels.target_bits import has_same_bits
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device; too large for the interpreter")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_model", [576, 768])
+def test_model_sized(d_model, dtype):
+    n_rows, n_vocab = 1024 + 3, 50257  # GPT-2's vocabulary, rows that end inside a block
+    hidden, unembedding, targets = operands(n_rows, d_model, n_vocab, dtype)
+    unembedding *= d_model**-0.5
+    out, left_open = check(hidden, unembedding, None, targets, config=None)
+    print(f"{dtype} d_model {d_model}: {left_open} of {n_rows} rows left open, top logit {out.max_logit.max():.2f}")
+    assert left_open <= 0.1 * n_rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_model", [576, 768])
+def test_target_logit_is_that_of_the_main_product(d_model, dtype, monkeypatch):
+    hidden, unembedding, _ = operands(1024 + 3, d_model, 50257, dtype)
+    top = fused_lens_triton(hidden, unembedding).argmax
+    # Without settling ties the target's own product stays visible beside the largest logit.
+    monkeypatch.setattr(lens_common, "settle_ties", lambda argmax, best, targets, logit, rank: (logit, rank))
+    out = fused_lens_triton(hidden, unembedding, targets=top)
+    mismatches = int((out.target_logit != out.max_logit).sum())
+    print(f"{dtype} d_model {d_model}: {mismatches} of 1027 target logits differ from the main product")
+    torch.testing.assert_close(out.target_logit, out.max_logit, rtol=2e-6, atol=1e-4)
+    config = pinned_config(dtype, aligned=True, n_rows=1027, generation=generation_of(hidden.device))
+    if has_same_bits(LensOptions(unembedding, None, None, 1.0, config)):
+        assert mismatches == 0  # the kernel counts ranks on that promise
