@@ -113,7 +113,7 @@ def test_more_rows_than_a_block(monkeypatch):
     assert_certified(blocks, hidden, unembedding, None, targets)
 
 
-# Values that meet every corner of the arithmetic: subnormals, neighbours, and the largest whose logits fp32 still holds.
+# Every corner of the arithmetic: subnormals, neighbours, and the largest values whose logits fp32 still holds.
 CORNERS = [0.0, -0.0, 1.0, 1.0 + 2**-23, -1.0, 3.0, 1e-45, 1e-38, -1e-30, 1e-12, 65504.0, 1e15, -1e15, 1e18, 2**-149]
 
 
