@@ -72,7 +72,8 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
   auto& candidates = screened.candidates;
   // Ranges list what reached their own maximum; here only what reaches that of all counts.
   const auto too_low = [&](const Candidate& c) {
-    return !c.near_target && static_cast<double>(c.z) + c.bound < screened.reached;
+    const double window = std::max<double>(c.bound, kHeavyNats / problem.scale);
+    return !c.near_target && c.z + window < screened.reached;
   };
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(), too_low), candidates.end());
   if (candidates.empty()) return false;

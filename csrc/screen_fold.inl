@@ -72,7 +72,10 @@ static int64_t fold_lanes(const ScreenTile& tile, const ScreenRows& rows, const 
   const Floats reached = larger(lowered(best - error), load(state.reached + lane));
   store(state.reached + lane, reached);
   // Of a row that has only seen -inf nothing is listed.
-  const Floats limit = larger(lowered(reached - error), broadcast(-0x1.fffffep127f));
+  const Floats lowest = broadcast(-0x1.fffffep127f);
+  const Floats limit = larger(lowered(reached - error), lowest);
+  const Ints full = *reinterpret_cast<const Ints*>(state.listed + lane) >= kMaxHeavy;
+  const Floats heavy_limit = full ? broadcast(kInfinity) : larger(reached - kHeavyNats / map.scale, lowest);
   const Floats target = load(rows.target_z + lane);
   const Floats high = raised(target + error), low = lowered(target - error);
   Ints above = {}, reaching = {};
@@ -84,7 +87,7 @@ static int64_t fold_lanes(const ScreenTile& tile, const ScreenRows& rows, const 
   *reinterpret_cast<Ints*>(state.above + lane) += above;
 
   int64_t count = 0;
-  const Ints interesting = (best >= limit) | (above != reaching);
+  const Ints interesting = (best >= limit) | (best >= heavy_limit) | (above != reaching);
   if (any(interesting))
     for (int i = 0; i < kLanes; ++i) {
       if (!interesting[i] || !rows.live[lane + i]) continue;
@@ -92,7 +95,8 @@ static int64_t fold_lanes(const ScreenTile& tile, const ScreenRows& rows, const 
       for (int v = 0; v < kTileTokens && listed <= kMaxListed; ++v) {
         const float value = z[v * kPanel + i];
         const bool near_target = value >= low[i] && !(value > high[i]);
-        if (!near_target && !(value >= limit[i])) continue;
+        const bool heavy = value >= heavy_limit[i] && listed < kMaxHeavy;
+        if (!near_target && !heavy && !(value >= limit[i])) continue;
         ++listed;
         found[count++] = {rows.first_row + lane + i, tile.first_token + v, value, error[i], near_target};
       }

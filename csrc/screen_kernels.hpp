@@ -44,6 +44,8 @@ namespace refinelens {
 constexpr int kTileTokens = 96;         // tokens that are multiplied and folded at a time; they share one bound
 constexpr int kTerms = 5;               // of the bound
 constexpr int kMaxListed = 256;         // candidates of a row in one range of the vocabulary
+constexpr int kMaxHeavy = 8;            // where so many are listed, none is for its weight in the sums alone
+constexpr float kHeavyNats = 3.0f;      // below the largest logit: at least 5 % of its weight
 constexpr int64_t kMaxDigitDepth = 32768;
 constexpr double kSmallestScale = 0x1p-60;
 constexpr double kLargestLogit = 1e30;
@@ -108,7 +110,7 @@ struct ScreenState {
   int32_t* listed;     // candidates; more than kMaxListed: the list is not complete
 };
 
-// A token that may be the argmax, or that may or may not beat the target.
+// A token that may be the argmax, or that may or may not beat the target, or that weighs much in the sums.
 struct Candidate {
   int64_t row, token;
   float z, bound;

@@ -45,8 +45,8 @@ def fused_lens_certified(
     exact real numbers ``x_hat . w_v + bias_v``, equal ones in the order of ids. Integer products of the quantised rows
     and weights give all logits with a proven bound on their error; only tokens that the bound leaves open are computed
     in fp64, and compared by exact sums where fp64 is in doubt. ``max_logit`` and ``target_logit`` come from fp64 too.
-    ``logsumexp`` and ``entropy`` are sums over the screened logits, with fp64 in place of the tokens computed there;
-    ``logsumexp_bound`` bounds the distance to the logsumexp of exact logits.
+    ``logsumexp`` and ``entropy`` are sums over the screened logits, with fp64 in place of the tokens computed there, to
+    which the heaviest belong; ``logsumexp_bound`` bounds the distance to the logsumexp of exact logits.
 
     Rows that the screen cannot decide (nearly equal logits, norms beyond 1e30 or of subnormal size, logits so large
     that the bound would exceed a nat) fall back: all their logits are computed in fp64, which takes tens of times
