@@ -92,7 +92,7 @@ def choose_precision(
         return "fp32", f"'certified' ({kernels}) is exact in argmax and rank, but less so in logsumexp"
     if rows < CERTIFIED_ROWS:
         return "fp32", f"'certified' ({kernels}) repays its index from {CERTIFIED_ROWS} rows on"
-    return "certified", f"from {CERTIFIED_ROWS} rows on ({kernels}: faster than fp32, logsumexp nearer to fp64); below, fp32"
+    return "certified", f"from {CERTIFIED_ROWS} rows on ({kernels}: faster, logsumexp nearer to fp64); below, fp32"
 
 
 def backend_function(name: str, precision: str = "fp32") -> Callable[..., LensOutput]:
