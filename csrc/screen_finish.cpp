@@ -10,7 +10,7 @@ namespace {
 
 // Relative error of the fp32 sums of exponentials of a range: the exponential itself 2e-7, its argument 2^-20 where it
 // is above -32 (what lies below weighs nothing), 48 additions to a partial sum 48 * 2^-24, and the rescaling of
-// all this with each new peak, at most once in each of 32 tiles, 32 * 2.5e-7.
+// all this with each new peak, at most once in each of the 32 tiles of a range, 32 * 2.5e-7.
 constexpr double kSumError = 1.3e-5;
 constexpr double kLoosestBound = 1.0;  // nats, of a logsumexp that is worth giving
 constexpr double kFp32 = 0x1p-24;
@@ -18,6 +18,18 @@ constexpr double kCapError = 1e-6;  // of a capped logit in fp32, as a share of 
 
 double capped(const CertifiedProblem& problem, double z) {
   return problem.softcap == 0.0 ? z : problem.softcap * std::tanh(z / problem.softcap);
+}
+
+// l of a candidate as the kernels had it, but for a few fp32 roundings of values of at most |z| and |x.m|, ...
+double screened_logit(const CertifiedProblem& problem, const ScreenedRow& screened, const Candidate& candidate) {
+  const double shift = problem.softcap == 0.0 ? 0.0 : static_cast<float>(screened.shift);
+  return capped(problem, problem.scale * (candidate.z + shift));
+}
+
+// ... which are at most this: what is taken out of the sums for the candidate may miss so much of what is in them.
+double unmatched(const CertifiedProblem& problem, const ScreenedRow& screened, const Candidate& candidate) {
+  const double shift = problem.softcap == 0.0 ? 0.0 : screened.shift;
+  return 4 * kFp32 * problem.scale * (std::fabs(candidate.z) + std::fabs(shift));
 }
 
 struct Decision {
@@ -79,18 +91,19 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
   const double offset = problem.softcap == 0.0 ? problem.scale * screened.shift : 0.0;
   double total = screened.total, weighted = screened.weighted, uncertain = screened.uncertain;
   for (int64_t i = 0; i < count; ++i) {
-    const double z_screened = problem.scale * (static_cast<double>(candidates[i].z) + screened.shift);
-    const double before = std::max(capped(problem, z_screened) - offset - screened.peak, -87.0);
+    const double before = std::max(screened_logit(problem, screened, candidates[i]) - screened.peak, -87.0);
     const double after = capped(problem, problem.scale * z[i]) - offset - screened.peak;
     const double bound = problem.scale * candidates[i].bound;
     total += std::exp(after) - std::exp(before);
     weighted += after * std::exp(after) - before * std::exp(before);
-    uncertain -= bound > 1.0 ? 0.0 : (bound + bound * bound) * std::exp(before);
+    uncertain += (unmatched(problem, screened, candidates[i]) - (bound > 1.0 ? 0.0 : bound + bound * bound)) *
+                 std::exp(before);
   }
   const double logsumexp = screened.peak + offset + std::log(total);
   const double share = std::max(uncertain, 0.0) / total;
   const double by_mass = share < 0.5 ? -std::log1p(-share) : std::numeric_limits<double>::infinity();
-  const double rounding = kSumError + kFp32 * std::fabs(logsumexp) + kCapError * problem.softcap;
+  const double doubt = 4 * problem.scale * exact.doubt(decision.argmax);
+  const double rounding = kSumError + kFp32 * std::fabs(logsumexp) + kCapError * problem.softcap + doubt;
   const double bound = 1.0001 * (std::min(by_mass, problem.scale * screened.largest_bound) + rounding);
   if (!(bound <= kLoosestBound) || !std::isfinite(logsumexp)) return false;
   write_decision(problem, row, exact, decision, stats);

@@ -12,7 +12,7 @@ namespace refinelens {
 // What the screen has found of a row, over the whole vocabulary.
 struct ScreenedRow {
   double reached;  // the largest x.c + b is at least this
-  double shift;    // x.m as the kernels were given it
+  double shift;    // x.m
   double peak, total, weighted, uncertain;
   double largest_bound;  // of any z
   int64_t above;

@@ -128,7 +128,7 @@ std::vector<float> ScreenIndex::bound_terms(const double* bias) const {
     for (int64_t v = tile * kTileTokens; bias && v < std::min(tokens_, (tile + 1) * kTileTokens); ++v)
       if (bias[v] != -INFINITY) largest = std::max(largest, std::fabs(bias[v]));
     std::copy_n(bounds_.data() + tile * (kTerms - 1), kTerms - 1, terms.data() + tile * kTerms);
-    terms[tile * kTerms + kTerms - 1] = round_up(5 * 0x1p-24 * largest);
+    terms[tile * kTerms + kTerms - 1] = round_up(6 * 0x1p-24 * largest);
   }
   return terms;
 }

