@@ -30,7 +30,7 @@ std::unique_ptr<ScreenIndex> make_index(const py::array& unembedding, int n_thre
 
 py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array& unembedding,
                std::optional<Array<int64_t>> targets, std::optional<Array<double>> bias, double scale, double softcap,
-               int n_threads) {
+               bool exhaustive, int n_threads) {
   const Matrix weights = as_weights(unembedding);
   if (weights.rows != index.tokens() || weights.columns != index.depth() || x.ndim() != 2 ||
       x.shape(1) != index.depth())
@@ -55,7 +55,7 @@ py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array
                              targets ? rank.mutable_data() : nullptr};
   {
     py::gil_scoped_release release;
-    certified_lens(index, problem, stats, n_threads);
+    certified_lens(index, problem, stats, exhaustive, n_threads);
   }
   return py::make_tuple(argmax, best, logsumexp, entropy, target_z, rank, bound, fell_back);
 }
@@ -70,7 +70,7 @@ void bind_screen(py::module_& m) {
       .def_property_readonly("kernels", [](const ScreenIndex& index) { return index.kernels().name; })
       .def("lens", &lens, py::arg("x").noconvert(), py::arg("unembedding"),
            py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),
-           py::arg("softcap"), py::arg("n_threads"),
+           py::arg("softcap"), py::arg("exhaustive"), py::arg("n_threads"),
            "argmax, z of argmax, logsumexp, entropy, target z, rank, logsumexp bound, fell back; [rows] each.");
   m.def(
       "screen_kernels",

@@ -31,9 +31,11 @@ inline Floats largest(const Lanes& lanes) {
 
 // The lowest token, counted from the first, that has the value `best`.
 inline Ints lowest_id(const Lanes& lanes, Floats best) {
-  Ints id = {};
-  for (int64_t token = lanes.count - 1; token >= 0; --token)
-    id = lanes.at(token) == best ? static_cast<int32_t>(token) - Ints{} : id;
+  Ints id = {}, candidate = static_cast<int32_t>(lanes.count) - Ints{};
+  for (int64_t token = lanes.count - 1; token >= 0; --token) {
+    candidate -= 1;
+    id = lanes.at(token) == best ? candidate : id;
+  }
   return id;
 }
 

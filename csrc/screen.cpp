@@ -139,7 +139,7 @@ const ScreenKernels& screen_kernels(int64_t depth) {
 }
 
 void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, const CertifiedStats& stats,
-                    int n_threads) {
+                    bool exhaustive, int n_threads) {
   const HiddenRows rows(index, problem, n_threads);
   const Screen screen(index, rows, problem);
   std::vector<RangeResult> results(screen.ranges());
@@ -159,8 +159,11 @@ void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, c
     screened.largest_bound = rows.bound(row, largest);
     const auto listed = by_row.candidates.begin();
     screened.candidates.assign(listed + by_row.first[row], listed + by_row.first[row + 1]);
-    if (!rows.live(row) || !gather(results, row, screened) || !finish_screened(problem, row, exact, screened, stats))
+    if (rows.live(row) && gather(results, row, screened) && finish_screened(problem, row, exact, screened, stats)) return;
+    if (exhaustive)
       finish_exhaustively(problem, row, exact, stats);
+    else
+      finish_broken(row, stats);
   });
 }
 

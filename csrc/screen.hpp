@@ -35,8 +35,9 @@ struct CertifiedStats {
 // The kernels for an unembedding: those of picked_isa(), or the next ones that can do it.
 const ScreenKernels& screen_kernels(int64_t depth);
 
-// Rows with NaN or infinity get a logsumexp of NaN. Results do not depend on n_threads.
+// Rows that the screen cannot decide get all logits in fp64, or, unless `exhaustive`, a logsumexp of NaN, as rows with
+// NaN or infinity do; both have fell_back set. Results do not depend on n_threads.
 void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, const CertifiedStats& stats,
-                    int n_threads);
+                    bool exhaustive, int n_threads);
 
 }  // namespace refinelens

@@ -52,6 +52,7 @@ class LensConfig:
 # products leave the others free; tf32x3 keeps two parts of each operand as well, so fp32 gets half the columns.
 _HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
+_SINGLE_BLACKWELL = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3)
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 # One warp group's 64 rows would stand mostly empty: the tokens take their place.
@@ -60,7 +61,8 @@ _FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_
 _SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=8, num_stages=4, kind="few_rows")
 _SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
 # Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
-_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=2)
+_UNALIGNED_HALF = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
+_UNALIGNED_SINGLE = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
 _SPECIALIZED = LensConfig(128, 256, 128, 64, num_warps=4, num_stages=4, kind="specialized")
 
 
@@ -86,12 +88,14 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"expected bfloat16, float16 or float32 operands, got {dtype}")
     single = dtype == torch.float32
+    if not aligned and generation == HOPPER:
+        return _SINGLE if single else _HALF
     if not aligned:
-        return _UNALIGNED if generation != HOPPER else _SINGLE if single else _HALF
-    if n_rows <= _FEW_HALF.block_m:
+        return _UNALIGNED_SINGLE if single else _UNALIGNED_HALF
+    if n_rows <= _FEW_HALF.block_m and generation <= HOPPER:
         return _FEW_SINGLE if single else _FEW_HALF
     if generation != HOPPER:
-        return _SINGLE if single else _HALF
+        return _HALF if not single else _SINGLE if generation < HOPPER else _SINGLE_BLACKWELL
     if n_rows <= _SOME_HALF.block_m:
         return _SOME_SINGLE if single else _SOME_HALF
     return _SINGLE_HOPPER if single else _HALF_HOPPER

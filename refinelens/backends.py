@@ -95,16 +95,19 @@ def choose_precision(
     return "certified", f"from {CERTIFIED_ROWS} rows on ({kernels}: faster, logsumexp nearer to fp64); below, fp32"
 
 
-def backend_function(name: str, precision: str = "fp32") -> Callable[..., LensOutput]:
-    """The function behind the names of a backend and a precision, imported when it is first used."""
+def backend_function(name: str, precision: str = "fp32", asked: bool = True) -> Callable[..., LensOutput]:
+    """The function behind the names of a backend and a precision, imported when it is first used.
+
+    A certified precision that was not ``asked`` for leaves rows that would take long to the fp32 kernel.
+    """
     if name == "triton":
         from .kernels.lens_triton import fused_lens_triton
 
         return fused_lens_triton
     if precision == "certified":
-        from .certified import fused_lens_certified
+        from .certified import fused_lens_certified, fused_lens_screened
 
-        return fused_lens_certified
+        return fused_lens_certified if asked else fused_lens_screened
     if name == "cpp":
         from .lens_cpu import fused_lens_cpu
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .kernels.lens_common import in_row_blocks, lens_output
+from .kernels.lens_common import LensOutput, in_row_blocks, lens_output
 from .kernels.lens_twin import fused_lens_twin
 from .kernels.norms import Norm, apply_norm
+from .lens_cpu import fused_lens_cpu
 
 ROW_BLOCK = 1024
 
@@ -55,18 +56,45 @@ def fused_lens_certified(
     Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding, and
     ``ROW_BLOCK * d_model * 32`` bytes.
     """
+    return _in_blocks(hidden, unembedding, norm, targets, bias, softcap, logit_scale, exhaustive=True)
+
+
+def fused_lens_screened(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: Norm = None,
+    targets: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> LensOutput:
+    """What ``precision="auto"`` runs: certified, but rows that would fall back to fp64 are left to the fp32 kernel."""
+    options = (bias, softcap, logit_scale)
+    if not screen_index(unembedding).finite:
+        return fused_lens_cpu(hidden, unembedding, norm, targets, *options)
+    out = _in_blocks(hidden, unembedding, norm, targets, *options, exhaustive=False)
+    (rows,) = out.fell_back.nonzero(as_tuple=True)
+    if len(rows):
+        again = fused_lens_cpu(hidden[rows], unembedding, norm, None if targets is None else targets[rows], *options)
+        for name, value in again._asdict().items():
+            if value is not None:
+                getattr(out, name)[rows] = value
+    return LensOutput(*out[: len(LensOutput._fields)])
+
+
+def _in_blocks(hidden, unembedding, norm, targets, bias, softcap, logit_scale, exhaustive) -> CertifiedOutput:
     index = screen_index(unembedding)
 
     def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
         if not index.finite:
             return _exact_twin(rows, unembedding, norm, row_targets, bias, softcap, logit_scale)
         x_hat = apply_norm(rows, norm, torch.float64)
-        return _run_block(index, x_hat, unembedding, row_targets, bias, softcap, logit_scale)
+        return _run_block(index, x_hat, unembedding, row_targets, bias, softcap, logit_scale, exhaustive)
 
     return in_row_blocks(run, hidden, targets, ROW_BLOCK)
 
 
-def _run_block(index, x_hat, unembedding, targets, bias, softcap, logit_scale) -> CertifiedOutput:
+def _run_block(index, x_hat, unembedding, targets, bias, softcap, logit_scale, exhaustive) -> CertifiedOutput:
     arrays = index.lens(
         x_hat.contiguous().numpy(),
         _rows_in_memory(unembedding),
@@ -74,6 +102,7 @@ def _run_block(index, x_hat, unembedding, targets, bias, softcap, logit_scale) -
         None if bias is None else bias.double().contiguous().numpy(),
         logit_scale,
         softcap or 0.0,
+        exhaustive,
         torch.get_num_threads(),
     )
     argmax, best, logsumexp, entropy, target_z, rank, bound, fell_back = map(torch.from_numpy, arrays)

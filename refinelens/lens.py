@@ -174,7 +174,9 @@ def _fused_lens_op(
     _check_targets(targets, unembedding.shape[0])
     chosen = choose_backend(hidden.device.type, backend)[0]
     chosen_precision = choose_precision(chosen, hidden.device.type, precision, *hidden.shape)[0]
-    run = backend_function(chosen, chosen_precision) if hidden.shape[0] else fused_lens_twin
+    run = fused_lens_twin
+    if hidden.shape[0]:
+        run = backend_function(chosen, chosen_precision, asked=precision == "certified")
     with torch.no_grad():
         out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
     _check_finite(out, hidden, saturates=norm == "none" and softcap is not None)

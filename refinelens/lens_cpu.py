@@ -23,7 +23,7 @@ def fused_lens_cpu(
 
     fp16 and bf16 are widened on the way, any strides are read in place. A row's result has the same bits
     for any number of threads and whatever rows are beside it. Extra memory: at most 12 MiB of packed
-    rows, 2 KiB a row of them, and half a MiB a thread.
+    rows, 2 KiB a row of them, and half a MiB a thread (more in proportion to ``d_model`` beyond 1024).
     """
     weight = norm_bias = None
     if norm is not None and norm.weight is not None:

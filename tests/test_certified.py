@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from refinelens import _C, LayerNorm, RMSNorm, certified, fused_lens
 from refinelens.backends import CERTIFIED_ROWS, choose_precision
-from refinelens.certified import fused_lens_certified, screen_index
+from refinelens.certified import fused_lens_certified, fused_lens_screened, screen_index
 from refinelens.errors import InputError
+from refinelens.kernels.lens_common import LensOutput
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import apply_norm
 
@@ -242,7 +243,7 @@ def test_threads_do_not_change_a_bit(screen):
     runs = []
     for n_threads in (1, 5):
         index = _C.ScreenIndex(weights, n_threads)
-        runs.append(index.lens(x_hat, weights, targets.numpy(), None, 1.0, 30.0, n_threads))
+        runs.append(index.lens(x_hat, weights, targets.numpy(), None, 1.0, 30.0, True, n_threads))
     for one, other in zip(*runs, strict=True):
         assert one.tobytes() == other.tobytes()
 
@@ -346,3 +347,19 @@ def test_what_auto_means(screen):
     assert choose_precision("cpp", "cpu", rows=CERTIFIED_ROWS, d_model=64)[0] == expected
     assert choose_precision("cpp", "cpu", rows=CERTIFIED_ROWS - 1, d_model=64)[0] == "fp32"
     assert choose_precision("twin", "cpu")[0] == "fp32"
+
+
+def test_rows_that_would_take_long_are_left_to_fp32_unless_asked_for():
+    """All logits of row 3 are equal, which no bound tells apart; the other rows are certified either way."""
+    hidden, unembedding = torch.randn(9, 16), torch.randn(4000, 16)
+    hidden[3] = 0.0
+    targets = torch.randint(0, 4000, (9,))
+    screened = fused_lens_screened(hidden, unembedding, None, targets)
+    fp32 = fused_lens(hidden, unembedding, None, targets, precision="fp32")
+    certified = fused_lens(hidden, unembedding, None, targets, precision="certified")
+    assert certified.fell_back.tolist() == [row == 3 for row in range(9)]
+    for name in LensOutput._fields:
+        expected = getattr(certified, name).clone()
+        expected[3] = getattr(fp32, name)[3]
+        assert torch.equal(getattr(screened, name), expected), name
+    assert int(screened.target_rank[3]) == int(targets[3])

@@ -57,7 +57,7 @@ SHIPPED = {
     "sm80-targets": (replace(SAFE, generation=8, kernel="targets"), None),
     "sm100-bf16": (replace(MAIN, generation=10), None),
     "sm100-bf16-tail": (replace(SAFE, generation=10, kernel="tail", **EVERYTHING), None),
-    "sm100-bf16-5-rows": (replace(MAIN, generation=10, n_rows=5), None),
+    "sm100-bf16-unaligned": (replace(SAFE, generation=10, aligned=False, **EVERYTHING), None),
     "sm100-fp32": (replace(SAFE, generation=10, dtype=FP32, **EVERYTHING), None),
     "sm100-targets": (replace(SAFE, generation=10, kernel="targets"), None),
 }

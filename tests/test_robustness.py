@@ -96,6 +96,7 @@ def test_expanded_inputs(way):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["cpp", "twin"], indirect=True)  # minutes of packing otherwise
 def test_more_numbers_in_hidden_than_an_int32_counts(way):
     d_model = 4096
     rows = 2**31 // d_model + 3
