@@ -80,7 +80,8 @@ def fused_lens(
         precision: ``"fp32"``; ``"certified"`` (CPU, ``"cpp"``) for argmax and ranks that no rounding has touched,
             with a bound on the error of ``logsumexp`` and an index of 2 or 3 bytes a weight that lives as long as
             the unembedding (`refinelens.certified`); or ``"auto"``, the former but where the latter is never slower
-            and, but for the last places of the entropy, more exact: processors with AMX, and many rows (`refinelens.backends`).
+            and, but for the last places of the entropy, more exact: processors with AMX, and many rows
+            (`refinelens.backends`).
 
     Returns:
         LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one
