@@ -64,16 +64,6 @@ def linear_logits(x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit
     return z * logit_scale if logit_scale != 1.0 else z
 
 
-def target_z(
-    x_hat: Tensor, unembedding: Tensor, targets: Tensor, bias: Tensor | None, logit_scale: float
-) -> Tensor:
-    """The targets' own ``z``, ``[R]``, by one dot product a row in the dtype of ``x_hat``."""
-    z = (x_hat * unembedding[targets].to(x_hat.dtype)).sum(-1)
-    if bias is not None:
-        z = z + bias[targets].to(x_hat.dtype)
-    return z * logit_scale
-
-
 def settle_ties(argmax: Tensor, max_logit: Tensor, targets: Tensor, logit: Tensor, rank: Tensor):
     """Make rank 0 hold exactly when the argmax is the target.
 

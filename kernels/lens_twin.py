@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lens_common import ROW_CHUNK, LensOutput, in_row_blocks, lens_output, soft_cap, target_z, z_chunks
+from .lens_common import ROW_CHUNK, LensOutput, in_row_blocks, lens_output, soft_cap, z_chunks
 from .norms import Norm, apply_norm
 
 LOWEST = -3e38  # finite stand-in for -inf: 0 * -inf would be NaN
@@ -52,7 +52,7 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
     peak = best.clone()  # largest capped logit so far
     total = torch.zeros_like(best)  # sum of exp(l - peak)
     weighted = torch.zeros_like(best)  # sum of (l - peak) exp(l - peak)
-    t_z = None if targets is None else target_z(x_hat, unembedding, targets, bias, logit_scale)
+    t_z = None if targets is None else _target_z(x_hat, unembedding, targets, bias, logit_scale)
     rank = torch.zeros_like(argmax)
     buffer = None
     for first, _, z in z_chunks(x_hat, unembedding, bias, logit_scale):
@@ -76,6 +76,16 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
     logsumexp = peak + total.log()
     entropy = total.log() - weighted / total
     return lens_output(argmax, best, logsumexp, entropy, targets, t_z, rank, softcap)
+
+
+def _target_z(
+    x_hat: Tensor, unembedding: Tensor, targets: Tensor, bias: Tensor | None, logit_scale: float
+) -> Tensor:
+    """The targets' own ``z``, ``[R]``, by one dot product a row in the dtype of ``x_hat``."""
+    z = (x_hat * unembedding[targets].to(x_hat.dtype)).sum(-1)
+    if bias is not None:
+        z = z + bias[targets].to(x_hat.dtype)
+    return z * logit_scale
 
 
 def _count_beating(z: Tensor, t_z: Tensor, own: Tensor, work: Tensor) -> Tensor:

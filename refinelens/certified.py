@@ -56,23 +56,26 @@ def fused_lens_certified(
     Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding, and
     ``ROW_BLOCK * d_model * 32`` bytes.
     """
-    return _in_blocks(hidden, unembedding, norm, targets, bias, softcap, logit_scale, exhaustive=True)
+    index, options = screen_index(unembedding), (bias, softcap, logit_scale)
+
+    def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
+        if not index.finite:
+            return _exact_twin(rows, unembedding, norm, row_targets, *options)
+        return _run_block(index, rows, unembedding, norm, row_targets, *options, exhaustive=True)
+
+    return in_row_blocks(run, hidden, targets, ROW_BLOCK)
 
 
-def fused_lens_screened(
-    hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> LensOutput:
+def fused_lens_screened(hidden: Tensor, unembedding: Tensor, norm: Norm, targets: Tensor | None, *options) -> LensOutput:
     """What ``precision="auto"`` runs: certified, but rows that would fall back to fp64 are left to the fp32 kernel."""
-    options = (bias, softcap, logit_scale)
-    if not screen_index(unembedding).finite:
+    index = screen_index(unembedding)
+    if not index.finite:
         return fused_lens_cpu(hidden, unembedding, norm, targets, *options)
-    out = _in_blocks(hidden, unembedding, norm, targets, *options, exhaustive=False)
+
+    def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
+        return _run_block(index, rows, unembedding, norm, row_targets, *options, exhaustive=False)
+
+    out = in_row_blocks(run, hidden, targets, ROW_BLOCK)
     (rows,) = out.fell_back.nonzero(as_tuple=True)
     if len(rows):
         again = fused_lens_cpu(hidden[rows], unembedding, norm, None if targets is None else targets[rows], *options)
@@ -82,21 +85,11 @@ def fused_lens_screened(
     return LensOutput(*out[: len(LensOutput._fields)])
 
 
-def _in_blocks(hidden, unembedding, norm, targets, bias, softcap, logit_scale, exhaustive) -> CertifiedOutput:
-    index = screen_index(unembedding)
-
-    def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
-        if not index.finite:
-            return _exact_twin(rows, unembedding, norm, row_targets, bias, softcap, logit_scale)
-        x_hat = apply_norm(rows, norm, torch.float64)
-        return _run_block(index, x_hat, unembedding, row_targets, bias, softcap, logit_scale, exhaustive)
-
-    return in_row_blocks(run, hidden, targets, ROW_BLOCK)
-
-
-def _run_block(index, x_hat, unembedding, targets, bias, softcap, logit_scale, exhaustive) -> CertifiedOutput:
+def _run_block(
+    index, hidden, unembedding, norm, targets, bias=None, softcap=None, logit_scale=1.0, *, exhaustive
+) -> CertifiedOutput:
     arrays = index.lens(
-        x_hat.contiguous().numpy(),
+        apply_norm(hidden, norm, torch.float64).contiguous().numpy(),
         _rows_in_memory(unembedding),
         None if targets is None else targets.contiguous().numpy(),
         None if bias is None else bias.double().contiguous().numpy(),

@@ -27,9 +27,9 @@ from .options import BenchOptions
 from .peak import peak_meter
 from .problem import Problem
 from .race import Race, torch_threads
-from .report import Report, Result
+from .report import Report, Result, Verdict
 from .sources import make_problem
-from .truth import Truth, Verdict
+from .truth import Truth
 
 TRIAL_ROWS = 64
 LONGEST = 10.0  # seconds of a call; what would take longer is measured on fewer rows
