@@ -92,7 +92,8 @@ def _add_sweep(commands) -> None:
     add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all)")
     add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
     add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
-    add("--top", type=int, default=1, metavar="K", help="correct means rank 1 to K (default: %(default)s)")
+    add("--top", default="1", metavar="K[,K]", help="correct means rank 1 to K, for each K (default: %(default)s)")
+    add("--lens", default="plain", metavar="LENS[,LENS]", help="plain, or folders of lenses (default: %(default)s)")
     add(
         "--template",
         metavar="FILE",
@@ -137,7 +138,9 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
     values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
-    options = SweepOptions(**values | {"documents": _parse_sizes(arguments.documents)})
+    values["documents"] = _parse_numbers("--documents", arguments.documents, "sizes such as 5,10")
+    values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
+    options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
     console, code = Console(stderr=True), 0
     _calm_libraries()
     from .sweep import SweepInterrupted, run_sweep
@@ -203,11 +206,11 @@ def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 1 if report.failed else 0
 
 
-def _parse_sizes(text: str) -> tuple[int, ...]:
+def _parse_numbers(option: str, text: str, expected: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise InputError(f"--documents: expected sizes such as 5,10, got {text!r}") from None
+        raise InputError(f"{option}: expected {expected}, got {text!r}") from None
 
 
 def _default_out(model: str, task: str) -> str:

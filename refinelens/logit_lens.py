@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ from .capture import LensParts, find_parts, keep_positions, probe_ids, run_base
 from .errors import InputError, UnsupportedModelError
 from .kernels.lens_common import linear_logits, soft_cap
 from .kernels.norms import apply_norm
+from .kl import kl_to_final
 from .lens import LensStats, fused_lens
+from .translators import Translators
 
 # Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
 # in half precision rounds its normed states and its logits, so there the share is a multiple of epsilon.
 FP32_PARITY = 1e-4
 ROUNDINGS = 2
+TRANSLATED_ROWS = 4096  # held at a time where one layer has fewer
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class ParityReport:
         """Whether the lens may be used."""
         within = self.max_difference <= self.tolerance * self.logit_range
         return within and self.argmax_equal and self.op_agrees
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What a lens reads at every layer, fields of shape ``[n_layers + 1, batch, n_positions]``."""
+
+    stats: LensStats
+    kl: Tensor  # fp32, nats, KL(p_final || p_layer)
+
+    def to(self, device: torch.device | str) -> LayerReading:
+        """The same reading on another device."""
+        return LayerReading(self.stats.to(device), self.kl.to(device))
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,11 @@ class LogitLens:
         """Number of transformer blocks; layers run from 0 (embedding output) to this."""
         return len(self.parts.blocks)
 
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.parts.unembedding.shape[1]
+
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
         return _apply(self.parts, hidden, targets, self.backend)
@@ -103,6 +123,7 @@ class LogitLens:
         positions: Tensor,
         targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        translators: Translators | None = None,
     ) -> LensStats:
         """Run the model once and read every layer at the chosen positions.
 
@@ -111,6 +132,7 @@ class LogitLens:
             positions: ``[n_positions]`` or ``[batch, n_positions]`` int64. Position p predicts token p + 1.
             targets: Ids broadcastable to ``[batch, n_positions]``, the same for every layer, or None.
             attention_mask: ``[batch, token]``, or None.
+            translators: Applied before the norm, or None for the plain logit lens.
 
         Returns:
             LensStats with fields ``[n_layers + 1, batch, n_positions]``. Layer 0 is the embedding output,
@@ -119,7 +141,35 @@ class LogitLens:
         Raises:
             InputError: Shapes, positions, token ids or targets that do not fit.
         """
-        return self.stats(self.hidden(input_ids, positions, attention_mask), targets)
+        return self.read(self.hidden(input_ids, positions, attention_mask), targets, translators).stats
+
+    def read(
+        self, hidden: Tensor, targets: Tensor | int | None = None, translators: Translators | None = None
+    ) -> LayerReading:
+        """Statistics of every layer and its KL divergence to the last one.
+
+        Translated states are held for as many rows as one layer has, `TRANSLATED_ROWS` if it has fewer.
+
+        Args:
+            hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
+            targets: Ids broadcastable to ``[batch, n_positions]``, or None.
+            translators: In the dtype and on the device of ``hidden``, or None for the plain logit lens.
+
+        Raises:
+            InputError: As `fused_lens`, and translators that do not fit.
+        """
+        states = hidden.flatten(1, -2)  # [n_layers + 1, N, d_model]
+        if targets is not None:
+            targets = torch.as_tensor(targets, device=hidden.device).expand(hidden.shape[1:-1]).flatten()
+        n = states.shape[1]
+        step = max(1, n if translators is None else max(n, TRANSLATED_ROWS) // len(states))
+        blocks = []
+        for start in range(0, n, step):
+            block = states[:, start : start + step]
+            block = block if translators is None else translators(block)
+            stats = self.stats(block, None if targets is None else targets[start : start + step])
+            blocks.append(LayerReading(stats, _kl(self.parts, block, stats)))
+        return _joined(blocks, hidden.shape[:-1])
 
     def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         if input_ids.dim() != 2 or input_ids.is_floating_point():
@@ -146,6 +196,19 @@ class LogitLens:
                 f"positions: expected 0 to {n_tokens - 1}, got {int(positions.min())} to {int(positions.max())}"
             )
         return positions
+
+
+def _joined(blocks: list[LayerReading], shape: torch.Size) -> LayerReading:
+    """Readings of neighbouring rows as one of ``shape``."""
+    values = {}
+    for field in fields(LensStats):
+        columns = [getattr(block.stats, field.name) for block in blocks]
+        values[field.name] = None if columns[0] is None else torch.cat(columns, 1).view(shape)
+    return LayerReading(LensStats(**values), torch.cat([block.kl for block in blocks], 1).view(shape))
+
+
+def _kl(parts: LensParts, hidden: Tensor, stats: LensStats) -> Tensor:
+    return kl_to_final(hidden, stats, parts.unembedding, parts.norm, parts.bias, parts.softcap, parts.logit_scale)
 
 
 def _apply(parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backend: str) -> LensStats:

@@ -14,6 +14,7 @@ import torch
 
 from . import __version__
 from .backends import choose_backend
+from .lens_files import Lens
 from .logit_lens import LogitLens
 from .models import LoadedModel
 from .results import SCHEMA_VERSION
@@ -45,7 +46,8 @@ def make_manifest(
     task: Task,
     template: str,
     loaded: LoadedModel,
-    lens: LogitLens,
+    logit_lens: LogitLens,
+    lenses: list[Lens],
     n_questions: int,
 ) -> dict:
     """The manifest of a run that starts now; counts, status and times are completed when it ends."""
@@ -63,20 +65,21 @@ def make_manifest(
             "class": type(loaded.model).__name__,
             "config_sha256": loaded.config_sha256,
             "weights_sha256": loaded.weights_sha256,
+            "weights_sample_sha256": loaded.weights_sample_sha256,
             "tokenizer_sha256": loaded.tokenizer_sha256,
             "unused_weights": list(loaded.unused_weights),
-            "n_layers": lens.n_layers,
-            "d_model": lens.parts.unembedding.shape[1],
-            "vocab_size": lens.parts.unembedding.shape[0],
+            "n_layers": logit_lens.n_layers,
+            "d_model": logit_lens.d_model,
+            "vocab_size": logit_lens.parts.unembedding.shape[0],
             "max_tokens": loaded.max_tokens,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
             "device_name": device_name(device.type),
-            "backend": choose_backend(device.type, lens.backend)[0],
-            "norm": type(lens.parts.norm).__name__,
-            "softcap": lens.parts.softcap,
-            "logit_scale": lens.parts.logit_scale,
-            "parity": asdict(lens.parity),
+            "backend": choose_backend(device.type, logit_lens.backend)[0],
+            "norm": type(logit_lens.parts.norm).__name__,
+            "softcap": logit_lens.parts.softcap,
+            "logit_scale": logit_lens.parts.logit_scale,
+            "parity": asdict(logit_lens.parity),
         },
         "task": {
             "name": task.name,
@@ -84,6 +87,7 @@ def make_manifest(
             "sha256": task.sha256,
             "questions": len(task.questions),
         },
+        "lenses": [lens.entry() for lens in lenses],
         "template": template,
         "packages": {"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
         "platform": platform.platform(),

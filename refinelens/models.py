@@ -34,6 +34,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     config_sha256: str  # of the configuration as JSON
     weights_sha256: str  # of name, shape, dtype, exact sum of bit patterns and a sample of every tensor
+    weights_sample_sha256: str  # of name, shape and a sample rounded to bf16: the same in fp32 and bf16, on any device
     tokenizer_sha256: str  # of the vocabulary and, of a fast tokenizer, its rules
     unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
 
@@ -143,17 +144,20 @@ def _load_message(name: str, source: str, error: Exception) -> str:
     )
 
 
-def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
     """Hashes of configuration, weights and tokenizer; of the weights one that needs one pass, not all bytes."""
     settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in ("dtype", "transformers_version")}
     config = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    weights = hashlib.sha256()
+    weights, rounded = hashlib.sha256(), hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
         places = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLE, len(flat)), dtype=torch.float64).long()
         # Integers add up to the same sum in any order, on any device and number of threads.
         bits = flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64).item() if len(flat) else 0
         weights.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {bits}".encode())
-        weights.update(flat[places.to(flat.device)].to("cpu", torch.float32).numpy().tobytes())
+        sample = flat[places.to(flat.device)].to("cpu", torch.float32)
+        weights.update(sample.numpy().tobytes())
+        rounded.update(f"{key} {tuple(tensor.shape)}".encode() + sample.bfloat16().view(torch.int16).numpy().tobytes())
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    return config.hexdigest(), weights.hexdigest(), hashlib.sha256(rules.encode()).hexdigest()
+    hashes = (config, weights, rounded, hashlib.sha256(rules.encode()))
+    return tuple(h.hexdigest() for h in hashes)

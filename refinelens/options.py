@@ -19,7 +19,8 @@ class SweepOptions:
     examples: int | None = None  # questions drawn; None for all
     target: str = "answer"
     answer_tokens: str = "first"
-    top: int = 1
+    top: tuple[int, ...] = (1,)  # correct means rank 1 to k, for each of these
+    lens: tuple[str, ...] = ("plain",)  # plain or folders of lenses, all read from the same forward passes
     template: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -33,11 +34,24 @@ class SweepOptions:
             gold_positions(self.gold_positions, size)
         if self.seed < 0:
             raise InputError(f"--seed: expected 0 or more, got {self.seed}")
-        if not 1 <= self.top < 2**31:
-            raise InputError(f"--top: expected 1 to {2**31 - 1}, got {self.top}")
+        check_top(self.top)
+        if not self.lens or len(set(self.lens)) < len(self.lens):
+            raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
 
     def arguments(self) -> dict:
         """The options as a manifest holds them."""
-        return {**asdict(self), "documents": list(self.documents)}
+        return {**asdict(self), "documents": list(self.documents), "top": list(self.top), "lens": list(self.lens)}
+
+
+def check_top(top: tuple[int, ...]) -> None:
+    """Refuse thresholds that no rank can be held against.
+
+    Raises:
+        InputError: None at all, or one outside ``1 .. 2**31 - 1``.
+    """
+    if not top or not all(1 <= k < 2**31 for k in top):
+        raise InputError(
+            f"--top: expected numbers from 1 to {2**31 - 1} such as 1,5,10, got {','.join(map(str, top))!r}"
+        )

@@ -1,4 +1,4 @@
-"""Prediction rows of a question: contexts, one forward pass per batch, every layer through the lens."""
+"""Prediction rows of a question: contexts, one forward pass per batch, every layer through every lens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import cache
 import torch
 
 from .errors import InputError
-from .lens import LensStats
-from .logit_lens import LogitLens
+from .lens_files import Lens
+from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel
 from .options import SweepOptions
 from .prompts import Context, build_context, gold_positions
@@ -24,13 +24,22 @@ TOO_FEW_DISTRACTORS = "too few passages without an answer"
 class Predictor:
     """Asks questions and turns the answers into rows; counts what it did and what it had to leave out."""
 
-    def __init__(self, options: SweepOptions, task: Task, template: str, loaded: LoadedModel, lens: LogitLens):
+    def __init__(
+        self,
+        options: SweepOptions,
+        task: Task,
+        template: str,
+        loaded: LoadedModel,
+        logit_lens: LogitLens,
+        lenses: list[Lens],
+    ):
         self.options = options
         self.counts: Counter[str] = Counter(contexts=0, lens_rows=0)
         self.left_out: dict[str, list[int]] = {}  # reason: question ids
         self._template = template
         self._loaded = loaded
-        self._lens = lens
+        self._logit_lens = logit_lens
+        self._lenses = lenses
         self._distractors = DistractorSource(task, options.seed)
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
 
@@ -76,7 +85,7 @@ class Predictor:
 
     def _run(self, batch: list[Context]) -> list[dict]:
         try:
-            stats, targets = self._statistics(batch)
+            readings, targets = self._read(batch)
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not _is_out_of_memory(error):
                 raise
@@ -86,11 +95,16 @@ class Predictor:
             torch.cuda.empty_cache()
             half = len(batch) // 2
             return self._run(batch[:half]) + self._run(batch[half:])
-        self.counts["lens_rows"] += stats.argmax.numel()
-        return [row for index, context in enumerate(batch) for row in self._rows(context, index, stats, targets)]
+        self.counts["lens_rows"] += sum(reading.kl.numel() for reading in readings.values())
+        return [
+            row
+            for index, context in enumerate(batch)
+            for name, reading in readings.items()
+            for row in self._rows(context, index, name, reading, targets)
+        ]
 
-    def _statistics(self, batch: list[Context]) -> tuple[LensStats, torch.Tensor]:
-        """Statistics ``[n_layers + 1, batch, answer tokens]`` and targets ``[batch, answer tokens]``, on the CPU.
+    def _read(self, batch: list[Context]) -> tuple[dict[str, LayerReading], torch.Tensor]:
+        """Per lens ``[n_layers + 1, batch, answer tokens]``, and targets ``[batch, answer tokens]``, on the CPU.
 
         Contexts are padded on the right, and answers by repeating their last token; padded rows are not used.
         """
@@ -101,15 +115,18 @@ class Predictor:
         mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
         positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
         answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
-        hidden = self._lens.hidden(ids, positions, mask)
-        targets = answers if self.options.target == "answer" else self._lens.stats(hidden[-1]).argmax
-        return self._lens.stats(hidden, targets).to("cpu"), targets.cpu()
+        hidden = self._logit_lens.hidden(ids, positions, mask)
+        targets = answers if self.options.target == "answer" else self._logit_lens.stats(hidden[-1]).argmax
+        read = self._logit_lens.read
+        return {lens.name: read(hidden, targets, lens.translators).to("cpu") for lens in self._lenses}, targets.cpu()
 
-    def _rows(self, context: Context, index: int, stats: LensStats, targets: torch.Tensor) -> Iterator[dict]:
+    def _rows(
+        self, context: Context, index: int, lens: str, reading: LayerReading, targets: torch.Tensor
+    ) -> Iterator[dict]:
         start, end = context.gold_span or (None, None)
         for token, answer_id in enumerate(context.answer_ids):
             layers = {
-                name: getattr(stats, name)[:, index, token].tolist()
+                name: getattr(reading.stats, name)[:, index, token].tolist()
                 for name in ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
             }
             target_id = int(targets[index, token])
@@ -118,6 +135,7 @@ class Predictor:
                 "documents": context.n_documents,
                 "gold_position": context.gold_position,
                 "answer_token": token,
+                "lens": lens,
                 "n_tokens": len(context.input_ids),
                 "gold_start": start,
                 "gold_end": end,
@@ -127,6 +145,7 @@ class Predictor:
                 "target_text": self._text(target_id),
                 "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
                 **layers,
+                "kl": reading.kl[:, index, token].tolist(),
             }
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from .errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 OUTPUTS = (MANIFEST, "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png")
 TEMPORARY = [f".{name}.tmp" for name in OUTPUTS]
@@ -26,8 +26,9 @@ KEYS = [
     ("documents", pa.int32()),  # documents in the context, the gold one included
     ("gold_position", pa.int32()),  # 0-based
     ("answer_token", pa.int32()),  # 0-based token of the answer
+    ("lens", pa.string()),  # plain, or the name of a lens
 ]
-# One row per question x context size x gold position x answer token; lists run over layers 0 .. n_layers.
+# One row per question x context size x gold position x answer token x lens; lists run over layers 0 .. n_layers.
 PREDICTIONS = pa.schema(
     [
         *KEYS,
@@ -44,17 +45,22 @@ PREDICTIONS = pa.schema(
         ("target_logprob", pa.list_(pa.float32())),  # nats
         ("max_logprob", pa.list_(pa.float32())),  # nats
         ("entropy", pa.list_(pa.float32())),  # nats
+        ("kl", pa.list_(pa.float32())),  # nats, KL(p_final || p_layer)
     ]
 )
+# One row per prediction and threshold.
 TRAJECTORIES = pa.schema(
     [
         *KEYS,
+        ("top", pa.int32()),  # correct means rank 1 to this
         ("first_correct", pa.int32()),
         ("settle", pa.int32()),  # null where censored
         ("depth", pa.int32()),  # null where censored
         ("flips", pa.int32()),
         ("final_correct", pa.bool_()),  # the target is correct at the output; false is censored
         ("answer_correct", pa.bool_()),  # the model's own prediction is the answer token
+        ("largest_gain", pa.int32()),  # layer whose rank improves most on the layer before; null if none improves
+        ("logprob_gain", pa.list_(pa.float32())),  # nats, of layers 1 .. n_layers over the layer before
     ]
 )
 

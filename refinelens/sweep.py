@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import InputError
+from .lens_files import fit_to_model, load_lenses
 from .logit_lens import LogitLens
 from .manifest import make_manifest, now
 from .models import load_model
@@ -54,11 +55,13 @@ def run_sweep(
     task = load_task(options.task)
     template = load_template(options.template)
     questions = choose_questions(task, options.examples, options.seed)
+    lenses = load_lenses(options.lens)
     loaded = load_model(options.model, options.device, options.dtype)
-    lens = LogitLens.from_model(loaded.model)
-    check_disk(out, _bytes_needed(options, len(questions), lens.n_layers))
-    manifest = make_manifest(arguments, argv, task, template, loaded, lens, len(questions))
-    predictor = Predictor(options, task, template, loaded, lens)
+    logit_lens = LogitLens.from_model(loaded.model)
+    lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
+    check_disk(out, _bytes_needed(options, len(questions), logit_lens.n_layers))
+    manifest = make_manifest(arguments, argv, task, template, loaded, logit_lens, lenses, len(questions))
+    predictor = Predictor(options, task, template, loaded, logit_lens, lenses)
     recorder = _Recorder(Run(Path(out)), manifest, predictor, overwrite)
     progress = SweepProgress(len(questions))
     try:
@@ -145,4 +148,4 @@ class _Recorder:
 def _bytes_needed(options: SweepOptions, n_questions: int, n_layers: int) -> int:
     """Upper estimate: 64 bytes per layer and 512 per row uncompressed, four answer tokens a question."""
     n_contexts = sum(len(gold_positions(options.gold_positions, size)) for size in options.documents)
-    return n_questions * n_contexts * 4 * ((n_layers + 1) * 64 + 512) + (4 << 20)
+    return n_questions * n_contexts * 4 * len(options.lens) * ((n_layers + 1) * 64 + 512) + (4 << 20)
