@@ -66,7 +66,9 @@ def fused_lens_certified(
     return in_row_blocks(run, hidden, targets, ROW_BLOCK)
 
 
-def fused_lens_screened(hidden: Tensor, unembedding: Tensor, norm: Norm, targets: Tensor | None, *options) -> LensOutput:
+def fused_lens_screened(
+    hidden: Tensor, unembedding: Tensor, norm: Norm, targets: Tensor | None, *options
+) -> LensOutput:
     """What ``precision="auto"`` runs: certified, but rows that would fall back to fp64 are left to the fp32 kernel."""
     index = screen_index(unembedding)
     if not index.finite:

@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"refinelens {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_sweep(commands)
+    _add_fit(commands)
     show = commands.add_parser("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")
     show.set_defaults(run=_show)
@@ -111,6 +112,36 @@ def _add_sweep(commands) -> None:
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
     sweep.set_defaults(run=_sweep)
+
+
+def _add_fit(commands) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="fit a lens that sees what the plain logit lens cannot",
+        epilog="example:\n  refinelens fit --model smollm2 --tokens 20000 --out lenses/smollm2\n"
+        "  refinelens sweep --model smollm2 --lens plain,lenses/smollm2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = fit.add_argument
+    add("--model", default="smollm2", help="as in sweep (default: %(default)s)")
+    add(
+        "--text", default="builtin", help="builtin (Python's own reference), text or .jsonl[.gz] (default: %(default)s)"
+    )
+    add(
+        "--tokens", type=int, default=200_000, metavar="N", help="read at most, a fifth held out (default: %(default)s)"
+    )
+    add(
+        "--objective",
+        choices=("linear", "kl"),
+        default="linear",
+        help="linear: ridge regression in closed form; kl: trained from there (default: %(default)s)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
+    add("--dtype", choices=DTYPES, default="auto", help="(default: float32 on a CPU, the checkpoint's own on CUDA)")
+    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    add("--out", required=True, metavar="LENS", help="folder of the lens; a fit that was stopped there goes on")
+    add("--overwrite", action="store_true", help="replace a lens or a stopped fit that is there")
+    fit.set_defaults(run=_fit)
 
 
 def _add_bench(commands) -> None:
@@ -157,6 +188,24 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     show_run(run, Console())
     print(f"\n{out}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
     return code
+
+
+def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from rich.console import Console
+
+    from .fit.options import FitOptions
+    from .progress import fit_progress
+
+    options = FitOptions(**{field.name: getattr(arguments, field.name) for field in fields(FitOptions)})
+    _calm_libraries()
+    from .fit.report import print_quality
+    from .fit.session import fit_lens
+
+    with fit_progress(Console(stderr=True)) as report:
+        fitted = fit_lens(options, arguments.out, arguments.overwrite, ["refinelens", *argv], report)
+    print_quality(Console(), fitted.manifest)
+    print(f"\n{arguments.out}: {', '.join(sorted(p.name for p in fitted.path.iterdir()))}")
+    return 0
 
 
 def _calm_libraries() -> None:

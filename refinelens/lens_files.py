@@ -120,7 +120,7 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
         if made_for[key] != here[key]:
             what = "another revision of it" if key == "weights_sample_sha256" else "another model"
             raise InputError(
-                f"--lens {lens.name}: expected a lens made for {here['name']}, got one made for {made_for['name']}, {what} "
+                f"--lens {lens.name}: expected a lens made for {here['name']}, got one for {made_for['name']}, {what} "
                 f"({key} {str(made_for[key])[:12]} there, {str(here[key])[:12]} here); fit one with refinelens fit"
             )
     translators = lens.translators.to(loaded.model.device, loaded.model.dtype)

@@ -20,7 +20,7 @@ from .models import LoadedModel
 from .results import SCHEMA_VERSION
 from .task import Task
 
-PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "pyarrow", "matplotlib", "gguf")
+PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "pyarrow", "matplotlib", "gguf")
 
 
 def now() -> str:
@@ -89,13 +89,18 @@ def make_manifest(
         },
         "lenses": [lens.entry() for lens in lenses],
         "template": template,
-        "packages": {"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
+        "packages": packages(),
         "platform": platform.platform(),
         "started": now(),
         "finished": None,
         "seconds": None,
         "counts": {"questions": n_questions, "done": 0, "left_out": {}},
     }
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of Python and of what the numbers of a run depend on."""
+    return {"python": sys.version.split()[0]} | {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Progress of a sweep on a terminal."""
+"""Progress of a sweep and of a fit on a terminal."""
 
 from __future__ import annotations
 
@@ -55,3 +55,27 @@ def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]
     finally:
         loading.stop()
         bar.stop()
+
+
+@contextmanager
+def fit_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the stage of a fit and how much of it is done; yields the reporter. Nothing without a terminal."""
+    if not console.file.isatty():
+        yield lambda stage, done, total: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading the model", total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            if bar.tasks[0].description != stage:
+                bar.reset(task, description=stage, total=total)
+            bar.update(task, completed=done, total=total)
+
+        yield report

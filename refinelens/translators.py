@@ -59,11 +59,15 @@ class Translators:
         wanted = (self.n_layers + 1, self.d_model, self.weight.dtype, self.weight.device)
         if hidden.dim() != 3 or (len(hidden), hidden.shape[2], hidden.dtype, hidden.device) != wanted:
             raise InputError(
-                f"hidden: expected shape [{wanted[0]}, N, {wanted[1]}] in {wanted[2]} on {wanted[3]} like the translators, "
-                f"got {list(hidden.shape)} in {hidden.dtype} on {hidden.device}"
+                f"hidden: expected shape [{wanted[0]}, N, {wanted[1]}] in {wanted[2]} on {wanted[3]} like the "
+                f"translators, got {list(hidden.shape)} in {hidden.dtype} on {hidden.device}"
             )
         translated = torch.empty_like(hidden)
         torch.baddbmm(self.bias[:, None], hidden[:-1], self.weight.mT, out=translated[:-1])
         translated[:-1] += hidden[:-1]
         translated[-1] = hidden[-1]
         return translated
+
+    def one(self, layer: int, states: Tensor) -> Tensor:
+        """Translate the states ``[N, d_model]`` of one layer below the output."""
+        return torch.addmm(self.bias[layer], states, self.weight[layer].mT) + states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 class Statistics:
     """Sums over the tokens seen so far: all that ridge regression needs, whatever the amount of text.
 
-    With x the states of a layer and y those of the last one, all fp64:
+    With x the states of a layer and y those of the last one; fp64. The sums are the same in any number of
+    sittings, as the tokens come in the same order.
     """
 
-    count: int  # tokens
+    count: Tensor  # [], tokens
     sum_x: Tensor  # [n_layers, d_model]
     sum_y: Tensor  # [d_model]
     xx: Tensor  # [n_layers, d_model, d_model], sum of x x^T
@@ -25,15 +26,12 @@ class Statistics:
     @classmethod
     def empty(cls, n_layers: int, d_model: int, device: torch.device | str = "cpu") -> Statistics:
         """Statistics of no tokens."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        square = (n_layers, d_model, d_model)
-        return cls(0, zeros(n_layers, d_model), zeros(d_model), zeros(*square), zeros(*square), zeros(d_model))
+        row, square = (n_layers, d_model), (n_layers, d_model, d_model)
+        shapes = ((), row, row[1:], square, square, row[1:])
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, hidden: Tensor) -> None:
-        """Take the states of some tokens, ``[n_layers + 1, tokens, d_model]``, all layers."""
+        """Take the states of some tokens, ``[n_layers + 1, tokens, d_model]``, the last layer last."""
         y = hidden[-1].double()
         self.count += len(y)
         self.sum_y += y.sum(0)
@@ -44,11 +42,23 @@ class Statistics:
             self.xx[layer].addmm_(x.T, x)
             self.xy[layer].addmm_(x.T, y)
 
-    def centred(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Second moments of a layer about the means: ``xx``, ``xy`` and the diagonal of ``yy``."""
-        mean_x, mean_y = self.sum_x[layer] / self.count, self.sum_y / self.count
-        return (
-            self.xx[layer] - self.count * torch.outer(mean_x, mean_x),
-            self.xy[layer] - self.count * torch.outer(mean_x, mean_y),
-            self.yy - self.count * mean_y * mean_y,
-        )
+    def means(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Mean x of a layer and mean y, ``[d_model]``."""
+        return self.sum_x[layer] / self.count, self.sum_y / self.count
+
+    def moments(self, layer: int, about_x: Tensor, about_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of ``x x^T``, ``x y^T`` and ``y * y`` of a layer after taking ``about_x`` and ``about_y`` away."""
+        sum_x, n = self.sum_x[layer], self.count
+        cross = torch.outer(sum_x, about_x)
+        xx = self.xx[layer] - cross - cross.T + n * torch.outer(about_x, about_x)
+        xy = self.xy[layer] - torch.outer(sum_x, about_y) - torch.outer(about_x, self.sum_y - n * about_y)
+        return xx, xy, self.yy - 2 * about_y * self.sum_y + n * about_y * about_y
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The sums by name, for a file."""
+        return {f"{prefix}.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, device: torch.device | str) -> Statistics:
+        """What `tensors` gave."""
+        return cls(**{field.name: tensors[f"{prefix}.{field.name}"].to(device) for field in fields(cls)})

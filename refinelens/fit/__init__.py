@@ -1,0 +1,1 @@
+"""Fitting lenses: ``refinelens fit``."""

@@ -1,0 +1,36 @@
+"""The options of a fit, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ..errors import InputError
+
+OBJECTIVES = ("linear", "kl")
+SHORTEST = 16  # tokens of a sequence
+SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one to report on
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Everything that decides the numbers of a lens, except what the machine decides."""
+
+    model: str = "smollm2"
+    text: str = "builtin"
+    tokens: int = 200_000
+    objective: str = "linear"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.tokens < SEQUENCES * SHORTEST:
+            raise InputError(f"--tokens: expected at least {SEQUENCES * SHORTEST}, got {self.tokens}")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"--objective: expected {' or '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.seed < 0:
+            raise InputError(f"--seed: expected 0 or more, got {self.seed}")
+
+    def arguments(self) -> dict:
+        """The options as a manifest holds them."""
+        return asdict(self)

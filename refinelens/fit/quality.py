@@ -1,0 +1,62 @@
+"""How well a lens reads held-out text, layer by layer, beside the plain logit lens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..logit_lens import LogitLens
+from ..translators import Translators
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over held-out tokens; every field ``[n_layers + 1]``, the output last."""
+
+    variance_explained: list[float]  # of the last layer's residual stream; below 0 where worse than its mean
+    kl: list[float]  # nats, KL(p_final || p_layer)
+    top1: list[float]  # share of tokens where the layer's argmax is the model's own prediction
+
+
+def measure(logit_lens: LogitLens, states: Iterable[Tensor], lenses: list[Translators | None]) -> list[Quality]:
+    """The quality of every lens (None: the plain one) on ``states`` ``[n_layers + 1, tokens, d_model]``."""
+    tallies = [_Tally(lens) for lens in lenses]
+    for hidden in states:
+        for tally in tallies:
+            tally.add(logit_lens, hidden)
+    return [tally.quality() for tally in tallies]
+
+
+class _Tally:
+    """Sums of one lens over the tokens seen so far."""
+
+    def __init__(self, translators: Translators | None):
+        self._translators = translators
+        self._tokens = 0
+        self._sums: Tensor | None = None  # [3, n_layers + 1]: squared error, KL, agreement
+        self._y = self._yy = 0.0  # [d_model] sums of the last layer's states and of their squares
+
+    def add(self, logit_lens: LogitLens, hidden: Tensor) -> None:
+        reading = logit_lens.read(hidden[:, None], None, self._translators)
+        y = hidden[-1].double()
+        error = torch.stack([self._squared_error(layer, x, y) for layer, x in enumerate(hidden)])
+        agreement = (reading.stats.argmax == reading.stats.argmax[-1]).double().sum((1, 2))
+        sums = torch.stack([error, reading.kl.double().sum((1, 2)), agreement]).cpu()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._tokens += len(y)
+        self._y, self._yy = self._y + y.sum(0), self._yy + (y * y).sum(0)
+
+    def _squared_error(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        if self._translators is not None and layer < self._translators.n_layers:
+            x = self._translators.one(layer, x)
+        return ((x.double() - y) ** 2).sum()
+
+    def quality(self) -> Quality:
+        error, kl, agreement = self._sums
+        variance = float((self._yy - self._y**2 / self._tokens).sum())
+        return Quality(
+            (1.0 - error / variance).tolist(), (kl / self._tokens).tolist(), (agreement / self._tokens).tolist()
+        )

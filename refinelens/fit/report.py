@@ -1,0 +1,76 @@
+"""The quality report of a lens: table, CSV and figure, from its manifest alone."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..results import write_whole
+
+TABLE = "quality.csv"
+FIGURE = "quality.png"
+MEASURES = ("variance_explained", "kl", "top1")
+COLUMNS = {"variance_explained": "var.", "kl": "KL", "top1": "top-1"}
+DIGITS = {"variance_explained": "{:.2f}".format, "kl": "{:.3f}".format, "top1": "{:.2f}".format}
+
+
+def write_csv(folder: Path, manifest: dict) -> None:
+    """Write ``quality.csv``: one line per layer, every measure of every lens."""
+    quality = manifest["quality"]
+    names = [f"{lens}_{measure}" for lens in quality for measure in MEASURES]
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["layer", "ridge", *names])
+            for layer, strength in enumerate([*manifest["ridge"], ""]):
+                cells = [f"{quality[lens][measure][layer]:.6g}" for lens in quality for measure in MEASURES]
+                writer.writerow([layer, strength, *cells])
+
+    write_whole(folder / TABLE, write)
+
+
+def print_quality(console: Console, manifest: dict) -> None:
+    """Print the report and, under it, what the numbers are."""
+    quality, tokens = manifest["quality"], manifest["tokens"]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    headings = [f"{lens}\n{COLUMNS[measure]}" for measure in MEASURES for lens in quality]
+    for heading in ("layer", "ridge", *headings):
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for layer, strength in enumerate([*manifest["ridge"], None]):
+        cells = [DIGITS[measure](quality[lens][measure][layer]) for measure in MEASURES for lens in quality]
+        table.add_row(str(layer), "" if strength is None else f"{strength:.0e}", *cells)
+    console.print(table)
+    lines = [
+        "ridge: strength as a share of the states' mean variance. var.: share explained of the output's residual "
+        "stream. KL: nats from the model's own prediction. top-1: share of tokens with the model's own argmax.",
+        f"Fitted on {tokens['fit']} tokens of the text {manifest['text']['name']}, strength chosen on "
+        f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def draw_figure(folder: Path, manifest: dict) -> None:
+    """Write ``quality.png``: KL and top-1 agreement over layers, one line per lens."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), layout="constrained")
+    labels = {"kl": "KL to the model's own prediction (nats)", "top1": "same argmax as the model (share)"}
+    for axes, (measure, label) in zip(panels, labels.items(), strict=True):
+        for lens, quality in manifest["quality"].items():
+            axes.plot(quality[measure], marker=".", label=lens)
+        axes.set(xlabel="layer (0: embedding; last: output)", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"{Path(manifest['model']['name']).name}: held-out text", fontsize=10)
+    write_whole(folder / FIGURE, lambda path: figure.savefig(path, dpi=150, format="png"))
+    plt.close(figure)

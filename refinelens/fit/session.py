@@ -1,0 +1,164 @@
+"""The fit of a lens: text -> residual stream -> statistics -> translators -> quality."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..errors import InputError
+from ..lens_files import FORMAT_VERSION, MANIFEST, TENSORS, model_entry, save_lens
+from ..logit_lens import LogitLens
+from ..manifest import now, packages
+from ..models import LoadedModel, load_model
+from ..results import check_disk, disk_error
+from ..translators import Translators
+from . import checkpoint, ridge
+from .options import FitOptions
+from .quality import Quality, measure
+from .report import FIGURE, TABLE, draw_figure, write_csv
+from .states import States
+from .statistics import Statistics
+from .text import load_text
+
+CHECKPOINT_SECONDS = 60.0
+REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
+OUTPUTS = {MANIFEST, TENSORS, TABLE, FIGURE, checkpoint.NAME}
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A lens that was fitted: its folder and manifest."""
+
+    path: Path
+    manifest: dict
+
+
+def fit_lens(
+    options: FitOptions,
+    out: str,
+    overwrite: bool = False,
+    argv: list[str] | None = None,
+    report: Progress = lambda stage, done, total: None,
+) -> Fitted:
+    """Fit a lens to a model and write its folder; a fit that was stopped goes on from its last checkpoint.
+
+    Memory: ``32 * n_layers * d_model**2`` bytes of statistics, whatever the amount of text; as much on disk
+    until the lens is written.
+
+    Args:
+        options: What to fit.
+        out: Folder of the lens, made here.
+        overwrite: Replace a lens or a stopped fit that is there.
+        argv: Command line, for the manifest.
+        report: Called with a stage, and how much of it is done.
+
+    Raises:
+        InputError: Input that does not fit, or no free disk.
+    """
+    folder = Path(out)
+    _check_folder(folder, overwrite)
+    text = load_text(options.text)
+    loaded = load_model(options.model, options.device, options.dtype)
+    logit_lens = LogitLens.from_model(loaded.model)
+    check_disk(out, 2 * _statistics_bytes(logit_lens))
+    started = time.monotonic()
+    states = States(options, text, loaded, logit_lens)
+    identity = _identity(options, text.sha256, loaded)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            (folder / checkpoint.NAME).unlink(missing_ok=True)
+        fit, choose = _gather(folder, identity, states, logit_lens, report)
+        report("solving", 0, 1)
+        translators, strengths = ridge.solve(fit, choose)
+        translators = translators.to(loaded.model.device, loaded.model.dtype)
+        quality = _measure(states, logit_lens, [None, translators], report)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "kind": "linear",
+            "refinelens_version": __version__,
+            "model": model_entry(loaded, logit_lens),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "text": {"name": text.name, "sha256": text.sha256},
+            "tokens": states.split.tokens(),
+            "arguments": options.arguments(),
+            "argv": argv,
+            "ridge": strengths,
+            "quality": {name: asdict(q) for name, q in zip(("plain", "linear"), quality, strict=True)},
+            "packages": packages(),
+            "finished": now(),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        save_lens(folder, translators, manifest)
+        write_csv(folder, manifest)
+        draw_figure(folder, manifest)
+        (folder / checkpoint.NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(out, error) from None
+    return Fitted(folder, manifest)
+
+
+def _gather(
+    folder: Path, identity: dict, states: States, logit_lens: LogitLens, report: Progress
+) -> tuple[Statistics, Statistics]:
+    """Statistics of the sequences to fit on and to choose by, kept on disk from time to time."""
+    device = logit_lens.model.device
+    begun = checkpoint.load(folder, identity, device)
+    done, fit, choose = begun or (0, *(Statistics.empty(logit_lens.n_layers, logit_lens.d_model, device) for _ in "12"))
+    end, saved = states.split.choose.stop, time.monotonic()
+    report("reading", done, end)
+    for index, hidden in enumerate(states.of(range(done, end)), done):
+        (fit if index in states.split.fit else choose).add(hidden)
+        report("reading", index + 1, end)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            checkpoint.save(folder, identity, index + 1, fit, choose)
+            saved = time.monotonic()
+    return fit, choose
+
+
+def _measure(
+    states: States, logit_lens: LogitLens, lenses: list[Translators | None], report: Progress
+) -> list[Quality]:
+    """Quality of every lens on the sequences that nothing was fitted on or chosen by."""
+    sequences = states.split.report
+    every = -(-len(sequences) * states.split.length // REPORT_TOKENS)
+    read = states.of(sequences, every)
+
+    def counted():
+        for index, hidden in enumerate(read):
+            report("measuring", index, len(sequences))
+            yield hidden
+
+    return measure(logit_lens, counted(), lenses)
+
+
+def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel) -> dict:
+    """What two fits must share for one to go on where the other stopped."""
+    return {
+        "tokens": options.tokens,
+        "text_sha256": text_sha256,
+        "config_sha256": loaded.config_sha256,
+        "weights_sha256": loaded.weights_sha256,
+        "tokenizer_sha256": loaded.tokenizer_sha256,
+        "device": loaded.model.device.type,
+    }
+
+
+def _statistics_bytes(logit_lens: LogitLens) -> int:
+    """Two sums of squares for each of two roles, fp64."""
+    return 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in OUTPUTS and not name.startswith(".")]
+    if foreign or (folder.exists() and not folder.is_dir()):
+        got = f"other files, such as {foreign[0]}" if foreign else "a file"
+        raise InputError(f"--out {folder}: expected a new folder or that of a lens, got {got}")
+    if MANIFEST in names and not overwrite:
+        raise InputError(f"--out {folder}: expected a new folder, got a lens; choose another or pass --overwrite")

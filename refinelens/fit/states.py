@@ -1,0 +1,71 @@
+"""From text to the residual stream of its tokens: the roles that sequences play, and a pass over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..logit_lens import LogitLens
+from ..models import LoadedModel
+from .options import SEQUENCES, SHORTEST, FitOptions
+from .text import Text, sequences
+
+LONGEST = 512  # tokens of a sequence
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sequences in the order of the text: the first are fitted on, the next choose, the last are reported on."""
+
+    length: int  # tokens of a sequence
+    fit: range
+    choose: range
+    report: range
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of each role; the first of a sequence is nobody's."""
+        return {name: len(getattr(self, name)) * (self.length - 1) for name in ("fit", "choose", "report")}
+
+
+class States:
+    """The residual stream of a text's sequences, one at a time.
+
+    The first token of a sequence is left out: models park attention there, and its states lie so far from all
+    others that they would rule a regression.
+    """
+
+    def __init__(self, options: FitOptions, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
+        self._text, self._loaded, self._logit_lens = text, loaded, logit_lens
+        length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
+        self._limit = options.tokens // min(length, loaded.max_tokens or length)
+        self._length = min(length, loaded.max_tokens or length)
+        self.split = self._split()
+
+    def _split(self) -> Split:
+        count = sum(1 for _ in self._sequences(self._limit))
+        if count < SEQUENCES:
+            raise InputError(
+                f"--text {self._text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
+                f"{count}; give more text or a smaller --tokens"
+            )
+        tenth = count // 10
+        return Split(
+            self._length,
+            range(count - 2 * tenth),
+            range(count - 2 * tenth, count - tenth),
+            range(count - tenth, count),
+        )
+
+    def _sequences(self, limit: int) -> Iterator[Tensor]:
+        return sequences(self._text, self._loaded.tokenizer, self._length, limit)
+
+    def of(self, which: range, every: int = 1) -> Iterator[Tensor]:
+        """States ``[n_layers + 1, tokens, d_model]`` of some sequences, every so many tokens."""
+        positions = torch.arange(1, self._length, every)
+        for ids in islice(self._sequences(which.stop), which.start, None):
+            yield self._logit_lens.hidden(ids, positions)[:, 0]

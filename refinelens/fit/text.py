@@ -1,0 +1,115 @@
+"""Ordinary text as sequences of tokens, streamed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+
+BUILTIN = "builtin"
+PIECE = 1 << 14  # characters that are tokenized at a time
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that can be read again and again, a piece at a time."""
+
+    name: str
+    path: Path | None  # None for the built-in text
+    sha256: str  # of the file, or of the built-in text
+
+    def pieces(self) -> Iterator[str]:
+        """Documents, or pieces of about `PIECE` characters of a plain text.
+
+        Raises:
+            InputError: A file that is not text, or lines of JSON without text; the line is named.
+        """
+        if self.path is None:
+            yield from _builtin_documents()
+            return
+        read = _json_documents if ".jsonl" in self.path.suffixes else _plain_pieces
+        try:
+            with _open(self.path) as file:
+                yield from read(self.path, file)
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise InputError(f"--text {self.path}: expected readable UTF-8 text, got: {error}") from None
+
+
+def load_text(name: str) -> Text:
+    """The text that ``--text`` names.
+
+    Args:
+        name: ``builtin`` (the language reference in the ``pydoc_data`` of this Python) or a file: plain text, or
+            ``.jsonl`` with ``text`` or the ``ctxs`` of a task in every line; gzip or not.
+
+    Raises:
+        InputError: No such file.
+    """
+    if name == BUILTIN:
+        return Text(BUILTIN, None, hashlib.sha256("\n".join(_builtin_documents()).encode()).hexdigest())
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"--text: expected builtin or a file of text, got no file at {name}")
+    with path.open("rb") as file:
+        return Text(name, path, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> Iterator[Tensor]:
+    """At most ``limit`` sequences ``[1, length]`` of token ids, int64; documents follow each other, a rest is left.
+
+    A sequence begins with the token that the tokenizer puts before a context, if it puts one there.
+    """
+
+    def ids() -> Iterator[int]:
+        for piece in text.pieces():
+            yield from tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+
+    begin = tokenizer("a")["input_ids"][:1]
+    begin = begin if begin == [tokenizer.bos_token_id] else []
+    stream = ids()
+    for _ in range(limit):
+        sequence = begin + list(islice(stream, length - len(begin)))
+        if len(sequence) < length:
+            return
+        yield torch.tensor([sequence])
+
+
+def _builtin_documents() -> list[str]:
+    from pydoc_data.topics import topics
+
+    documents = [f"{topics[name].strip()}\n\n" for name in sorted(topics)]
+    random.Random(0).shuffle(documents)  # its alphabet puts one subject beside another
+    return documents
+
+
+def _open(path: Path) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _plain_pieces(path: Path, file: IO[str]) -> Iterator[str]:
+    while piece := file.read(PIECE):
+        yield piece + file.readline()  # to the end of a line, so that no word is cut
+
+
+def _json_documents(path: Path, file: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            entry = json.loads(line)
+            texts = [entry["text"]] if "text" in entry else [f"{c['title']}\n{c['text']}" for c in entry["ctxs"]]
+            yield from (f"{text.strip()}\n\n" for text in texts)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                f"--text {path}: expected a JSON object with text or ctxs in every line, got another in line {number}"
+            ) from None
