@@ -46,7 +46,7 @@ def load(folder: Path, identity: dict, device: torch.device) -> tuple[int, Stati
     for key, value in identity.items():
         if there.get(key) != value:
             raise InputError(
-                f"--out {folder}: expected to go on with {key} {there.get(key)}, got {value}; pass --overwrite to begin "
-                "again"
+                f"--out {folder}: expected to go on with {key} {there.get(key)}, got {value}; pass --overwrite to "
+                "begin again"
             )
     return done, *state

@@ -1,0 +1,238 @@
+"""Fitting a linear lens: the regression against direct solutions, the text, stopping and going on, bad input."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from refinelens.cli import main
+from refinelens.errors import InputError
+from refinelens.fit import checkpoint, ridge, session
+from refinelens.fit.options import FitOptions
+from refinelens.fit.statistics import Statistics
+from refinelens.fit.text import load_text, sequences
+from refinelens.lens_files import load_lens
+from refinelens.models import load_model
+from tiny import WORDS, save_tiny_model
+
+
+def random_states(tokens, n_layers=2, d_model=7, seed=0):
+    """States whose last layer is a noisy affine map of every other, with means and scales far from 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-1, 2, d_model)
+    x = torch.randn(n_layers, tokens, d_model, generator=generator) * scale + 5 * scale
+    maps = torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(99))
+    y = x.mean(0) @ maps / scale.mean() + 3 + 0.5 * torch.randn(tokens, d_model, generator=generator)
+    return torch.cat([x, y[None]])
+
+
+def statistics_of(states, chunk=1000):
+    found = Statistics.empty(len(states) - 1, states.shape[2])
+    for block in states.split(chunk, dim=1):
+        found.add(block)
+    return found
+
+
+def direct_ridge(states, layer, strength):
+    """Ridge with an intercept by numpy's least squares on augmented rows, fp64."""
+    x, y = states[layer].double().numpy(), states[-1].double().numpy()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    xc, yc = x - mean_x, y - mean_y
+    penalty = strength * (xc**2).sum() / xc.shape[1]
+    rows = np.concatenate([xc, np.sqrt(penalty) * np.eye(xc.shape[1])])
+    maps = np.linalg.lstsq(rows, np.concatenate([yc, np.zeros_like(rows[: xc.shape[1]])]), rcond=None)[0]
+    return maps, mean_y - mean_x @ maps
+
+
+def test_translators_solve_the_ridge_problem():
+    states, other = random_states(500), random_states(200, seed=1)
+    translators, strengths = ridge.solve(statistics_of(states), statistics_of(other))
+    for layer, strength in enumerate(strengths):
+        maps, intercept = direct_ridge(states, layer, strength)
+        found = translators.weight[layer].double().numpy().T + np.eye(len(maps))
+        np.testing.assert_allclose(found, maps, atol=2e-6 * np.abs(maps).max())
+        np.testing.assert_allclose(translators.bias[layer].numpy(), intercept, rtol=1e-5, atol=1e-4)
+
+
+def test_the_strength_is_the_best_on_the_held_out_tokens():
+    states, other = random_states(12), random_states(300, seed=1)  # few tokens: the ridge matters
+    _, strengths = ridge.solve(statistics_of(states), statistics_of(other))
+    for layer, chosen in enumerate(strengths):
+        errors = {}
+        for strength in ridge.STRENGTHS:
+            maps, intercept = direct_ridge(states, layer, strength)
+            residual = other[-1].double().numpy() - other[layer].double().numpy() @ maps - intercept
+            errors[strength] = (residual**2).sum()
+        assert errors[chosen] <= min(errors.values()) * (1 + 1e-9)
+        assert chosen > ridge.STRENGTHS[0]
+
+
+def test_statistics_do_not_depend_on_how_the_tokens_come():
+    states = random_states(97)
+    whole, pieces = statistics_of(states), statistics_of(states, chunk=5)
+    for name, value in whole.tensors("x").items():
+        torch.testing.assert_close(pieces.tensors("x")[name], value, rtol=1e-12, atol=1e-9)
+
+
+def test_a_layer_that_never_varies_is_no_trouble():
+    states = random_states(50)
+    states[0] = 3.0
+    translators, _ = ridge.solve(statistics_of(states), statistics_of(states))
+    torch.testing.assert_close(translators.one(0, states[0]), states[-1].mean(0).expand(50, -1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    generator = np.random.default_rng(0)
+    path.write_text("\n".join(" ".join(generator.choice(WORDS, 12)) for _ in range(300)), encoding="utf-8")
+    return path
+
+
+def options(model, text, **changes):
+    return FitOptions(**{"model": str(model), "text": str(text), "tokens": 3000} | changes)
+
+
+@pytest.fixture(scope="module")
+def fitted(model, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lens") / "words"
+    return session.fit_lens(options(model, text), str(folder))
+
+
+def test_a_fitted_lens_explains_more_than_the_plain_one(fitted):
+    quality = fitted.manifest["quality"]
+    n_layers = fitted.manifest["model"]["n_layers"]
+    for layer in range(n_layers):
+        assert quality["linear"]["variance_explained"][layer] > quality["plain"]["variance_explained"][layer]
+        assert quality["linear"]["kl"][layer] < quality["plain"]["kl"][layer]
+    for lens in quality.values():
+        assert (lens["kl"][-1], lens["top1"][-1]) == (0.0, 1.0)
+        assert lens["variance_explained"][-1] == pytest.approx(1.0)
+
+
+def test_the_folder_of_a_lens(fitted):
+    names = {path.name for path in fitted.path.iterdir()}
+    assert names == {"lens.safetensors", "manifest.json", "quality.csv", "quality.png"}
+    lens = load_lens(fitted.path)
+    assert (lens.name, lens.kind, lens.manifest) == ("words", "linear", fitted.manifest)
+    assert fitted.manifest["tokens"]["fit"] > 4 * fitted.manifest["tokens"]["report"]
+    lines = (fitted.path / "quality.csv").read_text().splitlines()
+    assert len(lines) == 2 + fitted.manifest["model"]["n_layers"]
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 17])
+def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, monkeypatch, stop_after):
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
+    read = []
+
+    def report(stage, done, total):
+        read.append(done)
+        if len(read) == stop_after + 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        session.fit_lens(options(model, text), str(tmp_path / "words"), report=report)
+    monkeypatch.undo()
+    begun = []
+    session.fit_lens(options(model, text), str(tmp_path / "words"), report=lambda *stage: begun.append(stage))
+    assert begun[0][1] == max(stop_after - 1, 0)  # what was checkpointed is not read again
+    for name, tensor in load_file(fitted.path / "lens.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "words" / "lens.safetensors")[name], tensor)
+    assert not (tmp_path / "words" / checkpoint.NAME).exists()
+
+
+def stopped(model, text, folder, monkeypatch):
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
+
+    def report(stage, done, total):
+        if done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        session.fit_lens(options(model, text), str(folder), report=report)
+
+
+def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, monkeypatch):
+    stopped(model, text, tmp_path / "lens", monkeypatch)
+    with pytest.raises(InputError, match="go on with tokens 3000, got 4000; pass --overwrite"):
+        session.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
+    session.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"), overwrite=True)
+
+
+def test_a_damaged_checkpoint_is_named(model, text, tmp_path, monkeypatch):
+    stopped(model, text, tmp_path / "lens", monkeypatch)
+    path = tmp_path / "lens" / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="expected a whole statistics.safetensors"):
+        session.fit_lens(options(model, text), str(tmp_path / "lens"))
+
+
+def test_texts(tmp_path, model):
+    loaded = load_model(str(model))
+    plain = " ".join(WORDS) + "\n"
+    documents = [json.dumps({"text": plain}), json.dumps({"ctxs": [{"title": "door", "text": "the"}]})]
+    (tmp_path / "a.txt").write_text(plain, encoding="utf-8")
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write(plain)
+    (tmp_path / "b.jsonl").write_text("\n".join(documents), encoding="utf-8")
+    ids = loaded.tokenizer(plain)["input_ids"]
+    for name, wanted in (
+        ("a.txt", ids),
+        ("a.txt.gz", ids),
+        ("b.jsonl", ids + loaded.tokenizer("door the")["input_ids"]),
+    ):
+        found = list(sequences(load_text(str(tmp_path / name)), loaded.tokenizer, 2, 1000))
+        assert torch.cat(found, 1)[0].tolist() == wanted[: len(found) * 2]
+        assert len(found) == len(wanted) // 2
+    assert len(list(sequences(load_text("builtin"), loaded.tokenizer, 100, 50))) == 50
+
+
+BAD = [
+    (["--tokens", "10"], "--tokens: expected at least 160, got 10"),
+    (["--text", "nowhere.txt"], "--text: expected builtin or a file of text, got no file at nowhere.txt"),
+    (["--text", "SHORT"], "expected at least 10 sequences of 256 tokens, got 0; give more text or a smaller --tokens"),
+    (["--text", "BROKEN"], "expected a JSON object with text or ctxs in every line, got another in line 2"),
+    (["--text", "BINARY"], "expected readable UTF-8 text"),
+    (["--out", "FOREIGN"], "expected a new folder or that of a lens, got other files, such as mine.txt"),
+    (["--out", "LENS"], "expected a new folder, got a lens; choose another or pass --overwrite"),
+    (["--model", "nowhere/at/all"], "--model: expected a folder"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=lambda value: value if isinstance(value, str) else None)
+def test_bad_input_is_one_line(model, text, fitted, tmp_path, capsys, arguments, message):
+    (tmp_path / "SHORT").write_text("door the", encoding="utf-8")
+    (tmp_path / "BROKEN.jsonl").write_text('{"text": "door"}\n{"word": 1}\n', encoding="utf-8")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00" * 100)
+    (tmp_path / "FOREIGN").mkdir()
+    (tmp_path / "FOREIGN" / "mine.txt").write_text("kept")
+    places = {"SHORT": "SHORT", "BROKEN": "BROKEN.jsonl", "BINARY": "BINARY", "FOREIGN": "FOREIGN"}
+    places = {name: str(tmp_path / place) for name, place in places.items()} | {"LENS": str(fitted.path)}
+    given = [places.get(argument, argument) for argument in arguments]
+    defaults = ["--model", str(model), "--text", str(text), "--tokens", "6000", "--out", str(tmp_path / "out")]
+    assert main(["fit", *defaults, *given]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert (tmp_path / "FOREIGN" / "mine.txt").read_text() == "kept"
+
+
+def test_the_command_prints_the_report(model, text, tmp_path, capsys):
+    assert (
+        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert (
+        "ridge" in printed and "KL: nats from the model's own prediction" in printed and "lens.safetensors" in printed
+    )
