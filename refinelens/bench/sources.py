@@ -60,10 +60,10 @@ def _model_problem(name: str, device: str, dtype: str, rows: int) -> Problem:
     loaded = load_model(name, device, dtype)
     lens = LogitLens.from_model(loaded.model)
     parts = lens.parts
-    if parts.bias is not None or parts.softcap is not None or parts.logit_scale != 1.0:
+    if parts.bias is not None or parts.softcap is not None or parts.logit_scale != 1.0 or parts.projection is not None:
         raise InputError(
-            f"--model {name}: expected an unembedding without bias, softcap or logit scale, which not every "
-            "competitor knows; leave --model out"
+            f"--model {name}: expected an unembedding without bias, projection, softcap or logit scale, which not "
+            "every competitor knows; leave --model out"
         )
     layers = lens.n_layers + 1
     text = "\n\n".join(question.gold.text for question in load_task("builtin").questions)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..capture import LensParts
-from ..kernels.lens_common import linear_logits, soft_cap
-from ..kernels.norms import apply_norm
 from ..logit_lens import LogitLens
+from ..parts import LensParts
 from ..translators import Translators
 from .statistics import Statistics
 
 ROWS = 128  # tokens of a step, drawn from one sequence
-RATE = 0.02  # of Adam, in units of the spread of the last layer's states
+RATE = 0.0025  # of both optimisers, in units of the spread of the last layer's states
 SMALLEST = 1e-4  # variance a direction is taken to have at least, as a share of the mean
 
 
@@ -28,7 +27,7 @@ def train(
     seed: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Translators:
-    """Lower ``KL(p_final || p_layer)`` by Adam, from the translators of ridge regression on.
+    """Lower ``KL(p_final || p_layer)`` by Muon (Jordan 2024), from the translators of ridge regression on.
 
     The objective of Belrose et al. 2023 ("Eliciting Latent Predictions from Transformers with the Tuned Lens",
     section 3). A translator's correction acts on whitened states, so that one rate fits all directions: of a
@@ -46,15 +45,16 @@ def train(
     Memory: logits of `ROWS` tokens, with their gradients.
     """
     corrections = [_Correction(layer, start, statistics, steps) for layer in range(start.n_layers)]
+    parts = replace(logit_lens.parts, unembedding=logit_lens.parts.unembedding.float())
     generator = torch.Generator().manual_seed(seed)
     for step, hidden in enumerate(_endless(sequences)):
         report(step, steps)
         if step == steps:
             break
         rows = torch.randperm(hidden.shape[1], generator=generator)[:ROWS].to(hidden.device)
-        final = _log_probabilities(logit_lens.parts, hidden[-1, rows].float())
+        final = parts.logits(hidden[-1, rows].float()).log_softmax(-1)
         for layer, correction in enumerate(corrections):
-            correction.step(logit_lens.parts, hidden[layer, rows].float(), final)
+            correction.step(parts, hidden[layer, rows].float(), final)
     weight, bias = zip(*(correction.folded() for correction in corrections), strict=True)
     return Translators(torch.stack(weight), torch.stack(bias))
 
@@ -72,29 +72,28 @@ class _Correction:
         self._maps = torch.zeros_like(self._weight, requires_grad=True)
         self._shift = torch.zeros_like(self._bias, requires_grad=True)
         spread = float((yy / statistics.count).mean().sqrt())
-        self._optimiser = torch.optim.Adam([self._maps, self._shift], lr=RATE * spread, betas=(0.9, 0.95))
-        self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimiser, 1.0, 0.0, steps)
+        self._optimisers = (
+            torch.optim.Muon([self._maps], lr=RATE * spread, weight_decay=0.0),
+            torch.optim.Adam([self._shift], lr=RATE * spread),
+        )
+        self._schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, steps) for o in self._optimisers]
 
     def step(self, parts: LensParts, x: Tensor, final: Tensor) -> None:
         """One step on the states ``[rows, d_model]`` towards the log-probabilities ``[rows, vocab_size]``."""
         translated = torch.addmm(self._bias, x, self._weight.T) + x
         translated = translated + (x - self._mean) @ self._whiten @ self._maps + self._shift
-        own = _log_probabilities(parts, translated)
+        own = parts.logits(translated).log_softmax(-1)
         torch.nn.functional.kl_div(own, final, reduction="batchmean", log_target=True).backward()
-        self._optimiser.step()
-        self._schedule.step()
-        self._optimiser.zero_grad()
+        for optimiser, schedule in zip(self._optimisers, self._schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias with the correction in them."""
         with torch.no_grad():
             added = (self._whiten @ self._maps).T
             return self._weight + added, self._bias + self._shift - added @ self._mean
-
-
-def _log_probabilities(parts: LensParts, states: Tensor) -> Tensor:
-    z = linear_logits(apply_norm(states, parts.norm), parts.unembedding.float(), parts.bias, parts.logit_scale)
-    return soft_cap(z, parts.softcap).log_softmax(-1)
 
 
 def _endless(sequences: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
