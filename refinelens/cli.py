@@ -144,6 +144,7 @@ def _add_fit(commands) -> None:
         default="linear",
         help="linear: ridge regression in closed form; kl: trained from there (default: %(default)s)",
     )
+    add("--steps", type=int, default=150, metavar="N", help="of training, for kl (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="(default: float32 on a CPU, the checkpoint's own on CUDA)")
     add("--seed", type=int, default=0, help="of the training (default: %(default)s)")

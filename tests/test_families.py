@@ -207,7 +207,8 @@ def test_broken_weights_are_refused_not_raised():
 
 def test_longest_context():
     """MPT states it under a name of its own, BLOOM has no limit."""
-    limits = {n: LoadedModel("m", build(n), None, "", "", "", ()).max_tokens for n in ("gptj", "mpt", "bloom", "llama")}
+    names = ("gptj", "mpt", "bloom", "llama")
+    limits = {n: LoadedModel("m", build(n), None, "", "", "", "", ()).max_tokens for n in names}
     assert limits == {"gptj": 64, "mpt": 64, "bloom": None, "llama": SIZES["max_position_embeddings"]}
 
 

@@ -236,3 +236,23 @@ def test_the_command_prints_the_report(model, text, tmp_path, capsys):
     assert (
         "ridge" in printed and "KL: nats from the model's own prediction" in printed and "lens.safetensors" in printed
     )
+
+
+def test_training_lowers_the_kl(model, text, fitted, tmp_path):
+    trained = session.fit_lens(options(model, text, objective="kl", steps=60), str(tmp_path / "lens"))
+    quality = trained.manifest["quality"]
+    assert (
+        list(quality) == ["plain", "linear", "kl"] and trained.manifest["kind"] == load_lens(trained.path).kind == "kl"
+    )
+    assert quality["linear"]["kl"] == pytest.approx(fitted.manifest["quality"]["linear"]["kl"], rel=1e-4)
+    assert sum(quality["kl"]["kl"]) < 0.9 * sum(quality["linear"]["kl"])
+    again = session.fit_lens(options(model, text, objective="kl", steps=60), str(tmp_path / "again"))
+    assert torch.equal(load_lens(again.path).translators.weight, load_lens(trained.path).translators.weight)
+
+
+def test_a_layer_that_training_makes_worse_keeps_its_linear_translator(model, text, fitted, tmp_path, monkeypatch):
+    from refinelens.fit import train
+
+    monkeypatch.setattr(train, "RATE", 50.0)
+    wild = session.fit_lens(options(model, text, objective="kl", steps=3), str(tmp_path / "lens"))
+    assert torch.equal(load_lens(wild.path).translators.weight, load_lens(fitted.path).translators.weight)

@@ -19,6 +19,7 @@ class FitOptions:
     text: str = "builtin"
     tokens: int = 200_000
     objective: str = "linear"
+    steps: int = 150  # of training, for the objective kl
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -28,6 +29,8 @@ class FitOptions:
             raise InputError(f"--tokens: expected at least {SEQUENCES * SHORTEST}, got {self.tokens}")
         if self.objective not in OBJECTIVES:
             raise InputError(f"--objective: expected {' or '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.steps < 1:
+            raise InputError(f"--steps: expected at least 1, got {self.steps}")
         if self.seed < 0:
             raise InputError(f"--seed: expected 0 or more, got {self.seed}")
 

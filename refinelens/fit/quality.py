@@ -21,13 +21,15 @@ class Quality:
     top1: list[float]  # share of tokens where the layer's argmax is the model's own prediction
 
 
-def measure(logit_lens: LogitLens, states: Iterable[Tensor], lenses: list[Translators | None]) -> list[Quality]:
+def measure(
+    logit_lens: LogitLens, states: Iterable[Tensor], lenses: dict[str, Translators | None]
+) -> dict[str, Quality]:
     """The quality of every lens (None: the plain one) on ``states`` ``[n_layers + 1, tokens, d_model]``."""
-    tallies = [_Tally(lens) for lens in lenses]
+    tallies = {name: _Tally(lens) for name, lens in lenses.items()}
     for hidden in states:
-        for tally in tallies:
+        for tally in tallies.values():
             tally.add(logit_lens, hidden)
-    return [tally.quality() for tally in tallies]
+    return {name: tally.quality() for name, tally in tallies.items()}
 
 
 class _Tally:

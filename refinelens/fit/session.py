@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .. import __version__
 from ..errors import InputError
@@ -17,11 +20,12 @@ from ..results import check_disk, disk_error
 from ..translators import Translators
 from . import checkpoint, ridge
 from .options import FitOptions
-from .quality import Quality, measure
+from .quality import measure
 from .report import FIGURE, TABLE, draw_figure, write_csv
 from .states import States
 from .statistics import Statistics
 from .text import load_text
+from .train import train
 
 CHECKPOINT_SECONDS = 60.0
 REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
@@ -76,11 +80,14 @@ def fit_lens(
         fit, choose = _gather(folder, identity, states, logit_lens, report)
         report("solving", 0, 1)
         translators, strengths = ridge.solve(fit, choose)
-        translators = translators.to(loaded.model.device, loaded.model.dtype)
-        quality = _measure(states, logit_lens, [None, translators], report)
+        lenses = {"linear": translators}
+        if options.objective == "kl":
+            lenses["kl"] = _train(options, logit_lens, translators, fit, states, report)
+        lenses = {name: lens.to(loaded.model.device, loaded.model.dtype) for name, lens in lenses.items()}
+        quality = measure(logit_lens, _held_out(states, states.split.report, report), {"plain": None, **lenses})
         manifest = {
             "format_version": FORMAT_VERSION,
-            "kind": "linear",
+            "kind": options.objective,
             "refinelens_version": __version__,
             "model": model_entry(loaded, logit_lens),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -89,12 +96,12 @@ def fit_lens(
             "arguments": options.arguments(),
             "argv": argv,
             "ridge": strengths,
-            "quality": {name: asdict(q) for name, q in zip(("plain", "linear"), quality, strict=True)},
+            "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
             "packages": packages(),
             "finished": now(),
             "seconds": round(time.monotonic() - started, 3),
         }
-        save_lens(folder, translators, manifest)
+        save_lens(folder, lenses[options.objective], manifest)
         write_csv(folder, manifest)
         draw_figure(folder, manifest)
         (folder / checkpoint.NAME).unlink(missing_ok=True)
@@ -121,20 +128,39 @@ def _gather(
     return fit, choose
 
 
-def _measure(
-    states: States, logit_lens: LogitLens, lenses: list[Translators | None], report: Progress
-) -> list[Quality]:
-    """Quality of every lens on the sequences that nothing was fitted on or chosen by."""
-    sequences = states.split.report
+def _train(
+    options: FitOptions,
+    logit_lens: LogitLens,
+    start: Translators,
+    statistics: Statistics,
+    states: States,
+    report: Progress,
+) -> Translators:
+    """The trained translators, but at layers where ``start`` reads the sequences to choose by better."""
+
+    def told(done: int, total: int) -> None:
+        report("training", done, total)
+
+    trained = train(
+        logit_lens, start, statistics, lambda: states.of(states.split.fit), options.steps, options.seed, told
+    )
+    device, dtype = logit_lens.model.device, logit_lens.model.dtype
+    both = {"start": start.to(device, dtype), "trained": trained.to(device, dtype)}
+    quality = measure(logit_lens, _held_out(states, states.split.choose, report), both)
+    better = torch.tensor(quality["trained"].kl) < torch.tensor(quality["start"].kl)
+    better = better[:-1].to(trained.bias.device)
+    return Translators(
+        torch.where(better[:, None, None], trained.weight, start.weight),
+        torch.where(better[:, None], trained.bias, start.bias),
+    )
+
+
+def _held_out(states: States, sequences: range, report: Progress) -> Iterator[Tensor]:
+    """The states of some sequences at about `REPORT_TOKENS` tokens."""
     every = -(-len(sequences) * states.split.length // REPORT_TOKENS)
-    read = states.of(sequences, every)
-
-    def counted():
-        for index, hidden in enumerate(read):
-            report("measuring", index, len(sequences))
-            yield hidden
-
-    return measure(logit_lens, counted(), lenses)
+    for index, hidden in enumerate(states.of(sequences, every)):
+        report("measuring", index, len(sequences))
+        yield hidden
 
 
 def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel) -> dict:
