@@ -44,11 +44,11 @@ class LayerReading:
     """What a lens reads at every layer, fields of shape ``[n_layers + 1, batch, n_positions]``."""
 
     stats: LensStats
-    kl: Tensor  # fp32, nats, KL(p_final || p_layer)
+    kl: Tensor | None  # fp32, nats, KL(p_final || p_layer); None if it was not asked for
 
     def to(self, device: torch.device | str) -> LayerReading:
         """The same reading on another device."""
-        return LayerReading(self.stats.to(device), self.kl.to(device))
+        return LayerReading(self.stats.to(device), None if self.kl is None else self.kl.to(device))
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,14 @@ class LogitLens:
         Raises:
             InputError: Shapes, positions, token ids or targets that do not fit.
         """
-        return self.read(self.hidden(input_ids, positions, attention_mask), targets, translators).stats
+        return self.read(self.hidden(input_ids, positions, attention_mask), targets, translators, kl=False).stats
 
     def read(
-        self, hidden: Tensor, targets: Tensor | int | None = None, translators: Translators | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor | int | None = None,
+        translators: Translators | None = None,
+        kl: bool = True,
     ) -> LayerReading:
         """Statistics of every layer and its KL divergence to the last one.
 
@@ -153,6 +157,7 @@ class LogitLens:
             hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
             targets: Ids broadcastable to ``[batch, n_positions]``, or None.
             translators: In the dtype and on the device of ``hidden``, or None for the plain logit lens.
+            kl: Whether to compute the divergence: two more products over the rows of the last layer.
 
         Raises:
             InputError: As `fused_lens`, and translators that do not fit.
@@ -167,7 +172,7 @@ class LogitLens:
             block = states[:, start : start + step]
             block = block if translators is None else translators(block)
             stats = self.stats(block, None if targets is None else targets[start : start + step])
-            blocks.append(LayerReading(stats, _kl(self.parts, block, stats)))
+            blocks.append(LayerReading(stats, _kl(self.parts, block, stats) if kl else None))
         return _joined(blocks, hidden.shape[:-1])
 
     def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -199,11 +204,13 @@ class LogitLens:
 
 def _joined(blocks: list[LayerReading], shape: torch.Size) -> LayerReading:
     """Readings of neighbouring rows as one of ``shape``."""
-    values = {}
-    for field in fields(LensStats):
-        columns = [getattr(block.stats, field.name) for block in blocks]
-        values[field.name] = None if columns[0] is None else torch.cat(columns, 1).view(shape)
-    return LayerReading(LensStats(**values), torch.cat([block.kl for block in blocks], 1).view(shape))
+
+    def join(columns: list[Tensor | None]) -> Tensor | None:
+        return None if columns[0] is None else torch.cat(columns, 1).view(shape)
+
+    names = [field.name for field in fields(LensStats)]
+    stats = LensStats(**{name: join([getattr(block.stats, name) for block in blocks]) for name in names})
+    return LayerReading(stats, join([block.kl for block in blocks]))
 
 
 def _kl(parts: LensParts, hidden: Tensor, stats: LensStats) -> Tensor:
