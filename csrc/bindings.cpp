@@ -34,8 +34,9 @@ py::tuple run_summarise_trajectories(Array<int64_t> ranks, int64_t k) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ half of refinelens: the fused lens on a CPU, and rank trajectories.";
+  m.doc() = "C++ half of refinelens: the fused lens on a CPU, rank trajectories and their agreement.";
   bind_lens(m);
+  bind_ranks(m);
   bind_screen(m);
   m.def("summarise_trajectories", &run_summarise_trajectories, py::arg("ranks").noconvert(), py::arg("k"),
         "First-correct, settle, flips and largest gain, [...] int64 each, of ranks [..., n_layers + 1]; -1 for none.");

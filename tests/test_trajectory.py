@@ -70,6 +70,13 @@ def test_cpp_equals_numpy(shape, k):
     assert_equals_twin(np.random.default_rng(0).integers(0, 5, shape), k)
 
 
+def test_all_censored():
+    ranks = np.random.default_rng(0).integers(1, 5, (50, 9))
+    assert_equals_twin(ranks, 1)
+    result = trajectories(ranks)
+    assert result.censored.all() and (result.depth == NONE).all() and (result.flips == NONE).all()
+
+
 RANKS = hnp.arrays(
     hnp.integer_dtypes() | hnp.unsigned_integer_dtypes(),
     hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=6).filter(lambda shape: shape[-1] > 0),
