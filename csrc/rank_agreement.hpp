@@ -75,8 +75,14 @@ class KendallTauB {
     int64_t count = 0;
     for (int64_t start = 0; start < n; start += kRun) count += insertion_sort(start, std::min(n, start + kRun));
     for (int64_t run = kRun; run < n; run *= 2) {
-      for (int64_t start = 0; start < n; start += 2 * run)
-        count += merge(start, std::min(n, start + run), std::min(n, start + 2 * run));
+      for (int64_t start = 0; start < n; start += 4 * run) {
+        Merge one = merge_at(start, run), other = merge_at(std::min(n, start + 2 * run), run);
+        while (one.goes_on() && other.goes_on()) {
+          one.step();
+          other.step();
+        }
+        count += one.finish() + other.finish();
+      }
       sequence_.swap(buffer_);
     }
     return count;
@@ -94,22 +100,36 @@ class KendallTauB {
     return count;
   }
 
-  // Merges two neighbouring runs into the buffer, without a branch on the values, which nobody can predict.
-  int64_t merge(int64_t start, int64_t middle, int64_t end) {
-    const int32_t* in = sequence_.data();
-    int32_t* out = buffer_.data() + start;
-    int64_t left = start, right = middle, count = 0;
-    while (left < middle && right < end) {
-      const int32_t from_left = in[left], from_right = in[right];
+  // Two neighbouring runs on their way into the buffer. No branch hangs on the values, which nobody can predict; what
+  // remains is the wait of each step for the one before, so that two merges take turns.
+  struct Merge {
+    const int32_t *left, *middle, *right, *end;
+    int32_t* out;
+    int64_t count;  // exchanges so far
+
+    bool goes_on() const { return left < middle && right < end; }
+
+    void step() {
+      const int32_t from_left = *left, from_right = *right;
       const int64_t exchange = from_right < from_left;
       *out++ = std::min(from_left, from_right);
       count += (middle - left) & -exchange;
       right += exchange;
       left += 1 - exchange;
     }
-    out = std::copy(in + left, in + middle, out);
-    std::copy(in + right, in + end, out);
-    return count;
+
+    int64_t finish() {
+      while (goes_on()) step();
+      std::copy(right, end, std::copy(left, middle, out));
+      return count;
+    }
+  };
+
+  Merge merge_at(int64_t start, int64_t run) {
+    const int64_t n = sequence_.size();
+    const int32_t* in = sequence_.data();
+    const int32_t* middle = in + std::min(n, start + run);
+    return {in + start, middle, middle, in + std::min(n, start + 2 * run), buffer_.data() + start, 0};
   }
 
   std::vector<int32_t> sequence_, buffer_;
