@@ -1,6 +1,8 @@
 // The Python module: trajectories, and what the other binding files register.
 #include "bindings.hpp"
 
+#include <vector>
+
 #include "trajectory.hpp"
 
 namespace py = pybind11;
@@ -10,27 +12,34 @@ namespace refinelens {
 namespace {
 
 py::tuple run_summarise_trajectories(Array<int64_t> ranks, int64_t k) {
-  if (ranks.ndim() != 2)
-    throw py::value_error("ranks: expected shape (examples, n_layers + 1), got " + shape_text(ranks));
-  const py::ssize_t n = ranks.shape(0);
-  Array<int64_t> first_correct(n), settle(n), flips(n);
+  if (ranks.ndim() == 0 || ranks.shape(ranks.ndim() - 1) == 0)
+    throw py::value_error("ranks: expected shape (..., n_layers + 1), got " + shape_text(ranks));
+  const py::ssize_t n_points = ranks.shape(ranks.ndim() - 1), n = ranks.size() / n_points;
+  const std::vector<py::ssize_t> shape(ranks.shape(), ranks.shape() + ranks.ndim() - 1);
+  Array<int64_t> first_correct(shape), settle(shape), flips(shape), largest_gain(shape);
   const int64_t* in = ranks.data();
-  int64_t *first = first_correct.mutable_data(), *settled = settle.mutable_data(), *changes = flips.mutable_data();
+  const TrajectoryColumns out{first_correct.mutable_data(), settle.mutable_data(), flips.mutable_data(),
+                              largest_gain.mutable_data()};
+  int64_t negative;
   {
     py::gil_scoped_release release;
-    summarise_trajectories(in, n, ranks.shape(1), k, first, settled, changes);
+    negative = summarise_trajectories(in, n, n_points, k, out);
   }
-  return py::make_tuple(first_correct, settle, flips);
+  if (negative >= 0)
+    throw py::value_error("ranks: expected 0 or more, got " + std::to_string(in[negative]) +
+                          "; leave out the examples that have no rank");
+  return py::make_tuple(first_correct, settle, flips, largest_gain);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ half of refinelens: the fused lens on a CPU, and rank trajectories.";
+  m.doc() = "C++ half of refinelens: the fused lens on a CPU, rank trajectories and their agreement.";
   bind_lens(m);
+  bind_ranks(m);
   bind_screen(m);
   m.def("summarise_trajectories", &run_summarise_trajectories, py::arg("ranks").noconvert(), py::arg("k"),
-        "First-correct, settle and flips, [examples] int64 each, of ranks [examples, n_layers + 1]; -1 for none.");
+        "First-correct, settle, flips and largest gain, [...] int64 each, of ranks [..., n_layers + 1]; -1 for none.");
 }
 
 }  // namespace refinelens

@@ -46,6 +46,7 @@ inline Matrix as_matrix(const pybind11::array& a, const char* name) {
 }
 
 void bind_lens(pybind11::module_& m);
+void bind_ranks(pybind11::module_& m);
 void bind_screen(pybind11::module_& m);
 
 }  // namespace refinelens

@@ -49,7 +49,7 @@ def trajectory_table(run: Run, top: int) -> pa.Table:
     keys = [name for name, _ in KEYS]
     tables = []
     for part in run.parts([*keys, "answer_id", "argmax", "target_rank"]):
-        ranks = _matrix(part["target_rank"])
+        ranks = layer_matrix(part["target_rank"])
         result = trajectories(ranks, top)
         values = {
             "first_correct": _nullable(result.first_correct),
@@ -57,7 +57,7 @@ def trajectory_table(run: Run, top: int) -> pa.Table:
             "depth": _nullable(result.depth),
             "flips": _nullable(result.flips),
             "final_correct": pa.array(~result.censored),
-            "answer_correct": pa.array(_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy()),
+            "answer_correct": pa.array(layer_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy()),
         }
         columns = [part[name] for name in keys] + list(values.values())
         tables.append(pa.table(columns, names=TRAJECTORIES.names).cast(TRAJECTORIES))
@@ -124,7 +124,7 @@ def _bootstrap(by_question: np.ndarray, reduce, seed: int) -> Estimate:
     return Estimate(float(reduce(by_question)), float(low), float(high))
 
 
-def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
+def layer_matrix(lists: pa.ChunkedArray) -> np.ndarray:
     """``[rows, layers]`` of a list column whose lists all have the same length."""
     flat = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(lists), -1)

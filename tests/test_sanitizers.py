@@ -93,6 +93,7 @@ def test_extension_under_sanitizers(tmp_path):
     }
     code, output = run([sys.executable, "-P", "-c", "import refinelens._C as c; print(c.__file__)"], **environment)
     assert code == 0 and str(library) in output, output
-    tests = [f"tests/test_{name}.py" for name in ("lens", "robustness", "trajectory", "certified")]
+    names = ("lens", "robustness", "trajectory", "rank_agreement", "certified")
+    tests = [f"tests/test_{name}.py" for name in names]
     code, output = run([sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], **environment)
     assert code == 0, output

@@ -1,0 +1,135 @@
+"""Rank comparisons against SciPy and numpy: `python benchmarks/ranks.py`.
+
+Every result is checked against the other's first. Then all take turns; medians of process CPU time, one thread.
+Two sizes: 1,000 pairs of rows of 1,000 numbers each, and 31 layers with each other over 2,000 questions, whose ranks
+come to 0 layer by layer as a lens's do, so that many tie. SciPy's Kendall is called for one triangle of the layers.
+stats is scipy.stats; numpy is refinelens's own twin. Set OMP_NUM_THREADS=1, because process CPU time adds up threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import numpy as np
+import scipy
+from scipy import stats
+
+from refinelens import __version__
+from refinelens.bench.race import Race, torch_threads
+from refinelens.manifest import device_name
+from refinelens.rank_agreement import between_layers, kendall_tau_b, spearman, top_k_overlap
+from refinelens.rank_agreement_twin import top_k_overlap_numpy
+from refinelens.trajectory import summarise_numpy, trajectories
+
+ROUNDS = 7
+PAIRS, LENGTH = 1000, 1000
+N_POINTS, QUESTIONS = 31, 2000
+EXAMPLES = 200_000
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One task, done by refinelens and by something else; both return fp64 or integers of one shape."""
+
+    task: str
+    other: str
+    ours: Callable[[], np.ndarray]
+    theirs: Callable[[], np.ndarray]
+
+
+def lens_ranks(generator: np.random.Generator, examples: int) -> np.ndarray:
+    """Ranks ``[examples, N_POINTS]`` that fall from the whole vocabulary of GPT-2 towards 0."""
+    exponents = np.linspace(1, 0.1, N_POINTS) * generator.random((examples, N_POINTS))
+    return np.floor(50257**exponents - 1).astype(np.int64)
+
+
+def contests() -> list[Contest]:
+    """What is compared."""
+    generator = np.random.default_rng(0)
+    a, b = generator.random((2, PAIRS, LENGTH))
+    ranks = lens_ranks(generator, QUESTIONS)
+    many = lens_ranks(generator, EXAMPLES)
+    rows, layers = f"{PAIRS} pairs of {LENGTH}", f"{N_POINTS} x {N_POINTS} layers, {QUESTIONS} questions"
+    top_k = partial(top_k_overlap, k=TOP)
+    every_pair = ranks.T[:, None], ranks.T[None]
+    kendall, rho, best = "stats.kendalltau", "stats.spearmanr", f"Top-{TOP}, {layers}"
+    return [
+        Contest(f"Kendall, {rows}", kendall, partial(kendall_tau_b, a, b), partial(_kendall, a, b)),
+        Contest(f"Kendall, {layers}", kendall, partial(between_layers, ranks), partial(_kendall_layers, ranks)),
+        Contest(f"Spearman, {rows}", rho, partial(spearman, a, b), partial(_spearman, a, b)),
+        Contest(f"Spearman, {rows}", "stats.rankdata", partial(spearman, a, b), partial(_spearman_by_rankdata, a, b)),
+        Contest(f"Spearman, {layers}", rho, partial(between_layers, ranks, spearman), partial(_spearman_layers, ranks)),
+        Contest(best, "numpy", partial(between_layers, ranks, top_k), partial(top_k_overlap_numpy, *every_pair, TOP)),
+        Contest(f"Trajectories, {EXAMPLES} examples", "numpy", partial(_columns, many), partial(_columns_numpy, many)),
+    ]
+
+
+def _kendall(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.array([stats.kendalltau(x, y).statistic for x, y in zip(a, b, strict=True)])
+
+
+def _kendall_layers(ranks: np.ndarray) -> np.ndarray:
+    out = np.eye(N_POINTS)
+    for i, j in zip(*np.triu_indices(N_POINTS, 1), strict=True):
+        out[i, j] = out[j, i] = stats.kendalltau(ranks[:, i], ranks[:, j]).statistic
+    return out
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.array([stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])
+
+
+def _spearman_layers(ranks: np.ndarray) -> np.ndarray:
+    return stats.spearmanr(ranks).statistic
+
+
+def _spearman_by_rankdata(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    x, y = (stats.rankdata(values, axis=-1) - (LENGTH + 1) / 2 for values in (a, b))
+    return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def _columns(ranks: np.ndarray) -> np.ndarray:
+    result = trajectories(ranks)
+    return np.stack([result.first_correct, result.settle, result.flips, result.largest_gain])
+
+
+def _columns_numpy(ranks: np.ndarray) -> np.ndarray:
+    return np.stack(summarise_numpy(ranks, 1))
+
+
+def largest_differences(entered: list[Contest]) -> list[float]:
+    """Largest difference of each contest's two results, at most 1e-12."""
+    differences = [float(np.abs(contest.ours() - contest.theirs()).max()) for contest in entered]
+    for contest, difference in zip(entered, differences, strict=True):
+        if not difference <= 1e-12:
+            raise SystemExit(f"{contest.task}: expected {contest.other} within 1e-12, got a difference of {difference}")
+    return differences
+
+
+def main() -> None:
+    entered = contests()
+    differences = largest_differences(entered)
+    race = Race("cpu", threads=1)
+    for i, contest in enumerate(entered):
+        race.enter((i, "ours"), contest.ours)
+        race.enter((i, "theirs"), contest.theirs)
+    for _ in range(ROUNDS):
+        race.round()
+    versions = f"refinelens {__version__}, SciPy {scipy.__version__}, numpy {np.__version__}"
+    print(f"{device_name('cpu')}, 1 thread, {versions}.")
+    print(f"Time: process CPU time; medians of {ROUNDS} rounds in which all take turns.\n")
+    heading = f"{'':46}{'refinelens ms':>14}{'other ms':>10}  {'other':17}{'faster':>8}{'difference':>12}"
+    print(f"{heading}\n{'-' * len(heading)}")
+    for i, (contest, difference) in enumerate(zip(entered, differences, strict=True)):
+        ours, theirs = (median(race.seconds[i, side]) * 1e3 for side in ("ours", "theirs"))
+        ratio = f"{theirs / ours:.1f} x"
+        print(f"{contest.task:46}{ours:14.2f}{theirs:10.2f}  {contest.other:17}{ratio:>8}{difference:12.0e}")
+
+
+if __name__ == "__main__":
+    with torch_threads(1):
+        main()

@@ -1,0 +1,84 @@
+"""How far two runs agree on the order of their rows, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from .errors import InputError
+from .rank_agreement import kendall_tau_b
+from .results import KEYS, Run
+from .summary import layer_matrix
+
+NAMES = [name for name, _ in KEYS]
+
+
+@dataclass(frozen=True)
+class RunAgreement:
+    """Agreement of two runs at every layer, fp64 ``[n_layers + 1]``, over so many shared rows."""
+
+    rows: int
+    layers: np.ndarray
+
+
+def compare_runs(
+    run_a: Run, run_b: Run, compare: Callable[[np.ndarray, np.ndarray], np.ndarray] = kendall_tau_b
+) -> RunAgreement:
+    """Agreement of the target ranks of two runs over the rows both have, layer by layer.
+
+    Args:
+        run_a: One run.
+        run_b: Another over the same task, for instance of another model with as many layers.
+        compare: `kendall_tau_b`, `spearman`, or for instance ``functools.partial(top_k_overlap, k=10)``.
+
+    Raises:
+        InputError: Different numbers of layers, or what `paired_ranks` or ``compare`` refuses.
+    """
+    ranks_a, ranks_b = paired_ranks(run_a, run_b)
+    if ranks_a.shape[1] != ranks_b.shape[1]:
+        raise InputError(
+            f"{run_a.path} and {run_b.path}: expected models with the same number of layers, got "
+            f"{ranks_a.shape[1] - 1} and {ranks_b.shape[1] - 1}; choose layers from the arrays of paired_ranks instead"
+        )
+    return RunAgreement(len(ranks_a), compare(ranks_a.T, ranks_b.T))
+
+
+def paired_ranks(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Target ranks of the rows that two runs share, int64 ``[rows, n_layers + 1]`` each, in the order of ``run_a``.
+
+    Rows, one per answer token, are the same if all of `refinelens.results.KEYS` are equal.
+
+    Raises:
+        InputError: Runs of different tasks, or without a shared row.
+    """
+    if run_a.manifest["task"].get("sha256") != run_b.manifest["task"].get("sha256"):
+        raise InputError(
+            f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
+            "sweep both over one task file"
+        )
+    (keys_a, ranks_a), (keys_b, ranks_b) = _read(run_a, "row_a"), _read(run_b, "row_b")
+    shared = keys_a.join(keys_b, keys=NAMES, join_type="inner").sort_by("row_a")
+    if not len(shared):
+        raise InputError(
+            f"{run_a.path} and {run_b.path}: expected rows with equal {', '.join(NAMES)}, got none among "
+            f"{len(keys_a)} and {len(keys_b)} rows; sweep both with the same --documents and --gold-positions"
+        )
+    return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()]
+
+
+def _read(run: Run, number: str) -> tuple[pa.Table, np.ndarray]:
+    """Keys with a column of row numbers, because lists cannot be joined, and target ranks by layer."""
+    parts = list(run.parts([*NAMES, "target_rank"]))
+    if not sum(map(len, parts)):
+        raise InputError(f"{run.path}: expected a run with rows, got none; finish its sweep first")
+    table = pa.concat_tables(parts)
+    keys = table.select(NAMES).append_column(number, pa.array(np.arange(len(table))))
+    return keys, layer_matrix(table["target_rank"])
+
+
+def _task(run: Run) -> str:
+    task = run.manifest["task"]
+    return f"{task.get('name')} ({str(task.get('sha256'))[:8]})"
