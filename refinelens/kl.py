@@ -84,7 +84,7 @@ def _expected_capped(x_hat, final_logsumexp, unembedding, bias, softcap, logit_s
     n_layers, n_rows, _ = x_hat.shape
     expected, mass = x_hat.new_zeros(n_layers, n_rows), x_hat.new_zeros(n_rows)
     for _, _, z in z_chunks(x_hat.flatten(0, 1), unembedding, bias, logit_scale):
-        logits = soft_cap(z, softcap).view(n_layers, n_rows, -1)
+        logits = soft_cap(z, softcap).view(n_layers, n_rows, z.shape[-1])
         p = (logits[-1] - final_logsumexp).exp()
         expected += torch.einsum("lnv,nv->ln", logits, p)
         mass += p.sum(-1)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass, field
+import reprlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import InputError
+from .files import check_entries, read_json_object, sha256_of
 from .logit_lens import LogitLens
 from .models import LoadedModel
 from .results import write_whole
 from .translators import Translators
+from .tuned_lens import CONFIG, KIND, PARAMS, compare_unembedding, read_tuned_lens
 
 PLAIN = "plain"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = "lens.safetensors"
-MODEL_KEYS = ("name", "class", "config_sha256", "weights_sample_sha256", "n_layers", "d_model")
+MODEL_KEYS = {
+    "name": str,
+    "class": str,
+    "config_sha256": str,
+    "weights_sample_sha256": str,
+    "n_layers": int,
+    "d_model": int,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,8 @@ class Lens:
     name: str  # plain, or the name of the lens's folder
     translators: Translators | None = None  # None for the plain logit lens
     manifest: dict = field(default_factory=dict)  # of the lens's folder
-    sha256: str | None = None  # of its tensors
+    sha256: str | None = None  # of the file with its tensors
+    note: str | None = None  # what could not be checked of it
 
     @property
     def kind(self) -> str:
@@ -39,7 +51,7 @@ class Lens:
 
     def entry(self) -> dict:
         """The lens as the manifest of a run holds it."""
-        return {"name": self.name, "kind": self.kind, "sha256": self.sha256}
+        return {"name": self.name, "kind": self.kind, "sha256": self.sha256, "note": self.note}
 
 
 def load_lenses(names: tuple[str, ...]) -> list[Lens]:
@@ -49,47 +61,37 @@ def load_lenses(names: tuple[str, ...]) -> list[Lens]:
         InputError: A folder that does not hold a whole lens, or two of one name.
     """
     lenses = [Lens(PLAIN) if name == PLAIN else load_lens(name) for name in names]
-    found = [lens.name for lens in lenses]
-    if len(set(found)) < len(found):
-        raise InputError(f"--lens: expected folders of different names, got {', '.join(found)}; rename one")
+    for name, count in Counter(lens.name for lens in lenses).items():
+        if count > 1:
+            raise InputError(f"--lens: expected folders of different names, got {count} called {name}; rename one")
     return lenses
 
 
 def load_lens(path: str | Path) -> Lens:
-    """Read a lens that `save_lens` wrote.
+    """Read a lens that `save_lens` wrote, or a tuned lens of the package tuned-lens.
 
     Raises:
         InputError: No lens there, a manifest or tensors of another format, wrong shapes, NaN or infinity.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
     try:
-        tensors = load_file(path / TENSORS)
-    except FileNotFoundError:
-        raise InputError(
-            f"--lens {path}: expected {TENSORS} beside the manifest, got none; fit the lens again"
-        ) from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--lens {path}: expected a whole {TENSORS}, got: {error}") from None
-    if set(tensors) != {"weight", "bias"}:
-        raise InputError(
-            f"--lens {path}: expected the tensors weight and bias, got {', '.join(sorted(tensors)) or 'none'}"
-        )
-    try:
-        translators = Translators(tensors["weight"], tensors["bias"])
+        if (path / MANIFEST).exists():
+            (translators, manifest), tensors = _read_lens(path), path / TENSORS
+        elif (path / CONFIG).exists() or (path / PARAMS).exists():
+            (translators, manifest), tensors = read_tuned_lens(path), path / PARAMS
+        else:
+            got = "a file" if path.is_file() else "neither" if path.is_dir() else "no folder"
+            raise InputError(
+                f"expected plain or the folder of a lens ({MANIFEST}, or {CONFIG} and {PARAMS}), got {got} there"
+            )
+        name = path.resolve().name
+        if name == PLAIN:
+            raise InputError(f"expected another name than {PLAIN}, which means the plain logit lens; rename the folder")
+        return Lens(name, translators, manifest, sha256_of(tensors))
     except InputError as error:
         raise InputError(f"--lens {path}: {error}") from None
-    wanted, got = (
-        (manifest["model"]["n_layers"], manifest["model"]["d_model"]),
-        (translators.n_layers, translators.d_model),
-    )
-    if wanted != got:
-        raise InputError(
-            f"--lens {path}: expected translators for the {wanted[0]} layers of width {wanted[1]} that its manifest "
-            f"names, got {got[0]} of width {got[1]}"
-        )
-    sha256 = hashlib.sha256((path / TENSORS).read_bytes()).hexdigest()
-    return Lens(path.resolve().name, translators, manifest, sha256)
+    except OSError as error:
+        raise InputError(f"--lens {path}: expected files that can be read, got: {error.strerror or error}") from None
 
 
 def save_lens(path: Path, translators: Translators, manifest: dict) -> None:
@@ -110,39 +112,81 @@ def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict:
 def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens:
     """The lens with its translators on the model's device and in its dtype.
 
+    The name of the model is not compared: the same model may lie in another folder.
+
     Raises:
         InputError: It was made for another model, or another revision of this one.
     """
     if lens.translators is None:
         return lens
-    made_for, here = lens.manifest["model"], model_entry(loaded, logit_lens)
+    _check_model(lens, model_entry(loaded, logit_lens), loaded.model.dtype)
+    note = None
+    if lens.kind == KIND:
+        try:
+            note = compare_unembedding(lens.manifest["model"], logit_lens.parts.unembedding)
+        except InputError as error:
+            raise _made_for_another(lens, loaded.name, f"another model or revision ({error})") from None
+    dtype = loaded.model.dtype
+    try:
+        translators = lens.translators.to(loaded.model.device, dtype)
+    except InputError as error:
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"--lens {lens.name}: {error} once in {name}; use --dtype float32") from None
+    return replace(lens, translators=translators, note=note)
+
+
+def _check_model(lens: Lens, here: dict, dtype: torch.dtype) -> None:
+    """Hold what the manifest says of the model, which of a tuned lens is less, against the model's own entry."""
+    made_for = lens.manifest["model"]
     for key in ("class", "n_layers", "d_model", "config_sha256", "weights_sample_sha256"):
-        if made_for[key] != here[key]:
-            what = "another revision of it" if key == "weights_sample_sha256" else "another model"
-            raise InputError(
-                f"--lens {lens.name}: expected a lens made for {here['name']}, got one for {made_for['name']}, {what} "
-                f"({key} {str(made_for[key])[:12]} there, {str(here[key])[:12]} here); fit one with refinelens fit"
-            )
-    translators = lens.translators.to(loaded.model.device, loaded.model.dtype)
-    return Lens(lens.name, translators, lens.manifest, lens.sha256)
+        if key not in made_for or made_for[key] == here[key]:
+            continue
+        what = "another model"
+        if key == "weights_sample_sha256":  # of numbers rounded to bf16, so that fp32 and bf16 agree but not fp16
+            what = "another revision of it" + (" or one in another dtype" if dtype == torch.float16 else "")
+        there, own = (str(entry[key])[:12] if "sha256" in key else entry[key] for entry in (made_for, here))
+        raise _made_for_another(lens, here["name"], f"{what} ({key} {there} there, {own} here)")
+
+
+def _made_for_another(lens: Lens, here: str, difference: str) -> InputError:
+    made_for = lens.manifest["model"]
+    name = made_for["name"] + (f" at {made_for['revision']}" if made_for.get("revision") else "")
+    return InputError(
+        f"--lens {lens.name}: expected a lens made for {here}, got one for {name}, {difference}; fit one with "
+        "refinelens fit"
+    )
+
+
+def _read_lens(path: Path) -> tuple[Translators, dict]:
+    manifest = _read_manifest(path / MANIFEST)
+    n_layers, d_model = manifest["model"]["n_layers"], manifest["model"]["d_model"]
+    wanted = {"weight": [n_layers, d_model, d_model], "bias": [n_layers, d_model]}
+    try:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            found = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            if found != wanted:
+                raise InputError(
+                    f"expected the tensors {_shapes(wanted)} that its manifest names, got {_shapes(found) or 'none'}"
+                )
+            return Translators(file.get_tensor("weight"), file.get_tensor("bias")), manifest
+    except FileNotFoundError:
+        raise InputError(f"expected {TENSORS} beside the manifest, got none; fit the lens again") from None
+    except SafetensorError as error:
+        raise InputError(f"expected a whole {TENSORS}, got: {error}") from None
+
+
+def _shapes(shapes: dict[str, list[int]]) -> str:
+    names = sorted(shapes, reverse=True)[:4]  # of a foreign file perhaps hundreds
+    return ", ".join(f"{name} {shapes[name]}" for name in names) + (" ..." if len(shapes) > len(names) else "")
 
 
 def _read_manifest(path: Path) -> dict:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        whole = (
-            isinstance(manifest["model"], dict) and set(MODEL_KEYS) <= manifest["model"].keys() and "kind" in manifest
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"--lens: expected plain or the folder of a lens, got no {MANIFEST} in {path}") from None
-    except OSError as error:
-        raise InputError(f"--lens {path}: expected a readable {MANIFEST}, got: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise InputError(f"--lens {path}: expected the manifest of a lens, got something else")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"--lens {path}: expected format version {FORMAT_VERSION}, got {manifest.get('format_version')}"
-        )
+    manifest = read_json_object(path)
+    version = manifest.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InputError(f"expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}")
+    check_entries(manifest, {"format_version": int, "kind": str, "model": dict}, path.name)
+    check_entries(manifest["model"], MODEL_KEYS, f"model of {path.name}")
+    if manifest["kind"] in (PLAIN, KIND):
+        raise InputError(f"expected the kind of a fitted lens in {path.name}, got {manifest['kind']}")
     return manifest

@@ -162,13 +162,15 @@ class LogitLens:
         Raises:
             InputError: As `fused_lens`, and translators that do not fit.
         """
+        if hidden.dim() < 3:
+            raise InputError(f"hidden: expected [n_layers + 1, batch, n_positions, d_model], got {list(hidden.shape)}")
         states = hidden.flatten(1, -2)  # [n_layers + 1, N, d_model]
         if targets is not None:
-            targets = torch.as_tensor(targets, device=hidden.device).expand(hidden.shape[1:-1]).flatten()
+            targets = _spread(torch.as_tensor(targets, device=hidden.device), hidden.shape[1:-1])
         n = states.shape[1]
         step = max(1, n if translators is None else max(n, TRANSLATED_ROWS) // len(states))
         blocks = []
-        for start in range(0, n, step):
+        for start in range(0, max(1, n), step):
             block = states[:, start : start + step]
             block = block if translators is None else translators(block)
             stats = self.stats(block, None if targets is None else targets[start : start + step])
@@ -200,6 +202,14 @@ class LogitLens:
                 f"positions: expected 0 to {n_tokens - 1}, got {int(positions.min())} to {int(positions.max())}"
             )
         return positions
+
+
+def _spread(targets: Tensor, shape: torch.Size) -> Tensor:
+    """Targets broadcast to every position, ``[N]``."""
+    try:
+        return targets.expand(shape).flatten()
+    except RuntimeError:
+        raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
 
 
 def _joined(blocks: list[LayerReading], shape: torch.Size) -> LayerReading:

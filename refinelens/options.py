@@ -35,7 +35,7 @@ class SweepOptions:
         if self.seed < 0:
             raise InputError(f"--seed: expected 0 or more, got {self.seed}")
         check_top(self.top)
-        if not self.lens or len(set(self.lens)) < len(self.lens):
+        if not self.lens or not all(self.lens) or len(set(self.lens)) < len(self.lens):
             raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .errors import InputError
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 @dataclass(frozen=True)
 class Translators:
@@ -28,6 +30,11 @@ class Translators:
             raise InputError(
                 "translators: expected a weight [n_layers, d_model, d_model] and a bias [n_layers, d_model], got "
                 f"{list(shape)} and {list(self.bias.shape)}"
+            )
+        if self.weight.dtype not in DTYPES or self.weight.dtype != self.bias.dtype:
+            raise InputError(
+                f"translators: expected weight and bias in one floating dtype, got {self.weight.dtype} and "
+                f"{self.bias.dtype}"
             )
         for name, tensor in (("weight", self.weight), ("bias", self.bias)):
             bad = (~torch.isfinite(tensor).flatten(1).all(1)).nonzero()

@@ -1,0 +1,165 @@
+"""Reading the layers through translators, against the formula in fp64."""
+
+import pytest
+import torch
+
+from lens_folders import D_MODEL, N_LAYERS, VOCAB, random_translators, tiny
+from refinelens import LogitLens, logit_lens
+from refinelens.errors import InputError
+from refinelens.translators import Translators
+from tiny import assert_matches_truth, truth
+
+POSITIONS = torch.tensor([0, 3, 4, 7, 8, 9, 10])
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "gemma2"])
+def lens(request):
+    return LogitLens.from_model(tiny(request.param))
+
+
+def hidden_and_targets(lens, batch=2, positions=POSITIONS):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, VOCAB, (batch, 11), generator=generator)
+    targets = torch.randint(VOCAB, (batch, len(positions)), generator=generator)
+    return lens.hidden(ids, positions), targets
+
+
+def fields(reading):
+    names = ("argmax", "target_rank", "max_logit", "logsumexp", "entropy", "target_logit")
+    return {name: getattr(reading.stats, name) for name in names} | {"kl": reading.kl}
+
+
+def by_hand(hidden, translators, dtype):
+    """Every layer below the output translated row by row, in another dtype."""
+    x, weight, bias = (t.to(dtype) for t in (hidden, translators.weight, translators.bias))
+    moved = [x[layer] + x[layer] @ weight[layer].mT + bias[layer] for layer in range(translators.n_layers)]
+    return torch.stack([*moved, x[-1]])
+
+
+def test_zero_translators_are_the_plain_lens_exactly(lens):
+    hidden, targets = hidden_and_targets(lens)
+    zeros = Translators(torch.zeros(N_LAYERS, D_MODEL, D_MODEL), torch.zeros(N_LAYERS, D_MODEL))
+    plain, through = (fields(lens.read(hidden, targets, t)) for t in (None, zeros))
+    for name in plain:
+        assert torch.equal(plain[name], through[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+def test_random_translators_are_the_formula(family, dtype):
+    lens = LogitLens.from_model(tiny(family).to(dtype))
+    hidden, targets = hidden_and_targets(lens)
+    translators = random_translators(dtype=dtype)
+    reading, parts = lens.read(hidden, targets, translators), lens.parts
+
+    def computed(in_dtype):
+        moved, wanted = by_hand(hidden, translators, in_dtype).flatten(0, 2), targets.expand(N_LAYERS + 1, -1, -1)
+        rest = (parts.bias, parts.softcap, parts.logit_scale, in_dtype)
+        return truth(moved, parts.unembedding, parts.norm, wanted.flatten(), *rest)
+
+    exact, own = computed(torch.float64), computed(dtype)
+    stats = type(reading.stats)(
+        **{name: None if value is None else value.flatten() for name, value in vars(reading.stats).items()}
+    )
+    assert_matches_truth(stats, exact, own, targets.expand(N_LAYERS + 1, -1, -1).flatten())
+    wanted, torchs = (kl_to_last(values["z"], parts.softcap, hidden.shape[:-1]) for values in (exact, own))
+    slack = 64 * torch.finfo(torch.float32).eps * float(exact["z"].abs().max())
+    assert (reading.kl - wanted).abs().max() <= (torchs - wanted).abs().max() + slack
+    assert (reading.kl[:-1] > 0.1).all() and not reading.kl[-1].any()
+
+
+def kl_to_last(z, softcap, shape):
+    """KL(p_final || p_layer) from whole logits before the softcap."""
+    logits = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = logits.log_softmax(-1).view(*shape, -1)
+    return (log_p[-1].exp() * (log_p[-1] - log_p)).sum(-1)
+
+
+def test_the_output_is_the_models_own_prediction_through_any_lens(lens):
+    hidden, targets = hidden_and_targets(lens)
+    plain, through = (fields(lens.read(hidden, targets, t)) for t in (None, random_translators()))
+    for name in plain:
+        assert torch.equal(plain[name][-1], through[name][-1]), name
+        assert not torch.equal(plain[name][:-1], through[name][:-1]), f"{name}: the maps must change something"
+
+
+# Of 14 rows and 4 layers: blocks of 14 // 4 = 3 rows with a rest of 2, of 5 rows with a rest of 4, of all rows.
+@pytest.mark.parametrize("rows", [1, 20, 56])
+def test_blocks_of_rows_give_the_numbers_of_one_call(lens, rows, monkeypatch):
+    hidden, targets = hidden_and_targets(lens)
+    whole = fields(lens.read(hidden, targets, random_translators()))
+    monkeypatch.setattr(logit_lens, "TRANSLATED_ROWS", rows)
+    blocks = fields(lens.read(hidden, targets, random_translators()))
+    for name, value in whole.items():
+        assert blocks[name].shape == hidden.shape[:-1]
+        if value.dtype == torch.int64:
+            assert torch.equal(blocks[name], value), name
+        else:
+            torch.testing.assert_close(blocks[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("translators", [None, random_translators()], ids=["plain", "random"])
+def test_one_row_fewer_than_layers(lens, translators):
+    hidden, targets = hidden_and_targets(lens, batch=1, positions=torch.tensor([10]))
+    reading = lens.read(hidden, targets, translators)
+    assert reading.kl.shape == reading.stats.argmax.shape == (N_LAYERS + 1, 1, 1)
+
+
+@pytest.mark.parametrize("translators", [None, random_translators()], ids=["plain", "random"])
+def test_no_positions_are_an_empty_reading(lens, translators):
+    hidden, targets = hidden_and_targets(lens, positions=torch.tensor([], dtype=torch.int64))
+    reading = lens.read(hidden, targets, translators)
+    assert reading.kl.shape == reading.stats.argmax.shape == reading.stats.target_rank.shape == (N_LAYERS + 1, 2, 0)
+
+
+def test_a_model_of_one_layer():
+    lens = LogitLens.from_model(tiny("gpt_neox", n_layers=1))
+    hidden, targets = hidden_and_targets(lens)
+    translators = random_translators(n_layers=1)
+    reading = lens.read(hidden, targets, translators)
+    moved = lens.stats(by_hand(hidden, translators, torch.float32), targets)
+    assert torch.equal(reading.stats.argmax, moved.argmax) and torch.equal(reading.stats.target_rank, moved.target_rank)
+
+
+def test_one_layer_alone_is_that_layer_of_all():
+    hidden = torch.randn(N_LAYERS + 1, 5, D_MODEL, generator=torch.Generator().manual_seed(1))
+    translators = random_translators()
+    for layer in range(N_LAYERS):
+        torch.testing.assert_close(translators.one(layer, hidden[layer]), translators(hidden)[layer])
+
+
+def test_translators_that_do_not_fit_are_one_line(lens):
+    hidden, targets = hidden_and_targets(lens)
+    other = [random_translators(dtype=torch.bfloat16), random_translators(N_LAYERS - 1), random_translators(d_model=16)]
+    for translators in other:
+        with pytest.raises(InputError, match=r"hidden: expected shape \[\d, N, \d+\] in torch.* like the translators"):
+            lens.read(hidden, targets, translators)
+    with pytest.raises(InputError, match="on meta like the translators, got .* on cpu"):
+        weight, bias = random_translators().weight, random_translators().bias
+        moved = object.__new__(Translators)  # their numbers cannot be looked at there
+        vars(moved).update(weight=weight.to("meta"), bias=bias.to("meta"))
+        lens.read(hidden, targets, moved)
+
+
+def test_input_of_another_shape_is_one_line(lens):
+    hidden, _ = hidden_and_targets(lens)
+    with pytest.raises(InputError, match=r"targets: expected ids broadcastable to \[2, 7\], got \[3\]"):
+        lens.read(hidden, torch.tensor([1, 2, 3]))
+    with pytest.raises(InputError, match=r"hidden: expected .* got \[4, 32\]"):
+        lens.read(hidden[:, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "weight, bias, message",
+    [
+        (torch.zeros(3, 4, 5), torch.zeros(3, 4), r"expected a weight .* got \[3, 4, 5\] and \[3, 4\]"),
+        (torch.zeros(3, 4, 4), torch.zeros(2, 4), r"got \[3, 4, 4\] and \[2, 4\]"),
+        (torch.zeros(4, 4), torch.zeros(4), r"got \[4, 4\] and \[4\]"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), torch.zeros(3, 4), "one floating dtype, got torch.int64"),
+        (torch.zeros(3, 4, 4).bfloat16(), torch.zeros(3, 4), "got torch.bfloat16 and torch.float32"),
+        (torch.zeros(3, 4, 4), torch.tensor([[0.0] * 4] * 2 + [[0, 0, 0, torch.nan]]), "in the bias of layer 2"),
+    ],
+)
+def test_maps_that_are_none_are_refused(weight, bias, message):
+    with pytest.raises(InputError, match=message):
+        Translators(weight, bias)
