@@ -87,20 +87,25 @@ def load_lens(path: str | Path) -> Lens:
         name = path.resolve().name
         if name == PLAIN:
             raise InputError(f"expected another name than {PLAIN}, which means the plain logit lens; rename the folder")
-        return Lens(name, translators, manifest, sha256_of(tensors))
+        sha256 = sha256_of(tensors)
+        if manifest.get("tensors_sha256", sha256) != sha256:
+            raise InputError("expected the tensors that its manifest was written for, got others; fit the lens again")
+        return Lens(name, translators, manifest, sha256)
     except InputError as error:
         raise InputError(f"--lens {path}: {error}") from None
     except OSError as error:
         raise InputError(f"--lens {path}: expected files that can be read, got: {error.strerror or error}") from None
 
 
-def save_lens(path: Path, translators: Translators, manifest: dict) -> None:
-    """Write a lens: tensors first, then the manifest, each whole or not at all."""
+def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
+    """Write a lens: tensors first, then the manifest with their hash, which is returned; each whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {"weight": translators.weight.contiguous(), "bias": translators.bias.contiguous()}
     write_whole(path / TENSORS, lambda temporary: save_file(tensors, temporary))
+    manifest = manifest | {"tensors_sha256": sha256_of(path / TENSORS)}
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     write_whole(path / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return manifest
 
 
 def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict:

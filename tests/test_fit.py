@@ -265,3 +265,10 @@ def test_a_layer_that_training_makes_worse_keeps_its_linear_translator(model, te
     monkeypatch.setattr(train, "RATE", 50.0)
     wild = session.fit_lens(options(model, text, objective="kl", steps=3), str(tmp_path / "lens"))
     assert torch.equal(load_lens(wild.path).translators.weight, load_lens(fitted.path).translators.weight)
+
+
+def test_a_manifest_beside_other_tensors_is_refused(fitted, tmp_path, model, text):
+    other = session.fit_lens(options(model, text, tokens=4000), str(tmp_path / "other"))
+    (other.path / "lens.safetensors").write_bytes((fitted.path / "lens.safetensors").read_bytes())
+    with pytest.raises(InputError, match="expected the tensors that its manifest was written for, got others"):
+        load_lens(other.path)

@@ -101,7 +101,7 @@ def fit_lens(
             "finished": now(),
             "seconds": round(time.monotonic() - started, 3),
         }
-        save_lens(folder, lenses[options.objective], manifest)
+        manifest = save_lens(folder, lenses[options.objective], manifest)
         write_csv(folder, manifest)
         draw_figure(folder, manifest)
         (folder / checkpoint.NAME).unlink(missing_ok=True)
