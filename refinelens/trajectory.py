@@ -7,7 +7,8 @@ when the target's rank there is below k. Of one example:
 - settle: the lowest layer from which every layer up to ``n_layers`` is correct;
 - refinement depth: settle - first-correct;
 - flips: changes of correctness between neighbouring layers from first-correct on;
-- censored: not correct at ``n_layers``; settle and depth do not exist.
+- censored: not correct at ``n_layers``; settle and depth do not exist;
+- largest gain: the layer whose rank improves most on the layer before, whatever k.
 """
 
 from __future__ import annotations
@@ -66,6 +67,20 @@ def trajectories(ranks: np.ndarray, k: int = 1) -> Trajectories:
         raise ValueError(f"k: expected at least 1, got {k}")
     summarise = summarise_numpy if _C is None else _C.summarise_trajectories
     return Trajectories(*summarise(ranks, k))
+
+
+def largest_gain(ranks: np.ndarray) -> np.ndarray:
+    """The layer in ``1 .. n_layers`` whose rank improves most on the layer before, int64 ``[n]``.
+
+    The lowest among equals; `NONE` where the rank improves nowhere.
+
+    Args:
+        ranks: ``[n, n_layers + 1]`` int64.
+    """
+    if ranks.shape[1] < 2:
+        return np.full(len(ranks), NONE)
+    gains = ranks[:, :-1] - ranks[:, 1:]
+    return np.where(gains.max(axis=1) > 0, gains.argmax(axis=1) + 1, NONE)
 
 
 def summarise_numpy(ranks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

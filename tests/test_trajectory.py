@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refinelens.trajectory import NONE, summarise_numpy, trajectories
+from refinelens.trajectory import NONE, largest_gain, summarise_numpy, trajectories
 
 CASES = [
     # ranks by layer, first-correct, settle, depth, flips
@@ -28,6 +28,17 @@ def test_definitions(ranks, first, settle, depth, flips):
 def test_top_k():
     result = trajectories(np.array([[9, 4, 2, 4, 0]]), k=5)
     assert (result.first_correct[0], result.settle[0]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "ranks, layer",
+    [([9, 5, 5, 0, 0], 3), ([9, 5, 1, 0, 0], 1), ([0, 3, 3, 3, 3], NONE), ([4, 4, 4, 4, 4], NONE), ([2, 9, 8, 7], 2)],
+)
+def test_largest_gain(ranks, layer):
+    """The lowest layer among equals; none where no layer improves."""
+    assert largest_gain(np.array([ranks])).tolist() == [layer]
+    assert largest_gain(np.array([ranks])[:, :1]).tolist() == [NONE], "no layer but the output"
+    assert largest_gain(np.zeros((0, 5), dtype=np.int64)).shape == (0,)
 
 
 # One layer; a few; more examples than any vector width; no example at all.
