@@ -20,7 +20,7 @@ from .models import LoadedModel
 from .results import SCHEMA_VERSION
 from .task import Task
 
-PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "pyarrow", "matplotlib", "gguf")
+PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "pyarrow", "matplotlib", "gguf")
 
 
 def now() -> str:
