@@ -114,13 +114,15 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
         style = _style(index, max(4, 8 - 2 * index))  # of equal points the lower one stays visible
         axes.plot(x, [e.value for e in estimates], label=f"{size} documents", **style)
         low, high = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
+    asked = [row.gold_position for row in rows]
+    axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if axes.lines:
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
     axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval", fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _style(index: int, size: float) -> dict:
