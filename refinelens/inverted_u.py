@@ -17,7 +17,7 @@ import pyarrow as pa
 from .bootstrap import Estimate, mean_estimates
 from .summary import Cell, reading_cells
 
-EXACT_QUESTIONS = 16  # up to here all 2**n sign patterns are counted
+EXACT_QUESTIONS = 16  # with a difference other than 0; up to here all 2**n sign patterns are counted
 SIGN_RESAMPLES = 9999  # beyond
 FLIPPED_VALUES = 1 << 20  # held at a time
 VOID = "void: this lens cannot resolve refinement depth on this model"
@@ -100,10 +100,13 @@ def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
 
     Args:
         differences: ``[n]``, one per question; at least 2, not all 0.
-        seed: Seed of the sign patterns drawn where there are more than ``2**EXACT_QUESTIONS``.
+        seed: Seed of the sign patterns drawn where more than `EXACT_QUESTIONS` differences are not 0.
     """
     from scipy.stats import permutation_test  # takes a second to import
 
+    differences = differences[differences != 0]  # a zero is the same under either sign
+    if len(differences) == 1:
+        differences = np.append(differences, 0.0)  # scipy wants two values
     exact = len(differences) <= EXACT_QUESTIONS
     resamples = 2**EXACT_QUESTIONS if exact else SIGN_RESAMPLES
     result = permutation_test(

@@ -50,6 +50,13 @@ def test_exact_p_by_enumeration(d):
     assert method == "exact sign-flip" and p == pytest.approx(enumerated(d))
 
 
+@pytest.mark.parametrize("d", [[3.0], [2.0, 2, -1, 4, 4]])
+def test_zeros_do_not_count_towards_the_limit(d):
+    """Forty questions, most without a difference: as exact as the few alone."""
+    p, method = sign_flip(np.array(d + [0.0] * (40 - len(d))), seed=0)
+    assert method == "exact sign-flip" and p == pytest.approx(enumerated(d))
+
+
 def test_five_positive_differences():
     (test,) = run_tests(trajectories({0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5}))
     assert test.p == test.p_holm == pytest.approx(2 / 32) and test.method == "exact sign-flip"
