@@ -19,7 +19,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
-  refinelens show runs/first
+  refinelens show runs/first --top 1,5
+  refinelens fit --model ./my-model --out lenses/mine
   refinelens doctor --model ./my-model
   refinelens bench --rows 416
 """
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     show = commands.add_parser("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")
+    show.add_argument("--top", metavar="K[,K]", help="the table at other thresholds, from the ranks the run has")
     show.set_defaults(run=_show)
     _add_doctor(commands)
     _add_bench(commands)
@@ -174,27 +176,27 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     from .options import SweepOptions
     from .progress import sweep_progress
-    from .report import show_run
+    from .table import print_table
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
     values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
-    values["documents"] = _parse_numbers("--documents", arguments.documents, "sizes such as 5,10")
+    values["documents"] = tuple(sorted(_parse_numbers("--documents", arguments.documents, "sizes such as 5,10")))
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
-    console, code = Console(stderr=True), 0
+    console, code, summary = Console(stderr=True), 0, []
     _calm_libraries()
     from .sweep import SweepInterrupted, run_sweep
 
     try:
         with sweep_progress(console) as report:
-            run = run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report)
+            run = run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report, summary.append)
     except SweepInterrupted as stop:
         code, run = 130, stop.run
         kept = "the finished questions stay readable" if run else "no question was finished and nothing was written"
         print(f"refinelens: interrupted; {kept}", file=sys.stderr)
         if run is None:
             return code
-    show_run(run, Console())
+    print_table(Console(), summary[-1])
     print(f"\n{out}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
     return code
 
@@ -232,7 +234,8 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .report import show_run
     from .results import open_run
 
-    show_run(open_run(arguments.folder), Console())
+    top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
+    show_run(open_run(arguments.folder), Console(), top)
     return 0
 
 
@@ -273,7 +276,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _parse_numbers(option: str, text: str, expected: str) -> tuple[int, ...]:
     try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise InputError(f"{option}: expected {expected}, got {text!r}") from None
 

@@ -49,9 +49,9 @@ def check_top(top: tuple[int, ...]) -> None:
     """Refuse thresholds that no rank can be held against.
 
     Raises:
-        InputError: None at all, or one outside ``1 .. 2**31 - 1``.
+        InputError: None at all, one twice, or one outside ``1 .. 2**31 - 1``.
     """
-    if not top or not all(1 <= k < 2**31 for k in top):
+    if not top or len(set(top)) < len(top) or not all(1 <= k < 2**31 for k in top):
         raise InputError(
-            f"--top: expected numbers from 1 to {2**31 - 1} such as 1,5,10, got {','.join(map(str, top))!r}"
+            f"--top: expected numbers from 1 to {2**31 - 1} such as 1,5,10, each once, got {','.join(map(str, top))!r}"
         )

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from .errors import InputError
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-OUTPUTS = (MANIFEST, "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png")
+TABLES = ("trajectories.parquet", "summary.csv", "inverted_u.csv")
+FIGURES = ("depth.png", "accuracy.png", "layers.png")
+OUTPUTS = (MANIFEST, "predictions", *TABLES, *FIGURES)
 TEMPORARY = [f".{name}.tmp" for name in OUTPUTS]
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
@@ -93,9 +95,15 @@ class Run:
         """Write one part of the predictions."""
         write_whole(self.part_path(index), lambda path: _write_rows(rows, path))
 
-    def write_trajectories(self, table: pa.Table) -> None:
-        """Write the trajectories of the whole run."""
-        write_whole(self.path / "trajectories.parquet", lambda temporary: pq.write_table(table, temporary))
+    def write_trajectories(self, tables: Iterable[pa.Table]) -> None:
+        """Write the trajectories of the whole run, a table at a time."""
+
+        def write(path: Path) -> None:
+            with pq.ParquetWriter(path, TRAJECTORIES, compression="zstd") as writer:
+                for table in tables:
+                    writer.write_table(table)
+
+        write_whole(self.path / "trajectories.parquet", write)
 
     def parts(self, columns: list[str]) -> Iterator[pa.Table]:
         """The finished parts in order, a few columns of each."""
@@ -117,8 +125,19 @@ def open_run(path: str | Path) -> Run:
         InputError: The folder does not hold a run, or one of another schema version.
     """
     run = Run(Path(path))
+    manifest = _read_manifest(run.path)
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        written = manifest.get("refinelens_version", "another version")
+        raise InputError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}; make the run again "
+            f"with a sweep, or read it with the refinelens that wrote it ({written})"
+        )
+    return run
+
+
+def _read_manifest(path: Path) -> dict:
     try:
-        manifest = run.manifest
+        manifest = Run(path).manifest
         complete = isinstance(manifest, dict) and MANIFEST_KEYS <= manifest.keys()
         complete = complete and all(isinstance(manifest[key], dict) for key in ("arguments", "model", "task", "counts"))
     except FileNotFoundError:
@@ -129,9 +148,7 @@ def open_run(path: str | Path) -> Run:
         complete = False
     if not complete:
         raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got something else")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise InputError(f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}")
-    return run
+    return manifest
 
 
 def check_output(path: str | Path, overwrite: bool, arguments: dict) -> None:
@@ -153,7 +170,7 @@ def check_output(path: str | Path, overwrite: bool, arguments: dict) -> None:
         raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got other files, such as {other}")
     if not names:
         return
-    manifest = open_run(path).manifest
+    manifest = _read_manifest(path)  # a run of another schema version may be overwritten too
     if overwrite:
         return
     old = manifest["arguments"]

@@ -11,7 +11,7 @@ import pyarrow as pa
 from .errors import InputError
 from .rank_agreement import kendall_tau_b
 from .results import KEYS, Run
-from .summary import layer_matrix
+from .trajectory_table import list_matrix
 
 NAMES = [name for name, _ in KEYS]
 
@@ -76,7 +76,7 @@ def _read(run: Run, number: str) -> tuple[pa.Table, np.ndarray]:
         raise InputError(f"{run.path}: expected a run with rows, got none; finish its sweep first")
     table = pa.concat_tables(parts)
     keys = table.select(NAMES).append_column(number, pa.array(np.arange(len(table))))
-    return keys, layer_matrix(table["target_rank"])
+    return keys, list_matrix(table["target_rank"])
 
 
 def _task(run: Run) -> str:

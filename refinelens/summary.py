@@ -1,134 +1,115 @@
-"""From the predictions of a run to its trajectories and its summary with intervals."""
+"""The summary of a run: statistics per lens, threshold, context size and gold position, with intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from .results import KEYS, TRAJECTORIES, Run
-from .trajectory import NONE, trajectories
-
-RESAMPLES = 2000
-LEVEL = 0.95
-RESAMPLED_VALUES = 1 << 16  # held at a time, so that memory does not grow with the number of questions
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic with its bootstrap interval; NaN where it does not exist."""
-
-    value: float
-    low: float
-    high: float
+from .bootstrap import Estimate, mean_estimates, median_estimate
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One context size and gold position. Means and medians of depth, first-correct and settle are over
-    the examples that have them; n counts questions."""
+    """One lens, threshold, context size and gold position; n counts questions.
 
+    Means and medians are over the examples that have the value: depth, settle and the two shares under
+    ``share_censored`` over the settled ones.
+    """
+
+    lens: str
+    top: int
     documents: int
     gold_position: int
     n: int
     accuracy: Estimate
     share_censored: Estimate  # not correct at the output
+    share_at_output: Estimate  # settle is the output
+    share_unseen: Estimate  # not correct at any layer before the output
     mean_depth: Estimate
     median_depth: Estimate
     mean_first_correct: Estimate
     mean_settle: Estimate
+    mean_largest_gain: Estimate  # layer of the largest rank improvement
 
 
 ESTIMATES = [name for name, kind in SummaryRow.__annotations__.items() if kind == "Estimate"]
+Cell = dict[str, np.ndarray]
 
 
-def trajectory_table(run: Run, top: int) -> pa.Table:
-    """First-correct, settle, depth and flips of every row of a run, read part by part."""
-    keys = [name for name, _ in KEYS]
-    tables = []
-    for part in run.parts([*keys, "answer_id", "argmax", "target_rank"]):
-        ranks = layer_matrix(part["target_rank"])
-        result = trajectories(ranks, top)
-        values = {
-            "first_correct": _nullable(result.first_correct),
-            "settle": _nullable(result.settle),
-            "depth": _nullable(result.depth),
-            "flips": _nullable(result.flips),
-            "final_correct": pa.array(~result.censored),
-            "answer_correct": pa.array(layer_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy()),
-        }
-        columns = [part[name] for name in keys] + list(values.values())
-        tables.append(pa.table(columns, names=TRAJECTORIES.names).cast(TRAJECTORIES))
-    return pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table()
-
-
-def choose_tokens(table: pa.Table, answer_tokens: str) -> pa.Table:
-    """The trajectories a summary is about: of the ``first`` answer token of each question, or of ``all``."""
-    return table.filter(pc.equal(table["answer_token"], 0)) if answer_tokens == "first" else table
-
-
-def summarise(table: pa.Table, seed: int = 0) -> list[SummaryRow]:
-    """Statistics per context size and gold position, with bootstrap intervals over questions.
+def reading_cells(
+    table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...]
+) -> Iterator[tuple[str, int, int, Cell]]:
+    """Columns of trajectories by lens, threshold and context size, in that order.
 
     Args:
-        table: Trajectories; where a question has several answer tokens, they are resampled together.
-        seed: Seed of the bootstrap (percentile method, Efron 1979).
+        table: Trajectories without lists; a column with nulls becomes floating, with NaN.
+        lenses: Names of the lenses, in the order wanted.
+        tops: Thresholds, in the order wanted.
     """
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in TRAJECTORIES.names}
-    cells = sorted(set(zip(columns["documents"].tolist(), columns["gold_position"].tolist(), strict=True)))
-    rows = []
-    for documents, position in cells:
-        inside = (columns["documents"] == documents) & (columns["gold_position"] == position)
-        cell = {name: column[inside] for name, column in columns.items()}
-        rows.append(_summarise_cell(documents, position, cell, seed))
-    return rows
+    names = [name for name in table.column_names if name != "lens"]
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in names}
+    encoded = table["lens"].combine_chunks().dictionary_encode()
+    codes, known = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    for lens in (name for name in lenses if name in known):
+        of_lens = codes == known.index(lens)
+        for top in tops:
+            of_reading = np.flatnonzero(of_lens & (columns["top"] == top))
+            reading = {name: column[of_reading] for name, column in columns.items()}
+            for documents in np.unique(reading["documents"]).tolist():
+                yield lens, top, documents, _only(reading, reading["documents"] == documents)
 
 
-def _summarise_cell(documents: int, position: int, cell: dict[str, np.ndarray], seed: int) -> SummaryRow:
+def summarise(
+    table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...], n_layers: int, seed: int = 0
+) -> list[SummaryRow]:
+    """Statistics per lens, threshold, context size and gold position, with bootstrap intervals over questions.
+
+    Args:
+        table: Trajectories without lists; where a question has several answer tokens, they are resampled together.
+        lenses: Names of the lenses, in the order of the rows.
+        tops: Thresholds, in the order of the rows.
+        n_layers: The layer of the output.
+        seed: Seed of the bootstrap.
+    """
+    return [
+        SummaryRow(lens, top, documents, position, **_statistics(_only(cell, inside), n_layers, seed))
+        for lens, top, documents, cell in reading_cells(table, lenses, tops)
+        for position in np.unique(cell["gold_position"]).tolist()
+        for inside in [cell["gold_position"] == position]
+    ]
+
+
+def _only(cell: Cell, inside: np.ndarray) -> Cell:
+    return {name: column[inside] for name, column in cell.items()}
+
+
+def _statistics(cell: Cell, n_layers: int, seed: int) -> dict:
     ids, owner = np.unique(cell["question_id"], return_inverse=True)
-
-    def estimate(values: np.ndarray, reduce=np.nanmean) -> Estimate:
-        by_question = np.full((len(ids), np.bincount(owner).max()), np.nan)
-        slot = cell["answer_token"] - cell["answer_token"].min()
-        by_question[owner, slot] = values
-        return _bootstrap(by_question, reduce, seed)
-
+    settled = cell["final_correct"]
     depth, first, settle = (cell[name].astype(float) for name in ("depth", "first_correct", "settle"))
-    return SummaryRow(
-        documents=documents,
-        gold_position=position,
-        n=len(ids),
-        accuracy=estimate(cell["answer_correct"].astype(float)),
-        share_censored=estimate(1.0 - cell["final_correct"].astype(float)),
-        mean_depth=estimate(depth),
-        median_depth=estimate(depth, np.nanmedian),
-        mean_first_correct=estimate(first),
-        mean_settle=estimate(settle),
+    values = {
+        "accuracy": cell["answer_correct"].astype(float),
+        "share_censored": 1.0 - settled,
+        "share_at_output": np.where(settled, settle == n_layers, np.nan),
+        "share_unseen": np.where(settled, first == n_layers, np.nan),
+        "mean_depth": depth,
+        "mean_first_correct": first,
+        "mean_settle": settle,
+        "mean_largest_gain": cell["largest_gain"].astype(float),
+    }
+    stacked = np.stack(list(values.values()), axis=1)  # [examples, statistics]
+    exists = ~np.isnan(stacked)
+    means = mean_estimates(
+        _by_question(np.where(exists, stacked, 0.0), owner), _by_question(exists.astype(float), owner), seed
     )
+    histogram = np.zeros((len(ids), n_layers + 1))
+    np.add.at(histogram, (owner[settled], depth[settled].astype(int)), 1)
+    return {"n": len(ids), **dict(zip(values, means, strict=True)), "median_depth": median_estimate(histogram, seed)}
 
 
-def _bootstrap(by_question: np.ndarray, reduce, seed: int) -> Estimate:
-    """``by_question`` is [question, token] with NaN for values that do not exist."""
-    if np.isnan(by_question).all():
-        return Estimate(np.nan, np.nan, np.nan)
-    generator = np.random.default_rng(seed)
-    block = max(1, RESAMPLED_VALUES // by_question.size)
-    values = []
-    for start in range(0, RESAMPLES, block):
-        draws = generator.integers(0, len(by_question), size=(min(block, RESAMPLES - start), len(by_question)))
-        resampled = by_question[draws].reshape(len(draws), -1)
-        values.append(reduce(resampled[~np.isnan(resampled).all(axis=1)], axis=1))
-    low, high = np.quantile(np.concatenate(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(reduce(by_question)), float(low), float(high))
-
-
-def layer_matrix(lists: pa.ChunkedArray) -> np.ndarray:
-    """``[rows, layers]`` of a list column whose lists all have the same length."""
-    flat = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(lists), -1)
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    return pa.array(values, mask=values == NONE)
+def _by_question(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """``[questions, statistics]``: sums over the examples of each question."""
+    return np.stack([np.bincount(owner, weights=column) for column in values.T], axis=1)

@@ -16,7 +16,7 @@ from .options import SweepOptions
 from .predict import Predictor
 from .progress import SweepProgress
 from .prompts import gold_positions, load_template
-from .report import read_report, write_outputs
+from .report import Report, read_report, write_outputs
 from .results import Run, begin_run, check_disk, check_output, disk_error
 from .task import choose_questions, load_task
 
@@ -36,6 +36,7 @@ def run_sweep(
     overwrite: bool = False,
     argv: list[str] | None = None,
     report: Callable[[SweepProgress], None] = lambda progress: None,
+    summary: Callable[[Report], None] = lambda report: None,
 ) -> Run:
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
@@ -45,6 +46,7 @@ def run_sweep(
         overwrite: Replace a run that is there.
         argv: Command line, for the manifest.
         report: Called after every question.
+        summary: Called with what the tables and figures say, once they are written.
 
     Raises:
         InputError: Input that does not fit, or no free disk; parts that were written stay readable.
@@ -62,7 +64,7 @@ def run_sweep(
     check_disk(out, _bytes_needed(options, len(questions), logit_lens.n_layers))
     manifest = make_manifest(arguments, argv, task, template, loaded, logit_lens, lenses, len(questions))
     predictor = Predictor(options, task, template, loaded, logit_lens, lenses)
-    recorder = _Recorder(Run(Path(out)), manifest, predictor, overwrite)
+    recorder = _Recorder(Run(Path(out)), manifest, predictor, overwrite, summary)
     progress = SweepProgress(len(questions))
     try:
         report(progress)
@@ -93,8 +95,16 @@ class _Recorder:
     before that leaves everything as it was.
     """
 
-    def __init__(self, run: Run, manifest: dict, predictor: Predictor, overwrite: bool):
+    def __init__(
+        self,
+        run: Run,
+        manifest: dict,
+        predictor: Predictor,
+        overwrite: bool,
+        summary: Callable[[Report], None],
+    ):
         self.run = run
+        self._summary = summary
         self._overwrite = overwrite
         self.parts = 0
         self._manifest = manifest
@@ -118,7 +128,9 @@ class _Recorder:
             self._rows = []
         self._flush(status)
         if self.parts:
-            write_outputs(self.run, read_report(self.run))
+            report = read_report(self.run)
+            write_outputs(self.run, report)
+            self._summary(report)
 
     def give_up(self) -> None:
         """After a failed write: let go of what was not written and, if there is room, close the rest."""
@@ -146,6 +158,8 @@ class _Recorder:
 
 
 def _bytes_needed(options: SweepOptions, n_questions: int, n_layers: int) -> int:
-    """Upper estimate: 64 bytes per layer and 512 per row uncompressed, four answer tokens a question."""
+    """Upper estimate, four answer tokens a question: uncompressed, 64 bytes per layer and 512 per prediction, and 4
+    and 64 more per threshold."""
     n_contexts = sum(len(gold_positions(options.gold_positions, size)) for size in options.documents)
-    return n_questions * n_contexts * 4 * len(options.lens) * ((n_layers + 1) * 64 + 512) + (4 << 20)
+    per_layer, per_row = 64 + 4 * len(options.top), 512 + 64 * len(options.top)
+    return n_questions * n_contexts * 4 * len(options.lens) * ((n_layers + 1) * per_layer + per_row) + (4 << 20)

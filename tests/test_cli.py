@@ -128,6 +128,25 @@ def test_sweep_then_show(sweep, tmp_path, capsys):
     assert shown.strip() in out, "show prints the same table again"
 
 
+def test_show_top_equals_a_sweep_with_that_top(sweep, tmp_path, capsys):
+    """The table is recomputed from the ranks; the run's files stay as they are, and torch is not needed."""
+    assert main([*sweep, "--answer-tokens", "all"]) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    capsys.readouterr()
+    assert main([*sweep[:-1], str(tmp_path / "other"), "--answer-tokens", "all", "--top", "20,9"]) == 0
+    swept = capsys.readouterr().out.split(f"\n\n{tmp_path / 'other'}: ")[0]
+    show = ["show", str(tmp_path / "run"), "--top", "20,9"]
+    code = f"import sys; from refinelens.cli import main; main({show!r}); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown, swept = (re.sub("in [0-9]+ s[.]", "", text).strip().splitlines() for text in (done.stdout, swept))
+    assert shown == swept
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == files
+    for top, message in (("0", "expected numbers from 1 to"), ("five", "expected numbers such as 1,5,10")):
+        assert main(["show", str(tmp_path / "run"), "--top", top]) == 2
+        assert_one_line(capsys.readouterr().err, message)
+
+
 def break_config(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": "three"}))
 
@@ -263,7 +282,7 @@ def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
     manifest = json.loads((run / "manifest.json").read_text())
     for change, message in (
         ({"counts": []}, "expected the manifest of a run"),
-        ({"schema_version": 99}, "expected schema version 1, got 99"),
+        ({"schema_version": 99}, "expected schema version 2, got 99"),
     ):
         (run / "manifest.json").write_text(json.dumps(manifest | change))
         assert main(["show", str(run)]) == 2
@@ -279,6 +298,7 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr("refinelens.results.write_whole", read_only)
     monkeypatch.setattr("refinelens.report.write_whole", read_only)
+    monkeypatch.setattr("refinelens.figures.write_whole", read_only)
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "refinement by gold position" in capsys.readouterr().out

@@ -18,7 +18,7 @@ def make_run(folder, ranks, task="0" * 64, part_size=5):
     run = Run(folder)
     run.parts_path.mkdir(parents=True)
     run.write_manifest({"task": {"name": "test", "sha256": task}})
-    other_keys = {name: 0 for name, _ in KEYS}
+    other_keys = {name: 0 for name, _ in KEYS} | {"lens": "plain"}
     rows = [
         other_keys | {"question_id": q, "documents": 2, "gold_position": p, "target_rank": (values + p).tolist()}
         for q, values in ranks.items()

@@ -16,12 +16,15 @@ from refinelens.errors import InputError
 from refinelens.options import SweepOptions
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.results import PREDICTIONS, open_run
-from refinelens.summary import choose_tokens, summarise, trajectory_table
+from refinelens.summary import summarise
 from refinelens.sweep import SweepInterrupted, run_sweep
 from refinelens.task import DistractorSource, load_task
-from tiny import save_tiny_model
+from refinelens.trajectory_table import choose_tokens, read_trajectories
+from tiny import save_tiny_lens, save_tiny_model
 
-OUTPUTS = {"manifest.json", "predictions", "trajectories.parquet", "summary.csv", "depth.png", "accuracy.png"}
+TABLES = {"trajectories.parquet", "summary.csv", "inverted_u.csv"}
+OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
+KEYS = [name for name, _ in results.KEYS]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,9 @@ def test_all_outputs_are_there(finished):
     assert table.schema.equals(PREDICTIONS)
     tokens = {0: 1, 1: 2, 2: 1, 3: 3, 4: 1, 5: 1}  # answers of one, two and three words
     assert table.num_rows == sum(tokens.values()) * (2 + 4)
-    keys = {tuple(row[k] for k in PREDICTIONS.names[:4]) for row in table.to_pylist()}
-    assert keys == {(q, n, p, t) for q, count in tokens.items() for n in (2, 4) for p in range(n) for t in range(count)}
+    keys = {tuple(row[k] for k in KEYS) for row in table.to_pylist()}
+    contexts = [(n, p) for n in (2, 4) for p in range(n)]
+    assert keys == {(q, n, p, t, "plain") for q, count in tokens.items() for n, p in contexts for t in range(count)}
 
 
 def test_predictions_are_the_models_own(finished, tiny_model, question_file):
@@ -71,18 +75,21 @@ def test_predictions_are_the_models_own(finished, tiny_model, question_file):
         assert row["max_logprob"][-1] == pytest.approx(float(log_p[token].max()), abs=1e-4)
         entropy = float(-(log_p[token].exp() * log_p[token]).sum())
         assert row["entropy"][-1] == pytest.approx(entropy, abs=1e-4)
-        assert all(len(row[name]) == 4 for name in ("argmax", "target_rank", "entropy", "argmax_text"))
+        assert all(len(row[name]) == 4 for name in ("argmax", "target_rank", "entropy", "kl", "argmax_text"))
 
 
 def test_trajectories_and_summary_follow_from_predictions(finished):
-    rows = {tuple(r[k] for k in PREDICTIONS.names[:4]): r for r in predictions(finished)}
+    rows = {tuple(r[k] for k in KEYS): r for r in predictions(finished)}
     table = pq.read_table(finished.path / "trajectories.parquet").to_pylist()
     assert len(table) == len(rows)
     for row in table:
-        correct = [rank == 0 for rank in rows[tuple(row[k] for k in PREDICTIONS.names[:4])]["target_rank"]]
+        correct = [rank == 0 for rank in rows[tuple(row[k] for k in KEYS)]["target_rank"]]
         assert row["first_correct"] == (correct.index(True) if any(correct) else None)
         assert (row["settle"] is None) == (row["depth"] is None) == (not correct[-1]) == (not row["final_correct"])
-        assert row["answer_correct"] == correct[-1]
+        assert row["answer_correct"] == correct[-1] and row["top"] == 1
+        logprobs = rows[tuple(row[k] for k in KEYS)]["target_logprob"]
+        assert len(row["logprob_gain"]) == 3
+        assert sum(row["logprob_gain"]) == pytest.approx(logprobs[-1] - logprobs[0], abs=1e-4)
     with (finished.path / "summary.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [(int(r["documents"]), int(r["gold_position"])) for r in lines] == [(n, p) for n in (2, 4) for p in range(n)]
@@ -106,7 +113,7 @@ def test_manifest_repeats_the_run(finished, options, tmp_path):
     manifest = finished.manifest
     assert manifest["status"] == "finished" and manifest["counts"]["done"] == 6
     assert manifest["model"]["parity"]["argmax_equal"] and len(manifest["task"]["sha256"]) == 64
-    arguments = manifest["arguments"] | {"documents": tuple(manifest["arguments"]["documents"])}
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["arguments"].items()}
     again = run_sweep(SweepOptions(**arguments), tmp_path / "again")
     assert predictions(again) == predictions(finished)
     for name in ("config_sha256", "weights_sha256"):
@@ -147,15 +154,51 @@ def test_prediction_as_target(options, tmp_path):
         assert row["target_id"] == row["argmax"][-1] and row["target_rank"][-1] == 0
     table = pq.read_table(run.path / "trajectories.parquet").to_pylist()
     assert all(r["final_correct"] and r["settle"] is not None for r in table)
-    by_key = {tuple(r[k] for k in PREDICTIONS.names[:4]): r for r in predictions(run)}
+    by_key = {tuple(r[k] for k in KEYS): r for r in predictions(run)}
     for r in table:
-        row = by_key[tuple(r[k] for k in PREDICTIONS.names[:4])]
+        row = by_key[tuple(r[k] for k in KEYS)]
         assert r["answer_correct"] == (row["answer_id"] == row["target_id"])
 
 
+def test_an_identity_lens_is_the_plain_one(options, tiny_model, tmp_path):
+    """Two lenses of one sweep, read from the same forward passes, in the order given."""
+    folder = save_tiny_lens(tmp_path / "identity", tiny_model, scale=0)
+    run = run_sweep(replace(options, lens=(str(folder), "plain"), top=(5, 1)), tmp_path / "run")
+    assert [entry["name"] for entry in run.manifest["lenses"]] == ["identity", "plain"]
+    by_lens = {}
+    for row in predictions(run):
+        by_lens.setdefault(row.pop("lens"), []).append(row)
+    assert by_lens["identity"] == by_lens["plain"] and run.manifest["counts"]["rows"] == 2 * len(by_lens["plain"])
+    with (run.path / "summary.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    readings = [("identity", "5"), ("identity", "1"), ("plain", "5"), ("plain", "1")]
+    assert [(line.pop("lens"), line["top"]) for line in lines] == [reading for reading in readings for _ in range(6)]
+    assert lines[:12] == lines[12:]
+
+
+def test_a_random_lens_differs_below_the_output_only(finished, options, tiny_model, tmp_path):
+    folder = save_tiny_lens(tmp_path / "random", tiny_model, scale=0.5)
+    run = run_sweep(replace(options, lens=(str(folder),)), tmp_path / "run")
+    pairs = list(zip(predictions(run), predictions(finished), strict=True))
+    assert all(ours["target_rank"][-1] == plain["target_rank"][-1] for ours, plain in pairs)
+    assert all(abs(ours["kl"][-1]) < 1e-4 for ours, _ in pairs)
+    assert any(ours["target_rank"][:-1] != plain["target_rank"][:-1] for ours, plain in pairs)
+
+
+def test_several_thresholds_are_several_sweeps(options, tmp_path):
+    """Each threshold of a run equals a run of its own, rows of one prediction side by side."""
+    several = pq.read_table(run_sweep(replace(options, top=(1, 20, 9)), tmp_path / "run").path / "trajectories.parquet")
+    assert several.schema.equals(results.TRAJECTORIES)
+    rows = several.to_pylist()
+    assert [row["top"] for row in rows] == [1, 20, 9] * (len(rows) // 3)
+    for top in (1, 20, 9):
+        own = run_sweep(replace(options, top=(top,)), tmp_path / f"top{top}").path / "trajectories.parquet"
+        assert pq.read_table(own).to_pylist() == [row for row in rows if row["top"] == top]
+
+
 def test_all_answer_tokens_in_tables(finished):
-    table = trajectory_table(finished, top=1)
-    first, every = (summarise(choose_tokens(table, tokens)) for tokens in ("first", "all"))
+    table = read_trajectories(finished, (1,))
+    first, every = (summarise(choose_tokens(table, tokens), ("plain",), (1,), 3) for tokens in ("first", "all"))
     assert [r.n for r in first] == [r.n for r in every] == [6] * 6
     tokens = [r for r in table.to_pylist() if (r["documents"], r["gold_position"]) == (2, 0)]
     assert len(tokens) == 9
@@ -239,14 +282,14 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
 def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch):
     from refinelens.predict import Predictor
 
-    statistics = Predictor._statistics
+    read = Predictor._read
 
     def broken(self, batch):
         if any((c.question.id, c.n_documents, c.gold_position) == (0, 4, 2) for c in batch):
             raise InputError("hidden: NaN")
-        return statistics(self, batch)
+        return read(self, batch)
 
-    monkeypatch.setattr(Predictor, "_statistics", broken)
+    monkeypatch.setattr(Predictor, "_read", broken)
     with pytest.raises(InputError, match="^question 0, 4 documents, gold position 2: hidden: NaN$"):
         run_sweep(replace(options, batch_size="6"), tmp_path / "run")
 
@@ -311,15 +354,15 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
 def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
     from refinelens.predict import Predictor
 
-    statistics, sizes = Predictor._statistics, []
+    read, sizes = Predictor._read, []
 
     def small_machine(self, batch):
         sizes.append(len(batch))
         if len(batch) > most:
             raise error
-        return statistics(self, batch)
+        return read(self, batch)
 
-    monkeypatch.setattr(Predictor, "_statistics", small_machine)
+    monkeypatch.setattr(Predictor, "_read", small_machine)
     most = 1
     run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run")
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
@@ -368,6 +411,14 @@ def test_output_folder_is_protected(finished, options, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious" and len(list(mine.iterdir())) == 1
 
 
+def test_a_run_of_an_older_schema_is_refused_but_may_be_overwritten(options, tmp_path):
+    run = run_sweep(replace(options, examples=1), tmp_path / "run")
+    run.write_manifest(run.manifest | {"schema_version": 1, "refinelens_version": "0.0.9"})
+    with pytest.raises(InputError, match="make the run again with a sweep, or read it with the refinelens .* .0.0.9."):
+        open_run(run.path)
+    assert run_sweep(replace(options, examples=1), run.path, overwrite=True).manifest["schema_version"] == 2
+
+
 def test_overwrite_replaces_a_run(options, tmp_path):
     run_sweep(replace(options, examples=3), tmp_path / "run")
     run = run_sweep(replace(options, examples=1), tmp_path / "run", overwrite=True)
@@ -380,7 +431,9 @@ def test_overwrite_replaces_a_run(options, tmp_path):
         ({"documents": (0,)}, "--documents: expected sizes of at least 1"),
         ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
         ({"seed": -1}, "--seed: expected 0 or more, got -1"),
-        ({"top": 0}, "--top: expected 1 to 2147483647, got 0"),
+        ({"top": (0,)}, "--top: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '0'"),
+        ({"top": (5, 5)}, "each once, got '5,5'"),
+        ({"lens": ("plain", "plain")}, "--lens: expected plain or folders, each once"),
         ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
     ],
 )

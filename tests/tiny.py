@@ -53,6 +53,22 @@ def save_tiny_model(folder, vocab_size=None, **sizes):
     return folder
 
 
+def save_tiny_lens(folder, model_folder, scale, seed=0):
+    """Save a lens for the model of `save_tiny_model`: random translators, the identity with ``scale`` 0."""
+    from refinelens.lens_files import model_entry, save_lens
+    from refinelens.logit_lens import LogitLens
+    from refinelens.models import load_model
+    from refinelens.translators import Translators
+
+    loaded = load_model(str(model_folder), "cpu")
+    lens = LogitLens.from_model(loaded.model)
+    generator = torch.Generator().manual_seed(seed)
+    weight = scale * torch.randn(lens.n_layers, lens.d_model, lens.d_model, generator=generator)
+    manifest = {"format_version": 1, "kind": "linear", "model": model_entry(loaded, lens)}
+    save_lens(folder, Translators(weight, torch.zeros(lens.n_layers, lens.d_model)), manifest)
+    return folder
+
+
 def skip_unless_isa_runs():
     """Skip where this processor does not run the instruction set that REFINELENS_ISA names."""
     import pytest

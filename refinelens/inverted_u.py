@@ -1,0 +1,161 @@
+"""The test of the inverted U: is an answer refined over more layers where it stands in the middle?
+
+Paired over questions, of one lens, threshold and context size of n documents. The ends are the gold positions
+0 and n - 1, the middle those in the middle third, ``|p - (n - 1) / 2| <= (n - 1) / 6``. A question's difference
+is the mean depth of its settled examples in the middle less that of its settled examples at the ends. Censored
+examples have no depth: a question without a settled example on either side is left out, and counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+
+from .bootstrap import Estimate, mean_estimates
+from .summary import Cell, reading_cells
+
+EXACT_QUESTIONS = 16  # with a difference other than 0; up to here all 2**n sign patterns are counted
+SIGN_RESAMPLES = 9999  # beyond
+FLIPPED_VALUES = 1 << 20  # held at a time
+VOID = "void: this lens cannot resolve refinement depth on this model"
+
+
+@dataclass(frozen=True)
+class InvertedU:
+    """Depth in the middle less depth at the ends; NaN where a number does not exist, with the reason in words."""
+
+    lens: str
+    top: int
+    documents: int
+    middle: tuple[int, ...]  # gold positions
+    questions: int  # with a settled example in the middle and one at an end
+    questions_asked: int
+    difference: Estimate  # layers, mean over questions
+    d_z: float  # mean / standard deviation of the differences (Cohen 1988)
+    p: float  # two-sided
+    p_holm: float  # over the context sizes of this lens and threshold
+    method: str  # exact sign-flip, or its resampled form; empty without a test
+    reason: str  # why there is no test; empty with one
+
+    def line(self) -> str:
+        """The test in one line."""
+        effect = f"{self.difference.value:+.2f} layers [{self.difference.low:.2f},{self.difference.high:.2f}], "
+        effect = "" if np.isnan(self.difference.value) else effect
+        d_z = "" if np.isnan(self.d_z) else f"d_z {self.d_z:.2f}, "
+        questions = f"{self.questions} of {self.questions_asked} questions"
+        test = f"{self.reason} ({questions})"
+        if not self.reason:
+            test = f"p = {_p(self.p)} (Holm {_p(self.p_holm)}; {self.method}, {questions})"
+        return (
+            f"Inverted U (depth, middle - ends), {self.lens}, rank <= {self.top}, {self.documents} documents: "
+            f"{effect}{d_z}{test}"
+        )
+
+
+def middle_positions(documents: int) -> list[int]:
+    """Gold positions in the middle third of a context."""
+    return [p for p in range(documents) if 3 * abs(2 * p - (documents - 1)) <= documents - 1 and documents > 1]
+
+
+def inverted_u_tests(
+    table: pa.Table,
+    lenses: tuple[str, ...],
+    tops: tuple[int, ...],
+    blind: set[tuple[str, int]],
+    seed: int,
+) -> list[InvertedU]:
+    """A test for every lens, threshold and context size that was asked at both ends and in the middle.
+
+    Args:
+        table: Trajectories without lists, of the examples that the run's tables are about.
+        lenses: Names of the lenses, in the order wanted.
+        tops: Thresholds, in the order wanted.
+        blind: Lenses and thresholds that cannot resolve depth; there the test is void.
+        seed: Seed of the intervals and of resampled tests.
+    """
+    tests = []
+    for reading, cells in groupby(reading_cells(table, lenses, tops), key=lambda item: item[:2]):
+        found = [_test(lens, top, size, cell, reading in blind, seed) for lens, top, size, cell in cells]
+        found = [test for test in found if test is not None]
+        adjusted = holm([test.p for test in found])
+        tests += [replace(test, p_holm=p) for test, p in zip(found, adjusted, strict=True)]
+    return tests
+
+
+def holm(p: list[float]) -> list[float]:
+    """Adjusted p values (Holm 1979); NaN stays, and does not count as a test."""
+    adjusted, largest = list(p), 0.0
+    tested = sorted((i for i in range(len(p)) if not np.isnan(p[i])), key=lambda i: p[i])
+    for step, i in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - step) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
+    """Two-sided p of the mean under all changes of sign, and how it was found.
+
+    Args:
+        differences: ``[n]``, one per question; at least 2, not all 0.
+        seed: Seed of the sign patterns drawn where more than `EXACT_QUESTIONS` differences are not 0.
+    """
+    from scipy.stats import permutation_test  # takes a second to import
+
+    differences = differences[differences != 0]  # a zero is the same under either sign
+    if len(differences) == 1:
+        differences = np.append(differences, 0.0)  # scipy wants two values
+    exact = len(differences) <= EXACT_QUESTIONS
+    resamples = 2**EXACT_QUESTIONS if exact else SIGN_RESAMPLES
+    result = permutation_test(
+        (differences,),
+        lambda values, axis: values.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, FLIPPED_VALUES // len(differences)),
+        random_state=np.random.default_rng(seed),
+    )
+    return float(result.pvalue), "exact sign-flip" if exact else f"sign-flip, {SIGN_RESAMPLES} patterns, seed {seed}"
+
+
+def paired_differences(cell: Cell, middle: list[int], ends: tuple[int, int]) -> np.ndarray:
+    """Of every question asked: mean depth in the middle less at the ends, NaN where either has no depth."""
+    ids, owner = np.unique(cell["question_id"], return_inverse=True)
+    means = []
+    for positions in (middle, ends):
+        inside = cell["final_correct"] & np.isin(cell["gold_position"], positions)
+        sums = np.bincount(owner[inside], weights=cell["depth"][inside], minlength=len(ids))
+        counts = np.bincount(owner[inside], minlength=len(ids))
+        means.append(np.divide(sums, counts, out=np.full(len(ids), np.nan), where=counts > 0))
+    return means[0] - means[1]
+
+
+def _test(lens: str, top: int, documents: int, cell: Cell, blind: bool, seed: int) -> InvertedU | None:
+    asked = set(cell["gold_position"].tolist())
+    ends, middle = (0, documents - 1), [p for p in middle_positions(documents) if p in asked]
+    if not middle or not asked.issuperset(ends):
+        return None
+    every = paired_differences(cell, middle, ends)
+    d = every[~np.isnan(every)]
+    effect, d_z, p, method = Estimate(np.nan, np.nan, np.nan), np.nan, np.nan, ""
+    if len(d):
+        effect = mean_estimates(d[:, None], np.ones((len(d), 1)), seed)[0]
+    if len(d) > 1 and np.ptp(d) > 0:
+        d_z = float(d.mean() / d.std(ddof=1))
+    reason = VOID if blind else _no_test(d)
+    if not reason:
+        p, method = sign_flip(d, seed)
+    return InvertedU(lens, top, documents, tuple(middle), len(d), len(every), effect, d_z, p, np.nan, method, reason)
+
+
+def _no_test(differences: np.ndarray) -> str:
+    if len(differences) < 2:
+        return "no test: fewer than 2 questions have a depth on both sides"
+    return "" if differences.any() else "no test: all differences are 0"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"

@@ -1,0 +1,129 @@
+"""The printed table of a run and the lines under it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .bootstrap import Estimate
+from .caution import caution_lines
+from .summary import SummaryRow
+
+if TYPE_CHECKING:
+    from .report import Report
+
+WIDTH = 120
+LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
+HEADINGS = ("docs", "gold", "n", "accuracy", "cens.", "depth", "median", "first", "settle", "at out.", "unseen")
+
+
+def print_table(console: Console, report: Report) -> None:
+    """Print the summary and, under it, what a reader needs to trust it."""
+    console.width = max(console.width, WIDTH)  # a pipe reports 80
+    console.print(f"{title(report.manifest)}: refinement by gold position\n", highlight=False, markup=False)
+    with_lens, with_top = len(report.lenses) > 1, len(report.tops) > 1
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    if with_lens:
+        table.add_column("lens", overflow="fold", max_width=LENS_WIDTH)
+    for heading in (*(["top"] if with_top else []), *HEADINGS):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row, after in zip(report.rows, [*report.rows[1:], None], strict=True):
+        section = (row.lens, row.top, row.documents)
+        leading = [*([row.lens] if with_lens else []), *([str(row.top)] if with_top else [])]
+        end = after is None or section != (after.lens, after.top, after.documents)
+        table.add_row(*map(_escape, leading), *_cells(row), end_section=end)
+    console.print(table)
+    lines = [*notes(report.manifest), *inverted_u_lines(report), *caution_lines(report.cautions, report.manifest)]
+    for line in lines:
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def title(manifest: dict) -> str:
+    """Model and task in words; of a path the last part."""
+    names = [manifest[what]["name"] for what in ("model", "task")]
+    return " on ".join(name if name.count("/") == 1 and name[0] not in "./" else Path(name).name for name in names)
+
+
+def format_estimate(estimate: Estimate, digits: int, interval: bool = False) -> str:
+    """``0.83`` or ``0.83 [0.67,1.00]``; a dash where it does not exist."""
+    if math.isnan(estimate.value):
+        return "-"
+    text = f"{estimate.value:.{digits}f}"
+    return f"{text} [{estimate.low:.{digits}f},{estimate.high:.{digits}f}]" if interval else text
+
+
+def notes(manifest: dict) -> list[str]:
+    """The lines under the table: what the numbers are, and the checks behind them."""
+    model, counts, arguments = manifest["model"], manifest["counts"], manifest["arguments"]
+    parity, n_layers = model["parity"], model["n_layers"]
+    reasons = ", ".join(f"{len(ids)} at {reason}" for reason, ids in counts["left_out"].items())
+    lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
+    tops = ", ".join(map(str, arguments["top"]))
+    lines = [
+        "gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
+        f"correct at the output. first, settle: mean layers, 0 (embedding) to {n_layers} (output); depth = settle - "
+        f"first. Of the settled examples, at out.: settle is layer {n_layers}; unseen: not correct at any layer before "
+        "it. Brackets: 95 % bootstrap intervals over questions, all of them in summary.csv.",
+        f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
+        f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
+        f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
+        f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}. Lens: {lenses}, backend "
+        f"{model['backend']}, {model['dtype']} on {model['device']}.",
+    ]
+    if model["unused_weights"]:
+        first, count = model["unused_weights"][0], len(model["unused_weights"])
+        lines.append(f"Caution: {count} tensors of the checkpoint have no place in this model, such as {first}.")
+    if manifest["seconds"]:
+        lines.append(
+            f"{counts['done']} questions, {counts['contexts']} contexts, {counts['lens_rows']} rows of the lens "
+            f"in {manifest['seconds']:.0f} s."
+        )
+    if manifest["status"] != "finished":
+        status = "not finished" if manifest["status"] == "running" else manifest["status"]
+        lines.append(f"This run is {status}: {counts['done']} of {counts['questions']} questions.")
+    return lines
+
+
+def inverted_u_lines(report: Report) -> list[str]:
+    """A line per test of the inverted U, and what it counts."""
+    if not report.tests:
+        return []
+    return [
+        *(test.line() for test in report.tests),
+        "Inverted U: paired over questions, gold in the middle third against gold first and last. Censored examples "
+        "have no depth; a question without a settled example on both sides is left out. Two-sided test of the mean, "
+        "Holm over the context sizes; all numbers in inverted_u.csv.",
+    ]
+
+
+def _cells(row: SummaryRow) -> list[str]:
+    return [
+        str(row.documents),
+        str(row.gold_position),
+        str(row.n),
+        format_estimate(row.accuracy, 2, interval=True),
+        format_estimate(row.share_censored, 2),
+        format_estimate(row.mean_depth, 1, interval=True),
+        format_estimate(row.median_depth, 1),
+        format_estimate(row.mean_first_correct, 1),
+        format_estimate(row.mean_settle, 1),
+        format_estimate(row.share_at_output, 2),
+        format_estimate(row.share_unseen, 2),
+    ]
+
+
+def _lens_words(entry: dict) -> str:
+    if entry["kind"] == "plain":
+        return "plain logit lens"
+    return entry["name"] if entry["name"] == entry["kind"] else f"{entry['name']} ({entry['kind']})"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,139 @@
+"""The test of the inverted U against enumeration and hand computation, and where there is none."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from refinelens import inverted_u
+from refinelens.inverted_u import VOID, holm, inverted_u_tests, middle_positions, sign_flip
+
+
+def trajectories(depths, documents=3, lens="plain", top=1):
+    """A table from ``{gold position: depth of each question}``; None for censored."""
+    rows = [
+        {
+            "question_id": question,
+            "documents": documents,
+            "gold_position": position,
+            "answer_token": 0,
+            "lens": lens,
+            "top": top,
+            "depth": depth,
+            "final_correct": depth is not None,
+        }
+        for position, of_questions in depths.items()
+        for question, depth in enumerate(of_questions)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def run_tests(*tables, blind=frozenset(), lenses=("plain",), tops=(1,)):
+    return inverted_u_tests(pa.concat_tables(tables), lenses, tops, blind, seed=0)
+
+
+def enumerated(differences):
+    sums = [abs(np.dot(signs, differences)) for signs in product((1, -1), repeat=len(differences))]
+    return np.mean(np.array(sums) >= abs(sum(differences)) - 1e-9)
+
+
+def test_middle_third():
+    sizes = {1: [], 2: [], 3: [1], 4: [1, 2], 5: [2], 7: [2, 3, 4], 10: [3, 4, 5, 6], 20: list(range(7, 13))}
+    assert {size: middle_positions(size) for size in sizes} == sizes
+
+
+@pytest.mark.parametrize("d", [[1, 2, 3, 4, 5], [1, 1, 1, 1, 1], [3, -1, 2, 0, 0, -4, 1], [0.5, -0.5], [2, 7]])
+def test_exact_p_by_enumeration(d):
+    p, method = sign_flip(np.array(d, dtype=float), seed=0)
+    assert method == "exact sign-flip" and p == pytest.approx(enumerated(d))
+
+
+@pytest.mark.parametrize("d", [[3.0], [2.0, 2, -1, 4, 4]])
+def test_zeros_do_not_count_towards_the_limit(d):
+    """Forty questions, most without a difference: as exact as the few alone."""
+    p, method = sign_flip(np.array(d + [0.0] * (40 - len(d))), seed=0)
+    assert method == "exact sign-flip" and p == pytest.approx(enumerated(d))
+
+
+def test_five_positive_differences():
+    (test,) = run_tests(trajectories({0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5}))
+    assert test.p == test.p_holm == pytest.approx(2 / 32) and test.method == "exact sign-flip"
+    assert test.difference.value == 3 and test.d_z == pytest.approx(3 / np.std([1, 2, 3, 4, 5], ddof=1))
+    assert (test.questions, test.questions_asked, test.middle) == (5, 5, (1,))
+    assert 1 < test.difference.low < 3 < test.difference.high < 5
+    assert test.line().startswith("Inverted U (depth, middle - ends), plain, rank <= 1, 3 documents: +3.00 layers [")
+    assert test.line().endswith("d_z 1.90, p = 0.062 (Holm 0.062; exact sign-flip, 5 of 5 questions)")
+
+
+def test_beyond_the_limit_patterns_are_drawn(monkeypatch):
+    d = np.array([2.0, 1, -1, 3, 2, -2, 1, 1])
+    exact, _ = sign_flip(d, seed=0)
+    monkeypatch.setattr(inverted_u, "EXACT_QUESTIONS", 7)
+    drawn, method = sign_flip(d, seed=0)
+    assert method == "sign-flip, 9999 patterns, seed 0" and drawn == pytest.approx(exact, abs=0.02)
+    assert sign_flip(d, seed=0)[0] == drawn
+
+
+def test_means_over_settled_examples_and_censored_questions():
+    """Five documents: ends 0 and 4, middle 2; 1 and 3 do not count."""
+    depths = {
+        0: [0, None, 4, None, 1],
+        1: [9, 9, 9, 9, 9],
+        2: [2, 3, None, 5, 2],
+        4: [2, 1, 0, None, None],
+    }
+    (test,) = run_tests(trajectories(depths, documents=5))
+    assert (test.questions, test.questions_asked) == (3, 5), "one without a middle, one without ends"
+    assert test.difference.value == pytest.approx(np.mean([2 - 1, 3 - 1, 2 - 1]))
+    assert test.p == pytest.approx(2 / 8) and "3 of 5 questions" in test.line()
+
+
+@pytest.mark.parametrize(
+    "depths, reason",
+    [
+        ({0: [1, 2], 1: [1, 2], 2: [1, 2]}, "no test: all differences are 0"),
+        ({0: [1, 2], 1: [3, None], 2: [1, 2]}, "no test: fewer than 2 questions have a depth on both sides"),
+        ({0: [None, 2], 1: [3, None], 2: [None, 2]}, "no test: fewer than 2 questions have a depth on both sides"),
+    ],
+)
+def test_no_number_without_a_test(depths, reason):
+    (test,) = run_tests(trajectories(depths))
+    assert math.isnan(test.p) and math.isnan(test.p_holm) and test.reason == reason and test.method == ""
+    assert reason in test.line() and "p =" not in test.line() and "nan" not in test.line()
+
+
+@pytest.mark.parametrize("positions", [(0, 1), (1, 2), (0, 2), (1,)])
+def test_ends_and_middle_must_have_been_asked(positions):
+    assert run_tests(trajectories({position: [1, 2, 3] for position in positions})) == []
+
+
+def test_void_where_the_lens_cannot_resolve_depth():
+    table = trajectories({0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5})
+    (test,) = run_tests(table, blind={("plain", 1)})
+    assert test.reason == VOID and math.isnan(test.p) and "void: this lens cannot resolve" in test.line()
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.02, 0.015]) == pytest.approx([0.03, 0.03]), "adjusted values never fall"
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    with_none = holm([0.02, math.nan, 0.5])
+    assert with_none[0] == pytest.approx(0.04) and math.isnan(with_none[1]) and with_none[2] == 0.5
+    assert holm([]) == []
+
+
+def test_holm_runs_over_the_sizes_of_one_lens_and_threshold():
+    up = {0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5}
+    size_four = {0: up[0], 1: up[1], 2: up[1], 3: up[2]}
+    tables = [
+        trajectories(depths, documents, lens, top)
+        for documents, depths in ((3, up), (4, size_four))
+        for lens in ("plain", "linear")
+        for top in (1, 5)
+    ]
+    found = run_tests(*tables, lenses=("linear", "plain"), tops=(5, 1))
+    order = [(lens, top, size) for lens in ("linear", "plain") for top in (5, 1) for size in (3, 4)]
+    assert [(test.lens, test.top, test.documents) for test in found] == order
+    assert all(test.p == 2 / 32 and test.p_holm == 4 / 32 for test in found)

@@ -1,0 +1,199 @@
+"""Intervals, shares and cautions on hand-made ranks; the printed table and the figures of hand-made runs."""
+
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from refinelens.bootstrap import mean_estimates, median_estimate
+from refinelens.report import read_report, write_outputs
+from refinelens.results import FIGURES, PREDICTIONS, Run, open_run
+from refinelens.table import print_table
+from refinelens.trajectory_table import trajectory_tables
+
+SEEN_EARLY = [9, 0, 3, 0, 0]  # first 1, settle 3
+FIRST_THEN_LOST = [9, 0, 7, 7, 0]  # first 1, settle at the output
+UNSEEN = [9, 9, 9, 9, 0]
+CENSORED = [9, 0, 0, 0, 4]
+ARGUMENTS = {"model": "some/model", "target": "answer", "answer_tokens": "first", "seed": 0}
+MODEL = {"name": "some/model", "n_layers": 4, "dtype": "float32", "device": "cpu", "backend": "cpp"}
+PARITY = {"max_difference": 0.0, "tolerance": 1e-4, "logit_range": 10.0}
+
+
+def make_run(path, cells, lenses=("plain",), top=(1,), documents=3):
+    """A run with one part: ``cells`` maps a gold position to the ranks of its questions, for each lens the same."""
+    run = Run(path)
+    run.parts_path.mkdir(parents=True)
+    rows = []
+    for question in range(len(next(iter(cells.values())))):
+        for position, ranks in cells.items():
+            rows += [_row(question, documents, position, lens, ranks[question]) for lens in lenses]
+    run.write_part(0, rows)
+    entries = [{"name": lens, "kind": "plain" if lens == "plain" else "linear", "sha256": None} for lens in lenses]
+    counts = {"questions": 4, "done": 4, "rows": len(rows), "left_out": {}, "contexts": 1, "lens_rows": 1}
+    run.write_manifest(
+        {
+            "schema_version": 2,
+            "status": "finished",
+            "seed": 0,
+            "seconds": 1.0,
+            "arguments": ARGUMENTS | {"top": list(top)},
+            "model": MODEL | {"parity": PARITY, "unused_weights": []},
+            "task": {"name": "builtin"},
+            "lenses": entries,
+            "counts": counts,
+        }
+    )
+    return open_run(path)
+
+
+def _row(question, documents, position, lens, ranks):
+    values = {name: [0.5 * rank for rank in ranks] for name in ("max_logprob", "entropy", "kl")}
+    row = {name: 0 for name in PREDICTIONS.names} | values
+    return row | {
+        "question_id": question,
+        "documents": documents,
+        "gold_position": position,
+        "lens": lens,
+        "answer_text": "a",
+        "target_text": "a",
+        "argmax": [int(rank > 0) for rank in ranks],
+        "argmax_text": ["a" for _ in ranks],
+        "target_rank": ranks,
+        "target_logprob": [-0.5 * rank for rank in ranks],
+    }
+
+
+def printed(report):
+    text = StringIO()
+    print_table(Console(file=text, width=60), report)
+    return text.getvalue()
+
+
+def test_shares_are_of_the_settled_examples(tmp_path):
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY, FIRST_THEN_LOST, UNSEEN, CENSORED]})
+    (row,) = read_report(run).rows
+    assert (row.lens, row.top, row.documents, row.gold_position, row.n) == ("plain", 1, 3, 0, 4)
+    assert row.accuracy.value == 0.75 and row.share_censored.value == 0.25
+    assert row.share_at_output.value == pytest.approx(2 / 3) and row.share_unseen.value == pytest.approx(1 / 3)
+    assert row.mean_depth.value == pytest.approx((2 + 3 + 0) / 3) and row.median_depth.value == 2
+    assert row.mean_first_correct.value == pytest.approx((1 + 1 + 4 + 1) / 4), "censored ones may be seen on the way"
+    assert row.mean_settle.value == pytest.approx((3 + 4 + 4) / 3)
+    assert row.mean_largest_gain.value == pytest.approx((1 + 1 + 4 + 1) / 4)
+    (wide,) = read_report(run, (5,)).rows
+    assert wide.top == 5 and wide.share_censored.value == 0 and wide.share_at_output.value == 0.5
+    assert wide.share_unseen.value == 0.25 and wide.accuracy == row.accuracy
+
+
+def test_what_each_layer_adds(tmp_path):
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY, CENSORED]})
+    (table,) = trajectory_tables(run, (1, 5))
+    assert table["logprob_gain"].to_pylist() == [[4.5, -1.5, 1.5, 0.0]] * 2 + [[4.5, 0.0, 0.0, -2.0]] * 2
+    assert table["largest_gain"].to_pylist() == [1] * 4 and table["top"].to_pylist() == [1, 5] * 2
+    assert table["settle"].to_pylist() == [3, 1, None, 1]
+
+
+@pytest.mark.parametrize(
+    "ranks, lens, expected",
+    [
+        ([UNSEEN, UNSEEN, SEEN_EARLY], "plain", "2 of 3 (rank <= 1) settled examples settle only at the output"),
+        ([UNSEEN, UNSEEN, SEEN_EARLY], "plain", "refinelens fit --model some/model --out LENS, then sweep with --lens"),
+        ([UNSEEN, UNSEEN, SEEN_EARLY], "linear", "Remedy: a larger --top, or more tokens in the fit of the lens."),
+        ([UNSEEN, SEEN_EARLY, CENSORED], "plain", None),  # exactly half
+        ([CENSORED, CENSORED, CENSORED], "plain", None),
+    ],
+)
+def test_cautions(tmp_path, ranks, lens, expected):
+    report = read_report(make_run(tmp_path / "run", {0: ranks}, (lens,)))
+    text = printed(report)
+    assert bool(report.cautions) == ("cannot resolve refinement depth" in text) == (expected is not None)
+    if expected:
+        assert expected in text
+
+
+def test_one_caution_line_per_lens(tmp_path):
+    run = make_run(tmp_path / "run", {0: [UNSEEN, UNSEEN, SEEN_EARLY]}, ("plain", "linear"), top=(1, 5, 100))
+    report = read_report(run)
+    assert [(c.lens, c.top) for c in report.cautions] == [(lens, top) for lens in ("plain", "linear") for top in (1, 5)]
+    lines = [line for line in printed(report).splitlines() if line.startswith("Caution")]
+    assert len(lines) == 2 and "2 of 3 (rank <= 1), 2 of 3 (rank <= 5) settled" in lines[0]
+
+
+def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
+    cells = {p: [SEEN_EARLY, UNSEEN, SEEN_EARLY] for p in range(3)}
+    one = printed(read_report(make_run(tmp_path / "one", cells)))
+    assert one.splitlines()[2].split() == "docs gold n accuracy cens. depth median first settle at out. unseen".split()
+    assert "rank <= 1, answer tokens: first. Lens: plain logit lens, backend" in one
+    long = "a-lens-of-a-very-long-[name]"
+    several = printed(read_report(make_run(tmp_path / "several", cells, ("plain", long), top=(1, 500))))
+    table = several.split("gold: 0-based")[0]
+    assert table.splitlines()[2].split()[:4] == ["lens", "top", "docs", "gold"]
+    assert max(map(len, table.splitlines())) <= 120 and "…" not in table
+    assert long in "".join(line.split(" ")[0] for line in table.splitlines()), "folded, not cut"
+    assert "rank <= 1, 500" in several and f"Lens: plain logit lens, {long} (linear)" in several
+
+
+@pytest.mark.parametrize(
+    "cells, lenses",
+    [
+        ({p: [SEEN_EARLY, UNSEEN] for p in range(3)}, ("plain",)),
+        ({p: [SEEN_EARLY, UNSEEN] for p in range(3)}, ("plain", "$linear_$")),
+        ({p: [CENSORED, CENSORED] for p in range(3)}, ("plain", "linear")),
+        ({1: [SEEN_EARLY]}, ("plain",)),
+    ],
+    ids=["one lens", "two lenses", "all censored", "one position"],
+)
+def test_figures(tmp_path, cells, lenses):
+    run = make_run(tmp_path / "run", cells, lenses, top=(1, 5))
+    write_outputs(run, read_report(run))
+    for name in FIGURES:
+        assert (run.path / name).read_bytes().startswith(b"\x89PNG") and (run.path / name).stat().st_size > 5000
+
+
+def test_layer_profiles(tmp_path):
+    from refinelens.layer_profile import layer_profiles
+
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY, FIRST_THEN_LOST, UNSEEN]}, ("plain", "linear"))
+    rows = pq.read_table(run.part_path(0)).to_pylist()
+    for row in rows:
+        row["answer_token"] = 1
+        row["target_rank"] = [100] * 5
+    run.write_part(1, rows)
+    first, other = layer_profiles(run, ("linear", "plain"), "first")
+    assert (first.lens, first.examples, other.lens) == ("linear", 3, "plain")
+    ranks = np.array([SEEN_EARLY, FIRST_THEN_LOST, UNSEEN])
+    np.testing.assert_allclose(first.rank_quartiles[1], np.median(ranks, axis=0))
+    np.testing.assert_allclose(first.mean_kl, 0.5 * ranks.mean(axis=0))
+    (every,) = layer_profiles(run, ("plain",), "all")
+    assert every.examples == 6
+    with pytest.raises(ValueError, match="expected shape"):
+        replace(first, mean_kl=first.mean_kl[1:])
+
+
+# One question; odd and even numbers of values; a question without any.
+@pytest.mark.parametrize("values", [[[3]], [[1], [2], [4]], [[0, 5], [2], [7, 7]], [[0, 9], [], [4, 1]]])
+def test_bootstrap_against_plain_resampling(values):
+    """Means and medians of the same draws, question by question, with numpy's own reductions."""
+    sums = np.array([[float(sum(own))] for own in values])
+    counts = np.array([[float(len(own))] for own in values])
+    histogram = np.array([np.bincount(own, minlength=10) for own in values])
+    generator = np.random.default_rng(3)
+    means, medians = [], []
+    for _ in range(2000):
+        drawn = [x for i in generator.integers(0, len(values), len(values)) for x in values[i]]
+        if drawn:
+            means.append(np.mean(drawn))
+            medians.append(np.median(drawn))
+    (mean,), median = mean_estimates(sums, counts, seed=3), median_estimate(histogram, seed=3)
+    every = [x for own in values for x in own]
+    for ours, value, resampled in ((mean, np.mean(every), means), (median, np.median(every), medians)):
+        assert ours.value == pytest.approx(value)
+        assert [ours.low, ours.high] == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist())
+
+
+def test_no_value_has_no_estimate():
+    (mean,) = mean_estimates(np.zeros((3, 1)), np.zeros((3, 1)), 0)
+    assert np.isnan([mean.value, mean.low, mean.high, median_estimate(np.zeros((3, 4)), 0).value]).all()
