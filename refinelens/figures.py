@@ -73,7 +73,9 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
     ranks.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ranks.set_ylabel("rank of the target (1 is best)")
     kl.set_ylabel("KL to the final layer (mean, nats)")
-    kl.set_ylim(bottom=-MARGIN * kl.get_ylim()[1])
+    kl.set_yscale("symlog", linthresh=1.0)  # 0 at the output, and perhaps a hundred at the embedding
+    kl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    kl.set_ylim(bottom=0)
     for axes, shaded in ((ranks, "; line: median, shaded: quartiles"), (kl, "")):
         axes.set_xlabel(f"layer{shaded}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -67,8 +67,9 @@ def notes(manifest: dict) -> list[str]:
     lines = [
         "gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
         f"correct at the output. first, settle: mean layers, 0 (embedding) to {n_layers} (output); depth = settle - "
-        f"first. Of the settled examples, at out.: settle is layer {n_layers}; unseen: not correct at any layer before "
-        "it. Brackets: 95 % bootstrap intervals over questions, all of them in summary.csv.",
+        "first. Censored examples have no settle and no depth; first counts them where they are correct on the way. Of "
+        f"the settled, at out.: settle is layer {n_layers}; unseen: not correct at any layer before it. Brackets: 95 % "
+        "bootstrap intervals over questions, all of them in summary.csv.",
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
         f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
@@ -120,7 +121,8 @@ def _cells(row: SummaryRow) -> list[str]:
 def _lens_words(entry: dict) -> str:
     if entry["kind"] == "plain":
         return "plain logit lens"
-    return entry["name"] if entry["name"] == entry["kind"] else f"{entry['name']} ({entry['kind']})"
+    words = f"{entry['kind']} lens" if entry["name"] == entry["kind"] else f"{entry['name']} ({entry['kind']} lens)"
+    return f"{words}; {entry['note']};" if entry["note"] else words
 
 
 def _escape(text: str) -> str:

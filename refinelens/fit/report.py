@@ -52,7 +52,7 @@ def print_quality(console: Console, manifest: dict) -> None:
         f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
     ]
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def draw_figure(folder: Path, manifest: dict) -> None:
@@ -67,10 +67,14 @@ def draw_figure(folder: Path, manifest: dict) -> None:
     for axes, (measure, label) in zip(panels, labels.items(), strict=True):
         for lens, quality in manifest["quality"].items():
             axes.plot(quality[measure], marker=".", label=lens)
-        axes.set(xlabel="layer (0: embedding; last: output)", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="layer (0: embedding; last: output)", ylabel=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yscale("symlog", linthresh=1.0)  # 0 at the output, and perhaps a hundred at the embedding
+    panels[0].yaxis.set_major_formatter("{x:,.0f}")
+    panels[0].set_ylim(0, None)
     panels[0].legend(frameon=False)
-    figure.suptitle(f"{Path(manifest['model']['name']).name}: held-out text", fontsize=10)
+    panels[1].set_ylim(0, 1.02)
+    figure.suptitle(f"{Path(manifest['model']['name']).name}: held-out text", fontsize=10, parse_math=False)
     write_whole(folder / FIGURE, lambda path: figure.savefig(path, dpi=150, format="png"))
     plt.close(figure)
