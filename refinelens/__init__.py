@@ -16,6 +16,12 @@ _PUBLIC = {
     "TopK": "top_k",
     "kl_to_final": "kl",
     "LogitLens": "logit_lens",
+    "Translators": "translators",
+    "load_lens": "lens_files",
+    "spearman": "rank_agreement",
+    "kendall_tau_b": "rank_agreement",
+    "top_k_overlap": "rank_agreement",
+    "between_layers": "rank_agreement",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
