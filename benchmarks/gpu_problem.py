@@ -10,6 +10,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from refinelens.bench import peers
+from refinelens.bench import problem as bench
 from refinelens.kernels.lens_triton import fused_lens_triton
 from refinelens.kernels.norms import LayerNorm
 
@@ -61,27 +63,15 @@ class Problem:
         out = torch.empty(self.rows, len(padded), device="cuda", dtype=torch.bfloat16)
         return lambda: torch.mm(self.hidden, padded.T, out=out)
 
-    def naive(self) -> tuple[Tensor, ...]:
+    def naive(self) -> peers.Statistics:
         """What people write: all logits, then one reduction after the other."""
-        return _naive(self.hidden, self.unembedding, self.norm, self.targets)
+        return peers.naive(bench.Problem(self.hidden, self.unembedding, self.norm, self.targets))
 
-    def chunked(self) -> list[tuple[Tensor, ...]]:
+    def chunked(self) -> list[peers.Statistics]:
         """The same on as many rows at a time as keep their logits small."""
         size = max(1, CHUNK_BYTES // (4 * self.vocab))
         parts = zip(self.hidden.split(size), self.targets.split(size), strict=True)
-        return [_naive(hidden, self.unembedding, self.norm, targets) for hidden, targets in parts]
-
-
-def _naive(hidden, unembedding, norm, targets):
-    x_hat = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, norm.eps)
-    logits = (x_hat @ unembedding.T).float()
-    best = logits.max(-1)
-    target_logit = logits.gather(-1, targets[:, None])
-    rank = (logits > target_logit).sum(-1)
-    logsumexp = logits.logsumexp(-1)
-    log_p = logits - logsumexp[:, None]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return best.indices, best.values, logsumexp, entropy, target_logit[:, 0], rank
+        return [peers.naive(bench.Problem(hidden, self.unembedding, self.norm, targets)) for hidden, targets in parts]
 
 
 def timed(runs: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
@@ -104,14 +94,3 @@ def _spread(times: list[float]) -> float:
     ordered = sorted(times)
     quarter = len(ordered) // 4
     return (ordered[-1 - quarter] - ordered[quarter]) / median(ordered)
-
-
-def extra_memory(run: Callable[[], object]) -> int:
-    """Bytes of device memory that a call needs at its peak."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

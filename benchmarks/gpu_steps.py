@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 import triton
-from gpu_problem import Problem, extra_memory, timed
+from gpu_problem import Problem, timed
 
+from refinelens.bench.memory import peak_growth_cuda
 from refinelens.kernels.configs import generation_of, pinned_config, specialized_config
 from refinelens.kernels.graphs import GraphedLens
 from refinelens.kernels.launch import LensOptions
@@ -78,7 +79,7 @@ def against_product(problem: Problem, measured: dict[str, float]) -> None:
         tflops = problem.flops / seconds / 1e12
         print(f"{problem.name}: {name} {seconds * 1e3:.3f} ms ({spread:.0%}), {tflops:.0f} TFLOP/s")
     measured[f"{problem.name}/B"] = times["fused"][0] / times["B"][0]
-    measured["memory"] = max(measured.get("memory", 0), extra_memory(problem.fused) / 1e6)
+    measured["memory"] = max(measured.get("memory", 0), peak_growth_cuda(problem.fused) / 1e6)
 
 
 def configurations(problem: Problem) -> None:
