@@ -74,7 +74,8 @@ def main():
         for name, stats in answers.items():
             found = torch.stack([(stats.argmax != exact.argmax).sum(), (stats.target_rank != ranks).sum()])
             mismatches[name] = mismatches.get(name, 0) + found
-    print(f"{len(problem.hidden)} rows, {len(problem.unembedding)} tokens, {_C.screen_kernels(problem.hidden.shape[1])[0]}")
+    kernels = _C.screen_kernels(problem.hidden.shape[1])[0]
+    print(f"{len(problem.hidden)} rows, {len(problem.unembedding)} tokens, {kernels}")
     for name, (argmax, rank) in mismatches.items():
         print(f"{name}: {argmax} argmax and {rank} rank mismatches")
     print(f"{settled} ranks of the fp64 twin were settled by rational numbers; {fell_back} rows fell back")
