@@ -31,18 +31,22 @@ struct Ranges {
 
 class Accumulators {
  public:
-  Accumulators(int64_t n_ranges, int64_t n_rows)
+  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers)
       : n_rows_(n_rows), floats_(aligned<float>(2 * n_ranges * n_rows_)),
-        ints_(aligned<int32_t>(2 * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)) {}
+        ints_(aligned<int32_t>(2 * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)),
+        seen_(aligned<float>(n_workers * n_rows_)), n_seen_(n_workers * n_rows_) {}
 
-  RangeState of(int64_t range) const {
+  RangeState of(int64_t range, int worker = 0) const {
     const int64_t at = 2 * range * n_rows_;
-    return {floats_.get() + at,        floats_.get() + at + n_rows_, ints_.get() + at,
-            ints_.get() + at + n_rows_, doubles_.get() + at,          doubles_.get() + at + n_rows_};
+    return {floats_.get() + at,         floats_.get() + at + n_rows_,  ints_.get() + at,
+            ints_.get() + at + n_rows_, doubles_.get() + at,           doubles_.get() + at + n_rows_,
+            seen_.get() + worker * n_rows_};
   }
 
-  RangeState cleared(int64_t range) const {
-    const RangeState state = of(range);
+  void forget_seen() const { std::fill_n(seen_.get(), n_seen_, -kInfinity); }
+
+  RangeState cleared(int64_t range, int worker) const {
+    const RangeState state = of(range, worker);
     std::fill_n(state.best, 2 * n_rows_, -kInfinity);
     std::fill_n(state.argmax, 2 * n_rows_, 0);
     std::fill_n(state.total, 2 * n_rows_, 0.0);
@@ -54,6 +58,8 @@ class Accumulators {
   Aligned<float> floats_;
   Aligned<int32_t> ints_;
   Aligned<double> doubles_;
+  Aligned<float> seen_;  // [worker][row]
+  int64_t n_seen_;
 };
 
 // Merge the ranges of one row in ascending order and write its statistics.
@@ -100,7 +106,7 @@ class Driver {
         scratch_(aligned<float>(scratch_floats_ * std::max(n_threads, 1))) {}
 
   void run(const LensStats* stats) const {
-    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_);
+    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_, std::max(n_threads_, 1));
     for (int64_t first = 0; first < problem_.hidden.rows; first += block_rows_) {
       const PackedRows rows = pack(first);
       scan(rows, stats ? &accumulators : nullptr);
@@ -124,9 +130,10 @@ class Driver {
   }
 
   void scan(const PackedRows& rows, const Accumulators* accumulators) const {
+    if (accumulators) accumulators->forget_seen();
     const double flops = 2.0 * rows.count * d_model_ * problem_.unembedding.rows;
     parallel_for(ranges_.count, worth_starting(flops, n_threads_), [&](int64_t range, int worker) {
-      const RangeState state = accumulators ? accumulators->cleared(range) : RangeState{};
+      const RangeState state = accumulators ? accumulators->cleared(range, worker) : RangeState{};
       kernels_.scan_range(problem_, rows, ranges_.start(range), ranges_.start(range + 1),
                           accumulators ? &state : nullptr, scratch(worker));
     });
