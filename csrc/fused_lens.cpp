@@ -4,10 +4,9 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "aligned.hpp"
 #include "parallel.hpp"
 
 namespace refinelens {
@@ -19,21 +18,6 @@ constexpr int64_t kMaxRanges = 64;          // of the vocabulary: what threads s
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Uninitialised memory for values of one type, aligned to a cache line.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(n * sizeof(T), kAlignment))) {}
-  T* data() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // Where the vocabulary is cut: whole blocks, the same for any number of threads.
 struct Ranges {
@@ -47,18 +31,22 @@ struct Ranges {
 
 class Accumulators {
  public:
-  Accumulators(int64_t n_ranges, int64_t n_rows)
-      : n_rows_(n_rows), floats_(2 * n_ranges * n_rows_), ints_(2 * n_ranges * n_rows_),
-        doubles_(2 * n_ranges * n_rows_) {}
+  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers)
+      : n_rows_(n_rows), floats_(aligned<float>(2 * n_ranges * n_rows_)),
+        ints_(aligned<int32_t>(2 * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)),
+        seen_(aligned<float>(n_workers * n_rows_)), n_seen_(n_workers * n_rows_) {}
 
-  RangeState of(int64_t range) const {
+  RangeState of(int64_t range, int worker = 0) const {
     const int64_t at = 2 * range * n_rows_;
-    return {floats_.data() + at,          floats_.data() + at + n_rows_, ints_.data() + at, ints_.data() + at + n_rows_,
-            doubles_.data() + at, doubles_.data() + at + n_rows_};
+    return {floats_.get() + at,         floats_.get() + at + n_rows_,  ints_.get() + at,
+            ints_.get() + at + n_rows_, doubles_.get() + at,           doubles_.get() + at + n_rows_,
+            seen_.get() + worker * n_rows_};
   }
 
-  RangeState cleared(int64_t range) const {
-    const RangeState state = of(range);
+  void forget_seen() const { std::fill_n(seen_.get(), n_seen_, -kInfinity); }
+
+  RangeState cleared(int64_t range, int worker) const {
+    const RangeState state = of(range, worker);
     std::fill_n(state.best, 2 * n_rows_, -kInfinity);
     std::fill_n(state.argmax, 2 * n_rows_, 0);
     std::fill_n(state.total, 2 * n_rows_, 0.0);
@@ -67,9 +55,11 @@ class Accumulators {
 
  private:
   int64_t n_rows_;
-  Buffer<float> floats_;
-  Buffer<int32_t> ints_;
-  Buffer<double> doubles_;
+  Aligned<float> floats_;
+  Aligned<int32_t> ints_;
+  Aligned<double> doubles_;
+  Aligned<float> seen_;  // [worker][row]
+  int64_t n_seen_;
 };
 
 // Merge the ranges of one row in ascending order and write its statistics.
@@ -110,12 +100,13 @@ class Driver {
         block_rows_(std::min(round_up(std::max<int64_t>(problem.hidden.rows, 1), kernels.wide_panel),
                              std::max<int64_t>(kPackedBytes / (4 * d_model_) / kernels.wide_panel, 1) *
                                  kernels.wide_panel)),
-        scratch_floats_(kernels.scratch_floats(d_model_)), panels_(block_rows_ * d_model_),
-        targets_(block_rows_), target_z_(block_rows_), target_logit_(block_rows_),
-        scratch_(scratch_floats_ * std::max(n_threads, 1)) {}
+        scratch_floats_(kernels.scratch_floats(d_model_)), panels_(aligned<float>(block_rows_ * d_model_)),
+        targets_(aligned<int32_t>(block_rows_)), target_z_(aligned<float>(block_rows_)),
+        target_logit_(aligned<float>(block_rows_)),
+        scratch_(aligned<float>(scratch_floats_ * std::max(n_threads, 1))) {}
 
   void run(const LensStats* stats) const {
-    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_);
+    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_, std::max(n_threads_, 1));
     for (int64_t first = 0; first < problem_.hidden.rows; first += block_rows_) {
       const PackedRows rows = pack(first);
       scan(rows, stats ? &accumulators : nullptr);
@@ -124,11 +115,11 @@ class Driver {
   }
 
  private:
-  float* scratch(int worker) const { return scratch_.data() + worker * scratch_floats_; }
+  float* scratch(int worker) const { return scratch_.get() + worker * scratch_floats_; }
 
   PackedRows pack(int64_t first_row) const {
-    const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first_row), panels_.data(), targets_.data(),
-                          target_z_.data(), target_logit_.data()};
+    const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first_row), panels_.get(), targets_.get(),
+                          target_z_.get(), target_logit_.get()};
     const int64_t n_panels = (rows.count + kernels_.wide_panel - 1) / kernels_.wide_panel;
     constexpr double kFlopsPerElement = 64;  // what packing takes compared with multiplying
     parallel_for(n_panels, worth_starting(kFlopsPerElement * rows.count * d_model_, n_threads_),
@@ -139,9 +130,10 @@ class Driver {
   }
 
   void scan(const PackedRows& rows, const Accumulators* accumulators) const {
+    if (accumulators) accumulators->forget_seen();
     const double flops = 2.0 * rows.count * d_model_ * problem_.unembedding.rows;
     parallel_for(ranges_.count, worth_starting(flops, n_threads_), [&](int64_t range, int worker) {
-      const RangeState state = accumulators ? accumulators->cleared(range) : RangeState{};
+      const RangeState state = accumulators ? accumulators->cleared(range, worker) : RangeState{};
       kernels_.scan_range(problem_, rows, ranges_.start(range), ranges_.start(range + 1),
                           accumulators ? &state : nullptr, scratch(worker));
     });
@@ -162,9 +154,9 @@ class Driver {
   const int64_t d_model_;
   const Ranges ranges_;
   const int64_t block_rows_, scratch_floats_;
-  const Buffer<float> panels_;
-  const Buffer<int32_t> targets_;
-  const Buffer<float> target_z_, target_logit_, scratch_;
+  const Aligned<float> panels_;
+  const Aligned<int32_t> targets_;
+  const Aligned<float> target_z_, target_logit_, scratch_;
 };
 
 }  // namespace

@@ -36,9 +36,9 @@ struct LensProblem {
   const int64_t* targets;  // [rows], or null
 };
 
-// A block of hidden rows as the product reads it: panels of `wide_panel` rows, each [d_model][rows]; the last
-// one holds as few vectors of rows as it needs. The other arrays have an entry for every row of the panels; the rows
-// that fill up the last vector have target -1.
+// A block of hidden rows as the product reads it: as few panels of at most `wide_panel` rows as will do, each
+// [d_model][rows]. The other arrays have an entry for every row of the panels; the rows that fill up the last vector
+// have target -1.
 struct PackedRows {
   int64_t count;
   float* panels;
@@ -51,14 +51,15 @@ struct PackedRows {
 struct RangeState {
   float* best;      // largest z, -inf at first
   float* peak;      // the logit of `best`; the sums below are relative to it
-  int32_t* argmax;  // lowest id that has `best`, counted from the start of the range
+  int32_t* argmax;  // lowest id that has `best`, counted from the start of the range; any where `seen` is larger
   int32_t* rank;    // tokens that beat the target
   double* total;    // sum of exp(l - peak)
   double* weighted; // sum of (l - peak) * exp(l - peak)
+  float* seen;      // a z that some token of this or another range has, or -inf: below it there is no argmax
 };
 
 struct LensKernels {
-  int64_t wide_panel;  // rows
+  int64_t wide_panel;  // rows of the widest panel
 
   // Tokens that are staged in cache at a time; ranges start at multiples of it.
   int64_t (*block_tokens)(int64_t d_model);

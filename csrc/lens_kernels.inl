@@ -8,6 +8,8 @@
 // newer ones.
 #include "vectors.inl"
 
+#include "elements.inl"
+
 #include "product.inl"
 
 #include "pack.inl"

@@ -19,47 +19,6 @@ struct Vectors {
 };
 
 template <typename T>
-inline T read(const char* p) {
-  T value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-
-struct Fp32 {
-  static constexpr int kBytes = 4;
-  static float widen(const char* p) { return read<float>(p); }
-};
-
-struct Bf16 {
-  static constexpr int kBytes = 2;
-  static float widen(const char* p) {
-    const uint32_t bits = static_cast<uint32_t>(read<uint16_t>(p)) << 16;
-    return read<float>(reinterpret_cast<const char*>(&bits));
-  }
-};
-
-struct Fp16 {
-  static constexpr int kBytes = 2;
-  static float widen(const char* p) {
-    const uint32_t half = read<uint16_t>(p);
-    uint32_t bits = (half & 0x7fff) << 13;
-    const float finite = read<float>(reinterpret_cast<const char*>(&bits)) * 0x1p112f;  // moves the exponent's bias
-    bits = read<uint32_t>(reinterpret_cast<const char*>(&finite));
-    bits |= (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;  // infinity and NaN keep the largest exponent
-    bits |= (half & 0x8000) << 16;
-    return read<float>(reinterpret_cast<const char*>(&bits));
-  }
-};
-
-// Calls f with the element type of a matrix.
-template <typename F>
-inline void with_element(Element element, F f) {
-  if (element == Element::fp32) return f(Fp32{});
-  if (element == Element::bf16) return f(Bf16{});
-  f(Fp16{});
-}
-
-template <typename T>
 inline const char* row_start(const Matrix& m, int64_t row) {
   return static_cast<const char*>(m.data) + row * m.row_stride * T::kBytes;
 }

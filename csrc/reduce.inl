@@ -23,10 +23,21 @@ inline void for_tokens(int64_t count, F f) {
   for (; token < count; ++token) f(token, 0);
 }
 
-inline Floats largest(const Lanes& lanes) {
+// What one pass over the tokens tells about each row, whatever its target.
+struct Survey {
+  Floats largest;
+  Ints reaching;  // how many tokens have at least `bound`
+};
+
+inline Survey survey_of(const Lanes& lanes, Floats bound) {
   Floats best[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
-  for_tokens(lanes.count, [&](int64_t token, int i) { best[i] = larger(lanes.at(token), best[i]); });
-  return larger(best[0], best[1]);
+  Ints count[2] = {};
+  for_tokens(lanes.count, [&](int64_t token, int i) {
+    const Floats z = lanes.at(token);
+    best[i] = larger(z, best[i]);
+    count[i] = z >= bound ? count[i] + 1 : count[i];
+  });
+  return {larger(best[0], best[1]), count[0] + count[1]};
 }
 
 // The lowest token, counted from the first, that has the value `best`.
@@ -46,20 +57,20 @@ inline Floats next_above(Floats t) {
   return reinterpret_cast<const Floats&>(next);
 }
 
-// Tokens that beat the targets: larger, or equal with a lower id. `targets` are counted from the first token.
-inline Ints count_beating(const Lanes& lanes, Ints target, Floats target_z) {
-  // Where the target is not among the tokens one comparison does: with t if ties count, with the float above if not.
-  const Ints after = target >= static_cast<int32_t>(lanes.count), before = target < 0;
+// What tokens that beat the targets reach, where no target is among them: t itself if ties count, else the float above.
+inline Floats bound_of(const Lanes& lanes, Ints target, Floats target_z) {
+  return target >= static_cast<int32_t>(lanes.count) ? target_z : next_above(target_z);
+}
+
+// Whether some target is among the tokens, or its z is not normal. `targets` are counted from the first token.
+inline bool needs_comparison(const Lanes& lanes, Ints target, Floats target_z) {
+  const Ints outside = (target >= static_cast<int32_t>(lanes.count)) | (target < 0);
   const Floats magnitude = target_z < 0.0f ? -target_z : target_z;
-  const Ints is_normal = (magnitude > 0x1p-120f) & (magnitude < kInfinity);
-  if (!any(~((after | before) & is_normal))) {
-    const Floats bound = after ? target_z : next_above(target_z);
-    Ints count[2] = {};
-    for_tokens(lanes.count, [&](int64_t token, int i) {
-      count[i] = lanes.at(token) >= bound ? count[i] + 1 : count[i];
-    });
-    return count[0] + count[1];
-  }
+  return any(~(outside & (magnitude > 0x1p-120f) & (magnitude < kInfinity)));
+}
+
+// Tokens that beat the targets: larger, or equal with a lower id.
+inline Ints count_beating(const Lanes& lanes, Ints target, Floats target_z) {
   Ints count = {};
   for (int64_t token = 0; token < lanes.count; ++token) {
     const Floats z = lanes.at(token);
@@ -72,17 +83,21 @@ inline Ints count_beating(const Lanes& lanes, Ints target, Floats target_z) {
 // Fold the tokens first, first + 1, ... of a range that starts at `range` into the statistics of kLanes rows.
 inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float softcap, const RangeState& state,
                          int64_t row, const int32_t* targets, const float* target_z) {
-  const Floats tile_best = largest(lanes), old_best = load(state.best + row);
-  const Ints improved = tile_best > old_best;
-  Ints& argmax = *reinterpret_cast<Ints*>(state.argmax + row);
-  if (any(improved)) {
-    store(state.best + row, larger(tile_best, old_best));
-    argmax = improved ? lowest_id(lanes, tile_best) + static_cast<int32_t>(first - range) : argmax;
+  const Ints target = targets ? *reinterpret_cast<const Ints*>(targets) - static_cast<int32_t>(first) : Ints{};
+  const Floats t = targets ? load(target_z) : Floats{};
+  const Survey survey = survey_of(lanes, bound_of(lanes, target, t));
+  const Floats tile_best = survey.largest, old_best = load(state.best + row), seen = load(state.seen + row);
+  // What lies below a z seen in another range is not the argmax, and need not be found: so this is rare.
+  const Ints leads = (tile_best > old_best) & (tile_best >= seen);
+  store(state.best + row, larger(tile_best, old_best));
+  if (any(leads)) {
+    Ints& argmax = *reinterpret_cast<Ints*>(state.argmax + row);
+    argmax = leads ? lowest_id(lanes, tile_best) + static_cast<int32_t>(first - range) : argmax;
+    store(state.seen + row, larger(tile_best, seen));
   }
-  if (targets) {
-    const Ints relative = *reinterpret_cast<const Ints*>(targets) - static_cast<int32_t>(first);
-    *reinterpret_cast<Ints*>(state.rank + row) += count_beating(lanes, relative, load(target_z));
-  }
+  if (targets)
+    *reinterpret_cast<Ints*>(state.rank + row) +=
+        needs_comparison(lanes, target, t) ? count_beating(lanes, target, t) : survey.reaching;
 
   const Floats old_peak = load(state.peak + row);
   store(state.peak + row, load(state.best + row));
@@ -93,9 +108,11 @@ inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float
   const Floats peak = load(state.peak + row);
   // Rows that have seen nothing but -inf have sums of 0, for which any finite base and shift will do.
   const Floats base = peak == -kInfinity ? Floats{} : peak;
+  const Floats floor = hidden(kExpFloor);
   Floats sums[2] = {}, moments[2] = {};
   for_tokens(lanes.count, [&](int64_t token, int i) {
-    const Floats d = clamp_exponent(lanes.at(token) - base);
+    const Floats d = clamp_exponent(lanes.at(token) - base, floor);
+    __builtin_prefetch(lanes.z + token * lanes.stride + kLanes);  // what the next lanes' survey would wait for
     const Floats e = exp_nonpositive(d);
     sums[i] += e;
     moments[i] += d * e;
@@ -103,8 +120,8 @@ inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float
   const Floats shift = clamp_exponent(old_peak == -kInfinity ? Floats{} : old_peak - base);
   const Floats factor = exp_nonpositive(shift);
   // Tokens of nothing but -inf add nothing; a product, not a choice, so that nothing but NaN adds NaN.
-  const Floats seen = tile_best == -kInfinity ? Floats{} : broadcast(1.0f);
-  const Floats sum = (sums[0] + sums[1]) * seen, moment = (moments[0] + moments[1]) * seen;
+  const Floats any_finite = tile_best == -kInfinity ? Floats{} : broadcast(1.0f);
+  const Floats sum = (sums[0] + sums[1]) * any_finite, moment = (moments[0] + moments[1]) * any_finite;
   double* total = state.total + row;
   double* weighted = state.weighted + row;
   for (int i = 0; i < kLanes; ++i) {

@@ -22,15 +22,23 @@ static int64_t scratch_floats(int64_t d_model) {
   return kMaxTokens * kWide + kMaxTokens + block_tokens(d_model) * staged_stride(d_model);
 }
 
-// A panel: its first row in the arrays of PackedRows, how many rows it has, and its values.
+static int64_t panels_of(const PackedRows& rows) { return (rows.count + kWide - 1) / kWide; }
+
+// A panel: its first row in the arrays of PackedRows, how many rows it has, and its values. The vectors of rows are
+// shared out evenly, since the product is the slower the narrower its panel.
 struct Panel {
   int64_t row, count;
   const float* values;
   int vectors;
 
-  Panel(const PackedRows& rows, int64_t index, int64_t d_model)
-      : row(index * kWide), count(rows.count - row < kWide ? rows.count - row : kWide),
-        values(rows.panels + row * d_model), vectors(static_cast<int>((count + kLanes - 1) / kLanes)) {}
+  Panel(const PackedRows& rows, int64_t index, int64_t d_model) {
+    const int64_t n_panels = panels_of(rows), all = (rows.count + kLanes - 1) / kLanes;
+    const int64_t fewest = all / n_panels, n_wider = all % n_panels;  // the wider panels come first
+    vectors = static_cast<int>(fewest + (index < n_wider));
+    row = (fewest * index + (index < n_wider ? index : n_wider)) * kLanes;
+    count = rows.count - row < width() ? rows.count - row : width();
+    values = rows.panels + row * d_model;
+  }
   int64_t width() const { return vectors * kLanes; }
 };
 
@@ -124,7 +132,7 @@ static void scan_range(const LensProblem& problem, const PackedRows& rows, int64
                        const RangeState* state, float* memory) {
   const Scratch scratch(memory);
   const Matrix& tokens = problem.unembedding;
-  const int64_t d_model = tokens.columns, step = block_tokens(d_model), n_panels = (rows.count + kWide - 1) / kWide;
+  const int64_t d_model = tokens.columns, step = block_tokens(d_model), n_panels = panels_of(rows);
   const Ahead ahead(n_panels, step / kGroup);
   for (int64_t token = first; token < last; token += step) {
     const int64_t count = last - token < step ? last - token : step;

@@ -20,6 +20,8 @@ constexpr int kTileBytes = 1024;  // 16 rows of 64 bytes
 }  // namespace refinelens::REFINELENS_KERNELS
 
 #include "vectors.inl"
+
+#include "elements.inl"
 // After the vectors.
 #include "screen_fold.inl"
 #include "screen_quantise.inl"

@@ -3,6 +3,9 @@
 #include "screen_kernels.hpp"
 
 #define REFINELENS_KERNELS baseline_screen
+#define REFINELENS_TABLE kScreenBaseline
+#define REFINELENS_NAME "baseline, 16-bit screen"
+
 namespace refinelens::REFINELENS_KERNELS {
 constexpr int kVectorBytes = 16;
 constexpr int kGroup = 6;
@@ -17,16 +20,4 @@ inline Ints multiply_add(Ints sum, Ints a, Ints b) {
 }
 }  // namespace refinelens::REFINELENS_KERNELS
 
-// After multiply_add, in the order of use.
-#include "screen_product.inl"
-#include "screen_fold.inl"
-#include "screen_quantise.inl"
-#include "screen_wide.inl"
-
-namespace refinelens {
-using namespace REFINELENS_KERNELS;
-extern const ScreenKernels kScreenBaseline = {
-    "baseline, 16-bit screen", {kDigits, 1, kGroup, kPanel},
-    widen, dot_product, quantise, nothing, nothing, multiply_tile, fold_tile,
-};
-}  // namespace refinelens
+#include "screen_kernels.inl"

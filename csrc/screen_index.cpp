@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <new>
 
 #include "parallel.hpp"
 
@@ -44,19 +42,6 @@ Norms Quantiser::pack(const double* x, int64_t unit_stride, int64_t plane_stride
         out[unit * unit_stride] = planes_[digit * plane_bytes / 4 + step * format.units + unit];
   return norms;
 }
-
-template <typename T>
-Aligned<T> aligned_zeros(int64_t count) {
-  const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes);
-  if (!p) throw std::bad_alloc();
-  std::memset(p, 0, bytes);
-  return Aligned<T>(static_cast<T*>(p));
-}
-template Aligned<char> aligned_zeros(int64_t);
-template Aligned<float> aligned_zeros(int64_t);
-template Aligned<double> aligned_zeros(int64_t);
-template Aligned<int32_t> aligned_zeros(int64_t);
 
 ScreenIndex::ScreenIndex(const Matrix& weights, const ScreenKernels& kernels, int n_threads)
     : kernels_(kernels),

@@ -3,10 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
+#include "aligned.hpp"
 #include "screen_kernels.hpp"
 
 namespace refinelens {
@@ -34,16 +33,6 @@ class Quantiser {
   std::vector<int32_t> q_;
   std::vector<uint32_t> planes_;
 };
-
-struct AlignedDelete {
-  void operator()(void* p) const { std::free(p); }
-};
-template <typename T>
-using Aligned = std::unique_ptr<T[], AlignedDelete>;
-
-// Zeros, aligned to a cache line.
-template <typename T>
-Aligned<T> aligned_zeros(int64_t count);
 
 class ScreenIndex {
  public:

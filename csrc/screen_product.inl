@@ -1,5 +1,5 @@
-// The integer product of one 16-bit digit: kGroup tokens by two vectors of hidden rows in registers. See vectors.inl
-// for how it is included; multiply_add(sum, a, b) adds the products of pairs of 16-bit numbers to 32-bit sums.
+// The integer product of one 16-bit digit: kGroup tokens by two vectors of hidden rows in registers.
+// screen_kernels.inl says how it is included.
 
 namespace refinelens::REFINELENS_KERNELS {
 

@@ -10,6 +10,9 @@
 #pragma GCC target("avx2,fma")
 
 #define REFINELENS_KERNELS v3_screen
+#define REFINELENS_TABLE kScreenV3
+#define REFINELENS_NAME "AVX2, 16-bit screen"
+
 namespace refinelens::REFINELENS_KERNELS {
 constexpr int kVectorBytes = 32;
 constexpr int kGroup = 6;
@@ -23,19 +26,7 @@ inline Ints multiply_add(Ints sum, Ints a, Ints b) {
 }
 }  // namespace refinelens::REFINELENS_KERNELS
 
-// After multiply_add, in the order of use.
-#include "screen_product.inl"
-#include "screen_fold.inl"
-#include "screen_quantise.inl"
-#include "screen_wide.inl"
-
-namespace refinelens {
-using namespace REFINELENS_KERNELS;
-extern const ScreenKernels kScreenV3 = {
-    "AVX2, 16-bit screen", {kDigits, 1, kGroup, kPanel},
-    widen, dot_product, quantise, nothing, nothing, multiply_tile, fold_tile,
-};
-}  // namespace refinelens
+#include "screen_kernels.inl"
 
 #pragma GCC pop_options
 

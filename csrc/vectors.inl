@@ -37,8 +37,14 @@ inline Floats exp_nonpositive(Floats x) {
   return p * reinterpret_cast<const Floats&>(power);
 }
 
+// A constant that the compiler cannot see: with one that it sees, GCC makes two instructions of a maximum.
+inline Floats hidden(float x) {
+  volatile float value = x;
+  return broadcast(value);
+}
+
 // e^kExpFloor = 1.6e-38 is nothing beside the 1 of the peak; also for -inf. NaN stays NaN.
-inline Floats clamp_exponent(Floats x) { return larger(broadcast(kExpFloor), x); }
+inline Floats clamp_exponent(Floats x, Floats floor = broadcast(kExpFloor)) { return larger(floor, x); }
 
 // cap * tanh(z / cap) of n floats, from tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|). Not inlined, so
 // that equal z have equal logits wherever they are computed. n is a multiple of kLanes.
