@@ -231,7 +231,7 @@ def _calm_libraries() -> None:
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .report import show_run
+    from .outputs import show_run
     from .results import open_run
 
     top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING
 
 from .caution import caution_lines
 from .layer_profile import LayerProfile
+from .report import Report
 from .results import Run, write_whole
 from .summary import SummaryRow
 from .table import title
-
-if TYPE_CHECKING:
-    from .report import Report
 
 # Distinct to colour-blind readers on white (Okabe and Ito 2008); markers tell the lines apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

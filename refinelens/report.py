@@ -1,26 +1,15 @@
-"""What a run says: summarised once, then written, drawn or printed. Reads results only; no torch, no model."""
+"""What a run says, summarised once. Reads results only; no torch, no model."""
 
 from __future__ import annotations
 
-import csv
-import math
-from contextlib import suppress
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
-from rich.console import Console
-
-from .bootstrap import Estimate
 from .caution import Caution, find_cautions
 from .errors import InputError
-from .figures import draw_figures
 from .inverted_u import InvertedU, inverted_u_tests
-from .layer_profile import layer_profiles
-from .options import check_top
-from .results import OUTPUTS, Run, write_whole
+from .results import Run
 from .summary import SummaryRow, summarise
-from .table import print_table
-from .trajectory_table import choose_tokens, read_trajectories, trajectory_tables
+from .trajectory_table import choose_tokens, read_trajectories
 
 
 @dataclass(frozen=True)
@@ -72,58 +61,3 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     blind = {(caution.lens, caution.top) for caution in cautions}
     tests = inverted_u_tests(table, lenses, tops, blind, seed)
     return Report(manifest, summarise(table, lenses, tops, n_layers, seed), tests, cautions)
-
-
-def write_outputs(run: Run, report: Report) -> None:
-    """Write trajectories, tables and figures."""
-    run.write_trajectories(trajectory_tables(run, report.tops))
-    _write_csv(run.path / "summary.csv", SummaryRow, report.rows)
-    _write_csv(run.path / "inverted_u.csv", InvertedU, report.tests)
-    profiles = layer_profiles(run, report.lenses, report.manifest["arguments"]["answer_tokens"])
-    draw_figures(run, report, profiles)
-
-
-def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) -> None:
-    """Print the table of a run from its predictions.
-
-    Files that are missing are written if they can be. With other thresholds the run stays as it is.
-
-    Raises:
-        InputError: A damaged run, or thresholds that no rank can be held against.
-    """
-    if tops is not None:
-        check_top(tops)
-    report = read_report(run, tops)
-    if tops is None and not all((run.path / name).exists() for name in OUTPUTS):
-        with suppress(OSError):
-            write_outputs(run, report)
-    print_table(console, report)
-
-
-def _write_csv(path: Path, kind: type, rows: list) -> None:
-    """One line per row, one column per field; an estimate has three, with its interval."""
-    columns = []
-    for field in fields(kind):
-        names = ("", "_low", "_high") if field.type == "Estimate" else ("",)
-        columns += [f"{field.name}{suffix}" for suffix in names]
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for row in rows:
-                writer.writerow([cell for field in fields(kind) for cell in _cells(getattr(row, field.name))])
-
-    write_whole(path, write)
-
-
-def _cells(value) -> list:
-    if isinstance(value, Estimate):
-        return [_number(x) for x in (value.value, value.low, value.high)]
-    if isinstance(value, tuple):
-        return [" ".join(map(str, value))]
-    return [_number(value) if isinstance(value, float) else value]
-
-
-def _number(x: float) -> str:
-    return "" if math.isnan(x) else f"{x:.6g}"

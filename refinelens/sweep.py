@@ -13,10 +13,11 @@ from .logit_lens import LogitLens
 from .manifest import make_manifest, now
 from .models import load_model
 from .options import SweepOptions
+from .outputs import write_outputs
 from .predict import Predictor
 from .progress import SweepProgress
 from .prompts import gold_positions, load_template
-from .report import Report, read_report, write_outputs
+from .report import Report, read_report
 from .results import Run, begin_run, check_disk, check_output, disk_error
 from .task import choose_questions, load_task
 

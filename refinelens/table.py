@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,10 +11,8 @@ from rich.table import Table
 
 from .bootstrap import Estimate
 from .caution import caution_lines
+from .report import Report
 from .summary import SummaryRow
-
-if TYPE_CHECKING:
-    from .report import Report
 
 WIDTH = 120
 LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH

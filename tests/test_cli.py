@@ -297,7 +297,7 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
         raise PermissionError(13, "Read-only file system")
 
     monkeypatch.setattr("refinelens.results.write_whole", read_only)
-    monkeypatch.setattr("refinelens.report.write_whole", read_only)
+    monkeypatch.setattr("refinelens.outputs.write_whole", read_only)
     monkeypatch.setattr("refinelens.figures.write_whole", read_only)
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0

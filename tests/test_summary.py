@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from refinelens.bootstrap import mean_estimates, median_estimate
-from refinelens.report import read_report, write_outputs
+from refinelens.outputs import write_outputs
+from refinelens.report import read_report
 from refinelens.results import FIGURES, PREDICTIONS, Run, open_run
 from refinelens.table import print_table
 from refinelens.trajectory_table import trajectory_tables
@@ -32,7 +33,8 @@ def make_run(path, cells, lenses=("plain",), top=(1,), documents=3):
         for position, ranks in cells.items():
             rows += [_row(question, documents, position, lens, ranks[question]) for lens in lenses]
     run.write_part(0, rows)
-    entries = [{"name": lens, "kind": "plain" if lens == "plain" else "linear", "sha256": None} for lens in lenses]
+    kinds = {lens: "plain" if lens == "plain" else "linear" for lens in lenses}
+    entries = [{"name": lens, "kind": kinds[lens], "sha256": None, "note": None} for lens in lenses]
     counts = {"questions": 4, "done": 4, "rows": len(rows), "left_out": {}, "contexts": 1, "lens_rows": 1}
     run.write_manifest(
         {
