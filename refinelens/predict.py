@@ -11,7 +11,7 @@ import torch
 from .errors import InputError
 from .lens_files import Lens
 from .logit_lens import LayerReading, LogitLens
-from .models import LoadedModel
+from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prompts import Context, build_context, gold_positions
 from .task import DistractorSource, Question, Task
@@ -87,7 +87,7 @@ class Predictor:
         try:
             readings, targets = self._read(batch)
         except (InputError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, InputError) and not _is_out_of_memory(error):
+            if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise _name_context(batch[0], error) from None
@@ -158,11 +158,6 @@ def _name_context(context: Context, error: Exception) -> InputError:
         )
     where = f"question {context.question.id}, {context.n_documents} documents, gold position {context.gold_position}"
     return InputError(f"{where}: {what}")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _pad(values, length: int, value: int) -> list[int]:

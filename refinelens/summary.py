@@ -35,7 +35,6 @@ class SummaryRow:
     mean_largest_gain: Estimate  # layer of the largest rank improvement
 
 
-ESTIMATES = [name for name, kind in SummaryRow.__annotations__.items() if kind == "Estimate"]
 Cell = dict[str, np.ndarray]
 
 

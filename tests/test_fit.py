@@ -12,9 +12,12 @@ from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.fit import checkpoint, ridge, session
 from refinelens.fit.options import FitOptions
+from refinelens.fit.quality import measure
+from refinelens.fit.states import States
 from refinelens.fit.statistics import Statistics
 from refinelens.fit.text import load_text, sequences
 from refinelens.lens_files import load_lens
+from refinelens.logit_lens import LogitLens
 from refinelens.models import load_model
 from tiny import WORDS, tiny_gpt2, word_tokenizer
 
@@ -156,7 +159,7 @@ def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, m
     monkeypatch.undo()
     begun = []
     session.fit_lens(options(model, text), str(tmp_path / "words"), report=lambda *stage: begun.append(stage))
-    assert begun[0][1] == max(stop_after - 1, 0)  # what was checkpointed is not read again
+    assert begun[0][1] == stop_after  # what was read is not read again
     for name, tensor in load_file(fitted.path / "lens.safetensors").items():
         assert torch.equal(load_file(tmp_path / "words" / "lens.safetensors")[name], tensor)
     assert not (tmp_path / "words" / checkpoint.NAME).exists()
@@ -211,9 +214,16 @@ def test_texts(tmp_path, model):
 BAD = [
     (["--tokens", "10"], "--tokens: expected at least 160, got 10"),
     (["--text", "nowhere.txt"], "--text: expected builtin or a file of text, got no file at nowhere.txt"),
-    (["--text", "SHORT"], "expected at least 10 sequences of 256 tokens, got 0; give more text or a smaller --tokens"),
+    (["--text", "SHORT"], "expected at least 10 sequences of 256 tokens, got 0; give more text"),
     (["--text", "BROKEN"], "expected a JSON object with text or ctxs in every line, got another in line 2"),
     (["--text", "BINARY"], "expected readable UTF-8 text"),
+    (["--text", "DAMAGED"], "expected readable UTF-8 text"),
+    (["--text", "DEEP"], "expected a JSON object with text or ctxs in every line, got another in line 1"),
+    (["--text", "HALF"], "expected a JSON object with text or ctxs in every line, got another in line 1"),
+    (["--seed", str(2**63)], "--seed: expected 0 to 2**63 - 1"),
+    (["--out", "plain"], "--out: expected a folder that --lens can name, without a comma and not plain, got 'plain'"),
+    (["--out", "a,b"], "--out: expected a folder that --lens can name"),
+    (["--out", ""], "--out: expected a folder that --lens can name"),
     (["--out", "FOREIGN"], "expected a new folder or that of a lens, got other files, such as mine.txt"),
     (["--out", "LENS"], "expected a new folder, got a lens; choose another or pass --overwrite"),
     (["--model", "nowhere/at/all"], "--model: expected a folder"),
@@ -227,8 +237,12 @@ def test_bad_input_is_one_line(model, text, fitted, tmp_path, capsys, arguments,
     (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00" * 100)
     (tmp_path / "FOREIGN").mkdir()
     (tmp_path / "FOREIGN" / "mine.txt").write_text("kept")
-    places = {"SHORT": "SHORT", "BROKEN": "BROKEN.jsonl", "BINARY": "BINARY", "FOREIGN": "FOREIGN"}
-    places = {name: str(tmp_path / place) for name, place in places.items()} | {"LENS": str(fitted.path)}
+    packed = bytearray(gzip.compress(" ".join(WORDS * 500).encode()))
+    packed[40:60] = b"\xff" * 20
+    (tmp_path / "DAMAGED.txt.gz").write_bytes(packed)
+    (tmp_path / "DEEP.jsonl").write_text("[" * 200_000, encoding="utf-8")
+    (tmp_path / "HALF.jsonl").write_text('{"text": "red \\ud800 blue"}', encoding="utf-8")
+    places = {path.name.split(".")[0]: str(path) for path in tmp_path.iterdir()} | {"LENS": str(fitted.path)}
     given = [places.get(argument, argument) for argument in arguments]
     defaults = ["--model", str(model), "--text", str(text), "--tokens", "6000", "--out", str(tmp_path / "out")]
     assert main(["fit", *defaults, *given]) == 2
@@ -272,3 +286,90 @@ def test_a_manifest_beside_other_tensors_is_refused(fitted, tmp_path, model, tex
     (other.path / "lens.safetensors").write_bytes((fitted.path / "lens.safetensors").read_bytes())
     with pytest.raises(InputError, match="expected the tensors that its manifest was written for, got others"):
         load_lens(other.path)
+
+
+@pytest.mark.parametrize("stage", ["solving", "training", "measuring"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_fit_that_stopped_late_reads_nothing_again(model, text, fitted, tmp_path, stage, overwrite):
+    given = options(model, text, objective="kl", steps=2)
+    if overwrite:
+        session.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
+
+    def report(at, done, total):
+        if at == stage:
+            raise Stop
+
+    with pytest.raises(Stop):
+        session.fit_lens(given, str(tmp_path / "lens"), overwrite, report=report)
+    begun = []
+    session.fit_lens(given, str(tmp_path / "lens"), overwrite, report=lambda *told: begun.append(told))
+    assert begun[0][1] == begun[0][2] > 0
+    names = {path.name for path in (tmp_path / "lens").iterdir()}
+    assert names == {"lens.safetensors", "manifest.json", "quality.csv", "quality.png"}
+
+
+def test_a_stop_in_the_middle_of_a_sum_is_forgotten(model, text, fitted, tmp_path, monkeypatch):
+    add, calls = Statistics.add, []
+
+    def stop_halfway(self, hidden):
+        add(self, hidden)
+        calls.append(hidden)
+        if len(calls) == 5:
+            raise Stop
+
+    monkeypatch.setattr(Statistics, "add", stop_halfway)
+    with pytest.raises(Stop):
+        session.fit_lens(options(model, text), str(tmp_path / "lens"))
+    monkeypatch.undo()
+    again = session.fit_lens(options(model, text), str(tmp_path / "lens"))
+    assert torch.equal(load_lens(again.path).translators.weight, load_lens(fitted.path).translators.weight)
+
+
+def test_out_of_memory_is_one_line(model, text, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Statistics, "empty", fail)
+    assert (
+        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 2
+    )
+    printed = capsys.readouterr().err
+    assert "GB of statistics beside the model, got out of memory" in printed and printed.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session, "save_lens", fail)
+    assert (
+        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 2
+    )
+    printed = capsys.readouterr().err
+    assert "No space left on device; the same command goes on from the last checkpoint" in printed
+    assert [path.name for path in (tmp_path / "l").glob("*.safetensors")] == [checkpoint.NAME]
+
+
+def test_a_sample_is_spread_over_its_sequences(model, text, monkeypatch):
+    loaded = load_model(str(model))
+    read = States(options(model, text, tokens=6000), load_text(str(text)), loaded, LogitLens.from_model(loaded.model))
+    which = range(3, len(read.split.fit))
+    asked = []
+    hidden = LogitLens.hidden
+    monkeypatch.setattr(
+        LogitLens, "hidden", lambda self, ids, positions: (asked.append(positions), hidden(self, ids, positions))[1]
+    )
+    limit = read.split.tokens(which) // 7
+    states = list(read.sample(which, limit))
+    assert sum(s.shape[1] for s in states) == limit
+    places = torch.cat(asked)
+    assert places.min() >= 1 and places.max() < read.split.length
+    assert len(places.unique()) > 0.4 * read.split.length and len(states) == len(which)
+    assert sum(s.shape[1] for s in read.sample(which, 10**9)) == read.split.tokens(which)
+
+
+def test_states_that_do_not_vary_explain_nothing(model):
+    logit_lens = LogitLens.from_model(load_model(str(model)).model)
+    states = torch.randn(logit_lens.n_layers + 1, 1, logit_lens.d_model).expand(-1, 9, -1)
+    with pytest.raises(InputError, match="--text: expected held-out text whose tokens differ"):
+        measure(logit_lens, [states], {"plain": None})

@@ -13,11 +13,11 @@ from refinelens.run_agreement import compare_runs, paired_ranks
 N_POINTS = 4  # layers of the runs, the embedding output included
 
 
-def make_run(folder, ranks, task="0" * 64, part_size=5):
+def make_run(folder, ranks, task="0" * 64, part_size=5, **arguments):
     """A run with these target ranks by question, every one at two gold positions."""
     run = Run(folder)
     run.parts_path.mkdir(parents=True)
-    run.write_manifest({"task": {"name": "test", "sha256": task}})
+    run.write_manifest({"task": {"name": "test", "sha256": task}, "arguments": arguments})
     other_keys = {name: 0 for name, _ in KEYS} | {"lens": "plain"}
     rows = [
         other_keys | {"question_id": q, "documents": 2, "gold_position": p, "target_rank": (values + p).tolist()}
@@ -69,3 +69,12 @@ def test_refusals(tmp_path):
         with pytest.raises(InputError, match=message) as caught:
             compare_runs(run, other)
         assert "\n" not in str(caught.value) and str(other.path) in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"target": "prediction"}, {"template": "own.txt"}])
+def test_runs_that_ask_different_things_are_refused(tmp_path, changed):
+    same = {"seed": 0, "target": "answer", "template": None}
+    ranks = random_ranks(range(4), 0)
+    run, other = make_run(tmp_path / "a", ranks, **same), make_run(tmp_path / "b", ranks, **same | changed)
+    with pytest.raises(InputError, match=f"expected runs with the same --{next(iter(changed))}, got"):
+        paired_ranks(run, other)

@@ -23,15 +23,27 @@ def save(folder: Path, identity: dict, done: int, fit: Statistics, choose: Stati
     write_whole(folder / NAME, lambda path: save_file(tensors, path, metadata))
 
 
-def load(folder: Path, identity: dict, device: torch.device) -> tuple[int, Statistics, Statistics] | None:
+def load(
+    folder: Path, identity: dict, device: torch.device, overwrite: bool = False
+) -> tuple[int, Statistics, Statistics] | None:
     """(sequences done, statistics to fit, statistics to choose), or None if there is nothing to go on from.
 
     Raises:
-        InputError: The file is of another fit (the first difference is named), or damaged.
+        InputError: The file is of another fit (the first difference is named), or damaged, and must not be
+            overwritten.
     """
-    path = folder / NAME
-    if not path.exists():
+    if not (folder / NAME).exists():
         return None
+    try:
+        return _read(folder, identity, device)
+    except InputError:
+        if overwrite:
+            return None
+        raise
+
+
+def _read(folder: Path, identity: dict, device: torch.device) -> tuple[int, Statistics, Statistics]:
+    path = folder / NAME
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()

@@ -31,8 +31,8 @@ class FitOptions:
             raise InputError(f"--objective: expected {' or '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.steps < 1:
             raise InputError(f"--steps: expected at least 1, got {self.steps}")
-        if self.seed < 0:
-            raise InputError(f"--seed: expected 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed: expected 0 to 2**63 - 1, got {self.seed}")
 
     def arguments(self) -> dict:
         """The options as a manifest holds them."""

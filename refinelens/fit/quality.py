@@ -8,14 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..logit_lens import LogitLens
 from ..translators import Translators
+
+NEGLIGIBLE = 1e-12  # variance as a share of the mean square: rounding
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over held-out tokens; every field ``[n_layers + 1]``, the output last."""
+    """Means over held-out tokens; every list ``[n_layers + 1]``, the output last."""
 
+    tokens: int
     variance_explained: list[float]  # of the last layer's residual stream; below 0 where worse than its mean
     kl: list[float]  # nats, KL(p_final || p_layer)
     top1: list[float]  # share of tokens where the layer's argmax is the model's own prediction
@@ -24,7 +28,11 @@ class Quality:
 def measure(
     logit_lens: LogitLens, states: Iterable[Tensor], lenses: dict[str, Translators | None]
 ) -> dict[str, Quality]:
-    """The quality of every lens (None: the plain one) on ``states`` ``[n_layers + 1, tokens, d_model]``."""
+    """The quality of every lens (None: the plain one) on ``states`` ``[n_layers + 1, tokens, d_model]``.
+
+    Raises:
+        InputError: The last layer's states do not vary.
+    """
     tallies = {name: _Tally(lens) for name, lens in lenses.items()}
     for hidden in states:
         for tally in tallies.values():
@@ -58,7 +66,8 @@ class _Tally:
 
     def quality(self) -> Quality:
         error, kl, agreement = self._sums
-        variance = float((self._yy - self._y**2 / self._tokens).sum())
-        return Quality(
-            (1.0 - error / variance).tolist(), (kl / self._tokens).tolist(), (agreement / self._tokens).tolist()
-        )
+        n = self._tokens
+        variance = float((self._yy - self._y**2 / n).sum())
+        if not variance > NEGLIGIBLE * float(self._yy.sum()):
+            raise InputError("--text: expected held-out text whose tokens differ, got states that do not vary")
+        return Quality(n, (1.0 - error / variance).tolist(), (kl / n).tolist(), (agreement / n).tolist())

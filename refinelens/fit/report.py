@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..results import write_whole
+from ..table import WIDTH
 
 TABLE = "quality.csv"
 FIGURE = "quality.png"
@@ -36,6 +37,7 @@ def write_csv(folder: Path, manifest: dict) -> None:
 
 def print_quality(console: Console, manifest: dict) -> None:
     """Print the report and, under it, what the numbers are."""
+    console.width = max(console.width, WIDTH)  # a pipe reports 80
     quality, tokens = manifest["quality"], manifest["tokens"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     headings = [f"{lens}\n{COLUMNS[measure]}" for measure in MEASURES for lens in quality]

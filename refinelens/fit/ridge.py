@@ -25,11 +25,15 @@ def solve(fit: Statistics, held_out: Statistics) -> tuple[Translators, list[floa
     Returns:
         Translators in fp32, and ``n_layers`` strengths.
     """
-    found = [_solve_layer(layer, fit, held_out) for layer in range(len(fit.sum_x))]
-    weight = torch.stack([maps.T for maps, _, _ in found])
-    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    bias = torch.stack([bias for _, bias, _ in found])
-    return Translators((weight - identity).float(), bias.float()), [strength for *_, strength in found]
+    n_layers, d_model = fit.sum_x.shape
+    weight = torch.empty(n_layers, d_model, d_model, device=fit.xx.device)
+    bias, strengths = torch.empty(n_layers, d_model, device=fit.xx.device), []
+    identity = torch.eye(d_model, dtype=fit.xx.dtype, device=fit.xx.device)
+    for layer in range(n_layers):
+        maps, bias[layer], strength = _solve_layer(layer, fit, held_out)
+        weight[layer] = maps.T - identity
+        strengths.append(strength)
+    return Translators(weight, bias), strengths
 
 
 def _solve_layer(layer: int, fit: Statistics, held_out: Statistics) -> tuple[Tensor, Tensor, float]:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import InputError
-from ..lens_files import FORMAT_VERSION, MANIFEST, TENSORS, model_entry, save_lens
+from ..lens_files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
 from ..logit_lens import LogitLens
 from ..manifest import now, packages
-from ..models import LoadedModel, load_model
-from ..results import check_disk, disk_error
+from ..models import LoadedModel, is_out_of_memory, load_model
+from ..results import check_disk
 from ..translators import Translators
 from . import checkpoint, ridge
 from .options import FitOptions
@@ -24,7 +24,7 @@ from .quality import measure
 from .report import FIGURE, TABLE, draw_figure, write_csv
 from .states import States
 from .statistics import Statistics
-from .text import load_text
+from .text import Text, load_text
 from .train import train
 
 CHECKPOINT_SECONDS = 60.0
@@ -51,8 +51,8 @@ def fit_lens(
 ) -> Fitted:
     """Fit a lens to a model and write its folder; a fit that was stopped goes on from its last checkpoint.
 
-    Memory: ``32 * n_layers * d_model**2`` bytes of statistics, whatever the amount of text; as much on disk
-    until the lens is written.
+    Memory: ``32 * n_layers * d_model**2`` bytes of statistics, whatever the amount of text, and a third of that
+    while the lens is made of them; as much on disk until it is written.
 
     Args:
         options: What to fit.
@@ -65,67 +65,107 @@ def fit_lens(
         InputError: Input that does not fit, or no free disk.
     """
     folder = Path(out)
-    _check_folder(folder, overwrite)
+    _check_folder(out, folder, overwrite)
     text = load_text(options.text)
     loaded = load_model(options.model, options.device, options.dtype)
     logit_lens = LogitLens.from_model(loaded.model)
     check_disk(out, 2 * _statistics_bytes(logit_lens))
     started = time.monotonic()
     states = States(options, text, loaded, logit_lens)
-    identity = _identity(options, text.sha256, loaded)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            (folder / checkpoint.NAME).unlink(missing_ok=True)
-        fit, choose = _gather(folder, identity, states, logit_lens, report)
-        report("solving", 0, 1)
-        translators, strengths = ridge.solve(fit, choose)
-        lenses = {"linear": translators}
-        if options.objective == "kl":
-            lenses["kl"] = _train(options, logit_lens, translators, fit, states, report)
-        lenses = {name: lens.to(loaded.model.device, loaded.model.dtype) for name, lens in lenses.items()}
-        quality = measure(logit_lens, _held_out(states, states.split.report, report), {"plain": None, **lenses})
+        gathered = _gather(folder, _identity(options, text.sha256, loaded), overwrite, states, logit_lens, report)
+        lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
+        quality = measure(logit_lens, _told(states, states.split.report, report), {"plain": None, **lenses})
         manifest = {
-            "format_version": FORMAT_VERSION,
-            "kind": options.objective,
-            "refinelens_version": __version__,
-            "model": model_entry(loaded, logit_lens),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "text": {"name": text.name, "sha256": text.sha256},
-            "tokens": states.split.tokens(),
-            "arguments": options.arguments(),
-            "argv": argv,
+            **_manifest(options, argv, text, loaded, logit_lens),
+            "tokens": {
+                "fit": states.split.tokens(states.split.fit),
+                "choose": states.split.tokens(states.split.choose),
+                "report": quality["plain"].tokens,
+            },
             "ridge": strengths,
             "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
-            "packages": packages(),
-            "finished": now(),
             "seconds": round(time.monotonic() - started, 3),
         }
-        manifest = save_lens(folder, lenses[options.objective], manifest)
         write_csv(folder, manifest)
         draw_figure(folder, manifest)
+        manifest = save_lens(folder, lenses[options.objective], manifest)
         (folder / checkpoint.NAME).unlink(missing_ok=True)
     except OSError as error:
-        raise disk_error(out, error) from None
+        raise InputError(
+            f"--out {out}: expected a folder that can be written, got: {error.strerror or error}; the same command "
+            "goes on from the last checkpoint"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"--model {options.model}: expected memory for {_statistics_bytes(logit_lens) / 1e9:.1f} GB of statistics "
+            "beside the model, got out of memory; use a larger machine or a smaller model"
+        ) from None
     return Fitted(folder, manifest)
 
 
+def _manifest(
+    options: FitOptions, argv: list[str] | None, text: Text, loaded: LoadedModel, logit_lens: LogitLens
+) -> dict:
+    """What is known of a lens without its numbers."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": options.objective,
+        "refinelens_version": __version__,
+        "model": model_entry(loaded, logit_lens),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "text": {"name": text.name, "sha256": text.sha256},
+        "arguments": options.arguments(),
+        "argv": argv,
+        "packages": packages(),
+        "finished": now(),
+    }
+
+
 def _gather(
-    folder: Path, identity: dict, states: States, logit_lens: LogitLens, report: Progress
+    folder: Path, identity: dict, overwrite: bool, states: States, logit_lens: LogitLens, report: Progress
 ) -> tuple[Statistics, Statistics]:
-    """Statistics of the sequences to fit on and to choose by, kept on disk from time to time."""
+    """Statistics of the sequences to fit on and to choose by, kept on disk from time to time and when all are read."""
     device = logit_lens.model.device
-    begun = checkpoint.load(folder, identity, device)
+    begun = checkpoint.load(folder, identity, device, overwrite)
     done, fit, choose = begun or (0, *(Statistics.empty(logit_lens.n_layers, logit_lens.d_model, device) for _ in "12"))
-    end, saved = states.split.choose.stop, time.monotonic()
+    end, saved, adding = states.split.choose.stop, time.monotonic(), False
     report("reading", done, end)
-    for index, hidden in enumerate(states.of(range(done, end)), done):
-        (fit if index in states.split.fit else choose).add(hidden)
-        report("reading", index + 1, end)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            checkpoint.save(folder, identity, index + 1, fit, choose)
-            saved = time.monotonic()
+    try:
+        for hidden in states.of(range(done, end)):
+            adding = True
+            (fit if done in states.split.fit else choose).add(hidden)
+            done, adding = done + 1, False
+            report("reading", done, end)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint.save(folder, identity, done, fit, choose)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if not adding:  # a sequence that was added by half is in no state to go on from
+            checkpoint.save(folder, identity, done, fit, choose)
+        raise
+    checkpoint.save(folder, identity, done, fit, choose)
     return fit, choose
+
+
+def _solve(
+    options: FitOptions, fit: Statistics, choose: Statistics, states: States, logit_lens: LogitLens, report: Progress
+) -> tuple[dict[str, Translators], list[float]]:
+    """The translators of every objective up to the one asked for, as the model needs them, and the ridge strengths."""
+    report("solving", 0, 1)
+    translators, strengths = ridge.solve(fit, choose)
+    lenses = {"linear": translators}
+    if options.objective == "kl":
+        lenses["kl"] = _train(options, logit_lens, translators, fit, states, report)
+    device, dtype = logit_lens.model.device, logit_lens.model.dtype
+    try:
+        return {name: lens.to(device, dtype) for name, lens in lenses.items()}, strengths
+    except InputError as error:
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"--dtype: {error} once in {name}; use --dtype float32") from None
 
 
 def _train(
@@ -146,7 +186,7 @@ def _train(
     )
     device, dtype = logit_lens.model.device, logit_lens.model.dtype
     both = {"start": start.to(device, dtype), "trained": trained.to(device, dtype)}
-    quality = measure(logit_lens, _held_out(states, states.split.choose, report), both)
+    quality = measure(logit_lens, _told(states, states.split.choose, report), both)
     better = torch.tensor(quality["trained"].kl) < torch.tensor(quality["start"].kl)
     better = better[:-1].to(trained.bias.device)
     return Translators(
@@ -155,10 +195,9 @@ def _train(
     )
 
 
-def _held_out(states: States, sequences: range, report: Progress) -> Iterator[Tensor]:
-    """The states of some sequences at about `REPORT_TOKENS` tokens."""
-    every = -(-len(sequences) * states.split.length // REPORT_TOKENS)
-    for index, hidden in enumerate(states.of(sequences, every)):
+def _told(states: States, sequences: range, report: Progress) -> Iterator[Tensor]:
+    """The states of a sample of some sequences."""
+    for index, hidden in enumerate(states.sample(sequences, REPORT_TOKENS)):
         report("measuring", index, len(sequences))
         yield hidden
 
@@ -180,7 +219,9 @@ def _statistics_bytes(logit_lens: LogitLens) -> int:
     return 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def _check_folder(out: str, folder: Path, overwrite: bool) -> None:
+    if folder.resolve().name in ("", PLAIN) or "," in folder.name or not out.strip():
+        raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in names if name not in OUTPUTS and not name.startswith(".")]
     if foreign or (folder.exists() and not folder.is_dir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,9 +28,9 @@ class Split:
     choose: range
     report: range
 
-    def tokens(self) -> dict[str, int]:
-        """Tokens of each role; the first of a sequence is nobody's."""
-        return {name: len(getattr(self, name)) * (self.length - 1) for name in ("fit", "choose", "report")}
+    def tokens(self, sequences: range) -> int:
+        """Tokens of some sequences; the first of each is nobody's."""
+        return len(sequences) * (self.length - 1)
 
 
 class States:
@@ -49,9 +50,10 @@ class States:
     def _split(self) -> Split:
         count = sum(1 for _ in self._sequences(self._limit))
         if count < SEQUENCES:
+            remedy = "give more text or a smaller --tokens" if count else "give more text"
             raise InputError(
                 f"--text {self._text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
-                f"{count}; give more text or a smaller --tokens"
+                f"{count}; {remedy}"
             )
         tenth = count // 10
         return Split(
@@ -64,8 +66,21 @@ class States:
     def _sequences(self, limit: int) -> Iterator[Tensor]:
         return sequences(self._text, self._loaded.tokenizer, self._length, limit)
 
-    def of(self, which: range, every: int = 1) -> Iterator[Tensor]:
-        """States ``[n_layers + 1, tokens, d_model]`` of some sequences, every so many tokens."""
-        positions = torch.arange(1, self._length, every)
-        for ids in islice(self._sequences(which.stop), which.start, None):
+    def of(self, which: range) -> Iterator[Tensor]:
+        """States ``[n_layers + 1, tokens, d_model]`` of some sequences, one after the other."""
+        positions = torch.arange(1, self._length)
+        for ids in self._some(which):
             yield self._logit_lens.hidden(ids, positions)[:, 0]
+
+    def sample(self, which: range, limit: int) -> Iterator[Tensor]:
+        """The same of tokens drawn evenly from some sequences, ``limit`` of them at most, the same ones every time."""
+        per_sequence = self._length - 1
+        total = self.split.tokens(which)
+        drawn = torch.tensor(sorted(random.Random(0).sample(range(total), min(limit, total))))
+        for index, ids in enumerate(self._some(which)):
+            positions = drawn[drawn // per_sequence == index] % per_sequence + 1
+            if len(positions):
+                yield self._logit_lens.hidden(ids, positions)[:, 0]
+
+    def _some(self, which: range) -> Iterator[Tensor]:
+        return islice(self._sequences(which.stop), which.start, None)

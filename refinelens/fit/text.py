@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -43,7 +44,7 @@ class Text:
         try:
             with _open(self.path) as file:
                 yield from read(self.path, file)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise InputError(f"--text {self.path}: expected readable UTF-8 text, got: {error}") from None
 
 
@@ -95,21 +96,26 @@ def _builtin_documents() -> list[str]:
 
 
 def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    reader = gzip.open if path.suffix == ".gz" else open
+    return reader(path, "rt", encoding="utf-8-sig")
 
 
 def _plain_pieces(path: Path, file: IO[str]) -> Iterator[str]:
     while piece := file.read(PIECE):
-        yield piece + file.readline()  # to the end of a line, so that no word is cut
+        yield piece + file.readline(PIECE)  # to the end of a line, so that no word is cut
 
 
 def _json_documents(path: Path, file: IO[str]) -> Iterator[str]:
     for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             texts = [entry["text"]] if "text" in entry else [f"{c['title']}\n{c['text']}" for c in entry["ctxs"]]
-            yield from (f"{text.strip()}\n\n" for text in texts)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            documents = [f"{text.strip()}\n\n" for text in texts]
+            "".join(documents).encode()  # half a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 f"--text {path}: expected a JSON object with text or ctxs in every line, got another in line {number}"
             ) from None
+        yield from documents

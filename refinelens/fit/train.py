@@ -42,7 +42,8 @@ def train(
         seed: Of the tokens drawn.
         report: Called with steps done and their total.
 
-    Memory: logits of `ROWS` tokens, with their gradients.
+    Memory: about ``16 * n_layers * d_model**2`` bytes, the unembedding in fp32, and logits of `ROWS` tokens with
+    their gradients.
     """
     corrections = [_Correction(layer, start, statistics, steps) for layer in range(start.n_layers)]
     parts = replace(logit_lens.parts, unembedding=logit_lens.parts.unembedding.float())
