@@ -18,6 +18,7 @@ _PUBLIC = {
     "LogitLens": "logit_lens",
     "Translators": "translators",
     "load_lens": "lens_files",
+    "load_run": "frames",
     "spearman": "rank_agreement",
     "kendall_tau_b": "rank_agreement",
     "top_k_overlap": "rank_agreement",

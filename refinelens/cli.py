@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("folder", metavar="RUN", help="folder of a run")
     show.add_argument("--top", metavar="K[,K]", help="the table at other thresholds, from the ranks the run has")
     show.set_defaults(run=_show)
+    _add_export(commands)
     _add_doctor(commands)
     _add_bench(commands)
     return parser
@@ -153,6 +154,14 @@ def _add_fit(commands) -> None:
     add("--out", required=True, metavar="LENS", help="folder of the lens; a fit that was stopped there goes on")
     add("--overwrite", action="store_true", help="replace a lens or a stopped fit that is there")
     fit.set_defaults(run=_fit)
+
+
+def _add_export(commands) -> None:
+    export = commands.add_parser("export", help="write a run's predictions for other programs, a row for every layer")
+    export.add_argument("folder", metavar="RUN", help="folder of a run")
+    export.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="csv", help="(default: %(default)s)")
+    export.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    export.set_defaults(run=_export)
 
 
 def _add_bench(commands) -> None:
@@ -236,6 +245,15 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     show_run(open_run(arguments.folder), Console(), top)
+    return 0
+
+
+def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .export import export_run
+    from .results import open_run
+
+    rows = export_run(open_run(arguments.folder), Path(arguments.out), arguments.format)
+    print(f"{arguments.out}: {rows} rows")
     return 0
 
 

@@ -135,7 +135,7 @@ def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
     assert table.splitlines()[2].split()[:4] == ["lens", "top", "docs", "gold"]
     assert max(map(len, table.splitlines())) <= 120 and "…" not in table
     assert long in "".join(line.split(" ")[0] for line in table.splitlines()), "folded, not cut"
-    assert "rank <= 1, 500" in several and f"Lens: plain logit lens, {long} (linear)" in several
+    assert "rank <= 1, 500" in several and f"Lens: plain logit lens, {long} (linear lens)" in several
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""A run as pandas data frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from .errors import InputError
+from .results import PREDICTIONS, TRAJECTORIES, Run, open_run
+from .trajectory_table import trajectory_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run folder; every frame is read when it is asked for."""
+
+    run: Run
+
+    @property
+    def manifest(self) -> dict:
+        """All that is needed to repeat the run."""
+        return self.run.manifest
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
+        tables = list(self.run.parts(PREDICTIONS.names))
+        return (pa.concat_tables(tables) if tables else PREDICTIONS.empty_table()).to_pandas()
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """The predictions with a row for every layer, as `refinelens export` writes them."""
+        from .export import LONG, long_tables
+
+        tables = list(long_tables(self.run))
+        return (pa.concat_tables(tables) if tables else LONG.empty_table()).to_pandas()
+
+    @property
+    def trajectories(self) -> pd.DataFrame:
+        """A row per prediction and threshold of the run; missing where a value does not exist."""
+        import pandas as pd
+
+        tops = tuple(self.manifest["arguments"]["top"])
+        tables = list(trajectory_tables(self.run, tops))
+        table = pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table()
+        return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)  # integers, also where some are missing
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """``summary.csv``: a row per lens, threshold, context size and gold position."""
+        import pandas as pd
+
+        return pd.read_csv(self.run.path / "summary.csv")
+
+
+def load_run(path: str | Path) -> LoadedRun:
+    """A run folder as data frames.
+
+    Raises:
+        InputError: No run there, one of another schema version, or pandas is not installed.
+    """
+    try:
+        import pandas  # noqa: F401
+    except ImportError:
+        raise InputError("load_run: expected the package pandas, which is not installed; pip install pandas") from None
+    return LoadedRun(open_run(path))

@@ -1,0 +1,91 @@
+"""A run for other programs: long tables in three formats, and data frames."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from refinelens import load_run
+from refinelens.cli import main
+from refinelens.errors import InputError
+from refinelens.results import open_run
+from tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    model = save_tiny_model(folder / "model", n_positions=1024)
+    given = ["--model", str(model), "--documents", "2", "--examples", "10", "--top", "1,5"]
+    assert main(["sweep", *given, "--out", str(folder / "run")]) == 0
+    return open_run(folder / "run")
+
+
+def stacked(run):
+    """The predictions by layer, put together row by row."""
+    rows = []
+    for part in run.parts(None):
+        for row in part.to_pylist():
+            lists = {name: value for name, value in row.items() if isinstance(value, list)}
+            scalars = {name: value for name, value in row.items() if name not in lists}
+            for layer, values in enumerate(zip(*lists.values(), strict=True)):
+                rows.append(scalars | {"layer": layer} | dict(zip(lists, values, strict=True)))
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_every_layer_is_a_row(run, tmp_path, kind, capsys):
+    out = tmp_path / f"run.{kind}"
+    assert main(["export", str(run.path), "--format", kind, "--out", str(out)]) == 0
+    wanted = pd.DataFrame(stacked(run))
+    assert f"{len(wanted)} rows" in capsys.readouterr().out
+    if kind == "jsonl":
+        lines = out.read_text(encoding="utf-8").splitlines()
+        found = pd.DataFrame([json.loads(line) for line in lines])
+    else:
+        found = pd.read_parquet(out) if kind == "parquet" else pd.read_csv(out, keep_default_na=False)
+    assert list(found.columns) == list(wanted.columns)
+    for name in wanted.columns:
+        if wanted[name].dtype.kind == "f":
+            np.testing.assert_allclose(found[name].astype(float), wanted[name], rtol=1e-6)
+        else:
+            assert found[name].tolist() == wanted[name].tolist(), name
+
+
+def test_frames(run):
+    loaded = load_run(run.path)
+    assert loaded.manifest == run.manifest
+    n_rows = run.manifest["counts"]["rows"]
+    assert len(loaded.predictions) == n_rows and len(loaded.trajectories) == 2 * n_rows
+    assert len(loaded.summary) == 2 * 2  # thresholds x gold positions
+    assert len(loaded.layers) == len(stacked(run))
+    first = loaded.predictions.iloc[0]
+    assert len(first["target_rank"]) == run.manifest["model"]["n_layers"] + 1
+    depth, settle = loaded.trajectories["depth"], loaded.trajectories["settle"]
+    assert str(depth.dtype) == "Int32" and (depth.isna() == settle.isna()).all()
+
+
+BAD = [
+    (["RUN", "--out", "THERE"], "expected a new file, got one that is there; choose another"),
+    (["RUN", "--out", "nowhere/at/all.csv"], "expected a file in a folder that is there"),
+    (["nowhere", "--out", "NEW"], "expected a run folder with manifest.json, got none"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD)
+def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
+    (tmp_path / "there.csv").write_text("kept")
+    places = {"RUN": str(run.path), "THERE": str(tmp_path / "there.csv"), "NEW": str(tmp_path / "new.csv")}
+    assert main(["export", *(places.get(argument, argument) for argument in arguments)]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert (tmp_path / "there.csv").read_text() == "kept"
+
+
+def test_without_pandas_it_says_what_to_install(run, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="pip install pandas"):
+        load_run(run.path)
