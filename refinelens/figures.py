@@ -7,8 +7,9 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from .caution import caution_lines
+from .durable import write_whole
 from .layer_profile import LayerProfile
-from .results import Run, write_whole
+from .results import Run
 from .summary import SummaryRow
 from .table import title
 

@@ -12,12 +12,14 @@ from rich.console import Console
 
 from .bootstrap import Estimate
 from .caution import Caution, find_cautions
+from .durable import write_whole
 from .errors import InputError
 from .figures import draw_figures
 from .inverted_u import InvertedU, inverted_u_tests
 from .layer_profile import layer_profiles
+from .lock import RunLock
 from .options import check_top
-from .results import OUTPUTS, Run, write_whole
+from .results import DERIVED, Run
 from .summary import SummaryRow, summarise
 from .table import print_table
 from .trajectory_table import choose_tokens, read_trajectories, trajectory_tables
@@ -56,7 +58,7 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
         tops: Thresholds in place of the run's own.
 
     Raises:
-        InputError: The parts hold fewer rows than the manifest says (a run that was killed may hold more).
+        InputError: A part that is not as it was written, or none yet.
     """
     manifest = run.manifest
     if tops is not None:
@@ -64,9 +66,10 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     lenses, tops = lens_names(manifest), tuple(manifest["arguments"]["top"])
     n_layers, seed = manifest["model"]["n_layers"], manifest["seed"]
     table = read_trajectories(run, tops)
-    expected, got = manifest["counts"].get("rows", 0), len(table) // len(tops)
-    if got < expected:
-        raise InputError(f"{run.parts_path}: expected {expected} rows, got {got}; parts are missing")
+    if not len(table):
+        raise InputError(
+            f"{run.path}: expected a run with rows, got none yet; refinelens sweep --resume {run.path} goes on with it"
+        )
     table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
     cautions = find_cautions(table, lenses, tops, n_layers)
     blind = {(caution.lens, caution.top) for caution in cautions}
@@ -86,7 +89,8 @@ def write_outputs(run: Run, report: Report) -> None:
 def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) -> None:
     """Print the table of a run from its predictions.
 
-    Files that are missing are written if they can be. With other thresholds the run stays as it is.
+    Files that are missing are written if they can be and no sweep is at it. With other thresholds the run stays as
+    it is.
 
     Raises:
         InputError: A damaged run, or thresholds that no rank can be held against.
@@ -94,8 +98,8 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
     if tops is not None:
         check_top(tops)
     report = read_report(run, tops)
-    if tops is None and not all((run.path / name).exists() for name in OUTPUTS):
-        with suppress(OSError):
+    if tops is None and not all((run.path / name).exists() for name in DERIVED):
+        with suppress(OSError, InputError), RunLock(run.path):
             write_outputs(run, report)
     print_table(console, report)
 

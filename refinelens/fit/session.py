@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..durable import disk_error
 from ..errors import InputError
 from ..lens_files import FORMAT_VERSION, MANIFEST, TENSORS, model_entry, save_lens
 from ..logit_lens import LogitLens
 from ..manifest import now, packages
 from ..models import LoadedModel, load_model
-from ..results import check_disk, disk_error
+from ..output import check_disk
 from ..translators import Translators
 from . import checkpoint, ridge
 from .options import FitOptions
