@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"refinelens: expected files that can be used, got: {error}", file=sys.stderr)
-        return 2
+        _say(f"expected files that can be used, got: {error}")
+        return 1
 
 
 def _say(message: str) -> None:

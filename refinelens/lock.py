@@ -49,8 +49,9 @@ class RunLock:
 
     def __exit__(self, *error) -> None:
         # Removed before it is let go: whoever opened this file meanwhile sees that it lost its name.
-        if _same_file(self._descriptor, self._path):
-            self._path.unlink()
+        with suppress(OSError):
+            if _same_file(self._descriptor, self._path):
+                self._path.unlink()
         os.close(self._descriptor)
         if self._made:
             with suppress(OSError):  # it holds a run now

@@ -1,7 +1,7 @@
 """Sweeps in processes of their own that can be killed: forked from one that has imported everything.
 
-`Forge` starts that process. It reads a request per line, JSON, and answers each with a number: ``{"start": {...}}`` with
-the pid of a new child, which runs the command line as `_child` says, and ``{"wait": pid}`` with its exit status,
+`Forge` starts that process. It reads a request per line, JSON, and answers each with a number: ``{"start": {...}}``
+with the pid of a new child, which runs the command line as `_child` says, and ``{"wait": pid}`` with its exit status,
 negative for a signal.
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 # What a sweep of the tiny model imports late.
-MODULES = ("refinelens.sweep", "matplotlib.pyplot", "transformers.models.gpt2.modeling_gpt2", "rich.table", "scipy.stats")
+MODULES = ("refinelens.sweep", "matplotlib.pyplot", "transformers.models.gpt2.modeling_gpt2", "scipy.stats")
 STEPS = ("fsync", "replace", "unlink")  # all that a write does to the disk once the bytes are handed over
 
 
