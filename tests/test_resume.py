@@ -14,7 +14,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from faults import Forge, at_step
+from faults import Forge, at_step, quick_figures
 from refinelens.cli import main
 from refinelens.lock import LOCK
 from refinelens.results import DERIVED, MANIFEST, open_run, parts_of
@@ -34,6 +34,12 @@ def forge():
 def small_parts(monkeypatch):
     """For the sweeps in this process; those of the forge are told theirs."""
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", PART)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """For what is not about figures."""
+    monkeypatch.setattr("refinelens.report.draw_figures", quick_figures)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,9 @@ def whole(forge, sweep, tmp_path_factory):
 @pytest.fixture
 def stopped(forge, sweep, tmp_path):
     """A run that SIGTERM stopped in its tenth question: two whole parts, and one of two questions of four."""
-    assert forge.run(*sweep, "--out", tmp_path / "run", log=tmp_path / "log", part=PART, signal_at=[(10, 15)]) == 143
+    out = ["--out", tmp_path / "run"]
+    fault = {"part": PART, "figures": False, "signal_at": [(10, signal.SIGTERM)]}
+    assert forge.run(*sweep, *out, log=tmp_path / "log", **fault) == 143
     return open_run(tmp_path / "run")
 
 
@@ -86,7 +94,7 @@ def rows_of(run):
     return pq.read_table(run.parts_path).to_pylist()
 
 
-def assert_lacks_nothing(path, whole, figures=True):
+def assert_lacks_nothing(path, whole):
     """The run at ``path`` is the one that nothing befell: every row, sum and table; and nothing else lies there."""
     run = open_run(path)
     assert rows_of(run) == rows_of(whole)
@@ -94,8 +102,8 @@ def assert_lacks_nothing(path, whole, figures=True):
     assert run.manifest["parts"] == whole.manifest["parts"] and run.manifest["counts"] == whole.manifest["counts"]
     for name in ("summary.csv", "inverted_u.csv", "trajectories.parquet"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-    names = {path.relative_to(whole.path) for path in whole.path.rglob("*") if figures or path.suffix != ".png"}
-    assert {path.relative_to(run.path) for path in run.path.rglob("*")} == names
+    ours, names = ({path.relative_to(r.path) for path in r.path.rglob("*")} for r in (run, whole))
+    assert ours == names
 
 
 def one_line(error):
@@ -151,14 +159,15 @@ def test_killed_before_every_step_on_the_disk(forge, sweep, tmp_path, overwrite,
             assert forge.run("sweep", "--resume", path, log=log, figures=False) == 0, log.read_text()
             assert rows_of(open_run(path)) == rows_of(whole)
             assert open_run(path).manifest["counts"] == whole.manifest["counts"]
-            assert not [name for name in os.listdir(path) + os.listdir(path / "predictions") if name[0] == "."]
+            hidden = {name for name in os.listdir(path) + os.listdir(path / "predictions") if name[0] == "."}
+            assert hidden <= {LOCK}, "of a run that was killed when all was done, and held by nobody"
         shutil.rmtree(path, ignore_errors=True)
     assert step == last or 20 < step
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys):
+def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys, quick):
     whole, path = whole[0], tmp_path / state
     shutil.copytree(whole.path if state == "finished" else stopped.path, path)
     part = path / "predictions" / "part-00001.parquet"
@@ -177,7 +186,7 @@ def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, 
     assert_lacks_nothing(path, whole)
 
 
-def test_power_loss_before_a_rename(whole, stopped, capsys):
+def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
     """Temporary files without their names, files that no manifest names, in every combination a loss can leave."""
     whole, parts = whole[0], stopped.parts_path
     good = (whole.parts_path / "part-00003.parquet").read_bytes()
@@ -195,12 +204,12 @@ def test_power_loss_before_a_rename(whole, stopped, capsys):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_question_finish(forge, sweep, whole, tmp_path, capsys, signum, code):
+def test_a_signal_lets_the_question_finish(forge, sweep, whole, tmp_path, capsys, quick, signum, code):
     """Three times, the last one in the first question after a resume; every time one question more is there."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     for done, command in ((10, [*sweep, "--out"]), (11, ["sweep", "--resume"]), (12, ["sweep", "--resume"])):
         at = 10 if done == 10 else 1
-        assert forge.run(*command, path, log=log, part=PART, signal_at=[(at, signum)]) == code
+        assert forge.run(*command, path, log=log, part=PART, figures=False, signal_at=[(at, signum)]) == code
         assert f"interrupted; the finished questions stay readable, refinelens sweep --resume {path}" in log.read_text()
         run = open_run(path)
         assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == done
@@ -221,7 +230,7 @@ def test_a_second_signal_stops_at_once(forge, sweep, whole, tmp_path):
     assert_lacks_nothing(path, whole)
 
 
-def test_two_processes_and_one_folder(forge, sweep, whole, tmp_path, capsys):
+def test_two_processes_and_one_folder(forge, sweep, whole, tmp_path, capsys, quick):
     """Whoever comes second is told who is there, whatever it wants; once the first is killed the folder is free."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     pid = forge.start(*sweep, "--out", path, log=log, part=PART, hold_at=6)
@@ -283,10 +292,9 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
     assert_lacks_nothing(path, whole[0])
 
 
-def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch):
+def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
     small = [*sweep, "--documents", "2", "--examples", "6", "--out"]
-    monkeypatch.setattr("refinelens.report.draw_figures", lambda *arguments: None)
     assert main([*small, str(tmp_path / "whole")]) == 0
     whole, path = open_run(tmp_path / "whole"), tmp_path / "run"
 
@@ -310,7 +318,7 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch):
     assert step > 20
 
 
-def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch):
+def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick):
     from refinelens.predict import Predictor
 
     def fault(self, question):
@@ -370,7 +378,7 @@ def in_manifest(**changes):
         ("schema version", in_manifest(schema_version=99)),
     ],
 )
-def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsys):
+def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsys, quick):
     """Names the field and both values, and leaves every byte of the run as it is."""
     model, template, path = save_tiny_model(tmp_path / "model"), tmp_path / "template", tmp_path / "run"
     template.write_text("{documents}\n{question}")
@@ -421,7 +429,7 @@ def test_resume_of_nothing_or_with_options(words, message, whole, capsys):
     assert not (whole[0].path / "nowhere").exists()
 
 
-def test_a_run_without_rows_yet(forge, sweep, whole, tmp_path, capsys):
+def test_a_run_without_rows_yet(forge, sweep, whole, tmp_path, capsys, quick):
     """Killed in its first part: it has a manifest and nothing else."""
     path, log = tmp_path / "run", tmp_path / "log"
     assert forge.run(*sweep, "--out", path, log=log, part=PART, signal_at=[(2, signal.SIGKILL)]) == -signal.SIGKILL
