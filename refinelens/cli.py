@@ -8,17 +8,24 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import InputError
+from .errors import FaultError, InputError
+
+if TYPE_CHECKING:
+    from .results import Run
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
+  refinelens sweep --resume runs/first
   refinelens show runs/first --top 1,5
   refinelens fit --model ./my-model --out lenses/mine
   refinelens doctor --model ./my-model
@@ -29,15 +36,16 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0, 1 for a benchmark that finds the op wrong or failing, 2 for input that does not fit, 130 for Ctrl-C.
+    0, 1 for a fault or a benchmark that finds the op wrong or failing, 2 for input that does not fit, 130 and 143 for
+    a sweep that SIGINT (Ctrl-C) and SIGTERM stopped.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments, argv)
-    except InputError as error:
-        print(f"refinelens: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (InputError, FaultError) as error:
+        _say(str(error))
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("refinelens: interrupted", file=sys.stderr)
         return 130
@@ -46,8 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"refinelens: expected files that can be used, got: {error}", file=sys.stderr)
-        return 2
+        _say(f"expected files that can be used, got: {error}")
+        return 1
+
+
+def _say(message: str) -> None:
+    """One line on stderr."""
+    print(f"refinelens: {' '.join(message.split())}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,6 +135,7 @@ def _add_sweep(commands) -> None:
     add("--seed", type=int, default=0, help="of questions, distractors and intervals (default: %(default)s)")
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options and no other")
     sweep.set_defaults(run=_sweep)
 
 
@@ -181,32 +195,63 @@ def _add_bench(commands) -> None:
 
 
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
+    if arguments.resume is not None:
+        return _resume(arguments.resume, argv)
     from .options import SweepOptions
-    from .progress import sweep_progress
-    from .table import print_table
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
     values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
     values["documents"] = tuple(sorted(_parse_numbers("--documents", arguments.documents, "sizes such as 5,10")))
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
-    console, code, summary = Console(stderr=True), 0, []
     _calm_libraries()
-    from .sweep import SweepInterrupted, run_sweep
+    from .sweep import run_sweep
 
+    return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv]))
+
+
+def _resume(path: str, argv: list[str]) -> int:
+    others = [word for word in argv[1:] if word.startswith("--") and not "--resume".startswith(word.split("=")[0])]
+    if others:
+        raise InputError(f"--resume: expected no other option, because the run has its own, got {others[0]}")
+    from .resume import Unfinished
+
+    if Unfinished.read(path).is_finished:
+        from rich.console import Console
+
+        from .derived import show_run
+        from .results import open_run
+
+        print(f"{path}: finished already\n")
+        show_run(open_run(path), Console())
+        return 0
+    _calm_libraries()
+    from .sweep import resume_sweep
+
+    return _watch(partial(resume_sweep, path, ["refinelens", *argv], warn=_say))
+
+
+def _watch(sweep: Callable[..., Run]) -> int:
+    """Run a sweep with its progress on the terminal, then print its table."""
+    from rich.console import Console
+
+    from .interrupt import SweepInterrupted
+    from .progress import sweep_progress
+    from .table import print_table
+
+    code, summary = 0, []
     try:
-        with sweep_progress(console) as report:
-            run = run_sweep(options, out, arguments.overwrite, ["refinelens", *argv], report, summary.append)
+        with sweep_progress(Console(stderr=True)) as report:
+            run = sweep(report=report, summary=summary.append)
     except SweepInterrupted as stop:
-        code, run = 130, stop.run
-        kept = "the finished questions stay readable" if run else "no question was finished and nothing was written"
-        print(f"refinelens: interrupted; {kept}", file=sys.stderr)
-        if run is None:
-            return code
-    print_table(Console(), summary[-1])
-    print(f"\n{out}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
+        code, run = 128 + stop.signum, stop.run
+        kept = "no question was finished and nothing was written"
+        if run:
+            kept = f"the finished questions stay readable, refinelens sweep --resume {run.path} goes on with them"
+        _say(f"interrupted; {kept}")
+    if summary:  # a second signal leaves no time for it
+        print_table(Console(), summary[-1])
+        print(f"\n{run.path}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
     return code
 
 
@@ -240,7 +285,7 @@ def _calm_libraries() -> None:
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .outputs import show_run
+    from .derived import show_run
     from .results import open_run
 
     top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")

@@ -1,4 +1,4 @@
-"""Errors a user can mend; the command line prints them as one line and exits with code 2."""
+"""Errors that the command line prints as one line: input with exit code 2, faults with exit code 1."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class UnsupportedModelError(InputError):
     """A model whose parts could not be found, or whose lens does not reproduce its own logits."""
+
+
+class FaultError(RuntimeError):
+    """Something broke under input that fits: no disk, no memory, an exception; says what is left and how to go on."""

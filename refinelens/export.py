@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from .durable import write_whole
 from .errors import InputError
-from .results import PREDICTIONS, Run, write_whole
+from .results import PREDICTIONS, Run
 
 LISTS = [field.name for field in PREDICTIONS if pa.types.is_list(field.type)]
 SCALARS = [field.name for field in PREDICTIONS if field.name not in LISTS]

@@ -6,9 +6,10 @@ import math
 import textwrap
 
 from .caution import caution_lines
+from .durable import write_whole
 from .layer_profile import LayerProfile
 from .report import Report
-from .results import Run, write_whole
+from .results import Run
 from .summary import SummaryRow
 from .table import title
 

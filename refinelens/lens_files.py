@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .durable import write_whole
 from .errors import InputError
 from .files import check_entries, read_json_object, sha256_of
 from .logit_lens import LogitLens
 from .models import LoadedModel
-from .results import write_whole
 from .translators import Translators
 from .tuned_lens import CONFIG, KIND, PARAMS, compare_unembedding, read_tuned_lens
 

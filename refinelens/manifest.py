@@ -49,8 +49,9 @@ def make_manifest(
     logit_lens: LogitLens,
     lenses: list[Lens],
     n_questions: int,
+    questions_per_part: int,
 ) -> dict:
-    """The manifest of a run that starts now; counts, status and times are completed when it ends."""
+    """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
     device = loaded.model.device
     return {
         "schema_version": SCHEMA_VERSION,
@@ -95,7 +96,21 @@ def make_manifest(
         "started": now(),
         "finished": None,
         "seconds": None,
+        "resumed": [],
         "counts": {"questions": n_questions, "done": 0, "left_out": {}},
+        "questions_per_part": questions_per_part,
+        "parts": [],
+    }
+
+
+def resumed_entry(argv: list[str] | None, device_type: str) -> dict:
+    """What the manifest of a run says of a process that goes on with it."""
+    return {
+        "started": now(),
+        "argv": argv,
+        "refinelens_version": __version__,
+        "packages": packages(),
+        "device_name": device_name(device_type),
     }
 
 

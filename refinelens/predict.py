@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from .errors import InputError
+from .errors import FaultError, InputError
 from .lens_files import Lens
 from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
@@ -51,6 +51,13 @@ class Predictor:
             rows += self._run(batch)
         self.counts["contexts"] += len(contexts)
         return rows
+
+    def take_counts(self) -> tuple[Counter[str], dict[str, list[int]]]:
+        """The counts and what was left out since the last call, to be kept with the rows they belong to."""
+        counts, left_out = self.counts.copy(), self.left_out
+        self.counts.subtract(counts)
+        self.left_out = {}
+        return counts, left_out
 
     def _contexts(self, question: Question, size: int) -> list[Context]:
         """All gold positions of a context size, or none: a sweep is paired."""
@@ -149,7 +156,7 @@ class Predictor:
             }
 
 
-def _name_context(context: Context, error: Exception) -> InputError:
+def _name_context(context: Context, error: Exception) -> FaultError:
     what = str(error)
     if not isinstance(error, InputError):
         what = (
@@ -157,7 +164,7 @@ def _name_context(context: Context, error: Exception) -> InputError:
             "fewer documents, a smaller model or --dtype bfloat16"
         )
     where = f"question {context.question.id}, {context.n_documents} documents, gold position {context.gold_position}"
-    return InputError(f"{where}: {what}")
+    return FaultError(f"{where}: {what}")
 
 
 def _pad(values, length: int, value: int) -> list[int]:

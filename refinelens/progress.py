@@ -16,7 +16,7 @@ class SweepProgress:
 
     questions: int
     done: int = 0
-    rows: int = 0  # rows of the lens: layers x positions
+    rows: int = 0  # rows of the lens, layers x positions, of this process
 
 
 @contextmanager
@@ -41,10 +41,10 @@ def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]
     task = bar.add_task("", start=False, rate="")
 
     def report(progress: SweepProgress) -> None:
-        if progress.done == 0:
+        if not bar.tasks[0].started:
             loading.stop()
             bar.start()
-            bar.reset(task, total=progress.questions)
+            bar.reset(task, total=progress.questions, completed=progress.done)
         seconds = bar.tasks[0].elapsed
         rate = f"{progress.rows / seconds:,.0f} rows/s" if seconds else ""
         bar.update(task, completed=progress.done, rate=rate)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .durable import write_whole
 from .errors import InputError
+from .lock import LOCK
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 TABLES = ("trajectories.parquet", "summary.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
-OUTPUTS = (MANIFEST, "predictions", *TABLES, *FIGURES)
-TEMPORARY = [f".{name}.tmp" for name in OUTPUTS]
+DERIVED = (*TABLES, *FIGURES)  # written from the predictions
+OUTPUTS = (MANIFEST, "predictions", *DERIVED, LOCK)
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
 KEYS = [
@@ -68,6 +68,18 @@ TRAJECTORIES = pa.schema(
 
 
 @dataclass(frozen=True)
+class Part:
+    """One file of predictions as the manifest names it: all rows of a range of the questions drawn."""
+
+    file: str | None  # name in the folder of the parts; None where no question of the range could be asked
+    questions: tuple[int, int]  # 0-based places among the questions drawn, end exclusive
+    rows: int
+    sha256: str | None  # of the file
+    counts: dict[str, int] = field(default_factory=dict)  # of contexts and the like, for the sums in the manifest
+    left_out: dict[str, list[int]] = field(default_factory=dict)  # reason: question ids
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder."""
 
@@ -89,11 +101,8 @@ class Run:
 
     def write_manifest(self, manifest: dict) -> None:
         """Replace the manifest."""
-        write_whole(self.path / MANIFEST, lambda path: path.write_text(_json(manifest), encoding="utf-8"))
-
-    def write_part(self, index: int, rows: list[dict]) -> None:
-        """Write one part of the predictions."""
-        write_whole(self.part_path(index), lambda path: _write_rows(rows, path))
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_trajectories(self, tables: Iterable[pa.Table]) -> None:
         """Write the trajectories of the whole run, a table at a time."""
@@ -105,17 +114,42 @@ class Run:
 
         write_whole(self.path / "trajectories.parquet", write)
 
-    def parts(self, columns: list[str]) -> Iterator[pa.Table]:
-        """The finished parts in order, a few columns of each."""
-        for path in sorted(self.parts_path.glob("part-*.parquet")):
-            yield _read(path, columns)
+    def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The parts that the manifest names in order, a few columns of each.
+
+        Raises:
+            InputError: Names a part that is not there or not as it was written, and how it comes back.
+        """
+        for part in parts_of(self.manifest):
+            if part.file is not None:
+                yield self.read_part(part, columns)
+
+    def read_part(self, part: Part, columns: list[str] | None = None) -> pa.Table:
+        """One part, its checksum compared first; for the errors see `parts`."""
+        path = self.parts_path / part.file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _damaged(self, path, f"a file that can be read, got: {error.strerror or error}") from None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != part.sha256:
+            raise _damaged(self, path, f"sha256 {str(part.sha256)[:12]}, got {sha256[:12]} ({len(data)} bytes)")
+        return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
-def _read(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=columns, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: expected a whole Parquet file of a run, got: {error}") from None
+def write_rows(rows: list[dict], path: Path) -> None:
+    """Write predictions as Parquet."""
+    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), path, compression="zstd")
+
+
+def parts_of(manifest: dict) -> list[Part]:
+    """The parts that a manifest names, in the order of their questions."""
+    parts = [Part(**entry | {"questions": tuple(entry["questions"])}) for entry in manifest["parts"]]
+    return sorted(parts, key=lambda part: part.questions)
+
+
+def _damaged(run: Run, path: Path, got: str) -> InputError:
+    return InputError(f"{path}: expected {got}; refinelens sweep --resume {run.path} computes it again")
 
 
 def open_run(path: str | Path) -> Run:
@@ -125,17 +159,26 @@ def open_run(path: str | Path) -> Run:
         InputError: The folder does not hold a run, or one of another schema version.
     """
     run = Run(Path(path))
-    manifest = _read_manifest(run.path)
+    manifest = read_manifest(run.path)
     if manifest["schema_version"] != SCHEMA_VERSION:
         written = manifest.get("refinelens_version", "another version")
         raise InputError(
             f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}; make the run again "
             f"with a sweep, or read it with the refinelens that wrote it ({written})"
         )
+    try:
+        parts_of(manifest)
+    except (KeyError, TypeError):
+        raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got one without its parts") from None
     return run
 
 
-def _read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict:
+    """The manifest in a folder, also one of another schema version.
+
+    Raises:
+        InputError: The folder does not hold a run.
+    """
     try:
         manifest = Run(path).manifest
         complete = isinstance(manifest, dict) and MANIFEST_KEYS <= manifest.keys()
@@ -149,115 +192,3 @@ def _read_manifest(path: Path) -> dict:
     if not complete:
         raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got something else")
     return manifest
-
-
-def check_output(path: str | Path, overwrite: bool, arguments: dict) -> None:
-    """Refuse an output folder that would lose something.
-
-    Raises:
-        InputError: The folder exists and ``overwrite`` is not set, or it holds anything that is not a run's.
-    """
-    path = Path(path)
-    try:
-        if not path.exists():
-            return
-        names = sorted(p.name for p in path.iterdir())
-    except OSError as error:
-        raise disk_error(path, error) from None
-    foreign = [name for name in names if name not in OUTPUTS and name not in TEMPORARY]
-    if foreign or (names and MANIFEST not in names):
-        other = (foreign + names)[0]
-        raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got other files, such as {other}")
-    if not names:
-        return
-    manifest = _read_manifest(path)  # a run of another schema version may be overwritten too
-    if overwrite:
-        return
-    old = manifest["arguments"]
-    changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
-    same = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments; see it with refinelens show"
-    raise InputError(
-        f"--out {path}: expected a new folder, got a run ({manifest['status']}) of {same}; "
-        "choose another folder or pass --overwrite"
-    )
-
-
-def check_disk(path: str | Path, needed: int) -> None:
-    """Refuse to start a run that will not fit.
-
-    Raises:
-        InputError: Less than ``needed`` bytes are free where ``path`` will be.
-    """
-    existing = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path}: expected a folder that can be written, got no permission for {existing}")
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise InputError(
-            f"--out {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
-        )
-
-
-def begin_run(run: Run, manifest: dict, rows: list[dict], overwrite: bool) -> None:
-    """Make the folder of a run with its manifest and its first part.
-
-    A run that is there is replaced once the new files lie beside it whole; only its own files go.
-
-    Raises:
-        InputError: What `check_output` refuses came into being meanwhile.
-    """
-    check_output(run.path, overwrite, manifest["arguments"])
-    made = [path for path in (run.parts_path, run.path) if not path.exists()]
-    run.parts_path.mkdir(parents=True, exist_ok=True)
-    temporary = [_temporary(run.path / MANIFEST), _temporary(run.part_path(0))]
-    try:
-        _flushed(temporary[0], lambda path: path.write_text(_json(manifest), encoding="utf-8"))
-        _flushed(temporary[1], lambda path: _write_rows(rows, path))
-    except BaseException:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-        for path in made:
-            path.rmdir()
-        raise
-    for name in OUTPUTS:
-        if name != run.parts_path.name:
-            (run.path / name).unlink(missing_ok=True)
-    for part in run.parts_path.glob("part-*.parquet"):
-        part.unlink()
-    temporary[0].replace(run.path / MANIFEST)
-    temporary[1].replace(run.part_path(0))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, flush to disk, rename: the file is there whole or not at all."""
-    temporary = _temporary(path)
-    try:
-        _flushed(temporary, write)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _flushed(path: Path, write: Callable[[Path], object]) -> None:
-    write(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _json(manifest: dict) -> str:
-    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write_rows(rows: list[dict], path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), path, compression="zstd")
-
-
-def disk_error(path: str | Path, error: OSError) -> InputError:
-    """One line for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"--out {path}: no free disk left; parts that were written stay readable; free some")
-    return InputError(f"--out {path}: expected a folder that can be written, got: {error.strerror or error}")

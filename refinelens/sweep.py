@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import time
+import signal
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InputError
-from .lens_files import fit_to_model, load_lenses
+from .backends import choose_backend
+from .derived import write_outputs
+from .durable import disk_error
+from .errors import FaultError, InputError
+from .interrupt import StopSignals, SweepInterrupted
+from .lens_files import Lens, fit_to_model, load_lenses
+from .lock import RunLock
 from .logit_lens import LogitLens
-from .manifest import make_manifest, now
-from .models import load_model
+from .manifest import make_manifest, resumed_entry
+from .models import LoadedModel, load_model
 from .options import SweepOptions
-from .outputs import write_outputs
+from .output import check_disk, check_folder, check_overwrite
 from .predict import Predictor
 from .progress import SweepProgress
 from .prompts import gold_positions, load_template
+from .recorder import Recorder
 from .report import Report, read_report
-from .results import Run, begin_run, check_disk, check_output, disk_error
-from .task import choose_questions, load_task
+from .results import Run, open_run
+from .resume import Unfinished
+from .task import Question, Task, choose_questions, load_task
 
 QUESTIONS_PER_PART = 8
-
-
-class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a sweep; ``run`` holds all finished questions, or is None if there are none yet."""
-
-    def __init__(self, run: Run | None):
-        self.run = run
 
 
 def run_sweep(
@@ -50,112 +50,186 @@ def run_sweep(
         summary: Called with what the tables and figures say, once they are written.
 
     Raises:
-        InputError: Input that does not fit, or no free disk; parts that were written stay readable.
-        SweepInterrupted: Ctrl-C, after the finished questions and their summary were written.
+        InputError: Input that does not fit, or another process that writes to the folder.
+        FaultError: Something broke, such as no free disk; what was written stays, and `resume_sweep` goes on with it.
+        SweepInterrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
+            written; a second signal writes nothing more.
     """
     arguments = options.arguments()
-    check_output(out, overwrite, arguments)
-    task = load_task(options.task)
-    template = load_template(options.template)
-    questions = choose_questions(task, options.examples, options.seed)
-    lenses = load_lenses(options.lens)
-    loaded = load_model(options.model, options.device, options.dtype)
-    logit_lens = LogitLens.from_model(loaded.model)
-    lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
-    check_disk(out, _bytes_needed(options, len(questions), logit_lens.n_layers))
-    manifest = make_manifest(arguments, argv, task, template, loaded, logit_lens, lenses, len(questions))
-    predictor = Predictor(options, task, template, loaded, logit_lens, lenses)
-    recorder = _Recorder(Run(Path(out)), manifest, predictor, overwrite, summary)
-    progress = SweepProgress(len(questions))
+    check_folder(out)
+    with StopSignals() as signals, RunLock(out):
+        check_overwrite(out, overwrite, arguments)
+        inputs = _Inputs.load(options)
+        check_disk(out, _bytes_needed(options, len(inputs.questions), inputs.logit_lens.n_layers))
+        manifest = inputs.manifest(arguments, argv)
+        return _ask(inputs, _begin(Run(Path(out)), manifest), signals, report, summary)
+
+
+def resume_sweep(
+    path: str,
+    argv: list[str] | None = None,
+    report: Callable[[SweepProgress], None] = lambda progress: None,
+    summary: Callable[[Report], None] = lambda report: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Go on with a run that was interrupted, killed or damaged: it becomes equal to one that never was.
+
+    Args:
+        path: Folder of the run, whose manifest has all options.
+        argv: See `run_sweep`; also ``report`` and ``summary``.
+        warn: Called with a line about each part that is not as it was written, and so is computed again.
+
+    Raises:
+        InputError: No run, one of another schema version, or a model, task, template, lens, device or dtype that is no
+            longer the run's; names the field and both values. Or another process that writes to the folder.
+        FaultError: See `run_sweep`; also `SweepInterrupted`.
+    """
+    open_run(path)
+    with StopSignals() as signals, RunLock(path):
+        unfinished = Unfinished.read(path)
+        for line in unfinished.damaged:
+            warn(line)
+        inputs = _Inputs.load(unfinished.options, unfinished.require)
+        manifest = unfinished.goes_on(resumed_entry(argv, inputs.loaded.model.device.type))
+        return _ask(inputs, _begin(unfinished.run, manifest, resumed=True), signals, report, summary)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """All that a sweep reads, loaded."""
+
+    options: SweepOptions
+    task: Task
+    template: str
+    questions: list[Question]
+    lenses: list[Lens]
+    loaded: LoadedModel
+    logit_lens: LogitLens
+
+    @classmethod
+    def load(
+        cls, options: SweepOptions, require: Callable[[str, object], None] = lambda field, value: None
+    ) -> _Inputs:
+        """Load everything, the quick things first; ``require`` refuses what is not as a run has it."""
+        task = load_task(options.task)
+        require("task.sha256", task.sha256)
+        template = load_template(options.template)
+        require("template", template)
+        questions = choose_questions(task, options.examples, options.seed)
+        lenses = load_lenses(options.lens)
+        for index, lens in enumerate(lenses):
+            require(f"lenses.{index}.sha256", lens.sha256)
+        loaded = load_model(options.model, options.device, options.dtype)
+        require("model.device", loaded.model.device.type)
+        require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
+        for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
+            require(f"model.{name}", getattr(loaded, name))
+        logit_lens = LogitLens.from_model(loaded.model)
+        require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
+        lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
+        return cls(options, task, template, questions, lenses, loaded, logit_lens)
+
+    def manifest(self, arguments: dict, argv: list[str] | None) -> dict:
+        """The manifest of a run that starts now."""
+        things = (self.task, self.template, self.loaded, self.logit_lens, self.lenses)
+        return make_manifest(arguments, argv, *things, len(self.questions), QUESTIONS_PER_PART)
+
+    def predictor(self) -> Predictor:
+        """What asks the questions."""
+        return Predictor(self.options, self.task, self.template, self.loaded, self.logit_lens, self.lenses)
+
+
+def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:
     try:
-        report(progress)
-        for question in questions:
-            recorder.add(predictor.rows(question))
-            progress.done, progress.rows = progress.done + 1, predictor.counts["lens_rows"]
-            report(progress)
-        recorder.close("finished")
-    except KeyboardInterrupt:
-        recorder.close("interrupted")
-        raise SweepInterrupted(recorder.run if recorder.parts else None) from None
+        return Recorder(run, manifest, resumed)
+    except OSError as error:
+        raise disk_error(run.path, error) from None
+
+
+def _ask(
+    inputs: _Inputs,
+    recorder: Recorder,
+    signals: StopSignals,
+    report: Callable[[SweepProgress], None],
+    summary: Callable[[Report], None],
+) -> Run:
+    """Ask what is missing and conclude the run, whatever happens in between."""
+    try:
+        stop = _ask_until_stopped(inputs, recorder, signals, report, summary)
+        _conclude(recorder, "interrupted" if stop else "finished", summary)
+    except SweepInterrupted as second_signal:
+        stop = second_signal
     except OSError as error:
         recorder.give_up()
-        raise disk_error(out, error) from None
-    except Exception:
-        recorder.close("failed")
-        raise
-    if not recorder.parts:
-        reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in predictor.left_out.items())
+        raise _with_advice(disk_error(recorder.run.path, error), recorder) from None
+    except FaultError as error:
+        raise _with_advice(error, recorder) from error.__cause__
+    if stop:
+        raise SweepInterrupted(stop.signum, recorder.run if recorder.has_rows else None)
+    if not recorder.has_rows:
+        reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
         raise InputError(f"expected at least one question that can be asked, got none ({reasons}); change --documents")
     return recorder.run
 
 
-class _Recorder:
-    """Writes a part every few questions and keeps the manifest true after each.
+def _ask_until_stopped(
+    inputs: _Inputs,
+    recorder: Recorder,
+    signals: StopSignals,
+    report: Callable[[SweepProgress], None],
+    summary: Callable[[Report], None],
+) -> SweepInterrupted | None:
+    """Ask what is missing; returns what stopped it, if anything did, and concludes the run itself only on a fault."""
+    try:
+        _ask_missing(inputs.questions, inputs.predictor(), recorder, signals, report)
+    except (SweepInterrupted, OSError):
+        raise
+    except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
+        return SweepInterrupted(signal.SIGINT)
+    except Exception:
+        _conclude(recorder, "failed", summary)
+        raise
+    return SweepInterrupted(signals.received) if recorder.done < len(inputs.questions) else None
 
-    The folder is made, and a run that is there replaced, when the first part is ready: whatever fails
-    before that leaves everything as it was.
-    """
 
-    def __init__(
-        self,
-        run: Run,
-        manifest: dict,
-        predictor: Predictor,
-        overwrite: bool,
-        summary: Callable[[Report], None],
-    ):
-        self.run = run
-        self._summary = summary
-        self._overwrite = overwrite
-        self.parts = 0
-        self._manifest = manifest
-        self._predictor = predictor
-        self._started = time.monotonic()
-        self._rows: list[dict] = []
-        self._asked = 0  # questions taken
-        self._done = 0  # questions written
-        self._written = 0  # rows written
+def _ask_missing(
+    questions: list[Question],
+    predictor: Predictor,
+    recorder: Recorder,
+    signals: StopSignals,
+    report: Callable[[SweepProgress], None],
+) -> None:
+    """Ask every question that has no rows yet, until a signal comes."""
+    progress = SweepProgress(len(questions), recorder.done)
+    report(progress)
+    signals.wait_for_questions()
+    for question in recorder.missing(questions):
+        if signals.received is not None:
+            break
+        try:
+            rows = predictor.rows(question)
+        except (InputError, FaultError, OSError):
+            raise
+        except Exception as error:
+            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
+        counts, left_out = predictor.take_counts()
+        recorder.add(rows, counts, left_out)
+        progress.done, progress.rows = recorder.done, progress.rows + counts["lens_rows"]
+        report(progress)
 
-    def add(self, rows: list[dict]) -> None:
-        """Take the rows of one more question."""
-        self._rows += rows
-        self._asked += 1
-        if self._asked % QUESTIONS_PER_PART == 0:
-            self._flush("running")
 
-    def close(self, status: str) -> None:
-        """Write what is left, the status and the summary; a failed run does not replace one that is there."""
-        if status == "failed" and not self.parts and self.run.path.exists():
-            self._rows = []
-        self._flush(status)
-        if self.parts:
-            report = read_report(self.run)
-            write_outputs(self.run, report)
-            self._summary(report)
+def _conclude(recorder: Recorder, status: str, summary: Callable[[Report], None]) -> None:
+    recorder.close(status)
+    if recorder.has_rows:
+        report = read_report(recorder.run)
+        write_outputs(recorder.run, report)
+        summary(report)
 
-    def give_up(self) -> None:
-        """After a failed write: let go of what was not written and, if there is room, close the rest."""
-        self._rows = []
-        with suppress(OSError):
-            self.close("failed")
 
-    def _flush(self, status: str) -> None:
-        if self.parts and self.run.manifest["run_id"] != self._manifest["run_id"]:
-            self.parts, self._rows = 0, []
-            raise InputError(f"--out {self.run.path}: expected this sweep's own run, got another that replaced it")
-        if self._rows:
-            if self.parts == 0:
-                begin_run(self.run, self._manifest, self._rows, self._overwrite)
-            else:
-                self.run.write_part(self.parts, self._rows)
-            self._written += len(self._rows)
-            self._rows, self.parts, self._done = [], self.parts + 1, self._asked
-        if self.parts:
-            self._manifest["status"], self._manifest["finished"] = status, now()
-            self._manifest["seconds"] = round(time.monotonic() - self._started, 3)
-            counts = {"done": self._done, "rows": self._written, "left_out": self._predictor.left_out}
-            self._manifest["counts"] |= {**self._predictor.counts, **counts}
-            self.run.write_manifest(self._manifest)
+def _with_advice(error: InputError | FaultError, recorder: Recorder) -> InputError | FaultError:
+    if not recorder.can_be_resumed:
+        return error
+    return type(error)(f"{error}; refinelens sweep --resume {recorder.run.path} goes on with the finished questions")
 
 
 def _bytes_needed(options: SweepOptions, n_questions: int, n_layers: int) -> int:

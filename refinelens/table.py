@@ -83,7 +83,10 @@ def notes(manifest: dict) -> list[str]:
         )
     if manifest["status"] != "finished":
         status = "not finished" if manifest["status"] == "running" else manifest["status"]
-        lines.append(f"This run is {status}: {counts['done']} of {counts['questions']} questions.")
+        lines.append(
+            f"This run is {status}: {counts['done']} of {counts['questions']} questions; refinelens sweep --resume "
+            "goes on with it."
+        )
     return lines
 
 

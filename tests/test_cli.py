@@ -274,15 +274,16 @@ def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
     whole = part.read_bytes()
     part.write_bytes(b"PAR1")
     assert main(["show", str(run)]) == 2
-    assert_one_line(capsys.readouterr().err, "part-00000.parquet: expected a whole Parquet file of a run")
+    assert_one_line(capsys.readouterr().err, f"(4 bytes); refinelens sweep --resume {run} computes it again")
     part.unlink()
     assert main(["show", str(run)]) == 2
-    assert_one_line(capsys.readouterr().err, "expected 18 rows, got 0; parts are missing")
+    assert_one_line(capsys.readouterr().err, "part-00000.parquet: expected a file that can be read, got: No such file")
     part.write_bytes(whole)
     manifest = json.loads((run / "manifest.json").read_text())
     for change, message in (
         ({"counts": []}, "expected the manifest of a run"),
-        ({"schema_version": 99}, "expected schema version 2, got 99"),
+        ({"parts": [{"file": "part-00000.parquet"}]}, "expected the manifest of a run, got one without its parts"),
+        ({"schema_version": 99}, "expected schema version 3, got 99"),
     ):
         (run / "manifest.json").write_text(json.dumps(manifest | change))
         assert main(["show", str(run)]) == 2
@@ -297,7 +298,7 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
         raise PermissionError(13, "Read-only file system")
 
     monkeypatch.setattr("refinelens.results.write_whole", read_only)
-    monkeypatch.setattr("refinelens.outputs.write_whole", read_only)
+    monkeypatch.setattr("refinelens.derived.write_whole", read_only)
     monkeypatch.setattr("refinelens.figures.write_whole", read_only)
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0
@@ -318,5 +319,5 @@ def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Predictor, "rows", rows)
     assert main(sweep) == 130
     captured = capsys.readouterr()
-    assert_one_line(captured.err, "interrupted; the finished questions stay readable")
+    assert_one_line(captured.err, "interrupted; the finished questions stay readable, refinelens sweep --resume")
     assert "This run is interrupted: 2 of 6 questions" in captured.out

@@ -9,6 +9,7 @@ from refinelens.errors import InputError
 from refinelens.rank_agreement import kendall_tau_b, spearman, top_k_overlap
 from refinelens.results import KEYS, Run
 from refinelens.run_agreement import compare_runs, paired_ranks
+from tiny import write_part
 
 N_POINTS = 4  # layers of the runs, the embedding output included
 
@@ -17,15 +18,14 @@ def make_run(folder, ranks, task="0" * 64, part_size=5, **arguments):
     """A run with these target ranks by question, every one at two gold positions."""
     run = Run(folder)
     run.parts_path.mkdir(parents=True)
-    run.write_manifest({"task": {"name": "test", "sha256": task}, "arguments": arguments})
     other_keys = {name: 0 for name, _ in KEYS} | {"lens": "plain"}
     rows = [
         other_keys | {"question_id": q, "documents": 2, "gold_position": p, "target_rank": (values + p).tolist()}
         for q, values in ranks.items()
         for p in (0, 1)
     ]
-    for i in range(0, len(rows), part_size):
-        run.write_part(i, rows[i : i + part_size])
+    parts = [write_part(run, i, rows[i : i + part_size]) for i in range(0, len(rows), part_size)]
+    run.write_manifest({"task": {"name": "test", "sha256": task}, "arguments": arguments, "parts": parts})
     return run
 
 

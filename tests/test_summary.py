@@ -9,11 +9,12 @@ import pytest
 from rich.console import Console
 
 from refinelens.bootstrap import mean_estimates, median_estimate
-from refinelens.outputs import write_outputs
+from refinelens.derived import write_outputs
 from refinelens.report import read_report
-from refinelens.results import FIGURES, PREDICTIONS, Run, open_run
+from refinelens.results import FIGURES, PREDICTIONS, SCHEMA_VERSION, Run, open_run
 from refinelens.table import print_table
 from refinelens.trajectory_table import trajectory_tables
+from tiny import write_part
 
 SEEN_EARLY = [9, 0, 3, 0, 0]  # first 1, settle 3
 FIRST_THEN_LOST = [9, 0, 7, 7, 0]  # first 1, settle at the output
@@ -32,13 +33,13 @@ def make_run(path, cells, lenses=("plain",), top=(1,), documents=3):
     for question in range(len(next(iter(cells.values())))):
         for position, ranks in cells.items():
             rows += [_row(question, documents, position, lens, ranks[question]) for lens in lenses]
-    run.write_part(0, rows)
+    part = write_part(run, 0, rows)
     kinds = {lens: "plain" if lens == "plain" else "linear" for lens in lenses}
-    entries = [{"name": lens, "kind": kinds[lens], "sha256": None, "note": None} for lens in lenses]
+    entries = [{"name": lens, "kind": kind, "sha256": None, "note": None} for lens, kind in kinds.items()]
     counts = {"questions": 4, "done": 4, "rows": len(rows), "left_out": {}, "contexts": 1, "lens_rows": 1}
     run.write_manifest(
         {
-            "schema_version": 2,
+            "schema_version": SCHEMA_VERSION,
             "status": "finished",
             "seed": 0,
             "seconds": 1.0,
@@ -47,6 +48,7 @@ def make_run(path, cells, lenses=("plain",), top=(1,), documents=3):
             "task": {"name": "builtin"},
             "lenses": entries,
             "counts": counts,
+            "parts": [part],
         }
     )
     return open_run(path)
@@ -163,7 +165,8 @@ def test_layer_profiles(tmp_path):
     for row in rows:
         row["answer_token"] = 1
         row["target_rank"] = [100] * 5
-    run.write_part(1, rows)
+    manifest = run.manifest
+    run.write_manifest(manifest | {"parts": [*manifest["parts"], write_part(run, 1, rows)]})
     first, other = layer_profiles(run, ("linear", "plain"), "first")
     assert (first.lens, first.examples, other.lens) == ("linear", 3, "plain")
     ranks = np.array([SEEN_EARLY, FIRST_THEN_LOST, UNSEEN])

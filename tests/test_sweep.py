@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refinelens import results
-from refinelens.errors import InputError
+from refinelens import output, results
+from refinelens.errors import FaultError, InputError
+from refinelens.lock import LOCK
 from refinelens.options import SweepOptions
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.results import PREDICTIONS, open_run
@@ -269,12 +270,12 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
         return hidden(self, *arguments).fill_(float("nan")) if len(calls) == 8 else hidden(self, *arguments)
 
     monkeypatch.setattr(LogitLens, "hidden", broken)
-    with pytest.raises(InputError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
+    with pytest.raises(FaultError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
         run_sweep(options, tmp_path / "run")
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 1
     good = predictions(run_sweep(options, tmp_path / "good"))
     calls.clear()
-    with pytest.raises(InputError, match="question 1"):
+    with pytest.raises(FaultError, match="question 1"):
         run_sweep(options, tmp_path / "good", overwrite=True)
     assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
 
@@ -290,7 +291,7 @@ def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch):
         return read(self, batch)
 
     monkeypatch.setattr(Predictor, "_read", broken)
-    with pytest.raises(InputError, match="^question 0, 4 documents, gold position 2: hidden: NaN$"):
+    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: NaN$"):
         run_sweep(replace(options, batch_size="6"), tmp_path / "run")
 
 
@@ -305,7 +306,7 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
         return write_table(table, where, **kwargs)
 
     monkeypatch.setattr(results.pq, "write_table", full)
-    with pytest.raises(InputError, match="no free disk left; parts that were written stay readable"):
+    with pytest.raises(FaultError, match="no free disk left; parts that were written stay readable; .* sweep --resume"):
         run_sweep(options, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
@@ -322,32 +323,34 @@ def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkey
 
     monkeypatch.setattr(results.pq, "write_table", full)
     for out in (old.path, tmp_path / "new"):
-        with pytest.raises(InputError, match="no free disk left"):
+        with pytest.raises(FaultError, match="no free disk left"):
             run_sweep(options, out, overwrite=True)
     assert {path: path.read_bytes() for path in old.path.rglob("*.*")} == before
     assert not (tmp_path / "new").exists()
 
 
 def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
-    """The second to write its first part is refused; one that is overwritten meanwhile stops."""
+    """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
+    other = replace(options, seed=7, examples=1)
 
-    def start_another(overwrite):
-        def report(progress):
-            if progress.done == 3:
-                run_sweep(replace(options, seed=7, examples=1), tmp_path / "run", overwrite)
+    def start_another(progress):
+        if progress.done == 3:
+            with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
+                run_sweep(other, tmp_path / "run", overwrite=True)
 
-        return report
+    run_sweep(options, tmp_path / "run", report=start_another)
 
-    with pytest.raises(InputError, match=r"got a run \(running\) of other arguments"):
-        run_sweep(options, tmp_path / "run", report=start_another(overwrite=False))
-    with pytest.raises(InputError, match="expected this sweep's own run, got another that replaced it"):
-        run_sweep(options, tmp_path / "run", overwrite=True, report=start_another(overwrite=True))
+    def remove_the_lock(progress):
+        if progress.done == 3:
+            (tmp_path / "run" / LOCK).unlink()
+            run_sweep(other, tmp_path / "run", overwrite=True)
+
+    with pytest.raises(FaultError, match="expected this sweep's own run, got another that replaced it$"):
+        run_sweep(options, tmp_path / "run", overwrite=True, report=remove_the_lock)
     run = open_run(tmp_path / "run")
     assert run.manifest["arguments"]["seed"] == 7 and run.manifest["status"] == "finished"
-    assert {r["question_id"] for r in predictions(run)} == {
-        r["question_id"] for r in predictions(run_sweep(replace(options, seed=7, examples=1), tmp_path / "alone"))
-    }
+    assert predictions(run) == predictions(run_sweep(other, tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
@@ -367,7 +370,7 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
     run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run")
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
     most = 0
-    with pytest.raises(InputError, match="expected memory for one context of"):
+    with pytest.raises(FaultError, match="expected memory for one context of"):
         run_sweep(options, tmp_path / "none")
 
 
@@ -383,8 +386,8 @@ def test_any_other_fault_keeps_finished_questions(options, tmp_path):
 
 
 def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypatch):
-    usage = results.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(InputError, match="MB of free disk, got 0.0 MB"):
         run_sweep(options, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -416,7 +419,7 @@ def test_a_run_of_an_older_schema_is_refused_but_may_be_overwritten(options, tmp
     run.write_manifest(run.manifest | {"schema_version": 1, "refinelens_version": "0.0.9"})
     with pytest.raises(InputError, match="make the run again with a sweep, or read it with the refinelens .* .0.0.9."):
         open_run(run.path)
-    assert run_sweep(replace(options, examples=1), run.path, overwrite=True).manifest["schema_version"] == 2
+    assert run_sweep(replace(options, examples=1), run.path, overwrite=True).manifest["schema_version"] == 3
 
 
 def test_overwrite_replaces_a_run(options, tmp_path):

@@ -69,6 +69,18 @@ def save_tiny_lens(folder, model_folder, scale, seed=0):
     return folder
 
 
+def write_part(run, index, rows):
+    """Write one part of a run and return its entry in a manifest."""
+    from dataclasses import asdict
+
+    from refinelens.files import sha256_of
+    from refinelens.results import Part, write_rows
+
+    path = run.part_path(index)
+    write_rows(rows, path)
+    return asdict(Part(path.name, (index, index + 1), len(rows), sha256_of(path)))
+
+
 def skip_unless_isa_runs():
     """Skip where this processor does not run the instruction set that REFINELENS_ISA names."""
     import pytest

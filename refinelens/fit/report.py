@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..results import write_whole
+from ..durable import write_whole
 from ..table import WIDTH
 
 TABLE = "quality.csv"

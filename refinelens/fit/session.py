@@ -16,7 +16,7 @@ from ..lens_files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, 
 from ..logit_lens import LogitLens
 from ..manifest import now, packages
 from ..models import LoadedModel, is_out_of_memory, load_model
-from ..results import check_disk
+from ..output import check_disk
 from ..translators import Translators
 from . import checkpoint, ridge
 from .options import FitOptions

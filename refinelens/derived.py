@@ -11,12 +11,15 @@ from pathlib import Path
 from rich.console import Console
 
 from .bootstrap import Estimate
+from .durable import write_whole
+from .errors import InputError
 from .figures import draw_figures
 from .inverted_u import InvertedU
 from .layer_profile import layer_profiles
+from .lock import RunLock
 from .options import check_top
 from .report import Report, read_report
-from .results import OUTPUTS, Run, write_whole
+from .results import DERIVED, Run
 from .summary import SummaryRow
 from .table import print_table
 from .trajectory_table import trajectory_tables
@@ -34,7 +37,8 @@ def write_outputs(run: Run, report: Report) -> None:
 def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) -> None:
     """Print the table of a run from its predictions.
 
-    Files that are missing are written if they can be. With other thresholds the run stays as it is.
+    Files that are missing are written if they can be and no sweep is at it. With other thresholds the run stays as
+    it is.
 
     Raises:
         InputError: A damaged run, or thresholds that no rank can be held against.
@@ -42,8 +46,8 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
     if tops is not None:
         check_top(tops)
     report = read_report(run, tops)
-    if tops is None and not all((run.path / name).exists() for name in OUTPUTS):
-        with suppress(OSError):
+    if tops is None and not all((run.path / name).exists() for name in DERIVED):
+        with suppress(OSError, InputError), RunLock(run.path):
             write_outputs(run, report)
     print_table(console, report)
 

@@ -1,0 +1,204 @@
+"""Writes the parts of a run while its questions are asked, and keeps the manifest true after each."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from .durable import sync_folder, temporary_of, write_temporary
+from .errors import FaultError
+from .files import sha256_of
+from .manifest import now
+from .results import DERIVED, MANIFEST, OUTPUTS, Part, Run, parts_of, write_rows
+from .task import Question
+
+
+@dataclass
+class _Open:
+    """The part that is being filled."""
+
+    index: int
+    first: int  # 0-based place of its first question among those drawn
+    done: int  # place behind its last question so far
+    end: int  # place behind its last question once it is whole
+    rows: list[dict] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Writes one run, which it has the lock of.
+
+    A part is written and flushed under a temporary name, renamed, and only then named by the manifest; no file that
+    the manifest names is ever written to. A part that an interrupt cut short has a name of its own, and gives way to
+    the whole one after the manifest names that.
+
+    A new folder gets its manifest at once, so that it can be resumed from then on. A run that is to be overwritten
+    stays until the first part with rows lies beside it: whatever fails before leaves everything as it was.
+    """
+
+    def __init__(self, run: Run, manifest: dict, resumed: bool = False):
+        self.run = run
+        self._manifest = manifest
+        self._parts = {part.questions[0]: part for part in parts_of(manifest)}  # by their first question
+        self._open: _Open | None = None
+        self._resumed = resumed
+        self._placed = False  # the manifest on disk is this run's
+        self._seconds, self._started = manifest["seconds"] or 0.0, time.monotonic()
+        self._remove_temporary()
+        if resumed or not (run.path / MANIFEST).exists():
+            self._place()
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether the folder is this run."""
+        return self._placed
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a part with rows is written."""
+        return any(part.rows for part in self._parts.values())
+
+    @property
+    def done(self) -> int:
+        """Questions in the parts, the one that is being filled included."""
+        begun = self._open
+        written = [part.questions for first, part in self._parts.items() if not begun or first != begun.first]
+        return sum(end - first for first, end in written) + (begun.done - begun.first if begun else 0)
+
+    @property
+    def left_out(self) -> dict[str, list[int]]:
+        """Questions of the parts that could not be asked, as reason: ids."""
+        left_out: dict[str, list[int]] = {}
+        for part in self._in_order:
+            for reason, ids in part.left_out.items():
+                left_out.setdefault(reason, []).extend(ids)
+        return left_out
+
+    @property
+    def _in_order(self) -> list[Part]:
+        return [self._parts[first] for first in sorted(self._parts)]
+
+    def missing(self, questions: Sequence[Question]) -> Iterator[Question]:
+        """The questions that no part holds, in order; the rows of each must be added before the next is taken."""
+        size = self._manifest["questions_per_part"]
+        for index, first in enumerate(range(0, len(questions), size)):
+            end, part = min(first + size, len(questions)), self._parts.get(first)
+            if part is None:
+                self._open = _Open(index, first, first, end)
+            elif part.questions[1] < end:
+                self._open = self._begun(index, part, end)
+            else:
+                continue
+            yield from questions[self._open.done : end]
+
+    def add(self, rows: list[dict], counts: Counter[str], left_out: dict[str, list[int]]) -> None:
+        """Take all that came of one more question."""
+        begun = self._open
+        begun.rows += rows
+        begun.counts.update(counts)
+        for reason, ids in left_out.items():
+            begun.left_out.setdefault(reason, []).extend(ids)
+        begun.done += 1
+        if begun.done == begun.end:
+            self._write_part()
+            self._write_manifest("running")
+
+    def close(self, status: str) -> None:
+        """Write what is left and the status; a new run without rows goes, and a failed one replaces no other."""
+        if self._open and (self._placed or status != "failed"):
+            self._write_part()
+        self._open = None
+        if self.has_rows or (self._resumed and status != "finished"):
+            self._write_manifest(status)
+        elif self._placed:
+            (self.run.path / MANIFEST).unlink()
+            self._placed = False
+            with suppress(OSError):  # no part was begun
+                self.run.parts_path.rmdir()
+
+    def give_up(self) -> None:
+        """After a failed write: let go of what was not written and, if there is room, close the rest."""
+        self._open = None
+        with suppress(OSError):
+            self.close("failed")
+
+    def _begun(self, index: int, part: Part, end: int) -> _Open:
+        """A part that an interrupt cut short, to be filled further."""
+        rows = self.run.read_part(part).to_pylist() if part.file else []
+        left_out = {reason: list(ids) for reason, ids in part.left_out.items()}
+        return _Open(index, *part.questions, end, rows, Counter(part.counts), left_out)
+
+    def _write_part(self) -> None:
+        begun, self._open = self._open, None
+        written = self._parts.get(begun.first)
+        if begun.done == (written.questions[1] if written else begun.first):
+            return
+        path, file, sha256 = self.run.part_path(begun.index), None, None
+        if begun.done < begun.end:
+            path = path.with_stem(f"{path.stem}-first-{begun.done - begun.first}")
+        if begun.rows:
+            file, sha256 = path.name, self._write_rows(begun.rows, path)
+        questions = (begun.first, begun.done)
+        self._parts[begun.first] = Part(
+            file, questions, len(begun.rows), sha256, dict(begun.counts), begun.left_out
+        )
+
+    def _write_rows(self, rows: list[dict], path: Path) -> str:
+        """Write a file of rows and return its checksum; a run that it replaces goes once the rows are on the disk."""
+        self._check_own()
+        path.parent.mkdir(exist_ok=True)
+        temporary = write_temporary(path, partial(write_rows, rows))
+        try:
+            sha256 = sha256_of(temporary)
+            self._place()
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        return sha256
+
+    def _place(self) -> None:
+        """Put the manifest in its place; from then on the folder is this run, and what another one left goes."""
+        if not self._placed:
+            self._write(self._manifest)
+            self._placed = True
+            sync_folder(self.run.path.absolute().parent)
+            for name in DERIVED:
+                (self.run.path / name).unlink(missing_ok=True)
+
+    def _write_manifest(self, status: str) -> None:
+        if not self._placed:
+            return
+        self._check_own()
+        self._manifest |= {"status": status, "finished": now(), "parts": [asdict(part) for part in self._in_order]}
+        self._manifest["seconds"] = round(self._seconds + time.monotonic() - self._started, 3)
+        sums, rows = Counter(), sum(part.rows for part in self._in_order)
+        for part in self._in_order:
+            sums.update(part.counts)
+        self._manifest["counts"] |= {**sums, "done": self.done, "rows": rows, "left_out": self.left_out}
+        self._write(self._manifest)
+
+    def _write(self, manifest: dict) -> None:
+        self.run.write_manifest(manifest)
+        named = {part.file for part in parts_of(manifest)}
+        for path in self.run.parts_path.glob("part-*.parquet"):
+            if path.name not in named:
+                path.unlink()
+
+    def _check_own(self) -> None:
+        if self._placed and self.run.manifest["run_id"] != self._manifest["run_id"]:
+            self._placed = False
+            raise FaultError(f"--out {self.run.path}: expected this sweep's own run, got another that replaced it")
+
+    def _remove_temporary(self) -> None:
+        """Remove what a process that was killed had not given its name yet."""
+        for path in (self.run.path / name for name in OUTPUTS):
+            temporary_of(path).unlink(missing_ok=True)
+        for path in self.run.parts_path.glob(".part-*.parquet.tmp"):
+            path.unlink()

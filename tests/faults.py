@@ -1,0 +1,144 @@
+"""Sweeps in processes of their own that can be killed: forked from one that has imported everything.
+
+`Forge` starts that process. It reads a request per line, JSON, and answers each with a number: ``{"start": {...}}``
+with the pid of a new child, which runs the command line as `_child` says, and ``{"wait": pid}`` with its exit status,
+negative for a signal.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# What a sweep of the tiny model imports late.
+MODULES = ("refinelens.sweep", "matplotlib.pyplot", "transformers.models.gpt2.modeling_gpt2", "scipy.stats")
+STEPS = ("fsync", "replace", "unlink")  # all that a write does to the disk once the bytes are handed over
+
+
+class Forge:
+    """The process that forks; a context manager."""
+
+    def __enter__(self):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *error):
+        self._process.communicate()
+
+    def start(self, *arguments, log, **fault):
+        """Run ``refinelens`` with these arguments and, see `_child`, this fault; returns the pid."""
+        return self._ask(start={"arguments": list(map(str, arguments)), "log": str(log), **fault})
+
+    def wait(self, pid):
+        """The exit status of a child; ``-9`` where SIGKILL ended it."""
+        return self._ask(wait=pid)
+
+    def run(self, *arguments, log, **fault):
+        """Start a child and wait for it."""
+        return self.wait(self.start(*arguments, log=log, **fault))
+
+    def _ask(self, **request):
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+
+def at_step(number, act):
+    """Call ``act`` before one of the `STEPS`, counted from 1, instead of taking it."""
+    taken = [0]
+
+    def wrap(step):
+        def wrapped(*arguments, **keywords):
+            if step is not unlink or os.path.exists(arguments[0]):
+                taken[0] += 1
+                if taken[0] == number:
+                    act()
+            return step(*arguments, **keywords)
+
+        return wrapped
+
+    unlink = os.unlink
+    return {name: wrap(getattr(os, name)) for name in STEPS}
+
+
+def quick_figures(run, *drawn):
+    """In place of `draw_figures`, which takes as long as all the rest of a tiny sweep: the files without figures."""
+    from refinelens.durable import write_whole
+    from refinelens.results import FIGURES
+
+    for name in FIGURES:
+        write_whole(run.path / name, lambda path: path.write_bytes(b"figure"))
+
+
+def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None, figures=True):
+    """Run the command line with a fault and exit with its code.
+
+    Args:
+        arguments: Of the command line.
+        log: File for stdout and stderr.
+        part: Questions per part.
+        kill_at_step: Number of the step on the disk before which the process kills itself.
+        signal_at: ``(question, signal)`` pairs: signals that arrive while a question, counted from 1, is asked.
+        hold_at: Question, counted from 1, that is not asked before the file ``LOG.go`` is there.
+        figures: Whether to draw them, rather than `quick_figures`.
+    """
+    from refinelens import cli, derived, sweep
+    from refinelens.predict import Predictor
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sweep.QUESTIONS_PER_PART = part
+    if not figures:
+        derived.draw_figures = quick_figures
+    if kill_at_step:
+        for name, step in at_step(kill_at_step, lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
+            setattr(os, name, step)
+    rows, asked = Predictor.rows, [0]
+
+    def faulty_rows(self, question):
+        asked[0] += 1
+        for place, signum in signal_at:
+            if asked[0] == place:
+                os.kill(os.getpid(), signum)
+        while asked[0] == hold_at and not Path(f"{log}.go").exists():
+            Path(f"{log}.holds").touch()
+            time.sleep(0.01)
+        return rows(self, question)
+
+    Predictor.rows = faulty_rows
+    return cli.main(arguments)
+
+
+def _serve():
+    import torch
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    for name in MODULES:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = _child(**request["start"])
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    _serve()
