@@ -10,6 +10,7 @@ from pathlib import Path
 from .errors import InputError
 
 LARGEST_JSON = 16 * 2**20  # bytes
+SHAPE_WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object"}
 WORDS = {str: "a text", int: "a positive whole number", bool: "true or false", dict: "an object"}
 
 
@@ -50,6 +51,35 @@ def check_entries(entries: dict, types: dict[str, type], name: str) -> None:
         value = entries[key]
         if type(value) is not kind or (kind is int and value < 1):
             raise InputError(f"expected {key} in {name} to be {WORDS[kind]}, got {reprlib.repr(value)}")
+
+
+def check_shape(value, shape, name: str) -> None:
+    """Refuse JSON of another shape than expected.
+
+    Args:
+        value: As JSON was read.
+        shape: A type (``int`` from 0 on; ``float`` takes whole numbers too), an object with the entries that must be
+            there, or a list with the shape of each of its entries, of which there must be one.
+        name: Of the value, for the message.
+
+    Raises:
+        InputError: Names the first place that does not fit.
+    """
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key, inner in shape.items():
+            check_shape(value.get(key), inner, f"{key} of {name}")
+    elif isinstance(shape, list) and isinstance(value, list) and value:
+        for entry in value:
+            check_shape(entry, shape[0], f"an entry of {name}")
+    elif not _is(value, shape):
+        kind = {dict: "an object", list: "a list of one entry or more"}.get(type(shape)) or SHAPE_WORDS[shape]
+        raise InputError(f"expected {kind} as {name}, got {reprlib.repr(value)}")
+
+
+def _is(value, kind) -> bool:
+    if kind is int:
+        return type(value) is int and value >= 0
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def sha256_of(path: Path) -> str:

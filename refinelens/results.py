@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from .durable import write_whole
 from .errors import InputError
+from .files import check_shape
 from .lock import LOCK
 
 SCHEMA_VERSION = 3
@@ -21,6 +22,23 @@ TABLES = ("trajectories.parquet", "summary.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 OUTPUTS = (MANIFEST, "predictions", *DERIVED, LOCK)
+# What tables and figures read of a manifest: types, objects with entries, lists of one thing or more.
+SHAPE = {
+    "status": str,
+    "seed": int,
+    "lenses": [{"name": str, "kind": str}],
+    "arguments": {"model": str, "target": str, "answer_tokens": str, "top": [int]},
+    "model": {
+        "name": str,
+        "n_layers": int,
+        "backend": str,
+        "dtype": str,
+        "device": str,
+        "parity": {"max_difference": float, "tolerance": float, "logit_range": float},
+    },
+    "task": {"name": str},
+    "counts": {"questions": int, "left_out": dict},
+}
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
 KEYS = [
@@ -170,6 +188,7 @@ def open_run(path: str | Path) -> Run:
         parts_of(manifest)
     except (KeyError, TypeError):
         raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got one without its parts") from None
+    check_shape(manifest, SHAPE, f"{path}/{MANIFEST}")
     return run
 
 

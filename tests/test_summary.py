@@ -10,6 +10,7 @@ from rich.console import Console
 
 from refinelens.bootstrap import mean_estimates, median_estimate
 from refinelens.derived import write_outputs
+from refinelens.errors import InputError
 from refinelens.report import read_report
 from refinelens.results import FIGURES, PREDICTIONS, SCHEMA_VERSION, Run, open_run
 from refinelens.table import print_table
@@ -202,3 +203,28 @@ def test_bootstrap_against_plain_resampling(values):
 def test_no_value_has_no_estimate():
     (mean,) = mean_estimates(np.zeros((3, 1)), np.zeros((3, 1)), 0)
     assert np.isnan([mean.value, mean.low, mean.high, median_estimate(np.zeros((3, 4)), 0).value]).all()
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (("lenses",), [], "expected a list of one entry or more as lenses of"),
+        (("lenses", 0), {"name": "plain"}, "expected a text as kind of an entry of lenses of"),
+        (("arguments", "top"), 1, "expected a list of one entry or more as top of arguments of"),
+        (("arguments", "top", 0), "x", "expected a whole number as an entry of top of arguments of"),
+        (("model", "n_layers"), None, "expected a whole number as n_layers of model of"),
+        (("model", "parity"), {}, "expected a number as max_difference of parity of model of"),
+        (("seed",), -1, "expected a whole number as seed of"),
+        (("counts",), {}, "expected a whole number as questions of counts of"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_one_line(tmp_path, place, value, message):
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY], 1: [SEEN_EARLY]})
+    manifest = run.manifest
+    inner = manifest
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    run.write_manifest(manifest)
+    with pytest.raises(InputError, match=message):
+        open_run(run.path)
