@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from .errors import InputError
@@ -153,6 +154,7 @@ class _Recorder:
             self._manifest["status"], self._manifest["finished"] = status, now()
             self._manifest["seconds"] = round(time.monotonic() - self._started, 3)
             counts = {"done": self._done, "rows": self._written, "left_out": self._predictor.left_out}
+            self._manifest["prefix_reuse"] = asdict(self._predictor.reuse)
             self._manifest["counts"] |= {**self._predictor.counts, **counts}
             self.run.write_manifest(self._manifest)
 
