@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 
 def text_config(model: PreTrainedModel):
@@ -28,10 +28,16 @@ def first_state(args: tuple, kwargs: dict) -> Tensor | None:
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
-def run_base(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Run embeddings, blocks and final norm, but not the unembedding: no logits are made."""
+def run_base(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+) -> None:
+    """Run embeddings, blocks and final norm, but not the unembedding: no logits are made.
+
+    With a cache, ``input_ids`` go on where it ends, and it then holds them too.
+    """
+    past = {} if cache is None else {"past_key_values": cache}
     with torch.no_grad():
-        model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past)
 
 
 @contextmanager

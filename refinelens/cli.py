@@ -132,6 +132,12 @@ def _add_sweep(commands) -> None:
         help="(default: float32 on a CPU, the checkpoint's own on CUDA)",
     )
     add("--batch-size", default="auto", metavar="auto|N", help="contexts per forward pass (default: %(default)s)")
+    add(
+        "--reuse-prefix",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run documents that contexts share once; auto: on a CPU in float32, if proven (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of questions, distractors and intervals (default: %(default)s)")
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")

@@ -11,6 +11,7 @@ from .kernels.norms import Norm
 from .logit_lens import LogitLens
 from .models import LoadedModel
 from .parts import find_parts
+from .prefix import check_branching
 
 
 def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
@@ -32,10 +33,13 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     yield "softcap", "none" if parts.softcap is None else f"{parts.softcap:g}"
     yield "logit scale", f"{parts.logit_scale:g}"
     yield "max tokens", "no limit stated" if loaded.max_tokens is None else str(loaded.max_tokens)
-    parity = LogitLens.from_model(model).parity
+    lens = LogitLens.from_model(model)
+    parity = lens.parity
     allowed = parity.tolerance * parity.logit_range
     difference = f"largest difference {parity.max_difference:.2g}, allowed {allowed:.2g}"
     yield "parity", f"passed: {difference}; argmax equal; op agrees; logits range over {parity.logit_range:.4g}"
+    reuse = check_branching(lens)
+    yield "prefix reuse", f"{'passed' if reuse.used else 'contexts run whole'}: {reuse.why}"
 
 
 def describe_norm(norm: Norm) -> str:

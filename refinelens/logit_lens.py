@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .capture import keep_positions, probe_ids, run_base
 from .errors import InputError, UnsupportedModelError
@@ -98,13 +98,21 @@ class LogitLens:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
         return _apply(self.parts, hidden, targets, self.backend)
 
-    def hidden(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Residual stream at chosen positions, ``[n_layers + 1, batch, n_positions, d_model]``.
 
         Args:
             input_ids: ``[batch, token]`` int64. Shorter contexts of a batch are padded on the right.
             positions: ``[n_positions]`` or ``[batch, n_positions]`` int64, in ``[0, token)``.
             attention_mask: ``[batch, token]``, 1 for real tokens, or None for all ones.
+            cache: Keys and values of the tokens before ``input_ids``, which are added to it, or None. Positions
+                count from the first of ``input_ids``.
 
         Raises:
             InputError: Shapes that do not fit, or a position or token id out of range (both are shown).
@@ -113,7 +121,7 @@ class LogitLens:
         with keep_positions(self.parts.blocks, positions) as kept:
             device = self.model.device
             mask = None if attention_mask is None else attention_mask.to(device)
-            run_base(self.model, input_ids.to(device), mask)
+            run_base(self.model, input_ids.to(device), mask, cache)
         return torch.stack(kept)
 
     def trajectory(

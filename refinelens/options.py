@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from .errors import InputError
 from .prompts import gold_positions
 
+REUSE_PREFIX = ("auto", "on", "off")
+
 
 @dataclass(frozen=True)
 class SweepOptions:
@@ -25,6 +27,7 @@ class SweepOptions:
     device: str = "auto"
     dtype: str = "auto"
     batch_size: str = "auto"
+    reuse_prefix: str = "auto"
     seed: int = 0
 
     def __post_init__(self):
@@ -39,6 +42,10 @@ class SweepOptions:
             raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
+        if self.reuse_prefix not in REUSE_PREFIX:
+            raise InputError(f"--reuse-prefix: expected {', '.join(REUSE_PREFIX)}, got {self.reuse_prefix!r}")
+        if self.reuse_prefix == "on" and self.batch_size not in ("auto", "1"):
+            raise InputError(f"--reuse-prefix on: expected --batch-size auto or 1, got {self.batch_size}")
 
     def arguments(self) -> dict:
         """The options as a manifest holds them."""

@@ -13,6 +13,7 @@ from .lens_files import Lens
 from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
+from .prefix import Branches, branch_order, choose_reuse, compare
 from .prompts import Context, build_context, gold_positions
 from .task import DistractorSource, Question, Task
 
@@ -34,23 +35,27 @@ class Predictor:
         lenses: list[Lens],
     ):
         self.options = options
-        self.counts: Counter[str] = Counter(contexts=0, lens_rows=0)
+        self.counts: Counter[str] = Counter(contexts=0, lens_rows=0, tokens_computed=0, tokens_saved=0)
+        self.reuse = choose_reuse(options, logit_lens)
         self.left_out: dict[str, list[int]] = {}  # reason: question ids
         self._template = template
         self._loaded = loaded
         self._logit_lens = logit_lens
         self._lenses = lenses
+        self._branches: Branches | None = None  # of the question that is asked, while its contexts branch off
+        self._proven = False  # a real context that branched off was compared with itself run whole
         self._distractors = DistractorSource(task, options.seed)
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
 
     def rows(self, question: Question) -> list[dict]:
         """Prediction rows of one question at every context size and gold position it can be asked at."""
         contexts = [c for size in self.options.documents for c in self._contexts(question, size)]
-        rows = []
-        for batch in self._batches(contexts):
-            rows += self._run(batch)
         self.counts["contexts"] += len(contexts)
-        return rows
+        if not self.reuse.used:
+            return [row for batch in self._batches(contexts) for row in self._run(batch)]
+        self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
+        rows = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
+        return [row for index in sorted(rows) for row in rows[index]]
 
     def take_counts(self) -> tuple[Counter[str], dict[str, list[int]]]:
         """The counts and what was left out since the last call, to be kept with the rows they belong to."""
@@ -96,12 +101,18 @@ class Predictor:
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
+            torch.cuda.empty_cache()
+            if self._branches is not None and not isinstance(error, InputError):
+                self._branches = None  # without a cache it may fit
+                return self._run(batch)
             if len(batch) == 1:
                 raise _name_context(batch[0], error) from None
             # Half of the batch may fit; and of several contexts the one at fault is found and named.
-            torch.cuda.empty_cache()
             half = len(batch) // 2
             return self._run(batch[:half]) + self._run(batch[half:])
+        saved = 0 if self._branches is None else self._branches.shared
+        self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
+        self.counts["tokens_saved"] += saved
         self.counts["lens_rows"] += sum(reading.kl.numel() for reading in readings.values())
         return [
             row
@@ -122,10 +133,28 @@ class Predictor:
         mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
         positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
         answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
-        hidden = self._logit_lens.hidden(ids, positions, mask)
+        hidden = self._hidden(ids, positions, mask)
         targets = answers if self.options.target == "answer" else self._logit_lens.stats(hidden[-1]).argmax
         read = self._logit_lens.read
         return {lens.name: read(hidden, targets, lens.translators).to("cpu") for lens in self._lenses}, targets.cpu()
+
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``[n_layers + 1, batch, answer tokens, d_model]``; the first context that branches off also runs whole.
+
+        The gate has seen a few tokens; a real context is longer, than a sliding window say. That one run is not
+        counted.
+        """
+        if self._branches is None:
+            return self._logit_lens.hidden(ids, positions, mask)
+        branched = self._branches.hidden(ids, positions)
+        if self._branches.shared == 0 or self._proven:
+            return branched
+        whole = self._logit_lens.hidden(ids, positions, mask)
+        self.reuse, self._proven = compare(self._logit_lens, [(branched, whole)]), True
+        if self.reuse.used:
+            return branched
+        self._branches = None
+        return whole
 
     def _rows(
         self, context: Context, index: int, lens: str, reading: LayerReading, targets: torch.Tensor

@@ -109,6 +109,10 @@ class Recorder:
             self._write_part()
             self._write_manifest("running")
 
+    def note(self, name: str, entry: dict) -> None:
+        """Set an entry of the manifest, which is written with the next part."""
+        self._manifest[name] = entry
+
     def close(self, status: str) -> None:
         """Write what is left and the status; a new run without rows goes, and a failed one replaces no other."""
         if self._open and (self._placed or status != "failed"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .backends import choose_backend
@@ -213,6 +213,7 @@ def _ask_missing(
         except Exception as error:
             raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
         counts, left_out = predictor.take_counts()
+        recorder.note("prefix_reuse", asdict(predictor.reuse))
         recorder.add(rows, counts, left_out)
         progress.done, progress.rows = recorder.done, progress.rows + counts["lens_rows"]
         report(progress)

@@ -81,6 +81,8 @@ def notes(manifest: dict) -> list[str]:
             f"{counts['done']} questions, {counts['contexts']} contexts, {counts['lens_rows']} rows of the lens "
             f"in {manifest['seconds']:.0f} s."
         )
+    if "tokens_saved" in counts:
+        lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
     if manifest["status"] != "finished":
         status = "not finished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
@@ -123,6 +125,12 @@ def _lens_words(entry: dict) -> str:
         return "plain logit lens"
     words = f"{entry['kind']} lens" if entry["name"] == entry["kind"] else f"{entry['name']} ({entry['kind']} lens)"
     return f"{words}; {entry['note']};" if entry["note"] else words
+
+
+def _prefix_words(reuse: dict, computed: int, saved: int) -> str:
+    times = f" ({(computed + saved) / computed:.2f} times)" if saved else ""
+    why = "" if reuse["used"] else f"; {'from then on ' if saved else ''}contexts ran whole: {reuse['why']}"
+    return f"{computed} tokens computed, {saved} saved by shared prefixes{times}{why}."
 
 
 def _escape(text: str) -> str:

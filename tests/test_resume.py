@@ -266,7 +266,7 @@ def small_disk(tmp_path):
 
 
 # Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
-@pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 60])
+@pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
 def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pages):
     """A real one, filled by somebody else while the tenth question is asked."""
     from refinelens.predict import Predictor

@@ -270,6 +270,7 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
         return hidden(self, *arguments).fill_(float("nan")) if len(calls) == 8 else hidden(self, *arguments)
 
     monkeypatch.setattr(LogitLens, "hidden", broken)
+    options = replace(options, reuse_prefix="off")  # one call per context, in order
     with pytest.raises(FaultError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
         run_sweep(options, tmp_path / "run")
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 1
