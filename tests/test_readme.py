@@ -20,7 +20,7 @@ def test_there_is_an_example_of_the_op_in_ten_lines():
 
 
 def test_every_option_is_a_real_one():
-    from refinelens.cli import build_parser
+    from refinelens.parser import build_parser
 
     commands = build_parser()._subparsers._group_actions[0].choices.values()
     known = "".join(command.format_help() for command in commands)

@@ -1,0 +1,126 @@
+"""Contexts that branch off what they share, beside the same contexts run whole: a real model, all gold positions.
+
+    OMP_NUM_THREADS=1 python benchmarks/prefix.py [--model smollm2] [--task builtin] [--documents 10,20] [--questions 5]
+
+Both ways take turns, a question at a time; process CPU time of one thread, medians over questions, the range of their
+ratios in brackets. What they gave is compared first: argmax and rank of the answer at every layer of every context,
+and the hidden states. Only the runs of the model are timed, not the lens, which both need alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from refinelens.logit_lens import LogitLens
+from refinelens.manifest import device_name
+from refinelens.models import LoadedModel, load_model
+from refinelens.prefix import Branches, branch_order, check_branching, difference
+from refinelens.prompts import DEFAULT_TEMPLATE, Context, build_context
+from refinelens.task import DistractorSource, choose_questions, load_task
+
+GOALS = {10: 1.3, 20: 1.5}  # documents: times faster
+Runs = tuple[list[Tensor], int]  # hidden states of every context, tokens computed
+
+
+def main() -> None:
+    """Compare, then time, and print both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--task", default="builtin")
+    parser.add_argument("--documents", default="10,20")
+    parser.add_argument("--questions", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    loaded = load_model(options.model, "cpu")
+    lens = LogitLens.from_model(loaded.model)
+    print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
+    print(f"gate: {check_branching(lens).why}\n")
+    for size in map(int, options.documents.split(",")):
+        print(_measure(lens, size, _contexts(loaded, options.task, size, options.questions)), flush=True)
+
+
+def _contexts(loaded: LoadedModel, task_name: str, size: int, n: int) -> list[list[Context]]:
+    """All gold positions of each of ``n`` questions."""
+    task = load_task(task_name)
+    source = DistractorSource(task, 0)
+    asked = [(q, source.choose(q, size - 1)) for q in choose_questions(task, n, 0)]
+    return [
+        [build_context(loaded.tokenizer, DEFAULT_TEMPLATE, q, others, p) for p in range(size)]
+        for q, others in asked
+        if others is not None
+    ]
+
+
+def run_whole(lens: LogitLens, contexts: list[Context]) -> Runs:
+    """Every context by itself, as a sweep does without prefix reuse."""
+    states = [lens.hidden(torch.tensor([c.input_ids]), torch.tensor([c.positions])) for c in contexts]
+    return states, sum(len(c.input_ids) for c in contexts)
+
+
+def run_branched(lens: LogitLens, contexts: list[Context]) -> Runs:
+    """The same with prefix reuse, as a sweep does."""
+    branches, states, tokens = Branches(lens), {}, 0
+    for index in branch_order([c.input_ids for c in contexts]):
+        c = contexts[index]
+        states[index] = branches.hidden(torch.tensor([c.input_ids]), torch.tensor([c.positions]))
+        tokens += len(c.input_ids) - branches.shared
+    return [states[index] for index in range(len(contexts))], tokens
+
+
+def _measure(lens: LogitLens, size: int, questions: list[list[Context]]) -> str:
+    timed, found = {run_whole: [], run_branched: []}, []
+    for index, contexts in enumerate(questions):
+        states = {}
+        for run in (run_whole, run_branched) if index % 2 else (run_branched, run_whole):
+            start = time.process_time()
+            states[run], tokens = run(lens, contexts)
+            timed[run].append((time.process_time() - start, tokens))
+        for context, *pair in zip(contexts, states[run_whole], states[run_branched], strict=True):
+            found.append(_compare(lens, context, *pair))
+    return f"{size} documents, {len(questions)} questions: {_differences(found)}\n{_table(size, timed)}"
+
+
+def _compare(lens: LogitLens, context: Context, whole: Tensor, branched: Tensor) -> list[float]:
+    """Argmaxes compared, argmaxes and ranks that differ, largest difference of a state and of a log-probability."""
+    one, two = (lens.stats(states, torch.tensor(context.answer_ids)) for states in (whole, branched))
+    return [
+        one.argmax.numel(),
+        int((one.argmax != two.argmax).sum()),
+        int((one.target_rank != two.target_rank).sum()),
+        difference(branched, whole),
+        float((one.target_logprob - two.target_logprob).abs().max()),
+    ]
+
+
+def _differences(found: list[list[float]]) -> str:
+    compared, argmaxes, ranks, states, logprobs = zip(*found, strict=True)
+    return (
+        f"{sum(compared)} argmaxes and ranks compared, {sum(argmaxes)} argmaxes and {sum(ranks)} ranks differ;\n"
+        f"  largest difference of a state {max(states):.1e} of its layer's largest, of a log-probability of the answer "
+        f"{max(logprobs):.1e} nats"
+    )
+
+
+def _table(size: int, timed: dict[Callable, list[tuple[float, int]]]) -> str:
+    (whole, tokens), (branched, computed) = (zip(*timed[run], strict=True) for run in (run_whole, run_branched))
+    ratios = [w / b for w, b in zip(whole, branched, strict=True)]
+    ratio, token_ratio = statistics.median(ratios), sum(tokens) / sum(computed)
+    goal = f"; goal {GOALS[size]}" if size in GOALS else ""
+    lines = [
+        "            s a question  tokens computed  tokens saved",
+        f"  whole     {statistics.median(whole):12.2f}  {sum(tokens):15}  {0:12}",
+        f"  branched  {statistics.median(branched):12.2f}  {sum(computed):15}  {sum(tokens) - sum(computed):12}",
+        f"  {ratio:.2f} times faster ({min(ratios):.2f} to {max(ratios):.2f}{goal}); token ratio {token_ratio:.2f}, of "
+        f"which {100 * ratio / token_ratio:.0f} %\n",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
