@@ -36,3 +36,26 @@ def question_file(tmp_path_factory):
             record = {"question": f"what is the door of {place} ?", "answers": [answer], "ctxs": [gold]}
             file.write(json.dumps(record) + "\n")
     return path
+
+
+@pytest.fixture
+def refused_sweep(question_file, tmp_path, capfd):
+    """Runs a sweep with a lens and returns the line it ends in, which must be one, with exit code 2 and no run."""
+    from refinelens.cli import main
+
+    def run(lens, model):
+        arguments = ["--model", str(model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
+        assert main(["sweep", *arguments, "--lens", str(lens), "--out", str(tmp_path / "run")]) == 2
+        captured = capfd.readouterr()
+        lines = captured.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("refinelens: --lens") and not captured.out, captured
+        assert not (tmp_path / "run").exists()
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test if a sweep loads its model."""
+    monkeypatch.setattr("refinelens.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens_folders import N_LAYERS, random_translators, save_linear, save_model, save_tuned, tiny
-from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.lens_files import fit_to_model, load_lens, load_lenses
 from refinelens.logit_lens import LogitLens
@@ -34,27 +33,6 @@ def whole(tmp_path_factory, model_folder):
 @pytest.fixture
 def folder(tmp_path, whole):
     return shutil.copytree(whole, tmp_path / "broken")
-
-
-@pytest.fixture
-def sweep(question_file, tmp_path, capsys):
-    """Runs a sweep and returns the line it ends in, which must be one, with exit code 2."""
-
-    def run(lens, model):
-        arguments = ["--model", str(model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
-        assert main(["sweep", *arguments, "--lens", str(lens), "--out", str(tmp_path / "run")]) == 2
-        captured = capsys.readouterr()
-        lines = captured.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("refinelens: --lens") and not captured.out, captured
-        assert not (tmp_path / "run").exists()
-        return lines[0]
-
-    return run
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    monkeypatch.setattr("refinelens.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -181,34 +159,34 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_broken_lens_is_one_line_before_the_model_is_loaded(case, folder, sweep, model_folder, no_model):
+def test_a_broken_lens_is_one_line_before_the_model_is_loaded(case, folder, refused_sweep, model_folder, no_model):
     damage, message = DAMAGE[case]
     damage(folder)
-    line = sweep(folder, model_folder)
+    line = refused_sweep(folder, model_folder)
     with pytest.raises(InputError, match=message):
         load_lens(folder)
     assert f"--lens {folder}: " in line
 
 
-def test_a_file_in_place_of_a_folder(folder, sweep, model_folder, no_model):
-    assert line_says(sweep(folder / "lens.safetensors", model_folder), "got a file there")
-    assert line_says(sweep(folder / "lens.safetensors" / "deeper", model_folder), "got no folder there")
+def test_a_file_in_place_of_a_folder(folder, refused_sweep, model_folder, no_model):
+    assert line_says(refused_sweep(folder / "lens.safetensors", model_folder), "got a file there")
+    assert line_says(refused_sweep(folder / "lens.safetensors" / "deeper", model_folder), "got no folder there")
 
 
-def test_a_folder_called_plain_is_refused(folder, sweep, model_folder, no_model, monkeypatch):
+def test_a_folder_called_plain_is_refused(folder, refused_sweep, model_folder, no_model, monkeypatch):
     """In a table it could not be told from the plain logit lens."""
     folder.rename(folder.with_name("plain"))
     monkeypatch.chdir(folder.parent)
-    assert line_says(sweep("./plain", model_folder), "expected another name than plain")
+    assert line_says(refused_sweep("./plain", model_folder), "expected another name than plain")
 
 
 @pytest.mark.parametrize("names", ["", "plain,", ",", "plain,plain"])
-def test_names_of_no_lens(names, sweep, model_folder, no_model):
-    assert line_says(sweep(names, model_folder), f"expected plain or folders, each once, got {names!r}")
+def test_names_of_no_lens(names, refused_sweep, model_folder, no_model):
+    assert line_says(refused_sweep(names, model_folder), f"expected plain or folders, each once, got {names!r}")
 
 
-def test_two_lenses_of_one_name(folder, sweep, model_folder, no_model):
-    assert line_says(sweep(f"{folder},{folder}/", model_folder), "of different names, got 2 called broken")
+def test_two_lenses_of_one_name(folder, refused_sweep, model_folder, no_model):
+    assert line_says(refused_sweep(f"{folder},{folder}/", model_folder), "of different names, got 2 called broken")
 
 
 def line_says(line, text):
@@ -231,9 +209,9 @@ def another_weight(model):
     ],
     ids=["revision", "layers", "class", "width"],
 )
-def test_a_lens_of_another_model_is_refused(made, message, whole, sweep, model_folder, tmp_path):
+def test_a_lens_of_another_model_is_refused(made, message, whole, refused_sweep, model_folder, tmp_path):
     other = save_model(tmp_path / "other", made())
-    line = sweep(whole, other)
+    line = refused_sweep(whole, other)
     assert line_says(line, f"--lens whole: expected a lens made for {other}, got one for {model_folder}, {message}")
 
 

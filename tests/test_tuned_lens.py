@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lens_folders import D_MODEL, N_LAYERS, VOCAB, random_translators, save_model, save_tuned, state_dict, tiny
-from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.lens_files import fit_to_model, load_lens
 from refinelens.logit_lens import LogitLens
@@ -229,31 +228,11 @@ def folder(tmp_path):
     return save_tuned(tmp_path / "tuned")
 
 
-@pytest.fixture
-def sweep(question_file, tmp_path, capfd):
-    """Runs a sweep and returns the line it ends in, which must be one, with exit code 2."""
-
-    def run(lens, model):
-        arguments = ["--model", str(model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
-        assert main(["sweep", *arguments, "--lens", str(lens), "--out", str(tmp_path / "run")]) == 2
-        captured = capfd.readouterr()
-        lines = captured.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("refinelens: --lens") and not captured.out, captured
-        return lines[0]
-
-    return run
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    monkeypatch.setattr("refinelens.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))
-
-
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_broken_lens_is_one_line_before_the_model_is_loaded(case, folder, sweep, model_folder, no_model):
+def test_a_broken_lens_is_one_line_before_the_model_is_loaded(case, folder, refused_sweep, model_folder, no_model):
     damage, message = DAMAGE[case]
     damage(folder)
-    line = sweep(folder, model_folder)
+    line = refused_sweep(folder, model_folder)
     with pytest.raises(InputError, match=message):
         load_lens(folder)
     assert "weights_only" not in line, "nobody is told how to load it all the same"
@@ -270,14 +249,14 @@ class Touch:
 
 
 @pytest.mark.parametrize("how", ["in a state dict", "alone", "in another protocol", "by an old torch"])
-def test_pickled_code_is_refused_and_not_run(how, folder, sweep, model_folder, no_model, tmp_path):
+def test_pickled_code_is_refused_and_not_run(how, folder, refused_sweep, model_folder, no_model, tmp_path):
     made = tmp_path / "made-by-pickle"
     state = state_dict(random_translators()) | {"0.bias": Touch(made)}
     if how in ("in a state dict", "by an old torch"):
         torch.save(state, folder / "params.pt", _use_new_zipfile_serialization=how == "in a state dict")
     else:
         (folder / "params.pt").write_bytes(pickle.dumps(Touch(made), protocol=2 if how == "alone" else 5))
-    line = sweep(folder, model_folder)
+    line = refused_sweep(folder, model_folder)
     assert "expected tensors alone in params.pt, got pickled code" in line and "weights_only" not in line
     assert not made.exists()
     pickle.loads(pickle.dumps(Touch(made)))
@@ -290,22 +269,22 @@ def test_maps_of_several_dtypes_are_widened(folder):
     assert translators.bias.dtype == translators.weight.dtype == torch.float32
 
 
-def test_a_lens_of_another_model_is_refused(folder, sweep, model_folder, tmp_path):
+def test_a_lens_of_another_model_is_refused(folder, refused_sweep, model_folder, tmp_path):
     config(base_model_revision="step3000")(folder)
     other = save_model(tmp_path / "other", tiny("gpt_neox", n_layers=2))
     message = f"made for {other}, got one for some/model at step3000, another model (n_layers 3 there, 2 here)"
-    assert message in sweep(folder, other)
+    assert message in refused_sweep(folder, other)
     other = save_model(tmp_path / "thin", tiny("gpt_neox", d_model=16))
-    assert "another model (d_model 32 there, 16 here)" in sweep(folder, other)
+    assert "another model (d_model 32 there, 16 here)" in refused_sweep(folder, other)
 
 
-def test_a_lens_of_another_unembedding_is_refused(model, model_folder, folder, sweep, tmp_path):
+def test_a_lens_of_another_unembedding_is_refused(model, model_folder, folder, refused_sweep, tmp_path):
     own = unembed_hash(model.lm_head.weight, torch.float32)
     config(unembed_hash=own)(folder)
     assert fitted(folder, model_folder)[0].note is None
     changed = copy.deepcopy(model)
     changed.lm_head.weight.data[0, 0] += 1.0
-    line = sweep(folder, save_model(tmp_path / "changed", changed))
+    line = refused_sweep(folder, save_model(tmp_path / "changed", changed))
     assert f"got one for some/model, another model or revision (unembed_hash {own[:12]} there, " in line
 
 
