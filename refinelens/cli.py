@@ -54,7 +54,7 @@ def _say(message: str) -> None:
 
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.resume is not None:
-        return _resume(arguments.resume, argv)
+        return _resume(arguments, argv)
     from .options import SweepOptions
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
@@ -65,13 +65,14 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     _calm_libraries()
     from .sweep import run_sweep
 
-    return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv]))
+    return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
 
 
-def _resume(path: str, argv: list[str]) -> int:
-    others = [word for word in argv[1:] if word.startswith("--") and not "--resume".startswith(word.split("=")[0])]
+def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
+    path, words = arguments.resume, [word.split("=")[0] for word in argv[1:] if word.startswith("--")]
+    others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers"))]
     if others:
-        raise InputError(f"--resume: expected no other option, because the run has its own, got {others[0]}")
+        raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
     from .resume import Unfinished
 
     if Unfinished.read(path).is_finished:
@@ -86,7 +87,7 @@ def _resume(path: str, argv: list[str]) -> int:
     _calm_libraries()
     from .sweep import resume_sweep
 
-    return _watch(partial(resume_sweep, path, ["refinelens", *argv], warn=_say))
+    return _watch(partial(resume_sweep, path, ["refinelens", *argv], arguments.workers))
 
 
 def _watch(sweep: Callable[..., Run]) -> int:
@@ -100,7 +101,7 @@ def _watch(sweep: Callable[..., Run]) -> int:
     code, summary = 0, []
     try:
         with sweep_progress(Console(stderr=True)) as report:
-            run = sweep(report=report, summary=summary.append)
+            run = sweep(report=report, summary=summary.append, warn=_say)
     except SweepInterrupted as stop:
         code, run = 128 + stop.signum, stop.run
         kept = "no question was finished and nothing was written"

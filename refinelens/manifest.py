@@ -50,6 +50,7 @@ def make_manifest(
     lenses: list[Lens],
     n_questions: int,
     questions_per_part: int,
+    workers: int,
 ) -> dict:
     """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
     device = loaded.model.device
@@ -96,6 +97,7 @@ def make_manifest(
         "started": now(),
         "finished": None,
         "seconds": None,
+        "workers": workers,
         "resumed": [],
         "counts": {"questions": n_questions, "done": 0, "left_out": {}},
         "questions_per_part": questions_per_part,
@@ -103,11 +105,12 @@ def make_manifest(
     }
 
 
-def resumed_entry(argv: list[str] | None, device_type: str) -> dict:
+def resumed_entry(argv: list[str] | None, device_type: str, workers: int) -> dict:
     """What the manifest of a run says of a process that goes on with it."""
     return {
         "started": now(),
         "argv": argv,
+        "workers": workers,
         "refinelens_version": __version__,
         "packages": packages(),
         "device_name": device_name(device_type),

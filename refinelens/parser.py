@@ -91,10 +91,11 @@ def _add_sweep(commands) -> None:
         default="auto",
         help="run documents that contexts share once; auto: on a CPU in float32, if proven (default: %(default)s)",
     )
+    add("--workers", type=int, default=1, metavar="N", help="processes, a model in each (default: %(default)s)")
     add("--seed", type=int, default=0, help="of questions, distractors and intervals (default: %(default)s)")
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
-    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options and no other")
+    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
 
 
 def _add_fit(commands) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 
+import pyarrow as pa
 import torch
 
 from .errors import FaultError, InputError
@@ -15,6 +17,7 @@ from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
 from .prompts import Context, build_context, gold_positions
+from .results import PREDICTIONS, Outcome
 from .task import DistractorSource, Question, Task
 
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
@@ -35,9 +38,9 @@ class Predictor:
         lenses: list[Lens],
     ):
         self.options = options
-        self.counts: Counter[str] = Counter(contexts=0, lens_rows=0, tokens_computed=0, tokens_saved=0)
+        self.counts: Counter[str] = Counter()  # of the question that is asked
         self.reuse = choose_reuse(options, logit_lens)
-        self.left_out: dict[str, list[int]] = {}  # reason: question ids
+        self.left_out: dict[str, list[int]] = {}  # reason: question ids, of the question that is asked
         self._template = template
         self._loaded = loaded
         self._logit_lens = logit_lens
@@ -47,8 +50,25 @@ class Predictor:
         self._distractors = DistractorSource(task, options.seed)
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
 
+    def ask(self, question: Question) -> Outcome:
+        """All that comes of one question, at every context size and gold position it can be asked at.
+
+        Raises:
+            FaultError: Names the question, whatever went wrong.
+            OSError: A file could not be used.
+        """
+        self.counts = Counter(contexts=0, lens_rows=0, tokens_computed=0, tokens_saved=0)
+        self.left_out = {}
+        try:
+            rows = pa.Table.from_pylist(self.rows(question), schema=PREDICTIONS)
+        except (InputError, FaultError, OSError):
+            raise
+        except Exception as error:
+            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
+        return Outcome(rows, dict(self.counts), self.left_out, {"prefix_reuse": asdict(self.reuse)})
+
     def rows(self, question: Question) -> list[dict]:
-        """Prediction rows of one question at every context size and gold position it can be asked at."""
+        """Prediction rows of one question."""
         contexts = [c for size in self.options.documents for c in self._contexts(question, size)]
         self.counts["contexts"] += len(contexts)
         if not self.reuse.used:
@@ -56,13 +76,6 @@ class Predictor:
         self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
         rows = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
         return [row for index in sorted(rows) for row in rows[index]]
-
-    def take_counts(self) -> tuple[Counter[str], dict[str, list[int]]]:
-        """The counts and what was left out since the last call, to be kept with the rows they belong to."""
-        counts, left_out = self.counts.copy(), self.left_out
-        self.counts.subtract(counts)
-        self.left_out = {}
-        return counts, left_out
 
     def _contexts(self, question: Question, size: int) -> list[Context]:
         """All gold positions of a context size, or none: a sweep is paired."""

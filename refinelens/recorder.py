@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+
 from .durable import sync_folder, temporary_of, write_temporary
 from .errors import FaultError
 from .files import sha256_of
 from .manifest import now
-from .results import DERIVED, MANIFEST, OUTPUTS, Part, Run, parts_of, write_rows
-from .task import Question
+from .results import DERIVED, MANIFEST, OUTPUTS, Outcome, Part, Run, parts_of, write_rows
 
 
 @dataclass
@@ -26,7 +26,7 @@ class _Open:
     first: int  # 0-based place of its first question among those drawn
     done: int  # place behind its last question so far
     end: int  # place behind its last question once it is whole
-    rows: list[dict] = field(default_factory=list)
+    rows: list[pa.Table] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
@@ -84,34 +84,29 @@ class Recorder:
     def _in_order(self) -> list[Part]:
         return [self._parts[first] for first in sorted(self._parts)]
 
-    def missing(self, questions: Sequence[Question]) -> Iterator[Question]:
-        """The questions that no part holds, in order; the rows of each must be added before the next is taken."""
-        size = self._manifest["questions_per_part"]
-        for index, first in enumerate(range(0, len(questions), size)):
-            end, part = min(first + size, len(questions)), self._parts.get(first)
-            if part is None:
-                self._open = _Open(index, first, first, end)
-            elif part.questions[1] < end:
-                self._open = self._begun(index, part, end)
-            else:
-                continue
-            yield from questions[self._open.done : end]
+    def missing(self) -> list[int]:
+        """Places of the questions that no part holds, in order."""
+        size, n = self._manifest["questions_per_part"], self._manifest["counts"]["questions"]
+        places: list[int] = []
+        for first in range(0, n, size):
+            part = self._parts.get(first)
+            places += range(part.questions[1] if part else first, min(first + size, n))
+        return places
 
-    def add(self, rows: list[dict], counts: Counter[str], left_out: dict[str, list[int]]) -> None:
-        """Take all that came of one more question."""
-        begun = self._open
-        begun.rows += rows
-        begun.counts.update(counts)
-        for reason, ids in left_out.items():
+    def add(self, place: int, outcome: Outcome) -> None:
+        """Take all that came of the question at the next of the missing places."""
+        begun = self._open = self._open or self._begun(place)
+        if place != begun.done:
+            raise ValueError(f"expected the question at place {begun.done}, got {place}")
+        begun.rows.append(outcome.rows)
+        begun.counts.update(outcome.counts)
+        for reason, ids in outcome.left_out.items():
             begun.left_out.setdefault(reason, []).extend(ids)
+        self._manifest |= outcome.notes
         begun.done += 1
         if begun.done == begun.end:
             self._write_part()
             self._write_manifest("running")
-
-    def note(self, name: str, entry: dict) -> None:
-        """Set an entry of the manifest, which is written with the next part."""
-        self._manifest[name] = entry
 
     def close(self, status: str) -> None:
         """Write what is left and the status; a new run without rows goes, and a failed one replaces no other."""
@@ -132,9 +127,15 @@ class Recorder:
         with suppress(OSError):
             self.close("failed")
 
-    def _begun(self, index: int, part: Part, end: int) -> _Open:
-        """A part that an interrupt cut short, to be filled further."""
-        rows = self.run.read_part(part).to_pylist() if part.file else []
+    def _begun(self, place: int) -> _Open:
+        """The part that a question belongs to: a new one, or one that an interrupt cut short, to be filled further."""
+        size, n = self._manifest["questions_per_part"], self._manifest["counts"]["questions"]
+        index = place // size
+        first, end = index * size, min((index + 1) * size, n)
+        part = self._parts.get(first)
+        if part is None:
+            return _Open(index, first, first, end)
+        rows = [self.run.read_part(part)] if part.file else []
         left_out = {reason: list(ids) for reason, ids in part.left_out.items()}
         return _Open(index, *part.questions, end, rows, Counter(part.counts), left_out)
 
@@ -146,14 +147,13 @@ class Recorder:
         path, file, sha256 = self.run.part_path(begun.index), None, None
         if begun.done < begun.end:
             path = path.with_stem(f"{path.stem}-first-{begun.done - begun.first}")
-        if begun.rows:
+        n_rows = sum(map(len, begun.rows))
+        if n_rows:
             file, sha256 = path.name, self._write_rows(begun.rows, path)
         questions = (begun.first, begun.done)
-        self._parts[begun.first] = Part(
-            file, questions, len(begun.rows), sha256, dict(begun.counts), begun.left_out
-        )
+        self._parts[begun.first] = Part(file, questions, n_rows, sha256, dict(begun.counts), begun.left_out)
 
-    def _write_rows(self, rows: list[dict], path: Path) -> str:
+    def _write_rows(self, rows: list[pa.Table], path: Path) -> str:
         """Write a file of rows and return its checksum; a run that it replaces goes once the rows are on the disk."""
         self._check_own()
         path.parent.mkdir(exist_ok=True)

@@ -98,6 +98,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """All that came of one question: the unit of work of a sweep, a function of the manifest and the question."""
+
+    rows: pa.Table  # of PREDICTIONS
+    counts: dict[str, int]  # see Part
+    left_out: dict[str, list[int]]
+    notes: dict[str, dict]  # entries for the manifest, such as whether prefixes were shared and why
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder."""
 
@@ -155,9 +165,10 @@ class Run:
         return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
-def write_rows(rows: list[dict], path: Path) -> None:
-    """Write predictions as Parquet."""
-    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), path, compression="zstd")
+def write_rows(rows: list[pa.Table], path: Path) -> None:
+    """Write predictions as Parquet: the same bytes however the rows are divided, and whether or not they were read."""
+    whole = pa.concat_tables(table.cast(PREDICTIONS) for table in rows)  # Parquet renames the items of lists
+    pq.write_table(whole.combine_chunks(), path, compression="zstd")
 
 
 def parts_of(manifest: dict) -> list[Part]:

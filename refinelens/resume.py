@@ -56,23 +56,30 @@ class Unfinished:
         return self.manifest | {"status": "running", "parts": parts, "resumed": resumed}
 
     def require(self, field: str, here: object) -> None:
-        """Refuse to go on where something is no longer what the manifest says.
+        """Refuse to go on where something is no longer what the manifest says; see `require_same`."""
+        require_same(self.run.path, self.manifest, field, here)
 
-        Args:
-            field: Its place in the manifest, such as ``model.weights_sha256``.
-            here: What was found now.
 
-        Raises:
-            InputError: Names the field and both values.
-        """
-        there = self.manifest
-        for key in field.split("."):
-            there = there[int(key) if isinstance(there, list) else key]
-        if there != here:
-            raise InputError(
-                f"--resume {self.run.path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
-                "bring that back, or make another run"
-            )
+def require_same(path: Path, manifest: dict, field: str, here: object) -> None:
+    """Refuse to go on with a run where something is no longer what its manifest says.
+
+    Args:
+        path: Folder of the run.
+        manifest: Its manifest.
+        field: A place in the manifest, such as ``model.weights_sha256``.
+        here: What was found now.
+
+    Raises:
+        InputError: Names the field and both values.
+    """
+    there = manifest
+    for key in field.split("."):
+        there = there[int(key) if isinstance(there, list) else key]
+    if there != here:
+        raise InputError(
+            f"--resume {path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
+            "bring that back, or make another run"
+        )
 
 
 def _short(value: object) -> str:

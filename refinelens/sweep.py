@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import closing
 from pathlib import Path
 
-from .backends import choose_backend
 from .derived import write_outputs
 from .durable import disk_error
 from .errors import FaultError, InputError
+from .inputs import SweepInputs
 from .interrupt import StopSignals, SweepInterrupted
-from .lens_files import Lens, fit_to_model, load_lenses
 from .lock import RunLock
-from .logit_lens import LogitLens
-from .manifest import make_manifest, resumed_entry
-from .models import LoadedModel, load_model
+from .manifest import resumed_entry
 from .options import SweepOptions
 from .output import check_disk, check_folder, check_overwrite
-from .predict import Predictor
 from .progress import SweepProgress
-from .prompts import gold_positions, load_template
+from .prompts import gold_positions
 from .recorder import Recorder
 from .report import Report, read_report
 from .results import Run, open_run
 from .resume import Unfinished
-from .task import Question, Task, choose_questions, load_task
+from .workers import Workers, check_workers
 
 QUESTIONS_PER_PART = 8
 
@@ -36,8 +32,10 @@ def run_sweep(
     out: str,
     overwrite: bool = False,
     argv: list[str] | None = None,
+    workers: int = 1,
     report: Callable[[SweepProgress], None] = lambda progress: None,
     summary: Callable[[Report], None] = lambda report: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
@@ -46,8 +44,10 @@ def run_sweep(
         out: Folder of the run, made here.
         overwrite: Replace a run that is there.
         argv: Command line, for the manifest.
+        workers: Processes that ask; with more than one, each loads the model for itself.
         report: Called after every question.
         summary: Called with what the tables and figures say, once they are written.
+        warn: Called with a line about what went wrong and was put right.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -55,19 +55,23 @@ def run_sweep(
         SweepInterrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
             written; a second signal writes nothing more.
     """
-    arguments = options.arguments()
+    check_workers(workers)
     check_folder(out)
+    run = Run(Path(out))
     with StopSignals() as signals, RunLock(out):
-        check_overwrite(out, overwrite, arguments)
-        inputs = _Inputs.load(options)
-        check_disk(out, _bytes_needed(options, len(inputs.questions), inputs.logit_lens.n_layers))
-        manifest = inputs.manifest(arguments, argv)
-        return _ask(inputs, _begin(Run(Path(out)), manifest), signals, report, summary)
+        check_overwrite(out, overwrite, options.arguments())
+        asker = SweepInputs.load(options)
+        manifest = asker.manifest(argv, workers, QUESTIONS_PER_PART)
+        check_disk(out, _bytes_needed(options, manifest))
+        if workers > 1:
+            asker = Workers(run.path, options, manifest, workers, warn)  # the model loaded here goes
+        return _ask(asker, _begin(run, manifest), signals, report, summary)
 
 
 def resume_sweep(
     path: str,
     argv: list[str] | None = None,
+    workers: int = 1,
     report: Callable[[SweepProgress], None] = lambda progress: None,
     summary: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
@@ -76,67 +80,26 @@ def resume_sweep(
 
     Args:
         path: Folder of the run, whose manifest has all options.
-        argv: See `run_sweep`; also ``report`` and ``summary``.
-        warn: Called with a line about each part that is not as it was written, and so is computed again.
+        argv: See `run_sweep`; also the others. ``warn`` hears of each part that is not as it was written, and so is
+            computed again.
 
     Raises:
         InputError: No run, one of another schema version, or a model, task, template, lens, device or dtype that is no
             longer the run's; names the field and both values. Or another process that writes to the folder.
         FaultError: See `run_sweep`; also `SweepInterrupted`.
     """
+    check_workers(workers)
     open_run(path)
     with StopSignals() as signals, RunLock(path):
         unfinished = Unfinished.read(path)
+        run, options = unfinished.run, unfinished.options
         for line in unfinished.damaged:
             warn(line)
-        inputs = _Inputs.load(unfinished.options, unfinished.require)
-        manifest = unfinished.goes_on(resumed_entry(argv, inputs.loaded.model.device.type))
-        return _ask(inputs, _begin(unfinished.run, manifest, resumed=True), signals, report, summary)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """All that a sweep reads, loaded."""
-
-    options: SweepOptions
-    task: Task
-    template: str
-    questions: list[Question]
-    lenses: list[Lens]
-    loaded: LoadedModel
-    logit_lens: LogitLens
-
-    @classmethod
-    def load(
-        cls, options: SweepOptions, require: Callable[[str, object], None] = lambda field, value: None
-    ) -> _Inputs:
-        """Load everything, the quick things first; ``require`` refuses what is not as a run has it."""
-        task = load_task(options.task)
-        require("task.sha256", task.sha256)
-        template = load_template(options.template)
-        require("template", template)
-        questions = choose_questions(task, options.examples, options.seed)
-        lenses = load_lenses(options.lens)
-        for index, lens in enumerate(lenses):
-            require(f"lenses.{index}.sha256", lens.sha256)
-        loaded = load_model(options.model, options.device, options.dtype)
-        require("model.device", loaded.model.device.type)
-        require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
-        for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
-            require(f"model.{name}", getattr(loaded, name))
-        logit_lens = LogitLens.from_model(loaded.model)
-        require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
-        lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
-        return cls(options, task, template, questions, lenses, loaded, logit_lens)
-
-    def manifest(self, arguments: dict, argv: list[str] | None) -> dict:
-        """The manifest of a run that starts now."""
-        things = (self.task, self.template, self.loaded, self.logit_lens, self.lenses)
-        return make_manifest(arguments, argv, *things, len(self.questions), QUESTIONS_PER_PART)
-
-    def predictor(self) -> Predictor:
-        """What asks the questions."""
-        return Predictor(self.options, self.task, self.template, self.loaded, self.logit_lens, self.lenses)
+        asker = SweepInputs.load(options, unfinished.require)
+        manifest = unfinished.goes_on(resumed_entry(argv, asker.loaded.model.device.type, workers))
+        if workers > 1:
+            asker = Workers(run.path, options, manifest, workers, warn)
+        return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary)
 
 
 def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:
@@ -147,7 +110,7 @@ def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:
 
 
 def _ask(
-    inputs: _Inputs,
+    asker: SweepInputs | Workers,
     recorder: Recorder,
     signals: StopSignals,
     report: Callable[[SweepProgress], None],
@@ -155,7 +118,7 @@ def _ask(
 ) -> Run:
     """Ask what is missing and conclude the run, whatever happens in between."""
     try:
-        stop = _ask_until_stopped(inputs, recorder, signals, report, summary)
+        stop = _ask_until_stopped(asker, recorder, signals, report, summary)
         _conclude(recorder, "interrupted" if stop else "finished", summary)
     except SweepInterrupted as second_signal:
         stop = second_signal
@@ -173,7 +136,7 @@ def _ask(
 
 
 def _ask_until_stopped(
-    inputs: _Inputs,
+    asker: SweepInputs | Workers,
     recorder: Recorder,
     signals: StopSignals,
     report: Callable[[SweepProgress], None],
@@ -181,7 +144,7 @@ def _ask_until_stopped(
 ) -> SweepInterrupted | None:
     """Ask what is missing; returns what stopped it, if anything did, and concludes the run itself only on a fault."""
     try:
-        _ask_missing(inputs.questions, inputs.predictor(), recorder, signals, report)
+        _ask_missing(asker, recorder, signals, report)
     except (SweepInterrupted, OSError):
         raise
     except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
@@ -189,34 +152,25 @@ def _ask_until_stopped(
     except Exception:
         _conclude(recorder, "failed", summary)
         raise
-    return SweepInterrupted(signals.received) if recorder.done < len(inputs.questions) else None
+    return SweepInterrupted(signals.received) if recorder.missing() else None
 
 
 def _ask_missing(
-    questions: list[Question],
-    predictor: Predictor,
+    asker: SweepInputs | Workers,
     recorder: Recorder,
     signals: StopSignals,
     report: Callable[[SweepProgress], None],
 ) -> None:
     """Ask every question that has no rows yet, until a signal comes."""
-    progress = SweepProgress(len(questions), recorder.done)
+    missing = recorder.missing()
+    progress = SweepProgress(recorder.done + len(missing), recorder.done)
     report(progress)
     signals.wait_for_questions()
-    for question in recorder.missing(questions):
-        if signals.received is not None:
-            break
-        try:
-            rows = predictor.rows(question)
-        except (InputError, FaultError, OSError):
-            raise
-        except Exception as error:
-            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
-        counts, left_out = predictor.take_counts()
-        recorder.note("prefix_reuse", asdict(predictor.reuse))
-        recorder.add(rows, counts, left_out)
-        progress.done, progress.rows = recorder.done, progress.rows + counts["lens_rows"]
-        report(progress)
+    with closing(asker.ask(missing, stopped=lambda: signals.received is not None)) as outcomes:
+        for place, outcome in outcomes:
+            recorder.add(place, outcome)
+            progress.done, progress.rows = recorder.done, progress.rows + outcome.counts["lens_rows"]
+            report(progress)
 
 
 def _conclude(recorder: Recorder, status: str, summary: Callable[[Report], None]) -> None:
@@ -233,9 +187,10 @@ def _with_advice(error: InputError | FaultError, recorder: Recorder) -> InputErr
     return type(error)(f"{error}; refinelens sweep --resume {recorder.run.path} goes on with the finished questions")
 
 
-def _bytes_needed(options: SweepOptions, n_questions: int, n_layers: int) -> int:
+def _bytes_needed(options: SweepOptions, manifest: dict) -> int:
     """Upper estimate, four answer tokens a question: uncompressed, 64 bytes per layer and 512 per prediction, and 4
     and 64 more per threshold."""
+    n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
     n_contexts = sum(len(gold_positions(options.gold_positions, size)) for size in options.documents)
     per_layer, per_row = 64 + 4 * len(options.top), 512 + 64 * len(options.top)
     return n_questions * n_contexts * 4 * len(options.lens) * ((n_layers + 1) * per_layer + per_row) + (4 << 20)

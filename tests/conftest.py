@@ -58,4 +58,4 @@ def refused_sweep(question_file, tmp_path, capfd):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails the test if a sweep loads its model."""
-    monkeypatch.setattr("refinelens.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("refinelens.inputs.load_model", lambda *_: pytest.fail("the model was loaded"))

@@ -20,17 +20,19 @@ print(after - before)
 
 SWEEP = """
 import resource, sys, tracemalloc
+import pyarrow
 from refinelens import sweep
 sweep.QUESTIONS_PER_PART = int(sys.argv[4])
 options = sweep.SweepOptions(
     model=sys.argv[1], task=sys.argv[2], documents=(3,), device="cpu", batch_size=sys.argv[5], gold_positions="all"
 )
-held = []
+tables, held = [], []
 def report(progress):
+    tables.append(pyarrow.total_allocated_bytes())
     if progress.done == 0:
         tracemalloc.start()  # the task is loaded: from here on nothing should stay
     if progress.done == progress.questions:
-        held.append(tracemalloc.get_traced_memory()[1] // 1024)
+        held.append((tracemalloc.get_traced_memory()[1] + max(tables)) // 1024)
         tracemalloc.stop()
 sweep.run_sweep(options, sys.argv[3], report=report)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *held)
@@ -51,7 +53,7 @@ def test_op_never_holds_rows_by_vocabulary(backend, limit):
 
 
 def sweep_growth(tiny_model, question_file, folder, questions_per_part):
-    """Growth from 48 to 384 questions, kB: (peak resident set, peak of Python objects over the questions)."""
+    """Growth from 48 to 384 questions, kB: (peak resident set, peak of objects and tables over the questions)."""
     lines, peaks = question_file.read_text().splitlines(), []
     for repeats in (8, 64):
         path = folder / f"{repeats}.jsonl"
