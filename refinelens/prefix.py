@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from .capture import probe_ids, text_config
 from .errors import InputError
 from .logit_lens import LogitLens
+from .masked_attention import SkipHiddenKeys
 from .options import SweepOptions
 
 PROBE_TOKENS = 12
@@ -47,7 +48,8 @@ class Branches:
         shared = min(shared_length(self._ids, ids), int(positions.min()))
         cache = self._branch(shared)
         self._ids, self._cache = [], None  # a run that fails leaves a cache that nobody knows
-        states = self._lens.hidden(input_ids[:, shared:], positions - shared, None, cache)
+        with SkipHiddenKeys():
+            states = self._lens.hidden(input_ids[:, shared:], positions - shared, None, cache)
         self._ids, self._cache, self.shared = ids, cache, shared
         return states
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class _Open:
 
     index: int
     first: int  # 0-based place of its first question among those drawn
+    written: int  # place behind its last question that an earlier file holds
     done: int  # place behind its last question so far
     end: int  # place behind its last question once it is whole
     rows: list[pa.Table] = field(default_factory=list)
@@ -46,9 +47,13 @@ class Recorder:
         self.run = run
         self._manifest = manifest
         self._parts = {part.questions[0]: part for part in parts_of(manifest)}  # by their first question
+        self._sums = Counter(done=0, rows=0)  # of the counts of all parts
+        for part in self._parts.values():
+            self._sums.update(_counts(part))
         self._open: _Open | None = None
         self._resumed = resumed
-        self._placed = False  # the manifest on disk is this run's
+        self._replaced: list[Path] = []  # files that the next manifest no longer names
+        self._written: tuple | None = None  # what the file system says of the manifest once it is this run's
         self._seconds, self._started = manifest["seconds"] or 0.0, time.monotonic()
         self._remove_temporary()
         if resumed or not (run.path / MANIFEST).exists():
@@ -57,19 +62,17 @@ class Recorder:
     @property
     def can_be_resumed(self) -> bool:
         """Whether the folder is this run."""
-        return self._placed
+        return self._written is not None
 
     @property
     def has_rows(self) -> bool:
         """Whether a part with rows is written."""
-        return any(part.rows for part in self._parts.values())
+        return self._sums["rows"] > 0
 
     @property
     def done(self) -> int:
         """Questions in the parts, the one that is being filled included."""
-        begun = self._open
-        written = [part.questions for first, part in self._parts.items() if not begun or first != begun.first]
-        return sum(end - first for first, end in written) + (begun.done - begun.first if begun else 0)
+        return self._sums["done"] + (self._open.done - self._open.written if self._open else 0)
 
     @property
     def left_out(self) -> dict[str, list[int]]:
@@ -110,14 +113,14 @@ class Recorder:
 
     def close(self, status: str) -> None:
         """Write what is left and the status; a new run without rows goes, and a failed one replaces no other."""
-        if self._open and (self._placed or status != "failed"):
+        if self._open and (self.can_be_resumed or status != "failed"):
             self._write_part()
         self._open = None
         if self.has_rows or (self._resumed and status != "finished"):
             self._write_manifest(status)
-        elif self._placed:
+        elif self.can_be_resumed:
             (self.run.path / MANIFEST).unlink()
-            self._placed = False
+            self._written = None
             with suppress(OSError):  # no part was begun
                 self.run.parts_path.rmdir()
 
@@ -134,15 +137,15 @@ class Recorder:
         first, end = index * size, min((index + 1) * size, n)
         part = self._parts.get(first)
         if part is None:
-            return _Open(index, first, first, end)
+            return _Open(index, first, first, first, end)
         rows = [self.run.read_part(part)] if part.file else []
         left_out = {reason: list(ids) for reason, ids in part.left_out.items()}
-        return _Open(index, *part.questions, end, rows, Counter(part.counts), left_out)
+        done = part.questions[1]
+        return _Open(index, first, done, done, end, rows, Counter(part.counts), left_out)
 
     def _write_part(self) -> None:
         begun, self._open = self._open, None
-        written = self._parts.get(begun.first)
-        if begun.done == (written.questions[1] if written else begun.first):
+        if begun.done == begun.written:
             return
         path, file, sha256 = self.run.part_path(begun.index), None, None
         if begun.done < begun.end:
@@ -150,8 +153,13 @@ class Recorder:
         n_rows = sum(map(len, begun.rows))
         if n_rows:
             file, sha256 = path.name, self._write_rows(begun.rows, path)
-        questions = (begun.first, begun.done)
-        self._parts[begun.first] = Part(file, questions, n_rows, sha256, dict(begun.counts), begun.left_out)
+        part = Part(file, (begun.first, begun.done), n_rows, sha256, dict(begun.counts), begun.left_out)
+        shorter = self._parts.get(begun.first)
+        if shorter:
+            self._sums.subtract(_counts(shorter))
+            self._replaced += [self.run.parts_path / shorter.file] if shorter.file else []
+        self._parts[begun.first] = part
+        self._sums.update(_counts(part))
 
     def _write_rows(self, rows: list[pa.Table], path: Path) -> str:
         """Write a file of rows and return its checksum; a run that it replaces goes once the rows are on the disk."""
@@ -169,35 +177,37 @@ class Recorder:
 
     def _place(self) -> None:
         """Put the manifest in its place; from then on the folder is this run, and what another one left goes."""
-        if not self._placed:
-            self._write(self._manifest)
-            self._placed = True
+        if not self.can_be_resumed:
+            self._write()
             sync_folder(self.run.path.absolute().parent)
             for name in DERIVED:
                 (self.run.path / name).unlink(missing_ok=True)
+            named = {part.file for part in self._parts.values()}
+            for path in self.run.parts_path.glob("part-*.parquet"):
+                if path.name not in named:
+                    path.unlink()
 
     def _write_manifest(self, status: str) -> None:
-        if not self._placed:
+        if not self.can_be_resumed:
             return
         self._check_own()
-        self._manifest |= {"status": status, "finished": now(), "parts": [asdict(part) for part in self._in_order]}
+        self._manifest |= {"status": status, "finished": now(), "parts": [vars(part) for part in self._in_order]}
         self._manifest["seconds"] = round(self._seconds + time.monotonic() - self._started, 3)
-        sums, rows = Counter(), sum(part.rows for part in self._in_order)
-        for part in self._in_order:
-            sums.update(part.counts)
-        self._manifest["counts"] |= {**sums, "done": self.done, "rows": rows, "left_out": self.left_out}
-        self._write(self._manifest)
+        self._manifest["counts"] |= {**self._sums, "left_out": self.left_out}
+        self._write()
+        while self._replaced:
+            self._replaced.pop().unlink(missing_ok=True)
 
-    def _write(self, manifest: dict) -> None:
-        self.run.write_manifest(manifest)
-        named = {part.file for part in parts_of(manifest)}
-        for path in self.run.parts_path.glob("part-*.parquet"):
-            if path.name not in named:
-                path.unlink()
+    def _write(self) -> None:
+        self.run.write_manifest(self._manifest)
+        self._written = _signature(self.run.path / MANIFEST)
 
     def _check_own(self) -> None:
-        if self._placed and self.run.manifest["run_id"] != self._manifest["run_id"]:
-            self._placed = False
+        """Refuse to go on in a folder that somebody else made theirs, against the lock."""
+        if not self.can_be_resumed or _signature(self.run.path / MANIFEST) == self._written:
+            return
+        if self.run.manifest["run_id"] != self._manifest["run_id"]:
+            self._written = None
             raise FaultError(f"--out {self.run.path}: expected this sweep's own run, got another that replaced it")
 
     def _remove_temporary(self) -> None:
@@ -206,3 +216,14 @@ class Recorder:
             temporary_of(path).unlink(missing_ok=True)
         for path in self.run.parts_path.glob(".part-*.parquet.tmp"):
             path.unlink()
+
+
+def _signature(path: Path) -> tuple:
+    """Changes when a file is replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _counts(part: Part) -> dict[str, int]:
+    """What the manifest adds up over the parts."""
+    return part.counts | {"done": part.questions[1] - part.questions[0], "rows": part.rows}

@@ -128,8 +128,10 @@ class Run:
         return self.parts_path / f"part-{index:05d}.parquet"
 
     def write_manifest(self, manifest: dict) -> None:
-        """Replace the manifest."""
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        """Replace the manifest. Parts stand in a line each: there can be thousands."""
+        parts = ",\n".join(f"    {json.dumps(part, ensure_ascii=False)}" for part in manifest["parts"])
+        text = json.dumps(manifest | {"parts": []}, indent=2, ensure_ascii=False)
+        text = text.replace('\n  "parts": []', f'\n  "parts": [\n{parts}\n  ]') + "\n"
         write_whole(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_trajectories(self, tables: Iterable[pa.Table]) -> None:

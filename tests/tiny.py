@@ -1,5 +1,6 @@
 """Tiny random models and the reference computations that tests compare with."""
 
+import pyarrow as pa
 import torch
 import transformers
 from torch.nn import functional as F
@@ -74,10 +75,10 @@ def write_part(run, index, rows):
     from dataclasses import asdict
 
     from refinelens.files import sha256_of
-    from refinelens.results import Part, write_rows
+    from refinelens.results import PREDICTIONS, Part, write_rows
 
     path = run.part_path(index)
-    write_rows(rows, path)
+    write_rows([pa.Table.from_pylist(rows, schema=PREDICTIONS)], path)
     return asdict(Part(path.name, (index, index + 1), len(rows), sha256_of(path)))
 
 
