@@ -31,12 +31,17 @@ def draw_figures(run: Run, report: Report, profiles: list[LayerProfile]) -> None
 
 
 def _draw_accuracy(run: Run, report: Report) -> None:
-    """Accuracy is the model's own: the same under every lens and threshold."""
-    figure, (axes,) = _figure(1)
-    _plot_sizes(axes, _reading(report, report.lenses[0]), "accuracy")
-    axes.set_ylim(-MARGIN, 1 + MARGIN)
-    axes.set_ylabel("accuracy of the next token")
-    axes.set_title(_title(report), fontsize=10, parse_math=False)
+    """A panel per way to score; accuracy is the model's own: the same under every lens and threshold."""
+    scores = {"accuracy": "first answer token", "accuracy_all": "every answer token"}
+    if report.has_generations:
+        scores["accuracy_generated"] = "generated answer"
+    figure, panels = _figure(len(scores))
+    for axes, (name, words) in zip(panels, scores.items(), strict=True):
+        _plot_sizes(axes, _reading(report, report.lenses[0]), name)
+        axes.set_title(words, fontsize=10)
+    panels[0].set_ylim(-MARGIN, 1 + MARGIN)
+    panels[0].set_ylabel("accuracy")
+    figure.suptitle(_title(report), fontsize=10, parse_math=False)
     _save(run, figure, "accuracy.png")
 
 

@@ -21,6 +21,7 @@ class SweepOptions:
     examples: int | None = None  # questions drawn; None for all
     target: str = "answer"
     answer_tokens: str = "first"
+    generate: int = 0  # tokens at most; 0 for none
     top: tuple[int, ...] = (1,)  # correct means rank 1 to k, for each of these
     lens: tuple[str, ...] = ("plain",)  # plain or folders of lenses, all read from the same forward passes
     template: str | None = None
@@ -37,6 +38,8 @@ class SweepOptions:
             gold_positions(self.gold_positions, size)
         if self.seed < 0:
             raise InputError(f"--seed: expected 0 or more, got {self.seed}")
+        if self.generate < 0:
+            raise InputError(f"--generate: expected a number of tokens, 0 for none, got {self.generate}")
         check_top(self.top)
         if not self.lens or not all(self.lens) or len(set(self.lens)) < len(self.lens):
             raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")

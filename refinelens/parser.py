@@ -70,6 +70,7 @@ def _add_sweep(commands) -> None:
     add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all)")
     add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
     add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
+    add("--generate", type=int, default=0, metavar="N", help="also write up to N tokens and score them (default: none)")
     add("--top", default="1", metavar="K[,K]", help="correct means rank 1 to K, for each K (default: %(default)s)")
     add("--lens", default="plain", metavar="LENS[,LENS]", help="plain, or folders of lenses (default: %(default)s)")
     add(

@@ -9,8 +9,10 @@ from functools import cache
 
 import pyarrow as pa
 import torch
+from transformers import Cache, DynamicCache
 
 from .errors import FaultError, InputError
+from .generate import Generation, Generator, check_cache
 from .lens_files import Lens
 from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
@@ -18,8 +20,10 @@ from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
 from .prompts import Context, build_context, gold_positions
 from .results import PREDICTIONS, Outcome
+from .scoring import best_subspan_em
 from .task import DistractorSource, Question, Task
 
+COUNTS = ("contexts", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
 TOO_FEW_DISTRACTORS = "too few passages without an answer"
@@ -46,6 +50,9 @@ class Predictor:
         self._logit_lens = logit_lens
         self._lenses = lenses
         self._branches: Branches | None = None  # of the question that is asked, while its contexts branch off
+        self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
+        # Whether the pass that the lens reads keeps a cache for generation to go on from.
+        self._cached = bool(options.generate) and (self.reuse.used or check_cache(logit_lens).used)
         self._proven = False  # a real context that branched off was compared with itself run whole
         self._distractors = DistractorSource(task, options.seed)
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
@@ -57,7 +64,7 @@ class Predictor:
             FaultError: Names the question, whatever went wrong.
             OSError: A file could not be used.
         """
-        self.counts = Counter(contexts=0, lens_rows=0, tokens_computed=0, tokens_saved=0)
+        self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self.left_out = {}
         try:
             rows = pa.Table.from_pylist(self.rows(question), schema=PREDICTIONS)
@@ -110,7 +117,7 @@ class Predictor:
 
     def _run(self, batch: list[Context]) -> list[dict]:
         try:
-            readings, targets = self._read(batch)
+            readings, targets, generations = self._read(batch)
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
@@ -127,15 +134,18 @@ class Predictor:
         self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
         self.counts["tokens_saved"] += saved
         self.counts["lens_rows"] += sum(reading.kl.numel() for reading in readings.values())
+        self.counts["tokens_generated"] += sum(text.n_tokens for text in generations if text)
         return [
             row
-            for index, context in enumerate(batch)
+            for index, (context, generation) in enumerate(zip(batch, generations, strict=True))
             for name, reading in readings.items()
-            for row in self._rows(context, index, name, reading, targets)
+            for row in self._rows(context, index, name, reading, targets, generation)
         ]
 
-    def _read(self, batch: list[Context]) -> tuple[dict[str, LayerReading], torch.Tensor]:
-        """Per lens ``[n_layers + 1, batch, answer tokens]``, and targets ``[batch, answer tokens]``, on the CPU.
+    def _read(
+        self, batch: list[Context]
+    ) -> tuple[dict[str, LayerReading], torch.Tensor, list[Generation] | list[None]]:
+        """Per lens ``[n_layers + 1, batch, answer tokens]``, targets ``[batch, answer tokens]``, on the CPU; texts.
 
         Contexts are padded on the right, and answers by repeating their last token; padded rows are not used.
         """
@@ -146,33 +156,59 @@ class Predictor:
         mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
         positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
         answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
-        hidden = self._hidden(ids, positions, mask)
+        hidden, cache = self._hidden(ids, positions, mask)
         targets = answers if self.options.target == "answer" else self._logit_lens.stats(hidden[-1]).argmax
         read = self._logit_lens.read
-        return {lens.name: read(hidden, targets, lens.translators).to("cpu") for lens in self._lenses}, targets.cpu()
+        readings = {lens.name: read(hidden, targets, lens.translators).to("cpu") for lens in self._lenses}
+        return readings, targets.cpu(), self._generate(batch, readings, cache)
 
-    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``[n_layers + 1, batch, answer tokens, d_model]``; the first context that branches off also runs whole.
+    def _generate(
+        self, batch: list[Context], readings: dict[str, LayerReading], cache: Cache | None
+    ) -> list[Generation] | list[None]:
+        """A text per context, whose first token is read already: at the output every lens is the model's own."""
+        if self._generator is None:
+            return [None] * len(batch)
+        first_ids = next(iter(readings.values())).stats.argmax[-1, :, 0].tolist()
+        return self._generator.generate([c.input_ids[: c.prompt_length] for c in batch], first_ids, cache)
+
+    def _hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, Cache | None]:
+        """``[n_layers + 1, batch, answer tokens, d_model]``, and a cache for generation to go on from, if there is one.
+
+        The first context that branches off also runs whole.
 
         The gate has seen a few tokens; a real context is longer, than a sliding window say. That one run is not
         counted.
         """
         if self._branches is None:
-            return self._logit_lens.hidden(ids, positions, mask)
+            cache = DynamicCache() if self._cached else None
+            return self._logit_lens.hidden(ids, positions, mask, cache), cache
         branched = self._branches.hidden(ids, positions)
         if self._branches.shared == 0 or self._proven:
-            return branched
+            return branched, self._branches.cache
         whole = self._logit_lens.hidden(ids, positions, mask)
         self.reuse, self._proven = compare(self._logit_lens, [(branched, whole)]), True
         if self.reuse.used:
-            return branched
-        self._branches = None
-        return whole
+            return branched, self._branches.cache
+        self._branches, self._cached = None, False
+        return whole, None
 
     def _rows(
-        self, context: Context, index: int, lens: str, reading: LayerReading, targets: torch.Tensor
+        self,
+        context: Context,
+        index: int,
+        lens: str,
+        reading: LayerReading,
+        targets: torch.Tensor,
+        generation: Generation | None,
     ) -> Iterator[dict]:
         start, end = context.gold_span or (None, None)
+        text = generation and generation.text
+        generated = {
+            "generated": text,
+            "generated_correct": None if text is None else best_subspan_em(text, context.question.answers),
+        }
         for token, answer_id in enumerate(context.answer_ids):
             layers = {
                 name: getattr(reading.stats, name)[:, index, token].tolist()
@@ -193,6 +229,7 @@ class Predictor:
                 "target_id": target_id,
                 "target_text": self._text(target_id),
                 "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
+                **generated,
                 **layers,
                 "kl": reading.kl[:, index, token].tolist(),
             }

@@ -37,6 +37,11 @@ class Branches:
         self._ids: list[int] = []  # tokens in the cache
         self._cache: DynamicCache | None = None
 
+    @property
+    def cache(self) -> DynamicCache | None:
+        """Keys and values of the last context, which the next one branches off from: not to be added to."""
+        return self._cache
+
     def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """As `LogitLens.hidden` of one context: ``[n_layers + 1, 1, n_positions, d_model]``.
 
@@ -106,10 +111,11 @@ def choose_reuse(options: SweepOptions, lens: LogitLens) -> PrefixReuse:
     return reuse
 
 
-def check_branching(lens: LogitLens) -> PrefixReuse:
+def check_branching(lens: LogitLens, allowed: float | None = None) -> PrefixReuse:
     """Run a few short contexts branched and whole: every state and argmax of every layer must be the same.
 
-    The same is what the parity gate calls so: within its tolerance of the layer's largest state.
+    The same is what the parity gate calls so: within its tolerance of the layer's largest state. With ``allowed``, a
+    share in its place, states alone are compared.
     """
     for name in _rope_types(lens):
         if "dynamic" in name or name == "longrope":
@@ -120,25 +126,27 @@ def check_branching(lens: LogitLens) -> PrefixReuse:
         for ids, start in _probe_contexts(lens):
             positions = torch.arange(start, ids.shape[1])[None]
             pairs.append((branches.hidden(ids, positions), lens.hidden(ids, positions)))
-        return compare(lens, pairs)
+        return compare(lens, pairs, allowed)
     except Exception as error:  # anything can come out of a model's own code
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
         why = f"its layers do not go on from a cache of keys and values ({what})"
         return PrefixReuse(False, f"{type(lens.model).__name__} cannot branch: {why}")
 
 
-def compare(lens: LogitLens, pairs: list[tuple[Tensor, Tensor]]) -> PrefixReuse:
+def compare(lens: LogitLens, pairs: list[tuple[Tensor, Tensor]], allowed: float | None = None) -> PrefixReuse:
     """Whether states of branched and of whole runs are the same, in words.
 
     Args:
         lens: Gives tolerance and argmaxes.
         pairs: Branched and whole, ``[n_layers + 1, batch, n_positions, d_model]`` each.
+        allowed: Largest difference, where argmaxes need not be equal; by default the gate's, where they must.
     """
-    largest, allowed = max(difference(*pair) for pair in pairs), lens.parity.tolerance
-    equal = all(torch.equal(*(lens.stats(states).argmax for states in pair)) for pair in pairs)
-    found = f"largest difference {largest:.2g} of the states, allowed {allowed:.2g}; "
-    found += f"argmax {'equal' if equal else 'different'}"
-    if largest <= allowed and equal:
+    largest, limit = max(difference(*pair) for pair in pairs), lens.parity.tolerance if allowed is None else allowed
+    found, equal = f"largest difference {largest:.2g} of the states, allowed {limit:.2g}", True
+    if allowed is None:
+        equal = all(torch.equal(*(lens.stats(states).argmax for states in pair)) for pair in pairs)
+        found += f"; argmax {'equal' if equal else 'different'}"
+    if largest <= limit and equal:
         return PrefixReuse(True, found)
     return PrefixReuse(False, f"{type(lens.model).__name__} branched is not the model: {found}")
 

@@ -27,6 +27,11 @@ class Report:
         return lens_names(self.manifest)
 
     @property
+    def has_generations(self) -> bool:
+        """Whether the model wrote texts that are scored."""
+        return self.manifest["arguments"]["generate"] > 0
+
+    @property
     def tops(self) -> tuple[int, ...]:
         """Thresholds, in the order given."""
         return tuple(self.manifest["arguments"]["top"])

@@ -16,7 +16,7 @@ from .errors import InputError
 from .files import check_shape
 from .lock import LOCK
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 TABLES = ("trajectories.parquet", "summary.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
@@ -27,7 +27,7 @@ SHAPE = {
     "status": str,
     "seed": int,
     "lenses": [{"name": str, "kind": str}],
-    "arguments": {"model": str, "target": str, "answer_tokens": str, "top": [int]},
+    "arguments": {"model": str, "target": str, "answer_tokens": str, "generate": int, "top": [int]},
     "model": {
         "name": str,
         "n_layers": int,
@@ -48,7 +48,8 @@ KEYS = [
     ("answer_token", pa.int32()),  # 0-based token of the answer
     ("lens", pa.string()),  # plain, or the name of a lens
 ]
-# One row per question x context size x gold position x answer token x lens; lists run over layers 0 .. n_layers.
+# One row per question x context size x gold position x answer token x lens; the tokens of an answer stand together, in
+# order. Lists run over layers 0 .. n_layers.
 PREDICTIONS = pa.schema(
     [
         *KEYS,
@@ -59,6 +60,8 @@ PREDICTIONS = pa.schema(
         ("answer_text", pa.string()),
         ("target_id", pa.int64()),  # the answer token, or the model's own prediction
         ("target_text", pa.string()),
+        ("generated", pa.string()),  # first line of what the model writes after the prompt; null if not asked for
+        ("generated_correct", pa.bool_()),  # it contains an answer (best_subspan_em)
         ("argmax", pa.list_(pa.int64())),
         ("argmax_text", pa.list_(pa.string())),
         ("target_rank", pa.list_(pa.int64())),  # 0-based
@@ -79,6 +82,8 @@ TRAJECTORIES = pa.schema(
         ("flips", pa.int32()),
         ("final_correct", pa.bool_()),  # the target is correct at the output; false is censored
         ("answer_correct", pa.bool_()),  # the model's own prediction is the answer token
+        ("all_correct", pa.bool_()),  # so it is for every token of this answer, after the true ones before it
+        ("generated_correct", pa.bool_()),  # as in the predictions
         ("largest_gain", pa.int32()),  # layer whose rank improves most on the layer before; null if none improves
         ("logprob_gain", pa.list_(pa.float32())),  # nats, of layers 1 .. n_layers over the layer before
     ]

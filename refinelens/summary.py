@@ -15,6 +15,7 @@ from .bootstrap import Estimate, mean_estimates, median_estimate
 class SummaryRow:
     """One lens, threshold, context size and gold position; n counts questions.
 
+    The accuracies are the model's own, the same for every lens and threshold and whichever answer tokens are chosen.
     Means and medians are over the examples that have the value: depth, settle and the two shares under
     ``share_censored`` over the settled ones.
     """
@@ -24,7 +25,9 @@ class SummaryRow:
     documents: int
     gold_position: int
     n: int
-    accuracy: Estimate
+    accuracy: Estimate  # the first answer token is predicted
+    accuracy_all: Estimate  # every answer token is, after the true ones before it
+    accuracy_generated: Estimate  # what the model writes contains an answer; none where it writes nothing
     share_censored: Estimate  # not correct at the output
     share_at_output: Estimate  # settle is the output
     share_unseen: Estimate  # not correct at any layer before the output
@@ -49,7 +52,7 @@ def reading_cells(
         tops: Thresholds, in the order wanted.
     """
     names = [name for name in table.column_names if name != "lens"]
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in names}
+    columns = {name: _column(table[name]) for name in names}
     encoded = table["lens"].combine_chunks().dictionary_encode()
     codes, known = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
     for lens in (name for name in lenses if name in known):
@@ -81,6 +84,12 @@ def summarise(
     ]
 
 
+def _column(column: pa.ChunkedArray) -> np.ndarray:
+    if column.null_count and pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())  # or else numpy holds Python objects
+    return column.to_numpy(zero_copy_only=False)
+
+
 def _only(cell: Cell, inside: np.ndarray) -> Cell:
     return {name: column[inside] for name, column in cell.items()}
 
@@ -89,8 +98,11 @@ def _statistics(cell: Cell, n_layers: int, seed: int) -> dict:
     ids, owner = np.unique(cell["question_id"], return_inverse=True)
     settled = cell["final_correct"]
     depth, first, settle = (cell[name].astype(float) for name in ("depth", "first_correct", "settle"))
+    once = cell["answer_token"] == 0  # what is said of a whole context counts once, not for each of its tokens
     values = {
-        "accuracy": cell["answer_correct"].astype(float),
+        "accuracy": np.where(once, cell["answer_correct"], np.nan),
+        "accuracy_all": np.where(once, cell["all_correct"], np.nan),
+        "accuracy_generated": np.where(once, cell["generated_correct"], np.nan),
         "share_censored": 1.0 - settled,
         "share_at_output": np.where(settled, settle == n_layers, np.nan),
         "share_unseen": np.where(settled, first == n_layers, np.nan),

@@ -188,9 +188,9 @@ def _with_advice(error: InputError | FaultError, recorder: Recorder) -> InputErr
 
 
 def _bytes_needed(options: SweepOptions, manifest: dict) -> int:
-    """Upper estimate, four answer tokens a question: uncompressed, 64 bytes per layer and 512 per prediction, and 4
-    and 64 more per threshold."""
+    """Upper estimate, four answer tokens a question: uncompressed, 64 bytes per layer and 512 per prediction, 8 per
+    generated token, and 4 and 64 more per threshold."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
     n_contexts = sum(len(gold_positions(options.gold_positions, size)) for size in options.documents)
-    per_layer, per_row = 64 + 4 * len(options.top), 512 + 64 * len(options.top)
+    per_layer, per_row = 64 + 4 * len(options.top), 512 + 8 * options.generate + 64 * len(options.top)
     return n_questions * n_contexts * 4 * len(options.lens) * ((n_layers + 1) * per_layer + per_row) + (4 << 20)

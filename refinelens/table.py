@@ -16,7 +16,11 @@ from .summary import SummaryRow
 
 WIDTH = 120
 LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
-HEADINGS = ("docs", "gold", "n", "accuracy", "cens.", "depth", "median", "first", "settle", "at out.", "unseen")
+GENERATED = "gen."  # a column of runs that have generated texts
+HEADINGS = (
+    *("docs", "gold", "n", "accuracy", "all", GENERATED),
+    *("cens.", "depth", "median", "first", "settle", "at out.", "unseen"),
+)
 
 
 def print_table(console: Console, report: Report) -> None:
@@ -24,16 +28,18 @@ def print_table(console: Console, report: Report) -> None:
     console.width = max(console.width, WIDTH)  # a pipe reports 80
     console.print(f"{title(report.manifest)}: refinement by gold position\n", highlight=False, markup=False)
     with_lens, with_top = len(report.lenses) > 1, len(report.tops) > 1
+    headings = [heading for heading in HEADINGS if heading != GENERATED or report.has_generations]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     if with_lens:
         table.add_column("lens", overflow="fold", max_width=LENS_WIDTH)
-    for heading in (*(["top"] if with_top else []), *HEADINGS):
+    for heading in (*(["top"] if with_top else []), *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     for row, after in zip(report.rows, [*report.rows[1:], None], strict=True):
         section = (row.lens, row.top, row.documents)
         leading = [*([row.lens] if with_lens else []), *([str(row.top)] if with_top else [])]
         end = after is None or section != (after.lens, after.top, after.documents)
-        table.add_row(*map(_escape, leading), *_cells(row), end_section=end)
+        cells = _cells(row)
+        table.add_row(*map(_escape, leading), *(cells[heading] for heading in headings), end_section=end)
     console.print(table)
     lines = [*notes(report.manifest), *inverted_u_lines(report), *caution_lines(report.cautions, report.manifest)]
     for line in lines:
@@ -62,7 +68,9 @@ def notes(manifest: dict) -> list[str]:
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
     lines = [
-        "gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
+        "gold: 0-based position of the gold document. accuracy: the first answer token is the model's own prediction; "
+        f"all: so is every one after the true ones before it{_generated_words(arguments['generate'])}. cens.: the "
+        "target is not "
         f"correct at the output. first, settle: mean layers, 0 (embedding) to {n_layers} (output); depth = settle - "
         "first. Censored examples have no settle and no depth; first counts them where they are correct on the way. Of "
         f"the settled, at out.: settle is layer {n_layers}; unseen: not correct at any layer before it. Brackets: 95 % "
@@ -83,6 +91,8 @@ def notes(manifest: dict) -> list[str]:
         )
     if "tokens_saved" in counts:
         lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
+    if arguments["generate"]:
+        lines.append(f"{counts['tokens_generated']} tokens generated, at most {arguments['generate']} a context.")
     if manifest["status"] != "finished":
         status = "not finished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
@@ -104,12 +114,14 @@ def inverted_u_lines(report: Report) -> list[str]:
     ]
 
 
-def _cells(row: SummaryRow) -> list[str]:
-    return [
+def _cells(row: SummaryRow) -> dict[str, str]:
+    texts = [
         str(row.documents),
         str(row.gold_position),
         str(row.n),
         format_estimate(row.accuracy, 2, interval=True),
+        format_estimate(row.accuracy_all, 2),
+        format_estimate(row.accuracy_generated, 2),
         format_estimate(row.share_censored, 2),
         format_estimate(row.mean_depth, 1, interval=True),
         format_estimate(row.median_depth, 1),
@@ -118,6 +130,7 @@ def _cells(row: SummaryRow) -> list[str]:
         format_estimate(row.share_at_output, 2),
         format_estimate(row.share_unseen, 2),
     ]
+    return dict(zip(HEADINGS, texts, strict=True))
 
 
 def _lens_words(entry: dict) -> str:
@@ -125,6 +138,10 @@ def _lens_words(entry: dict) -> str:
         return "plain logit lens"
     words = f"{entry['kind']} lens" if entry["name"] == entry["kind"] else f"{entry['name']} ({entry['kind']} lens)"
     return f"{words}; {entry['note']};" if entry["note"] else words
+
+
+def _generated_words(limit: int) -> str:
+    return "; gen.: what the model writes contains an answer (best_subspan_em)" if limit else ""
 
 
 def _prefix_words(reuse: dict, computed: int, saved: int) -> str:

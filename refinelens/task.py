@@ -7,15 +7,13 @@ import hashlib
 import json
 import os
 import random
-import re
-import string
-import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError
+from .scoring import contains_answer, normalise_answer
 
 BUILTIN = Path(__file__).parent / "data" / "builtin.jsonl"
 NQ_VARIABLE = "REFINELENS_NQ"
@@ -142,16 +140,6 @@ def _document(ctx: dict) -> Document:
     return Document(ctx["title"].strip(), ctx["text"].strip())
 
 
-def normalise_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: the normalisation of Lost in the Middle.
-
-    Accents are composed first (Unicode NFC), so that two spellings of one name are equal.
-    """
-    text = unicodedata.normalize("NFC", text).lower()
-    text = "".join(c for c in text if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
 class DistractorSource:
     """Chooses distractors that never contain an answer, always the same ones for one seed."""
 
@@ -190,12 +178,7 @@ class DistractorSource:
         text = self._normalised.get(document)
         if text is None:
             text = self._normalised[document] = normalise_answer(whole)
-        for answer in question.answers:
-            plain = normalise_answer(answer)
-            # An answer such as "A" has nothing left after normalisation: it is looked for as it stands.
-            if plain in text if plain else re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", whole):
-                return True
-        return False
+        return any(contains_answer(whole, text, answer) for answer in question.answers)
 
 
 def choose_questions(task: Task, count: int | None, seed: int) -> list[Question]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from .results import KEYS, TRAJECTORIES, Run
 from .trajectory import NONE, trajectories
 
-COLUMNS = [*(name for name, _ in KEYS), "answer_id", "argmax", "target_rank", "target_logprob"]
+COLUMNS = [*(name for name, _ in KEYS), "answer_id", "generated_correct", "argmax", "target_rank", "target_logprob"]
 LISTS = ["logprob_gain"]  # the only column that grows with the layers
 
 
@@ -44,8 +44,11 @@ def _tables(part: pa.Table, tops: tuple[int, ...]) -> list[pa.Table]:
     ranks, logprobs = list_matrix(part["target_rank"]), list_matrix(part["target_logprob"])
     gains = np.diff(logprobs, axis=1)
     offsets = np.arange(len(part) + 1, dtype=np.int32) * gains.shape[1]
+    correct = list_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy()
     shared = {
-        "answer_correct": list_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy(),
+        "answer_correct": correct,
+        "all_correct": _of_whole_answers(correct, part["answer_token"].to_numpy()),
+        "generated_correct": part["generated_correct"],
         "logprob_gain": pa.ListArray.from_arrays(offsets, gains.ravel()),
     }
     tables = []
@@ -64,6 +67,12 @@ def _tables(part: pa.Table, tops: tuple[int, ...]) -> list[pa.Table]:
         }
         tables.append(pa.table([values[name] for name in TRAJECTORIES.names], TRAJECTORIES.names).cast(TRAJECTORIES))
     return tables
+
+
+def _of_whole_answers(correct: np.ndarray, answer_token: np.ndarray) -> np.ndarray:
+    """Per row whether all tokens of its answer are correct; the tokens of an answer stand together, in order."""
+    starts = np.diff(answer_token, prepend=answer_token[:1]) <= 0
+    return np.logical_and.reduceat(correct, np.flatnonzero(starts))[starts.cumsum() - 1]
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

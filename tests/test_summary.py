@@ -21,7 +21,7 @@ SEEN_EARLY = [9, 0, 3, 0, 0]  # first 1, settle 3
 FIRST_THEN_LOST = [9, 0, 7, 7, 0]  # first 1, settle at the output
 UNSEEN = [9, 9, 9, 9, 0]
 CENSORED = [9, 0, 0, 0, 4]
-ARGUMENTS = {"model": "some/model", "target": "answer", "answer_tokens": "first", "seed": 0}
+ARGUMENTS = {"model": "some/model", "target": "answer", "answer_tokens": "first", "generate": 0, "seed": 0}
 MODEL = {"name": "some/model", "n_layers": 4, "dtype": "float32", "device": "cpu", "backend": "cpp"}
 PARITY = {"max_difference": 0.0, "tolerance": 1e-4, "logit_range": 10.0}
 
@@ -65,6 +65,8 @@ def _row(question, documents, position, lens, ranks):
         "lens": lens,
         "answer_text": "a",
         "target_text": "a",
+        "generated": None,
+        "generated_correct": None,
         "argmax": [int(rank > 0) for rank in ranks],
         "argmax_text": ["a" for _ in ranks],
         "target_rank": ranks,
@@ -130,7 +132,8 @@ def test_one_caution_line_per_lens(tmp_path):
 def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
     cells = {p: [SEEN_EARLY, UNSEEN, SEEN_EARLY] for p in range(3)}
     one = printed(read_report(make_run(tmp_path / "one", cells)))
-    assert one.splitlines()[2].split() == "docs gold n accuracy cens. depth median first settle at out. unseen".split()
+    headings = "docs gold n accuracy all cens. depth median first settle at out. unseen"
+    assert one.splitlines()[2].split() == headings.split()
     assert "rank <= 1, answer tokens: first. Lens: plain logit lens, backend" in one
     long = "a-lens-of-a-very-long-[name]"
     several = printed(read_report(make_run(tmp_path / "several", cells, ("plain", long), top=(1, 500))))
