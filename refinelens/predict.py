@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 
+from .alias import Alias, alias_score, best_alias, first_alias
+from .conditions import CLOSED_BOOK, condition_name, gold_positions
 from .errors import FaultError, InputError
 from .lens_files import Lens
 from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
-from .prompts import Context, build_context, gold_positions
-from .task import DistractorSource, Question, Task
+from .prompts import Context, Template, build_context
+from .question import Question
+from .task import DistractorSource, Task
 
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
@@ -29,7 +32,7 @@ class Predictor:
         self,
         options: SweepOptions,
         task: Task,
-        template: str,
+        template: Template,
         loaded: LoadedModel,
         logit_lens: LogitLens,
         lenses: list[Lens],
@@ -49,8 +52,13 @@ class Predictor:
 
     def rows(self, question: Question) -> list[dict]:
         """Prediction rows of one question at every context size and gold position it can be asked at."""
-        contexts = [c for size in self.options.documents for c in self._contexts(question, size)]
+        alias = self._alias(question)
+        contexts = [c for size in self.options.documents for c in self._contexts(question, size, alias.index)]
         self.counts["contexts"] += len(contexts)
+        return [row | {"alias": alias.index, "alias_why": alias.why} for row in self._ask(contexts)]
+
+    def _ask(self, contexts: list[Context]) -> list[dict]:
+        """Rows of contexts of one question, in their order."""
         if not self.reuse.used:
             return [row for batch in self._batches(contexts) for row in self._run(batch)]
         self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
@@ -64,24 +72,44 @@ class Predictor:
         self.left_out = {}
         return counts, left_out
 
-    def _contexts(self, question: Question, size: int) -> list[Context]:
+    def _alias(self, question: Question) -> Alias:
+        """The answer that is the target at every context size and gold position, so that they can be compared."""
+        if self.options.alias == "first" or len(question.answers) == 1:
+            return first_alias(question)
+        build = partial(build_context, self._loaded.tokenizer, self._template, question, [], 0)
+        contexts = [build(alias) for alias in range(len(question.answers))]
+        if self._any_too_long(contexts):
+            return Alias(0, f"first: {CONTEXT_TOO_LONG}")
+        self.counts["tokens_computed"] += sum(len(context.input_ids) for context in contexts)
+        return best_alias([self._score(context) for context in contexts])
+
+    def _score(self, context: Context) -> float:
+        try:
+            return alias_score(self._logit_lens, context)
+        except InputError as error:
+            raise _name_context(context, error) from None
+
+    def _contexts(self, question: Question, size: int, alias: int) -> list[Context]:
         """All gold positions of a context size, or none: a sweep is paired."""
-        distractors = self._distractors.choose(question, size - 1)
+        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
         if distractors is None:
             self._leave_out(question, size, TOO_FEW_DISTRACTORS)
             return []
         contexts = [
-            build_context(self._loaded.tokenizer, self._template, question, distractors, position)
+            build_context(self._loaded.tokenizer, self._template, question, distractors, position, alias)
             for position in gold_positions(self.options.gold_positions, size)
         ]
-        limit = self._loaded.max_tokens
-        if limit is not None and any(len(c.input_ids) > limit for c in contexts):
+        if self._any_too_long(contexts):
             self._leave_out(question, size, CONTEXT_TOO_LONG)
             return []
         return contexts
 
+    def _any_too_long(self, contexts: list[Context]) -> bool:
+        limit = self._loaded.max_tokens
+        return limit is not None and any(len(context.input_ids) > limit for context in contexts)
+
     def _leave_out(self, question: Question, size: int, reason: str) -> None:
-        self.left_out.setdefault(f"{size} documents: {reason}", []).append(question.id)
+        self.left_out.setdefault(f"{condition_name(size)}: {reason}", []).append(question.id)
 
     def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
         if not contexts:
@@ -192,7 +220,8 @@ def _name_context(context: Context, error: Exception) -> FaultError:
             f"--device: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
             "fewer documents, a smaller model or --dtype bfloat16"
         )
-    where = f"question {context.question.id}, {context.n_documents} documents, gold position {context.gold_position}"
+    where = f"question {context.question.id}, {condition_name(context.n_documents)}"
+    where += f", gold position {context.gold_position}" if context.n_documents else ""
     return FaultError(f"{where}: {what}")
 
 

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .chat import Chat
 from .errors import InputError
 from .options import SweepOptions
 from .results import Part, Run, open_run, parts_of
@@ -48,6 +49,12 @@ class Unfinished:
         """The options that the run was made with."""
         values = self.manifest["arguments"].items()
         return SweepOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+
+    @property
+    def chat(self) -> Chat | None:
+        """The text around the run's prompts."""
+        entry = self.manifest["chat"]
+        return None if entry is None else Chat(**entry)
 
     def goes_on(self, entry: dict) -> dict:
         """The manifest to go on with: the whole parts, and ``entry`` for the process that does."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .backends import choose_backend
+from .chat import Chat, render_chat, template_hash
+from .conditions import CLOSED_BOOK, gold_positions
 from .derived import write_outputs
 from .durable import disk_error
 from .errors import FaultError, InputError
+from .formats import KV
 from .interrupt import StopSignals, SweepInterrupted
+from .kv import generate_task
 from .lens_files import Lens, fit_to_model, load_lenses
 from .lock import RunLock
 from .logit_lens import LogitLens
@@ -21,12 +25,13 @@ from .options import SweepOptions
 from .output import check_disk, check_folder, check_overwrite
 from .predict import Predictor
 from .progress import SweepProgress
-from .prompts import gold_positions, load_template
+from .prompts import Template, load_template
+from .question import Question
 from .recorder import Recorder
 from .report import Report, read_report
 from .results import Run, open_run
 from .resume import Unfinished
-from .task import Question, Task, choose_questions, load_task
+from .task import Task, choose_questions, load_task
 
 QUESTIONS_PER_PART = 8
 
@@ -89,7 +94,7 @@ def resume_sweep(
         unfinished = Unfinished.read(path)
         for line in unfinished.damaged:
             warn(line)
-        inputs = _Inputs.load(unfinished.options, unfinished.require)
+        inputs = _Inputs.load(unfinished.options, unfinished.require, unfinished.chat)
         manifest = unfinished.goes_on(resumed_entry(argv, inputs.loaded.model.device.type))
         return _ask(inputs, _begin(unfinished.run, manifest, resumed=True), signals, report, summary)
 
@@ -100,7 +105,7 @@ class _Inputs:
 
     options: SweepOptions
     task: Task
-    template: str
+    template: Template
     questions: list[Question]
     lenses: list[Lens]
     loaded: LoadedModel
@@ -108,13 +113,24 @@ class _Inputs:
 
     @classmethod
     def load(
-        cls, options: SweepOptions, require: Callable[[str, object], None] = lambda field, value: None
+        cls,
+        options: SweepOptions,
+        require: Callable[[str, object], None] = lambda field, value: None,
+        chat: Chat | None = None,
     ) -> _Inputs:
-        """Load everything, the quick things first; ``require`` refuses what is not as a run has it."""
-        task = load_task(options.task)
+        """Load everything, the quick things first.
+
+        Args:
+            options: What to run.
+            require: Refuses what is not as a run has it.
+            chat: That of a run, whose template may have written the date.
+        """
+        task = _load_task(options)
         require("task.sha256", task.sha256)
-        template = load_template(options.template)
-        require("template", template)
+        template = Template(task.format, load_template(options.template, task.format))
+        require("template", template.text)
+        if CLOSED_BOOK in options.documents and task.format.closed_book is None:
+            raise InputError(f"--documents closed-book: expected a task that can be asked so, got {options.task}")
         questions = choose_questions(task, options.examples, options.seed)
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
@@ -124,6 +140,9 @@ class _Inputs:
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
             require(f"model.{name}", getattr(loaded, name))
+        if options.chat:
+            require("chat.template_sha256", template_hash(loaded.tokenizer))
+            template = replace(template, chat=chat or render_chat(loaded.tokenizer))
         logit_lens = LogitLens.from_model(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
@@ -137,6 +156,12 @@ class _Inputs:
     def predictor(self) -> Predictor:
         """What asks the questions."""
         return Predictor(self.options, self.task, self.template, self.loaded, self.logit_lens, self.lenses)
+
+
+def _load_task(options: SweepOptions) -> Task:
+    if options.task == KV.name:
+        return generate_task(options.examples, max(options.documents), options.seed)
+    return load_task(options.task)
 
 
 def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .bootstrap import Estimate
 from .caution import caution_lines
+from .conditions import NO_POSITION
 from .report import Report
 from .summary import SummaryRow
 
@@ -62,11 +63,12 @@ def notes(manifest: dict) -> list[str]:
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
     lines = [
-        "gold: 0-based position of the gold document. accuracy: the model's own prediction. cens.: the target is not "
-        f"correct at the output. first, settle: mean layers, 0 (embedding) to {n_layers} (output); depth = settle - "
-        "first. Censored examples have no settle and no depth; first counts them where they are correct on the way. Of "
-        f"the settled, at out.: settle is layer {n_layers}; unseen: not correct at any layer before it. Brackets: 95 % "
-        "bootstrap intervals over questions, all of them in summary.csv.",
+        "docs: documents, 0 is closed-book. gold: 0-based position of the gold document. accuracy: the model's own "
+        "prediction. cens.: the target is not correct at the output. first, settle: mean layers, 0 (embedding) to "
+        f"{n_layers} (output); depth = settle - first. Censored examples have no settle and no depth; first counts "
+        f"them where they are correct on the way. Of the settled, at out.: settle is layer {n_layers}; unseen: not "
+        "correct at any layer before it. Brackets: 95 % bootstrap intervals over questions, all of them in "
+        "summary.csv.",
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
         f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
@@ -107,7 +109,7 @@ def inverted_u_lines(report: Report) -> list[str]:
 def _cells(row: SummaryRow) -> list[str]:
     return [
         str(row.documents),
-        str(row.gold_position),
+        "-" if row.gold_position == NO_POSITION else str(row.gold_position),
         str(row.n),
         format_estimate(row.accuracy, 2, interval=True),
         format_estimate(row.share_censored, 2),

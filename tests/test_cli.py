@@ -196,10 +196,10 @@ def assert_one_line(error, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--documents", "two"], "--documents: expected sizes such as 5,10, got 'two'"),
+        (["--documents", "two"], "--documents: expected closed-book, oracle or sizes such as 5,10, got 'two'"),
         (["--gold-positions", "9"], "--gold-positions: expected 0 to 1 with 2 documents, got 9"),
         (["--task", "missing.jsonl"], "got no file at missing.jsonl"),
-        (["--template", "missing.txt"], "--template missing.txt: expected a readable text file"),
+        (["--template", "missing.txt"], "--template missing.txt: expected default, query-aware or a readable text file"),
         (["--model", "./missing"], "got no folder at ./missing"),
         (["--model", "missing.gguf"], "got no file at missing.gguf"),
         (["--examples", "99"], "--examples: expected 1 to 6"),
@@ -283,7 +283,7 @@ def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
     for change, message in (
         ({"counts": []}, "expected the manifest of a run"),
         ({"parts": [{"file": "part-00000.parquet"}]}, "expected the manifest of a run, got one without its parts"),
-        ({"schema_version": 99}, "expected schema version 3, got 99"),
+        ({"schema_version": 99}, "expected schema version 4, got 99"),
     ):
         (run / "manifest.json").write_text(json.dumps(manifest | change))
         assert main(["show", str(run)]) == 2

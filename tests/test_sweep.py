@@ -420,7 +420,7 @@ def test_a_run_of_an_older_schema_is_refused_but_may_be_overwritten(options, tmp
     run.write_manifest(run.manifest | {"schema_version": 1, "refinelens_version": "0.0.9"})
     with pytest.raises(InputError, match="make the run again with a sweep, or read it with the refinelens .* .0.0.9."):
         open_run(run.path)
-    assert run_sweep(replace(options, examples=1), run.path, overwrite=True).manifest["schema_version"] == 3
+    assert run_sweep(replace(options, examples=1), run.path, overwrite=True).manifest["schema_version"] == results.SCHEMA_VERSION
 
 
 def test_overwrite_replaces_a_run(options, tmp_path):
@@ -432,7 +432,7 @@ def test_overwrite_replaces_a_run(options, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"documents": (0,)}, "--documents: expected sizes of at least 1"),
+        ({"documents": (-1,)}, "--documents: expected closed-book, oracle or sizes such as 5,10, got '-1'"),
         ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
         ({"seed": -1}, "--seed: expected 0 or more, got -1"),
         ({"top": (0,)}, "--top: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '0'"),
