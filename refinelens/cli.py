@@ -55,11 +55,12 @@ def _say(message: str) -> None:
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.resume is not None:
         return _resume(arguments, argv)
+    from .conditions import parse_documents
     from .options import SweepOptions
 
     out = arguments.out or _default_out(arguments.model, arguments.task)
     values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
-    values["documents"] = tuple(sorted(_parse_numbers("--documents", arguments.documents, "sizes such as 5,10")))
+    values["documents"] = parse_documents(arguments.documents)
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
     _calm_libraries()

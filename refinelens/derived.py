@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .bootstrap import Estimate
+from .conditions import CLOSED_BOOK
 from .durable import write_whole
 from .errors import InputError
 from .figures import draw_figures
@@ -30,7 +31,8 @@ def write_outputs(run: Run, report: Report) -> None:
     run.write_trajectories(trajectory_tables(run, report.tops))
     _write_csv(run.path / "summary.csv", SummaryRow, report.rows)
     _write_csv(run.path / "inverted_u.csv", InvertedU, report.tests)
-    profiles = layer_profiles(run, report.lenses, report.manifest["arguments"]["answer_tokens"])
+    closed_book = all(row.documents == CLOSED_BOOK for row in report.rows)
+    profiles = layer_profiles(run, report.lenses, report.manifest["arguments"]["answer_tokens"], closed_book)
     draw_figures(run, report, profiles)
 
 

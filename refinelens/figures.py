@@ -6,6 +6,7 @@ import math
 import textwrap
 
 from .caution import caution_lines
+from .conditions import CLOSED_BOOK, ORACLE, condition_name
 from .durable import write_whole
 from .layer_profile import LayerProfile
 from .report import Report
@@ -16,6 +17,7 @@ from .table import title
 # Distinct to colour-blind readers on white (Okabe and Ito 2008); markers tell the lines apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
+LEVELS = {CLOSED_BOOK: {"color": "0.6", "ls": "--"}, ORACLE: {"color": "0.3", "ls": "--"}}
 MARGIN = 0.02  # of an axis, so that markers at its end are whole
 CHARACTERS_PER_INCH = 17  # of 8 point text
 
@@ -107,20 +109,25 @@ def _figure(panels: int, under: list[str] = (), share: bool = True):
 
 
 def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
-    """One line per context size by gold position, intervals shaded."""
+    """One line per context size by gold position, intervals shaded; closed-book and oracle as levels."""
     from matplotlib.ticker import MaxNLocator
 
-    sizes = sorted({row.documents for row in rows})
-    for index, size in enumerate(sizes):
+    for row in rows:
+        estimate = getattr(row, name)
+        if row.documents <= ORACLE and not math.isnan(estimate.value):
+            axes.axhline(estimate.value, label=condition_name(row.documents), **LEVELS[row.documents])
+            axes.axhspan(estimate.low, estimate.high, color=LEVELS[row.documents]["color"], alpha=0.08, lw=0)
+    rows = [row for row in rows if row.documents > ORACLE]
+    for index, size in enumerate(sorted({row.documents for row in rows})):
         line = [row for row in rows if row.documents == size and not math.isnan(getattr(row, name).value)]
         if not line:
             continue
         estimates, x = [getattr(row, name) for row in line], [row.gold_position for row in line]
         style = _style(index, max(4, 8 - 2 * index))  # of equal points the lower one stays visible
-        axes.plot(x, [e.value for e in estimates], label=f"{size} documents", **style)
+        axes.plot(x, [e.value for e in estimates], label=condition_name(size), **style)
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
-    asked = [row.gold_position for row in rows]
+    asked = [row.gold_position for row in rows] or [0]
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if axes.lines:
         axes.legend(frameon=False)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .backends import choose_backend
+from .chat import render_chat, template_hash
+from .conditions import CLOSED_BOOK
+from .errors import InputError
+from .formats import KV
+from .kv import generate_task
 from .lens_files import Lens, fit_to_model, load_lenses
 from .logit_lens import LogitLens
 from .manifest import make_manifest
 from .models import LoadedModel, load_model
 from .options import SweepOptions
 from .predict import Predictor
-from .prompts import load_template
+from .prompts import Template, load_template
+from .question import Question
 from .results import Outcome
-from .task import Question, Task, choose_questions, load_task
+from .resume import Terms
+from .task import Task, choose_questions, load_task
 
 
 @dataclass(frozen=True)
@@ -23,21 +30,30 @@ class SweepInputs:
 
     options: SweepOptions
     task: Task
-    template: str
+    template: Template
     questions: list[Question]
     lenses: list[Lens]
     loaded: LoadedModel
     logit_lens: LogitLens
 
     @classmethod
-    def load(
-        cls, options: SweepOptions, require: Callable[[str, object], None] = lambda field, value: None
-    ) -> SweepInputs:
-        """Load everything, the quick things first; ``require`` refuses what is not as a run has it."""
-        task = load_task(options.task)
+    def load(cls, options: SweepOptions, terms: Terms | None = None) -> SweepInputs:
+        """Load everything, the quick things first.
+
+        Args:
+            options: What to run.
+            terms: Of the run that goes on, None where one begins.
+
+        Raises:
+            InputError: Anything that cannot be loaded, or is not as the run has it.
+        """
+        require = terms.require if terms else lambda field, here: None
+        task = _load_task(options)
         require("task.sha256", task.sha256)
-        template = load_template(options.template)
-        require("template", template)
+        template = Template(task.format, load_template(options.template, task.format))
+        require("template", template.text)
+        if CLOSED_BOOK in options.documents and task.format.closed_book is None:
+            raise InputError(f"--documents closed-book: expected a task that can be asked so, got {options.task}")
         questions = choose_questions(task, options.examples, options.seed)
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
@@ -47,6 +63,10 @@ class SweepInputs:
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
             require(f"model.{name}", getattr(loaded, name))
+        if options.chat:
+            require("chat.template_sha256", template_hash(loaded.tokenizer))
+            chat = terms.chat if terms else render_chat(loaded.tokenizer)  # the template may write the date
+            template = replace(template, chat=chat)
         logit_lens = LogitLens.from_model(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
@@ -69,3 +89,9 @@ class SweepInputs:
             if stopped():
                 return
             yield place, predictor.ask(self.questions[place])
+
+
+def _load_task(options: SweepOptions) -> Task:
+    if options.task == KV.name:
+        return generate_task(options.examples, max(options.documents), options.seed)
+    return load_task(options.task)

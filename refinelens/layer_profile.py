@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 
+from .conditions import CLOSED_BOOK
 from .results import Run
 from .trajectory_table import choose_tokens, list_matrix
 
@@ -26,12 +28,22 @@ class LayerProfile:
             )
 
 
-def layer_profiles(run: Run, lenses: tuple[str, ...], answer_tokens: str) -> list[LayerProfile]:
-    """Profiles of the lenses in their order, read part by part; only the ranks of a run are held whole."""
+def layer_profiles(
+    run: Run, lenses: tuple[str, ...], answer_tokens: str, closed_book: bool = False
+) -> list[LayerProfile]:
+    """Profiles of the lenses in their order, read part by part; only the ranks of a run are held whole.
+
+    Args:
+        run: The run.
+        lenses: Names of the lenses.
+        answer_tokens: ``first`` or ``all``.
+        closed_book: Read the examples without documents, which otherwise are left out.
+    """
     ranks: dict[str, list[np.ndarray]] = {lens: [] for lens in lenses}
     kl: dict[str, list[np.ndarray]] = {lens: [] for lens in lenses}
-    for part in run.parts(["lens", "answer_token", "target_rank", "kl"]):
+    for part in run.parts(["documents", "lens", "answer_token", "target_rank", "kl"]):
         part = choose_tokens(part, answer_tokens)
+        part = part.filter(pc.equal(pc.equal(part["documents"], CLOSED_BOOK), closed_book))
         names = part["lens"].to_numpy(zero_copy_only=False)
         rank, divergence = list_matrix(part["target_rank"]), list_matrix(part["kl"])
         for lens in set(names.tolist()) & ranks.keys():

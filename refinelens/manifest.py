@@ -17,6 +17,7 @@ from .backends import choose_backend
 from .lens_files import Lens
 from .logit_lens import LogitLens
 from .models import LoadedModel
+from .prompts import Template
 from .results import SCHEMA_VERSION
 from .task import Task
 
@@ -44,7 +45,7 @@ def make_manifest(
     arguments: dict,
     argv: list[str] | None,
     task: Task,
-    template: str,
+    template: Template,
     loaded: LoadedModel,
     logit_lens: LogitLens,
     lenses: list[Lens],
@@ -86,12 +87,15 @@ def make_manifest(
         },
         "task": {
             "name": task.name,
-            "path": str(task.path),
+            "path": None if task.path is None else str(task.path),
+            "format": task.format.name,
             "sha256": task.sha256,
             "questions": len(task.questions),
         },
         "lenses": [lens.entry() for lens in lenses],
-        "template": template,
+        "template": template.text,
+        "closed_book_template": template.format.closed_book,
+        "chat": None if template.chat is None else asdict(template.chat),
         "packages": packages(),
         "platform": platform.platform(),
         "started": now(),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from .conditions import gold_positions
 from .errors import InputError
-from .prompts import gold_positions
+from .formats import DEFAULT
 
+ALIASES = ("first", "best")
 REUSE_PREFIX = ("auto", "on", "off")
 
 
@@ -16,7 +18,7 @@ class SweepOptions:
 
     model: str = "smollm2"
     task: str = "builtin"
-    documents: tuple[int, ...] = (5, 10)  # context sizes, the gold document included
+    documents: tuple[int, ...] = (5, 10)  # context sizes, the gold document included; 0 is closed-book, 1 oracle
     gold_positions: str = "all"
     examples: int | None = None  # questions drawn; None for all
     target: str = "answer"
@@ -24,7 +26,9 @@ class SweepOptions:
     generate: int = 0  # tokens at most; 0 for none
     top: tuple[int, ...] = (1,)  # correct means rank 1 to k, for each of these
     lens: tuple[str, ...] = ("plain",)  # plain or folders of lenses, all read from the same forward passes
-    template: str | None = None
+    template: str = DEFAULT  # a word, or the path of a file
+    chat: bool = False  # the prompt is the user's turn of the tokenizer's chat template
+    alias: str = "first"  # which of several answers is the target
     device: str = "auto"
     dtype: str = "auto"
     batch_size: str = "auto"
@@ -32,8 +36,9 @@ class SweepOptions:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.documents or min(self.documents) < 1:
-            raise InputError(f"--documents: expected sizes of at least 1 such as 5,10, got {self.documents}")
+        if not self.documents or min(self.documents) < 0:
+            sizes = ",".join(map(str, self.documents))
+            raise InputError(f"--documents: expected closed-book, oracle or sizes such as 5,10, got {sizes!r}")
         for size in self.documents:
             gold_positions(self.gold_positions, size)
         if self.seed < 0:
@@ -41,6 +46,8 @@ class SweepOptions:
         if self.generate < 0:
             raise InputError(f"--generate: expected a number of tokens, 0 for none, got {self.generate}")
         check_top(self.top)
+        if self.alias not in ALIASES:
+            raise InputError(f"--alias: expected {', '.join(ALIASES)}, got {self.alias!r}")
         if not self.lens or not all(self.lens) or len(set(self.lens)) < len(self.lens):
             raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):

@@ -10,6 +10,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
+  refinelens sweep --task kv --documents 10,50 --examples 100 --template query-aware
+  refinelens sweep --task nq --documents closed-book,oracle,10 --alias best --chat
   refinelens sweep --resume runs/first
   refinelens show runs/first --top 1,5
   refinelens fit --model ./my-model --out lenses/mine
@@ -64,10 +66,20 @@ def _add_sweep(commands) -> None:
     )
     add = sweep.add_argument
     add("--model", default="smollm2", help="smollm2, a hub name, a folder or a .gguf file (default: %(default)s)")
-    add("--task", default="builtin", help="builtin, nq ($REFINELENS_NQ) or FILE.jsonl[.gz] (default: %(default)s)")
-    add("--documents", default="5,10", help="context sizes, the gold document included (default: %(default)s)")
+    add(
+        "--task",
+        default="builtin",
+        help="builtin, nq ($REFINELENS_NQ), kv (random pairs) or FILE.jsonl[.gz] (default: %(default)s)",
+    )
+    add(
+        "--documents",
+        default="5,10",
+        metavar="N[,N]",
+        help="context sizes, the gold document included, closed-book (none) and oracle (it alone) among them "
+        "(default: %(default)s)",
+    )
     add("--gold-positions", default="all", help="all, ends-middle or 0-based positions 0,4,9 (default: %(default)s)")
-    add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all)")
+    add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv 100)")
     add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
     add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
     add("--generate", type=int, default=0, metavar="N", help="also write up to N tokens and score them (default: none)")
@@ -75,8 +87,18 @@ def _add_sweep(commands) -> None:
     add("--lens", default="plain", metavar="LENS[,LENS]", help="plain, or folders of lenses (default: %(default)s)")
     add(
         "--template",
-        metavar="FILE",
-        help="text with {documents} and {question}, less one last newline (default: Lost in the Middle's)",
+        default="default",
+        metavar="default|query-aware|FILE",
+        help="Lost in the Middle's, the question behind the documents or also before them, or a text with {documents} "
+        "and {question}, less one last newline (default: %(default)s)",
+    )
+    add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template, as the user's turn")
+    add(
+        "--alias",
+        choices=("first", "best"),
+        default="first",
+        help="which of several answers is the target; best: the likeliest after the oracle context "
+        "(default: %(default)s)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
     add(

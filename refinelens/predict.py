@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 
 import pyarrow as pa
 import torch
 from transformers import Cache, DynamicCache
 
+from .alias import Alias, alias_score, best_alias, first_alias
+from .conditions import CLOSED_BOOK, condition_name, gold_positions
 from .errors import FaultError, InputError
 from .generate import Generation, Generator, check_cache
 from .lens_files import Lens
@@ -18,10 +20,11 @@ from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
-from .prompts import Context, build_context, gold_positions
+from .prompts import Context, Template, build_context
+from .question import Question
 from .results import PREDICTIONS, Outcome
 from .scoring import best_subspan_em
-from .task import DistractorSource, Question, Task
+from .task import DistractorSource, Task
 
 COUNTS = ("contexts", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
@@ -36,7 +39,7 @@ class Predictor:
         self,
         options: SweepOptions,
         task: Task,
-        template: str,
+        template: Template,
         loaded: LoadedModel,
         logit_lens: LogitLens,
         lenses: list[Lens],
@@ -76,32 +79,57 @@ class Predictor:
 
     def rows(self, question: Question) -> list[dict]:
         """Prediction rows of one question."""
-        contexts = [c for size in self.options.documents for c in self._contexts(question, size)]
+        alias = self._alias(question)
+        contexts = [c for size in self.options.documents for c in self._contexts(question, size, alias.index)]
         self.counts["contexts"] += len(contexts)
+        return [row | {"alias": alias.index, "alias_why": alias.why} for row in self._ask(contexts)]
+
+    def _ask(self, contexts: list[Context]) -> list[dict]:
+        """Rows of contexts of one question, in their order."""
         if not self.reuse.used:
             return [row for batch in self._batches(contexts) for row in self._run(batch)]
         self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
         rows = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
         return [row for index in sorted(rows) for row in rows[index]]
 
-    def _contexts(self, question: Question, size: int) -> list[Context]:
+    def _alias(self, question: Question) -> Alias:
+        """The answer that is the target at every context size and gold position, so that they can be compared."""
+        if self.options.alias == "first" or len(question.answers) == 1:
+            return first_alias(question)
+        build = partial(build_context, self._loaded.tokenizer, self._template, question, [], 0)
+        contexts = [build(alias) for alias in range(len(question.answers))]
+        if self._any_too_long(contexts):
+            return Alias(0, f"first: {CONTEXT_TOO_LONG}")
+        self.counts["tokens_computed"] += sum(len(context.input_ids) for context in contexts)
+        return best_alias([self._score(context) for context in contexts])
+
+    def _score(self, context: Context) -> float:
+        try:
+            return alias_score(self._logit_lens, context)
+        except InputError as error:
+            raise _name_context(context, error) from None
+
+    def _contexts(self, question: Question, size: int, alias: int) -> list[Context]:
         """All gold positions of a context size, or none: a sweep is paired."""
-        distractors = self._distractors.choose(question, size - 1)
+        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
         if distractors is None:
             self._leave_out(question, size, TOO_FEW_DISTRACTORS)
             return []
         contexts = [
-            build_context(self._loaded.tokenizer, self._template, question, distractors, position)
+            build_context(self._loaded.tokenizer, self._template, question, distractors, position, alias)
             for position in gold_positions(self.options.gold_positions, size)
         ]
-        limit = self._loaded.max_tokens
-        if limit is not None and any(len(c.input_ids) > limit for c in contexts):
+        if self._any_too_long(contexts):
             self._leave_out(question, size, CONTEXT_TOO_LONG)
             return []
         return contexts
 
+    def _any_too_long(self, contexts: list[Context]) -> bool:
+        limit = self._loaded.max_tokens
+        return limit is not None and any(len(context.input_ids) > limit for context in contexts)
+
     def _leave_out(self, question: Question, size: int, reason: str) -> None:
-        self.left_out.setdefault(f"{size} documents: {reason}", []).append(question.id)
+        self.left_out.setdefault(f"{condition_name(size)}: {reason}", []).append(question.id)
 
     def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
         if not contexts:
@@ -242,7 +270,8 @@ def _name_context(context: Context, error: Exception) -> FaultError:
             f"--device: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
             "fewer documents, a smaller model or --dtype bfloat16"
         )
-    where = f"question {context.question.id}, {context.n_documents} documents, gold position {context.gold_position}"
+    where = f"question {context.question.id}, {condition_name(context.n_documents)}"
+    where += f", gold position {context.gold_position}" if context.n_documents else ""
     return FaultError(f"{where}: {what}")
 
 

@@ -1,23 +1,52 @@
-"""Prompts: templates, gold positions and the token ids of a context with its answer."""
+"""Prompts: templates, and the token ids of a context with its answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .answer_tokens import joint, token_span, tokenise
+from .chat import Chat
+from .conditions import NO_POSITION
 from .errors import InputError
-from .task import Document, Question
+from .formats import DEFAULT, QA, Format
+from .question import Document, Question
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-# Lost in the Middle (Liu et al. 2023, arXiv 2307.03172), prompt for multi-document question answering.
-DEFAULT_TEMPLATE = (
-    "Write a high-quality answer for the given question using only the provided search results "
-    "(some of which might be irrelevant).\n\n{documents}\n\nQuestion: {question}\nAnswer:"
-)
+DOCUMENTS, QUESTION = "{documents}", "{question}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question and its documents become a prompt."""
+
+    format: Format
+    text: str  # with {documents} once and {question}
+    chat: Chat | None = None  # around the prompt, or None
+
+    def fill(self, question: Question, documents: list[Document], gold_position: int) -> tuple[str, int, int]:
+        """The prompt up to the answer prefix, and where the gold document's line starts and ends in it.
+
+        Without documents it is the format's closed-book prompt, and both are 0. In a chat it is the user's turn,
+        without white space around it, which templates treat differently.
+        """
+        lines = self.format.lines(documents)
+        parts = (self.text if documents else self.format.closed_book).partition(DOCUMENTS)
+        before, _, after = (part.replace(QUESTION, question.question) for part in parts)
+        prompt = before + "\n".join(lines) + after
+        start = len(before) + sum(len(line) + 1 for line in lines[: max(0, gold_position)])
+        length = len(lines[gold_position]) if lines else 0
+        if self.chat is not None:
+            opening, closing = self.chat.around()
+            start += len(opening) - (len(prompt) - len(prompt.lstrip()))
+            prompt = opening + prompt.strip() + closing
+        return prompt, start, start + length
+
+
+DEFAULT_TEMPLATE = Template(QA, QA.templates[DEFAULT])
 
 
 @dataclass(frozen=True)
@@ -26,11 +55,11 @@ class Context:
 
     question: Question
     n_documents: int
-    gold_position: int  # 0-based
+    gold_position: int  # 0-based; NO_POSITION without documents
     input_ids: tuple[int, ...]  # prompt, then all answer tokens but the last
     prompt_length: int  # tokens of the prompt
     answer_ids: tuple[int, ...]  # teacher-forced; token i is predicted at position prompt_length - 1 + i
-    gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown
+    gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown or there is none
 
     def __post_init__(self):
         if len(self.input_ids) != self.prompt_length + len(self.answer_ids) - 1:
@@ -44,71 +73,57 @@ class Context:
         return list(range(self.prompt_length - 1, len(self.input_ids)))
 
 
-def load_template(path: str | None) -> str:
-    """The template of a file, or the default one. One newline at the end of the file is not part of it.
+def load_template(name: str, format: Format = QA) -> str:
+    """The template that a word names, or that of a file, whose one newline at the end is not part of it.
 
     Raises:
         InputError: No such file, or not one field ``{documents}`` and at least one ``{question}``.
     """
-    if path is None:
-        return DEFAULT_TEMPLATE
+    if name in format.templates:
+        return format.templates[name]
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--template {path}: expected a readable text file, got {error}") from None
-    template = template.removesuffix("\n")
-    found = [template.count(field) for field in ("{documents}", "{question}")]
+        words = ", ".join(format.templates)
+        raise InputError(f"--template {name}: expected {words} or a readable text file, got {error}") from None
+    text = text.removesuffix("\n")
+    found = [text.count(field) for field in (DOCUMENTS, QUESTION)]
     if found[0] != 1 or found[1] < 1:
         raise InputError(
-            f"--template {path}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
+            f"--template {name}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
             f"{found[1]}"
         )
-    return template
-
-
-def gold_positions(choice: str, n_documents: int) -> list[int]:
-    """0-based gold positions of a context size: ``all``, ``ends-middle`` or a list such as ``0,4,9``.
-
-    Raises:
-        InputError: Not one of these, or a position outside the context.
-    """
-    if choice == "all":
-        return list(range(n_documents))
-    if choice == "ends-middle":
-        return sorted({0, (n_documents - 1) // 2, n_documents - 1})
-    try:
-        positions = [int(part) for part in choice.split(",")]
-    except ValueError:
-        raise InputError(f"--gold-positions: expected all, ends-middle or a list like 0,4,9, got {choice!r}") from None
-    for position in positions:
-        if not 0 <= position < n_documents:
-            raise InputError(
-                f"--gold-positions: expected 0 to {n_documents - 1} with {n_documents} documents, got {position}"
-            )
-    return sorted(set(positions))
-
-
-def format_documents(documents: list[Document]) -> list[str]:
-    """One line per document, numbered from 1, as in Lost in the Middle."""
-    return [f"Document [{i}](Title: {d.title}) {d.text}" for i, d in enumerate(documents, start=1)]
+    return text
 
 
 def build_context(
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
+    template: Template,
     question: Question,
     distractors: list[Document],
     gold_position: int,
+    alias: int = 0,
 ) -> Context:
-    """Put the gold document among the distractors, fill the template and tokenise."""
+    """Put the gold document among the distractors, fill the template and tokenise.
+
+    Args:
+        tokenizer: The model's.
+        template: What the prompt looks like.
+        question: What is asked.
+        distractors: The other documents, in order.
+        gold_position: 0-based, or `NO_POSITION` for a prompt without documents.
+        alias: Which of the question's answers goes on with the prompt.
+
+    Raises:
+        InputError: An answer without a token.
+    """
     documents = [*distractors[:gold_position], question.gold, *distractors[gold_position:]]
-    lines = format_documents(documents)
-    before, after = template.split("{documents}", 1)
-    before, after = (part.replace("{question}", question.question) for part in (before, after))
-    prompt = before + "\n".join(lines) + after + question.answer_prefix
-    gold_start = len(before) + sum(len(line) + 1 for line in lines[:gold_position])
-    encoded = tokenizer(prompt)
-    prompt_ids, answer_ids = _tokenise(tokenizer, prompt, encoded["input_ids"], question.answers[0])
+    documents = [] if gold_position == NO_POSITION else documents
+    prompt, start, end = template.fill(question, documents, gold_position)
+    # A reply begins with the prefix; a prompt goes on with it.
+    prefix = question.answer_prefix.lstrip() if template.chat else question.answer_prefix
+    answer = joint(prefix if template.chat else prompt + prefix) + question.answers[alias]
+    prompt_ids, answer_ids, encoded = tokenise(tokenizer, prompt + prefix, answer, template.chat is None)
     return Context(
         question=question,
         n_documents=len(documents),
@@ -116,47 +131,5 @@ def build_context(
         input_ids=(*prompt_ids, *answer_ids[:-1]),
         prompt_length=len(prompt_ids),
         answer_ids=tuple(answer_ids),
-        gold_span=_token_span(encoded, gold_start, gold_start + len(lines[gold_position])),
+        gold_span=token_span(encoded, start, end),
     )
-
-
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, encoded: list[int], answer: str
-) -> tuple[list[int], list[int]]:
-    """Ids of the prompt and of the answer that continues it, its first token carrying the space.
-
-    Where a tokenizer makes the space a token of its own (SmolLM2 before digits), that token belongs to the
-    prompt: predicting a space is not predicting the answer.
-    """
-    space = "" if prompt[-1:].isspace() else " "
-    prompt_ids = _without_end(tokenizer, encoded)
-    whole = _without_end(tokenizer, tokenizer(f"{prompt}{space}{answer}")["input_ids"])
-    answer_ids = whole[len(prompt_ids) :]
-    if whole[: len(prompt_ids)] != prompt_ids:  # merged across the boundary: tokenise the answer by itself
-        answer_ids = tokenizer(f"{space}{answer}", add_special_tokens=False)["input_ids"]
-    while answer_ids and not tokenizer.decode(answer_ids[:1]).strip():
-        prompt_ids, answer_ids = [*prompt_ids, answer_ids[0]], answer_ids[1:]
-    if not answer_ids:
-        raise InputError(f"answer {answer!r}: expected at least one token of {type(tokenizer).__name__}, got none")
-    return prompt_ids, answer_ids
-
-
-def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Ids with the special tokens a tokenizer puts before a text, without those it puts after it."""
-    return ids[: len(ids) - _special_tokens_after(tokenizer)]
-
-
-@lru_cache(maxsize=8)
-def _special_tokens_after(tokenizer: PreTrainedTokenizerBase) -> int:
-    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    starts = range(len(full) - len(bare), -1, -1)
-    start = next((i for i in starts if full[i : i + len(bare)] == bare), 0)
-    return len(full) - len(bare) - start
-
-
-def _token_span(encoded: BatchEncoding, start: int, end: int) -> tuple[int, int] | None:
-    if not encoded.is_fast:
-        return None
-    offsets = encoded.encodings[0].offsets
-    inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
-    return (inside[0], inside[-1] + 1) if inside else None

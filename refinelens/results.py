@@ -43,8 +43,8 @@ MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task
 
 KEYS = [
     ("question_id", pa.int64()),  # 0-based line of the task file
-    ("documents", pa.int32()),  # documents in the context, the gold one included
-    ("gold_position", pa.int32()),  # 0-based
+    ("documents", pa.int32()),  # documents in the context, the gold one included; 0 closed-book
+    ("gold_position", pa.int32()),  # 0-based; -1 closed-book
     ("answer_token", pa.int32()),  # 0-based token of the answer
     ("lens", pa.string()),  # plain, or the name of a lens
 ]
@@ -54,8 +54,10 @@ PREDICTIONS = pa.schema(
     [
         *KEYS,
         ("n_tokens", pa.int32()),  # tokens of the context, answer tokens but the last included
-        ("gold_start", pa.int32()),  # tokens of the gold document, end exclusive; null if unknown
+        ("gold_start", pa.int32()),  # tokens of the gold document, end exclusive; null if unknown or there is none
         ("gold_end", pa.int32()),
+        ("alias", pa.int32()),  # 0-based place of the answer among the question's answers
+        ("alias_why", pa.string()),  # why it was taken
         ("answer_id", pa.int64()),
         ("answer_text", pa.string()),
         ("target_id", pa.int64()),  # the answer token, or the model's own prediction

@@ -6,9 +6,42 @@ import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .chat import Chat
 from .errors import InputError
 from .options import SweepOptions
 from .results import Part, Run, open_run, parts_of
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run was made of: whoever goes on with it is held to that."""
+
+    path: Path  # of the run
+    manifest: dict
+
+    def require(self, field: str, here: object) -> None:
+        """Refuse what is no longer as the manifest says.
+
+        Args:
+            field: Its place in the manifest, such as ``model.weights_sha256``.
+            here: What was found now.
+
+        Raises:
+            InputError: Names the field and both values.
+        """
+        there = self.manifest
+        for key in field.split("."):
+            there = there[int(key) if isinstance(there, list) else key]
+        if there != here:
+            raise InputError(
+                f"--resume {self.path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
+                "bring that back, or make another run"
+            )
+
+    @property
+    def chat(self) -> Chat:
+        """The text around the prompts of a run that has one."""
+        return Chat(**self.manifest["chat"])
 
 
 @dataclass(frozen=True)
@@ -49,37 +82,16 @@ class Unfinished:
         values = self.manifest["arguments"].items()
         return SweepOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
+    @property
+    def terms(self) -> Terms:
+        """What the run was made of."""
+        return Terms(self.run.path, self.manifest)
+
     def goes_on(self, entry: dict) -> dict:
         """The manifest to go on with: the whole parts, and ``entry`` for the process that does."""
         parts = [asdict(part) for part in self.parts]
         resumed = [*self.manifest["resumed"], entry]
         return self.manifest | {"status": "running", "parts": parts, "resumed": resumed}
-
-    def require(self, field: str, here: object) -> None:
-        """Refuse to go on where something is no longer what the manifest says; see `require_same`."""
-        require_same(self.run.path, self.manifest, field, here)
-
-
-def require_same(path: Path, manifest: dict, field: str, here: object) -> None:
-    """Refuse to go on with a run where something is no longer what its manifest says.
-
-    Args:
-        path: Folder of the run.
-        manifest: Its manifest.
-        field: A place in the manifest, such as ``model.weights_sha256``.
-        here: What was found now.
-
-    Raises:
-        InputError: Names the field and both values.
-    """
-    there = manifest
-    for key in field.split("."):
-        there = there[int(key) if isinstance(there, list) else key]
-    if there != here:
-        raise InputError(
-            f"--resume {path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
-            "bring that back, or make another run"
-        )
 
 
 def _short(value: object) -> str:

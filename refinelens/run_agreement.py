@@ -52,14 +52,14 @@ def paired_ranks(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
     Rows, one per answer token, are the same if all of `refinelens.results.KEYS` are equal.
 
     Raises:
-        InputError: Runs of different tasks, seeds, targets or templates, or without a shared row.
+        InputError: Runs of different tasks, seeds, targets, templates, aliases or chats, or without a shared row.
     """
     if run_a.manifest["task"].get("sha256") != run_b.manifest["task"].get("sha256"):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
             "sweep both over one task file"
         )
-    for name in ("seed", "target", "template"):
+    for name in ("seed", "target", "template", "alias", "chat"):
         given = [run.manifest.get("arguments", {}).get(name) for run in (run_a, run_b)]
         if given[0] != given[1]:
             raise InputError(

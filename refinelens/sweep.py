@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from .conditions import gold_positions
 from .derived import write_outputs
 from .durable import disk_error
 from .errors import FaultError, InputError
@@ -17,11 +18,10 @@ from .manifest import resumed_entry
 from .options import SweepOptions
 from .output import check_disk, check_folder, check_overwrite
 from .progress import SweepProgress
-from .prompts import gold_positions
 from .recorder import Recorder
 from .report import Report, read_report
 from .results import Run, open_run
-from .resume import Unfinished
+from .resume import Terms, Unfinished
 from .workers import Workers, check_workers
 
 QUESTIONS_PER_PART = 8
@@ -64,7 +64,7 @@ def run_sweep(
         manifest = asker.manifest(argv, workers, QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
         if workers > 1:
-            asker = Workers(run.path, options, manifest, workers, warn)  # the model loaded here goes
+            asker = Workers(options, Terms(run.path, manifest), workers, warn)  # the model loaded here goes
         return _ask(asker, _begin(run, manifest), signals, report, summary)
 
 
@@ -95,10 +95,10 @@ def resume_sweep(
         run, options = unfinished.run, unfinished.options
         for line in unfinished.damaged:
             warn(line)
-        asker = SweepInputs.load(options, unfinished.require)
+        asker = SweepInputs.load(options, unfinished.terms)
         manifest = unfinished.goes_on(resumed_entry(argv, asker.loaded.model.device.type, workers))
         if workers > 1:
-            asker = Workers(run.path, options, manifest, workers, warn)
+            asker = Workers(options, Terms(run.path, manifest), workers, warn)
         return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .bootstrap import Estimate
 from .caution import caution_lines
+from .conditions import NO_POSITION
 from .report import Report
 from .summary import SummaryRow
 
@@ -68,13 +69,13 @@ def notes(manifest: dict) -> list[str]:
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
     lines = [
-        "gold: 0-based position of the gold document. accuracy: the first answer token is the model's own prediction; "
-        f"all: so is every one after the true ones before it{_generated_words(arguments['generate'])}. cens.: the "
-        "target is not "
-        f"correct at the output. first, settle: mean layers, 0 (embedding) to {n_layers} (output); depth = settle - "
-        "first. Censored examples have no settle and no depth; first counts them where they are correct on the way. Of "
-        f"the settled, at out.: settle is layer {n_layers}; unseen: not correct at any layer before it. Brackets: 95 % "
-        "bootstrap intervals over questions, all of them in summary.csv.",
+        "docs: documents, 0 is closed-book. gold: 0-based position of the gold document. accuracy: the first answer "
+        "token is the model's own prediction; all: so is every one after the true ones before it"
+        f"{_generated_words(arguments['generate'])}. cens.: the target is not correct at the output. first, settle: "
+        f"mean layers, 0 (embedding) to {n_layers} (output); depth = settle - first. Censored examples have no settle "
+        "and no depth; first counts them where they are correct on the way. Of the settled, at out.: settle is layer "
+        f"{n_layers}; unseen: not correct at any layer before it. Brackets: 95 % bootstrap intervals over questions, "
+        "all of them in summary.csv.",
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
         f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
@@ -117,7 +118,7 @@ def inverted_u_lines(report: Report) -> list[str]:
 def _cells(row: SummaryRow) -> dict[str, str]:
     texts = [
         str(row.documents),
-        str(row.gold_position),
+        "-" if row.gold_position == NO_POSITION else str(row.gold_position),
         str(row.n),
         format_estimate(row.accuracy, 2, interval=True),
         format_estimate(row.accuracy_all, 2),

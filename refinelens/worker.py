@@ -9,9 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from contextlib import suppress
-from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 
 def main() -> None:
@@ -30,11 +28,10 @@ def main() -> None:
 
 
 def _answer(connection: Connection) -> None:
-    path, options, manifest = connection.recv()
+    options, terms = connection.recv()
     from .inputs import SweepInputs
-    from .resume import require_same
 
-    inputs = SweepInputs.load(options, partial(require_same, Path(path), manifest))
+    inputs = SweepInputs.load(options, terms)
     predictor = inputs.predictor()
     connection.send(None)  # ready
     while True:

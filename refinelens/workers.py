@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 import torch
 
 from .errors import FaultError, InputError
 from .options import SweepOptions
 from .results import Outcome
+from .resume import Terms
 
 COMMAND = (sys.executable, "-m", "refinelens.worker")
 AHEAD = 4  # questions per worker that may be finished before an earlier one is
@@ -32,9 +32,9 @@ class Workers:
     worker that dies goes to another; all that a worker knows of the run is its options and its manifest.
     """
 
-    def __init__(self, path: Path, options: SweepOptions, manifest: dict, count: int, warn: Callable[[str], None]):
-        self._setup = (str(path), options, manifest)
-        self._on_gpu = manifest["model"]["device"] == "cuda"
+    def __init__(self, options: SweepOptions, terms: Terms, count: int, warn: Callable[[str], None]):
+        self._setup = (options, terms)
+        self._on_gpu = terms.manifest["model"]["device"] == "cuda"
         self._count = count
         self._warn = warn
 

@@ -196,10 +196,10 @@ def assert_one_line(error, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--documents", "two"], "--documents: expected sizes such as 5,10, got 'two'"),
+        (["--documents", "two"], "--documents: expected closed-book, oracle or sizes such as 5,10, got 'two'"),
         (["--gold-positions", "9"], "--gold-positions: expected 0 to 1 with 2 documents, got 9"),
         (["--task", "missing.jsonl"], "got no file at missing.jsonl"),
-        (["--template", "missing.txt"], "--template missing.txt: expected a readable text file"),
+        (["--template", "missing.txt"], "--template missing.txt: expected default, query-aware or a readable"),
         (["--model", "./missing"], "got no folder at ./missing"),
         (["--model", "missing.gguf"], "got no file at missing.gguf"),
         (["--examples", "99"], "--examples: expected 1 to 6"),

@@ -17,7 +17,7 @@ from tiny import save_tiny_model
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     model = save_tiny_model(folder / "model", n_positions=1024)
-    given = ["--model", str(model), "--documents", "2", "--examples", "10", "--top", "1,5"]
+    given = ["--model", str(model), "--documents", "2", "--examples", "10", "--top", "1,5", "--generate", "3"]
     assert main(["sweep", *given, "--out", str(folder / "run")]) == 0
     return open_run(folder / "run")
 

@@ -2,9 +2,11 @@
 
 import pytest
 
+from refinelens.conditions import gold_positions
 from refinelens.errors import InputError
-from refinelens.prompts import DEFAULT_TEMPLATE, build_context, gold_positions, load_template
-from refinelens.task import Document, Question
+from refinelens.formats import QA
+from refinelens.prompts import DEFAULT_TEMPLATE, Template, build_context, load_template
+from refinelens.question import Document, Question
 from tiny import word_tokenizer
 
 GOLD = Document("arven", "the door is black iron gate .")
@@ -102,7 +104,7 @@ def test_no_second_space_where_the_prompt_ends_in_one():
             return whole(self, text, **kwargs)
 
     tokenizer.__class__ = Spy
-    build_context(tokenizer, "{documents} {question} is\n", QUESTION, OTHERS[:1], 1)
+    build_context(tokenizer, Template(QA, "{documents} {question} is\n"), QUESTION, OTHERS[:1], 1)
     assert any(text.endswith("is\nblack iron gate") for text in seen)
 
 
@@ -128,7 +130,7 @@ def test_prompt_is_that_of_lost_in_the_middle():
 def test_template_from_a_file(tmp_path):
     path = tmp_path / "template.txt"
     path.write_text("Question: {question}\n{documents}\nQuestion: {question}\nAnswer:\n")
-    template = load_template(str(path))
+    template = Template(QA, load_template(str(path)))
     tokenizer = word_tokenizer()
     text = tokenizer.decode(build_context(tokenizer, template, QUESTION, OTHERS, 0).input_ids)
     assert text.count("what is the door") == 2
@@ -136,5 +138,5 @@ def test_template_from_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=f"and at least one .*, got {counts}"):
             load_template(str(path))
-    with pytest.raises(InputError, match="expected a readable text file"):
+    with pytest.raises(InputError, match="expected default, query-aware or a readable text file"):
         load_template(str(tmp_path / "none.txt"))

@@ -64,6 +64,7 @@ def _row(question, documents, position, lens, ranks):
         "gold_position": position,
         "lens": lens,
         "answer_text": "a",
+        "alias_why": "only",
         "target_text": "a",
         "generated": None,
         "generated_correct": None,

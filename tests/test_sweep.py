@@ -433,7 +433,7 @@ def test_overwrite_replaces_a_run(options, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"documents": (0,)}, "--documents: expected sizes of at least 1"),
+        ({"documents": (-1,)}, "--documents: expected closed-book, oracle or sizes such as 5,10, got '-1'"),
         ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
         ({"seed": -1}, "--seed: expected 0 or more, got -1"),
         ({"top": (0,)}, "--top: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '0'"),

@@ -18,6 +18,7 @@ from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.options import SweepOptions
 from refinelens.results import open_run
+from refinelens.resume import Terms
 from refinelens.workers import Workers, check_workers
 
 FAULTY_WORKER = Path(__file__).with_name("faulty_worker.py")
@@ -197,7 +198,7 @@ def is_alive(pid):
 
 def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
     def environments(device, count):
-        workers = Workers(tmp_path, SweepOptions(), {"model": {"device": device}}, count, pytest.fail)
+        workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": device}}), count, pytest.fail)
         return [workers._environment(i, count) for i in range(count)]
 
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)

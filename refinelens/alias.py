@@ -1,0 +1,43 @@
+"""Which of a question's answers is its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .logit_lens import LogitLens
+from .prompts import Context
+from .question import Question
+
+
+@dataclass(frozen=True)
+class Alias:
+    """An answer of a question, and why it was taken."""
+
+    index: int  # 0-based place among the answers
+    why: str
+
+
+def first_alias(question: Question) -> Alias:
+    """The first answer."""
+    return Alias(0, "first" if len(question.answers) > 1 else "only")
+
+
+def best_alias(scores: Sequence[float]) -> Alias:
+    """The answer of the highest score, of equal ones the first.
+
+    Args:
+        scores: Of every answer, in their order, the mean log-probability of its tokens, nats.
+    """
+    index = max(range(len(scores)), key=scores.__getitem__)
+    others = max(score for place, score in enumerate(scores) if place != index)
+    return Alias(index, f"best of {len(scores)}: {scores[index]:.2f} against {others:.2f} nats a token")
+
+
+def alias_score(lens: LogitLens, context: Context) -> float:
+    """Mean log-probability per token, nats, that the model gives the teacher-forced answer of a context."""
+    hidden = lens.hidden(torch.tensor([context.input_ids]), torch.tensor([context.positions]))
+    targets = torch.tensor([context.answer_ids], device=hidden.device)
+    return float(lens.stats(hidden[-1], targets).target_logprob.double().mean())

@@ -1,0 +1,66 @@
+"""Formats of a context, multi-document questions and key-value pairs, as Lost in the Middle writes them.
+
+All prompts are those of Liu et al. 2023 (arXiv 2307.03172), github.com/nelson-liu/lost-in-the-middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .question import Document
+
+DEFAULT, QUERY_AWARE = "default", "query-aware"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of task becomes text."""
+
+    name: str
+    templates: dict[str, str]  # by the words of --template; each has {documents} once and {question}
+    closed_book: str | None  # template without documents; None where there is nothing to ask without them
+    lines: Callable[[Sequence[Document]], list[str]]  # one line per document
+    own_documents: bool  # distractors are the question's own documents alone
+
+
+def numbered_lines(documents: Sequence[Document]) -> list[str]:
+    """Documents with their titles, numbered from 1."""
+    return [f"Document [{i}](Title: {d.title}) {d.text}" for i, d in enumerate(documents, start=1)]
+
+
+def json_lines(documents: Sequence[Document]) -> list[str]:
+    """Pairs as the lines of one JSON object; nothing is escaped, as in the paper."""
+    starts = ["{", *[" "] * (len(documents) - 1)]
+    ends = [*[","] * (len(documents) - 1), "}"]
+    return [f'{start}"{d.title}": "{d.text}"{end}' for start, d, end in zip(starts, documents, ends, strict=True)]
+
+
+_QA_TASK = (
+    "Write a high-quality answer for the given question using only the provided search results "
+    "(some of which might be irrelevant).\n\n"
+)
+_QA_QUESTION = "Question: {question}"
+QA = Format(
+    name="qa",
+    templates={
+        DEFAULT: f"{_QA_TASK}{{documents}}\n\n{_QA_QUESTION}\nAnswer:",
+        QUERY_AWARE: f"{_QA_TASK}{_QA_QUESTION}\n\n{{documents}}\n\n{_QA_QUESTION}\nAnswer:",
+    },
+    closed_book=f"{_QA_QUESTION}\nAnswer:",
+    lines=numbered_lines,
+    own_documents=False,
+)
+
+_KV_TASK = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+_KV_KEY, _KV_DATA = 'Key: "{question}"', "JSON data:\n{documents}"
+KV = Format(
+    name="kv",
+    templates={
+        DEFAULT: f"{_KV_TASK}{_KV_DATA}\n\n{_KV_KEY}\nCorresponding value:",
+        QUERY_AWARE: f"{_KV_TASK}{_KV_KEY}\n\n{_KV_DATA}\n\n{_KV_KEY}\nCorresponding value:",
+    },
+    closed_book=None,
+    lines=json_lines,
+    own_documents=True,
+)
