@@ -52,7 +52,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
     template = _template(tokenizer)
     turn = [{"role": "user", "content": PROMPT}]
     try:
-        text = tokenizer.apply_chat_template(turn, template, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"--chat: expected a chat template that renders a user's turn, got {what}") from None
@@ -72,7 +72,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _space_before_reply(tokenizer: PreTrainedTokenizerBase, template: str, turn: list[dict], opening: str) -> str:
     try:
         answered = [*turn, {"role": "assistant", "content": REPLY}]
-        text = tokenizer.apply_chat_template(answered, template, tokenize=False)
+        text = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
     except Exception:  # a template need not take a reply
         return ""
     between = text.partition(REPLY)[0].removeprefix(opening)

@@ -154,11 +154,19 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from .export import export_run
+    from .export import check_new_file, export_run
     from .results import open_run
 
-    rows = export_run(open_run(arguments.folder), Path(arguments.out), arguments.format)
-    print(f"{arguments.out}: {rows} rows")
+    run, out = open_run(arguments.folder), Path(arguments.out)
+    if arguments.format != "lens-json":
+        print(f"{out}: {export_run(run, out, arguments.format)} rows")
+        return 0
+    check_new_file(out)
+    _calm_libraries()
+    from .lens_json import Choice, export_lens_json
+
+    choice = Choice(**{field.name: getattr(arguments, field.name) for field in fields(Choice)})
+    print(f"{out}: {export_lens_json(run, out, choice)}")
     return 0
 
 

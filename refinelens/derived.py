@@ -19,6 +19,7 @@ from .inverted_u import InvertedU
 from .layer_profile import layer_profiles
 from .lock import RunLock
 from .options import check_top
+from .paired import PairedDifference
 from .report import Report, read_report
 from .results import DERIVED, Run
 from .summary import SummaryRow
@@ -30,6 +31,7 @@ def write_outputs(run: Run, report: Report) -> None:
     """Write trajectories, tables and figures."""
     run.write_trajectories(trajectory_tables(run, report.tops))
     _write_csv(run.path / "summary.csv", SummaryRow, report.rows)
+    _write_csv(run.path / "paired.csv", PairedDifference, report.differences)
     _write_csv(run.path / "inverted_u.csv", InvertedU, report.tests)
     closed_book = all(row.documents == CLOSED_BOOK for row in report.rows)
     profiles = layer_profiles(run, report.lenses, report.manifest["arguments"]["answer_tokens"], closed_book)

@@ -51,10 +51,7 @@ def export_run(run: Run, path: Path, kind: str) -> int:
     Raises:
         InputError: The file is there, cannot be written, or the run is damaged.
     """
-    if path.exists():
-        raise InputError(f"--out {path}: expected a new file, got one that is there; choose another")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--out {path}: expected a file in a folder that is there")
+    check_new_file(path)
     rows = 0
 
     def write(temporary: Path) -> None:
@@ -66,6 +63,18 @@ def export_run(run: Run, path: Path, kind: str) -> int:
 
     write_whole(path, write)
     return rows
+
+
+def check_new_file(path: Path) -> None:
+    """Refuse to write over a file, or into no folder.
+
+    Raises:
+        InputError: Says which.
+    """
+    if path.exists():
+        raise InputError(f"--out {path}: expected a new file, got one that is there; choose another")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: expected a file in a folder that is there")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from .backends import choose_backend
 from .chat import render_chat, template_hash
 from .conditions import CLOSED_BOOK
+from .contexts import ContextBuilder
 from .errors import InputError
 from .formats import KV
 from .kv import generate_task
@@ -78,9 +79,13 @@ class SweepInputs:
         counts = {"n_questions": len(self.questions), "questions_per_part": questions_per_part, "workers": workers}
         return make_manifest(self.options.arguments(), argv, *things, **counts)
 
+    def builder(self) -> ContextBuilder:
+        """What builds contexts."""
+        return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
+
     def predictor(self) -> Predictor:
         """What asks the questions."""
-        return Predictor(self.options, self.task, self.template, self.loaded, self.logit_lens, self.lenses)
+        return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, Outcome]]:
         """Ask the questions at these places one after another, each with its outcome, until ``stopped``."""

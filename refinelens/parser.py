@@ -152,10 +152,24 @@ def _add_fit(commands) -> None:
 
 
 def _add_export(commands) -> None:
-    export = commands.add_parser("export", help="write a run's predictions for other programs, a row for every layer")
-    export.add_argument("folder", metavar="RUN", help="folder of a run")
-    export.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="csv", help="(default: %(default)s)")
-    export.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    export = commands.add_parser(
+        "export",
+        help="write a run's predictions for other programs",
+        description="csv, jsonl and parquet: all predictions, a row for every layer. lens-json: one context for "
+        "logit-lens widgets (version 2 of their format), for which the model runs again.",
+    )
+    add = export.add_argument
+    add("folder", metavar="RUN", help="folder of a run")
+    add("--format", choices=("csv", "jsonl", "parquet", "lens-json"), default="csv", help="(default: %(default)s)")
+    add("--out", required=True, metavar="FILE", help="the file to write")
+    context = export.add_argument_group("of lens-json (default: the first of each that the run has)")
+    add = context.add_argument
+    add("--question", type=int, metavar="ID", help="line of the task file, from 0")
+    add("--documents", type=int, metavar="N", help="context size")
+    add("--gold-position", type=int, metavar="P", help="0-based")
+    add("--lens", metavar="NAME", help="plain, or the name of a lens")
+    add("--tokens", type=int, default=32, metavar="N", help="the last ones of the context (default: %(default)s)")
+    add("--k", type=int, default=5, metavar="K", help="most likely tokens of every layer (default: %(default)s)")
 
 
 def _add_bench(commands) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 
 import pyarrow as pa
 import torch
 from transformers import Cache, DynamicCache
 
-from .alias import Alias, alias_score, best_alias, first_alias
-from .conditions import CLOSED_BOOK, condition_name, gold_positions
+from .contexts import ContextBuilder
 from .errors import FaultError, InputError
 from .generate import Generation, Generator, check_cache
 from .lens_files import Lens
@@ -20,16 +19,13 @@ from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
-from .prompts import Context, Template, build_context
+from .prompts import Context
 from .question import Question
 from .results import PREDICTIONS, Outcome
 from .scoring import best_subspan_em
-from .task import DistractorSource, Task
 
 COUNTS = ("contexts", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
-CONTEXT_TOO_LONG = "a context longer than the model's positions"
-TOO_FEW_DISTRACTORS = "too few passages without an answer"
 
 
 class Predictor:
@@ -38,8 +34,7 @@ class Predictor:
     def __init__(
         self,
         options: SweepOptions,
-        task: Task,
-        template: Template,
+        builder: ContextBuilder,
         loaded: LoadedModel,
         logit_lens: LogitLens,
         lenses: list[Lens],
@@ -48,7 +43,6 @@ class Predictor:
         self.counts: Counter[str] = Counter()  # of the question that is asked
         self.reuse = choose_reuse(options, logit_lens)
         self.left_out: dict[str, list[int]] = {}  # reason: question ids, of the question that is asked
-        self._template = template
         self._loaded = loaded
         self._logit_lens = logit_lens
         self._lenses = lenses
@@ -57,7 +51,7 @@ class Predictor:
         # Whether the pass that the lens reads keeps a cache for generation to go on from.
         self._cached = bool(options.generate) and (self.reuse.used or check_cache(logit_lens).used)
         self._proven = False  # a real context that branched off was compared with itself run whole
-        self._distractors = DistractorSource(task, options.seed)
+        self._builder = builder
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
 
     def ask(self, question: Question) -> Outcome:
@@ -68,7 +62,6 @@ class Predictor:
             OSError: A file could not be used.
         """
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
-        self.left_out = {}
         try:
             rows = pa.Table.from_pylist(self.rows(question), schema=PREDICTIONS)
         except (InputError, FaultError, OSError):
@@ -79,10 +72,11 @@ class Predictor:
 
     def rows(self, question: Question) -> list[dict]:
         """Prediction rows of one question."""
-        alias = self._alias(question)
-        contexts = [c for size in self.options.documents for c in self._contexts(question, size, alias.index)]
-        self.counts["contexts"] += len(contexts)
-        return [row | {"alias": alias.index, "alias_why": alias.why} for row in self._ask(contexts)]
+        found = self._builder.build(question)
+        self.counts.update(contexts=len(found.contexts), tokens_computed=found.n_tokens)
+        self.left_out = found.left_out
+        alias = {"alias": found.alias.index, "alias_why": found.alias.why}
+        return [row | alias for row in self._ask(found.contexts)]
 
     def _ask(self, contexts: list[Context]) -> list[dict]:
         """Rows of contexts of one question, in their order."""
@@ -91,45 +85,6 @@ class Predictor:
         self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
         rows = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
         return [row for index in sorted(rows) for row in rows[index]]
-
-    def _alias(self, question: Question) -> Alias:
-        """The answer that is the target at every context size and gold position, so that they can be compared."""
-        if self.options.alias == "first" or len(question.answers) == 1:
-            return first_alias(question)
-        build = partial(build_context, self._loaded.tokenizer, self._template, question, [], 0)
-        contexts = [build(alias) for alias in range(len(question.answers))]
-        if self._any_too_long(contexts):
-            return Alias(0, f"first: {CONTEXT_TOO_LONG}")
-        self.counts["tokens_computed"] += sum(len(context.input_ids) for context in contexts)
-        return best_alias([self._score(context) for context in contexts])
-
-    def _score(self, context: Context) -> float:
-        try:
-            return alias_score(self._logit_lens, context)
-        except InputError as error:
-            raise _name_context(context, error) from None
-
-    def _contexts(self, question: Question, size: int, alias: int) -> list[Context]:
-        """All gold positions of a context size, or none: a sweep is paired."""
-        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
-        if distractors is None:
-            self._leave_out(question, size, TOO_FEW_DISTRACTORS)
-            return []
-        contexts = [
-            build_context(self._loaded.tokenizer, self._template, question, distractors, position, alias)
-            for position in gold_positions(self.options.gold_positions, size)
-        ]
-        if self._any_too_long(contexts):
-            self._leave_out(question, size, CONTEXT_TOO_LONG)
-            return []
-        return contexts
-
-    def _any_too_long(self, contexts: list[Context]) -> bool:
-        limit = self._loaded.max_tokens
-        return limit is not None and any(len(context.input_ids) > limit for context in contexts)
-
-    def _leave_out(self, question: Question, size: int, reason: str) -> None:
-        self.left_out.setdefault(f"{condition_name(size)}: {reason}", []).append(question.id)
 
     def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
         if not contexts:
@@ -270,9 +225,7 @@ def _name_context(context: Context, error: Exception) -> FaultError:
             f"--device: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
             "fewer documents, a smaller model or --dtype bfloat16"
         )
-    where = f"question {context.question.id}, {condition_name(context.n_documents)}"
-    where += f", gold position {context.gold_position}" if context.n_documents else ""
-    return FaultError(f"{where}: {what}")
+    return FaultError(f"{context.where}: {what}")
 
 
 def _pad(values, length: int, value: int) -> list[int]:

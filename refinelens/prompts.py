@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .answer_tokens import joint, token_span, tokenise
 from .chat import Chat
-from .conditions import NO_POSITION
+from .conditions import NO_POSITION, condition_name
 from .errors import InputError
 from .formats import DEFAULT, QA, Format
 from .question import Document, Question
@@ -66,6 +66,12 @@ class Context:
             raise ValueError(
                 f"input_ids: expected {self.prompt_length + len(self.answer_ids) - 1} ids, got {len(self.input_ids)}"
             )
+
+    @property
+    def where(self) -> str:
+        """The context in words."""
+        position = f", gold position {self.gold_position}" if self.n_documents else ""
+        return f"question {self.question.id}, {condition_name(self.n_documents)}{position}"
 
     @property
     def positions(self) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .caution import Caution, find_cautions
 from .errors import InputError
 from .inverted_u import InvertedU, inverted_u_tests
+from .paired import PairedDifference, paired_differences
 from .results import Run
 from .summary import SummaryRow, summarise
 from .trajectory_table import choose_tokens, read_trajectories
@@ -18,6 +19,7 @@ class Report:
 
     manifest: dict
     rows: list[SummaryRow]
+    differences: list[PairedDifference]
     tests: list[InvertedU]
     cautions: list[Caution]
 
@@ -66,4 +68,5 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     cautions = find_cautions(table, lenses, tops, n_layers)
     blind = {(caution.lens, caution.top) for caution in cautions}
     tests = inverted_u_tests(table, lenses, tops, blind, seed)
-    return Report(manifest, summarise(table, lenses, tops, n_layers, seed), tests, cautions)
+    rows = summarise(table, lenses, tops, n_layers, seed, manifest["counts"]["left_out"])
+    return Report(manifest, rows, paired_differences(table, lenses, tops, seed), tests, cautions)

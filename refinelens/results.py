@@ -18,7 +18,7 @@ from .lock import LOCK
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
-TABLES = ("trajectories.parquet", "summary.csv", "inverted_u.csv")
+TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 OUTPUTS = (MANIFEST, "predictions", *DERIVED, LOCK)

@@ -39,6 +39,12 @@ class Terms:
             )
 
     @property
+    def options(self) -> SweepOptions:
+        """The options that the run was made with."""
+        values = self.manifest["arguments"].items()
+        return SweepOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+
+    @property
     def chat(self) -> Chat:
         """The text around the prompts of a run that has one."""
         return Chat(**self.manifest["chat"])
@@ -75,12 +81,6 @@ class Unfinished:
     def is_finished(self) -> bool:
         """Whether there is nothing left to ask."""
         return self.manifest["status"] == "finished" and not self.damaged
-
-    @property
-    def options(self) -> SweepOptions:
-        """The options that the run was made with."""
-        values = self.manifest["arguments"].items()
-        return SweepOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
     @property
     def terms(self) -> Terms:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from .bootstrap import Estimate, mean_estimates, median_estimate
+from .conditions import condition_name
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class SummaryRow:
     mean_first_correct: Estimate
     mean_settle: Estimate
     mean_largest_gain: Estimate  # layer of the largest rank improvement
+    left_out: int  # questions that could not be asked at this context size
+    left_out_why: str  # how many of them for each reason
 
 
 Cell = dict[str, np.ndarray]
@@ -65,7 +68,12 @@ def reading_cells(
 
 
 def summarise(
-    table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...], n_layers: int, seed: int = 0
+    table: pa.Table,
+    lenses: tuple[str, ...],
+    tops: tuple[int, ...],
+    n_layers: int,
+    seed: int = 0,
+    left_out: dict[str, list[int]] | None = None,
 ) -> list[SummaryRow]:
     """Statistics per lens, threshold, context size and gold position, with bootstrap intervals over questions.
 
@@ -75,9 +83,14 @@ def summarise(
         tops: Thresholds, in the order of the rows.
         n_layers: The layer of the output.
         seed: Seed of the bootstrap.
+        left_out: Of the manifest: ids of questions by context size and reason.
     """
     return [
-        SummaryRow(lens, top, documents, position, **_statistics(_only(cell, inside), n_layers, seed))
+        SummaryRow(
+            *(lens, top, documents, position),
+            **_statistics(_only(cell, inside), n_layers, seed),
+            **_left_out(left_out or {}, documents),
+        )
         for lens, top, documents, cell in reading_cells(table, lenses, tops)
         for position in np.unique(cell["gold_position"]).tolist()
         for inside in [cell["gold_position"] == position]
@@ -119,6 +132,13 @@ def _statistics(cell: Cell, n_layers: int, seed: int) -> dict:
     histogram = np.zeros((len(ids), n_layers + 1))
     np.add.at(histogram, (owner[settled], depth[settled].astype(int)), 1)
     return {"n": len(ids), **dict(zip(values, means, strict=True)), "median_depth": median_estimate(histogram, seed)}
+
+
+def _left_out(left_out: dict[str, list[int]], documents: int) -> dict:
+    size = f"{condition_name(documents)}: "
+    reasons = {key.removeprefix(size): len(ids) for key, ids in left_out.items() if key.startswith(size)}
+    words = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return {"left_out": sum(reasons.values()), "left_out_why": words}
 
 
 def _by_question(values: np.ndarray, owner: np.ndarray) -> np.ndarray:

@@ -92,13 +92,13 @@ def resume_sweep(
     open_run(path)
     with StopSignals() as signals, RunLock(path):
         unfinished = Unfinished.read(path)
-        run, options = unfinished.run, unfinished.options
+        run, terms = unfinished.run, unfinished.terms
         for line in unfinished.damaged:
             warn(line)
-        asker = SweepInputs.load(options, unfinished.terms)
+        asker = SweepInputs.load(terms.options, terms)
         manifest = unfinished.goes_on(resumed_entry(argv, asker.loaded.model.device.type, workers))
         if workers > 1:
-            asker = Workers(options, Terms(run.path, manifest), workers, warn)
+            asker = Workers(terms.options, Terms(run.path, manifest), workers, warn)
         return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -12,6 +13,7 @@ from rich.table import Table
 from .bootstrap import Estimate
 from .caution import caution_lines
 from .conditions import NO_POSITION
+from .paired import paired_line
 from .report import Report
 from .summary import SummaryRow
 
@@ -42,7 +44,8 @@ def print_table(console: Console, report: Report) -> None:
         cells = _cells(row)
         table.add_row(*map(_escape, leading), *(cells[heading] for heading in headings), end_section=end)
     console.print(table)
-    lines = [*notes(report.manifest), *inverted_u_lines(report), *caution_lines(report.cautions, report.manifest)]
+    lines = [*notes(report.manifest), *paired_lines(report), *inverted_u_lines(report)]
+    lines += caution_lines(report.cautions, report.manifest)
     for line in lines:
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
@@ -101,6 +104,14 @@ def notes(manifest: dict) -> list[str]:
             "goes on with it."
         )
     return lines
+
+
+def paired_lines(report: Report) -> list[str]:
+    """A line per context size on the accuracy of the first answer token, which no lens or threshold changes."""
+    reading = (report.lenses[0], report.tops[0])
+    chosen = [d for d in report.differences if (d.lens, d.top) == reading]
+    lines = [paired_line(list(group)) for _, group in groupby(chosen, key=lambda d: d.documents)]
+    return [*lines, "Paired over questions; all pairs, also of depth, in paired.csv."] if lines else []
 
 
 def inverted_u_lines(report: Report) -> list[str]:

@@ -10,13 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from lens_folders import N_LAYERS, random_translators, save_linear, save_model, save_tuned, tiny
 from refinelens.errors import InputError
+from refinelens.inputs import SweepInputs
 from refinelens.lens_files import fit_to_model, load_lens, load_lenses
 from refinelens.logit_lens import LogitLens
 from refinelens.models import load_model
 from refinelens.options import SweepOptions
-from refinelens.predict import Predictor
-from refinelens.prompts import DEFAULT_TEMPLATE
-from refinelens.task import load_task
 from refinelens.translators import Translators
 
 
@@ -62,10 +60,8 @@ def test_every_lens_reads_the_same_forward_pass(model_folder, whole, tmp_path, q
     """Up to the rows of one question: each lens its own, the output the same through all."""
     tuned = save_tuned(tmp_path / "tuned")
     options = SweepOptions(str(model_folder), str(question_file), (2,), device="cpu", lens=("plain", whole, tuned))
-    task, loaded = load_task(options.task), load_model(options.model, "cpu")
-    logit_lens = LogitLens.from_model(loaded.model)
-    lenses = [fit_to_model(lens, loaded, logit_lens) for lens in load_lenses(options.lens)]
-    rows = Predictor(options, task, DEFAULT_TEMPLATE, loaded, logit_lens, lenses).rows(task.questions[0])
+    inputs = SweepInputs.load(options)
+    rows = inputs.predictor().rows(inputs.questions[0])
     assert {row["lens"] for row in rows} == {"plain", "whole", "tuned"}
     assert len({tuple(row["entropy"]) for row in rows if row["gold_position"] == 0}) == 2, "whole and tuned are equal"
     assert len({row["entropy"][-1] for row in rows if row["gold_position"] == 0}) == 1

@@ -100,7 +100,7 @@ def assert_lacks_nothing(path, whole):
     assert rows_of(run) == rows_of(whole)
     assert run.manifest["status"] == "finished"
     assert run.manifest["parts"] == whole.manifest["parts"] and run.manifest["counts"] == whole.manifest["counts"]
-    for name in ("summary.csv", "inverted_u.csv", "trajectories.parquet"):
+    for name in ("summary.csv", "paired.csv", "inverted_u.csv", "trajectories.parquet"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     ours, names = ({path.relative_to(r.path) for path in r.path.rglob("*")} for r in (run, whole))
     assert ours == names

@@ -23,7 +23,7 @@ from refinelens.task import DistractorSource, load_task
 from refinelens.trajectory_table import choose_tokens, read_trajectories
 from tiny import save_tiny_lens, save_tiny_model
 
-TABLES = {"trajectories.parquet", "summary.csv", "inverted_u.csv"}
+TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
 OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
 KEYS = [name for name, _ in results.KEYS]
 

@@ -72,7 +72,7 @@ def assert_same(path, whole):
     assert run.manifest["status"] == "finished"
     assert run.manifest["parts"] == whole.manifest["parts"] and run.manifest["counts"] == whole.manifest["counts"]
     assert run.manifest["prefix_reuse"]["used"] == whole.manifest["prefix_reuse"]["used"]
-    for name in ("trajectories.parquet", "summary.csv", "inverted_u.csv"):
+    for name in ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 

@@ -1,0 +1,145 @@
+"""One context of a run for logit-lens widgets in a browser: their JSON format, version 2.
+
+The format is that of github.com/davidbau/logitlenskit (docs/DATA_FORMAT.md): ``meta``, ``layers``, ``input`` (texts of
+the tokens shown), ``tracked`` (per token the probabilities, layer by layer, of all that comes up in its column),
+``topk`` (per layer and token the most likely next tokens). A run stores the most likely token alone, so the model runs
+again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .durable import write_whole
+from .errors import InputError
+from .inputs import SweepInputs
+from .lens_files import Lens
+from .logit_lens import LogitLens
+from .manifest import now
+from .prompts import Context
+from .results import Run
+from .resume import Terms
+from .top_k import lens_top_k
+
+Thing = TypeVar("Thing")
+
+DIGITS = 5  # of a probability
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which context of a run, through which lens, and how much of it; None for the first that the run has."""
+
+    question: int | None = None  # id
+    documents: int | None = None
+    gold_position: int | None = None
+    lens: str | None = None
+    tokens: int = 32  # the last ones of the context
+    k: int = 5  # tokens of `topk`
+
+    def __post_init__(self):
+        for name, value in (("--tokens", self.tokens), ("--k", self.k)):
+            if value < 1:
+                raise InputError(f"{name}: expected 1 or more, got {value}")
+
+
+def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
+    """Run the model on one context of a run again and write what a widget shows; says in words which context.
+
+    Raises:
+        InputError: No such context or lens in the run, or a model, task or lens that is no longer the run's.
+    """
+    terms = Terms(run.path, run.manifest)
+    inputs = SweepInputs.load(terms.options, terms)
+    lens = _pick("--lens", inputs.lenses, lambda lens: lens.name, choice.lens)
+    context = _choose_context(inputs, choice)
+    tokenizer = inputs.loaded.tokenizer
+    data = {
+        "meta": {"version": 2, "timestamp": now(), "model": inputs.loaded.name},
+        **widget(inputs.logit_lens, lens, context, choice.tokens, choice.k, lambda id: tokenizer.decode([id])),
+    }
+    text = json.dumps(data, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return f"{context.where}, {lens.name}: {len(data['input'])} tokens x {len(data['layers'])} layers"
+
+
+def widget(
+    logit_lens: LogitLens, lens: Lens, context: Context, n_tokens: int, k: int, text: Callable[[int], str]
+) -> dict:
+    """``layers``, ``input``, ``tracked`` and ``topk`` of the last tokens of a context.
+
+    Args:
+        logit_lens: The model.
+        lens: What reads the layers before the output.
+        context: Prompt and answer; the answer's tokens and what follows the shown ones are tracked too.
+        n_tokens: How many tokens are shown.
+        k: How many next tokens stand in ``topk``.
+        text: The text of a token id.
+    """
+    ids = context.input_ids
+    positions = torch.arange(max(0, len(ids) - n_tokens), len(ids))
+    following = [*ids, context.answer_ids[-1]][int(positions[0]) + 1 :]
+    states = logit_lens.hidden(torch.tensor([ids]), positions)[:, 0]  # [n_layers + 1, token, d_model]
+    states = states if lens.translators is None else lens.translators(states)
+    parts = logit_lens.parts
+    projected, norm = parts.project(states)
+    operands = (norm, parts.bias, parts.softcap, parts.logit_scale)
+    top = lens_top_k(projected, parts.unembedding, min(k, len(parts.unembedding)), *operands).ids.cpu()
+    logsumexp = logit_lens.stats(states).logsumexp
+    columns = []
+    for place, next_id in enumerate(following):
+        seen = torch.cat([top[:, place].flatten(), torch.tensor([next_id])]).unique()
+        logits = _logits(logit_lens, states[:, place], seen)
+        columns.append((seen.tolist(), (logits - logsumexp[:, place, None]).exp().T.tolist()))
+    names = [_names(seen, text) for seen, _ in columns]
+    return {
+        "layers": list(range(logit_lens.n_layers + 1)),
+        "input": [text(ids[position]) for position in positions.tolist()],
+        "tracked": [
+            {own[id]: [round(p, DIGITS) for p in curve] for id, curve in zip(seen, curves, strict=True)}
+            for own, (seen, curves) in zip(names, columns, strict=True)
+        ],
+        "topk": [[[own[id] for id in cell] for own, cell in zip(names, row, strict=True)] for row in top.tolist()],
+    }
+
+
+def _logits(logit_lens: LogitLens, states: Tensor, ids: Tensor) -> Tensor:
+    """``[rows, ids]`` of a few tokens in fp32."""
+    parts = logit_lens.parts
+    ids = ids.to(parts.unembedding.device)
+    bias = None if parts.bias is None else parts.bias[ids]
+    return replace(parts, unembedding=parts.unembedding[ids], bias=bias).logits(states)
+
+
+def _names(ids: list[int], text: Callable[[int], str]) -> dict[int, str]:
+    """The text of each id, with the id where two have the same, as parts of one character do."""
+    texts = {id: text(id) for id in ids}
+    count = Counter(texts.values())
+    return {id: name if count[name] == 1 else f"{name} #{id}" for id, name in texts.items()}
+
+
+def _choose_context(inputs: SweepInputs, choice: Choice) -> Context:
+    question = _pick("--question", inputs.questions, lambda question: question.id, choice.question)
+    contexts = inputs.builder().build(question).contexts
+    if not contexts:
+        raise InputError(f"--question {question.id}: expected a question that the run could ask, got one left out")
+    chosen = _pick("--documents", contexts, lambda context: context.n_documents, choice.documents)
+    contexts = [context for context in contexts if context.n_documents == chosen.n_documents]
+    return _pick("--gold-position", contexts, lambda context: context.gold_position, choice.gold_position)
+
+
+def _pick(option: str, things: list[Thing], value: Callable[[Thing], object], wanted: object) -> Thing:
+    """The first thing of the wanted value, or the first of all where none is wanted."""
+    found = next((thing for thing in things if wanted is None or value(thing) == wanted), None)
+    if found is None:
+        there = ", ".join(dict.fromkeys(str(value(thing)) for thing in things[:20]))
+        raise InputError(f"{option}: expected one that the run has, such as {there}, got {wanted}")
+    return found
