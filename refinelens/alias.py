@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from .logit_lens import LogitLens
 from .prompts import Context
-from .question import Question
-
-
-@dataclass(frozen=True)
-class Alias:
-    """An answer of a question, and why it was taken."""
-
-    index: int  # 0-based place among the answers
-    why: str
+from .question import Alias, Question
 
 
 def first_alias(question: Question) -> Alias:

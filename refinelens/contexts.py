@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from .alias import Alias, alias_score, best_alias, first_alias
+from .alias import alias_score, best_alias, first_alias
 from .conditions import CLOSED_BOOK, condition_name, gold_positions
 from .errors import FaultError, InputError
 from .logit_lens import LogitLens
 from .models import LoadedModel
 from .options import SweepOptions
 from .prompts import Context, Template, build_context
-from .question import Question
+from .question import Alias, Question
 from .task import DistractorSource, Task
 
 CONTEXT_TOO_LONG = "a context longer than the model's positions"

@@ -9,6 +9,7 @@ from .errors import InputError
 from .formats import DEFAULT
 
 ALIASES = ("first", "best")
+POSITIONS = ("answer", "all")
 REUSE_PREFIX = ("auto", "on", "off")
 
 
@@ -22,7 +23,8 @@ class SweepOptions:
     gold_positions: str = "all"
     examples: int | None = None  # questions drawn; None for all
     target: str = "answer"
-    answer_tokens: str = "first"
+    positions: str = "answer"  # that are read: those that an answer token follows, or all of the context
+    answer_tokens: str = "first"  # that tables are about
     generate: int = 0  # tokens at most; 0 for none
     top: tuple[int, ...] = (1,)  # correct means rank 1 to k, for each of these
     lens: tuple[str, ...] = ("plain",)  # plain or folders of lenses, all read from the same forward passes
@@ -54,6 +56,10 @@ class SweepOptions:
             raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
         if self.reuse_prefix not in REUSE_PREFIX:
             raise InputError(f"--reuse-prefix: expected {', '.join(REUSE_PREFIX)}, got {self.reuse_prefix!r}")
+        if self.positions not in POSITIONS:
+            raise InputError(f"--positions: expected {', '.join(POSITIONS)}, got {self.positions!r}")
+        if self.reuse_prefix == "on" and self.positions == "all":
+            raise InputError("--reuse-prefix on: expected --positions answer, got all, which runs every token")
         if self.reuse_prefix == "on" and self.batch_size not in ("auto", "1"):
             raise InputError(f"--reuse-prefix on: expected --batch-size auto or 1, got {self.batch_size}")
 

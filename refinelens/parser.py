@@ -81,6 +81,7 @@ def _add_sweep(commands) -> None:
     add("--gold-positions", default="all", help="all, ends-middle or 0-based positions 0,4,9 (default: %(default)s)")
     add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv 100)")
     add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
+    add("--positions", choices=("answer", "all"), default="answer", help="tokens that are read (default: %(default)s)")
     add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
     add("--generate", type=int, default=0, metavar="N", help="also write up to N tokens and score them (default: none)")
     add("--top", default="1", metavar="K[,K]", help="correct means rank 1 to K, for each K (default: %(default)s)")

@@ -19,12 +19,13 @@ from .logit_lens import LayerReading, LogitLens
 from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
-from .prompts import Context
-from .question import Question
+from .prompts import Context, Span
+from .question import Alias, Question
 from .results import PREDICTIONS, Outcome
-from .scoring import best_subspan_em
+from .rows import ContextReading, prediction_table
 
-COUNTS = ("contexts", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
+COUNTS = ("contexts", "positions_read", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
+SPANS = {"answer": "answer_span", "all": "whole_span"}
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 
 
@@ -46,6 +47,7 @@ class Predictor:
         self._loaded = loaded
         self._logit_lens = logit_lens
         self._lenses = lenses
+        self._alias: Alias | None = None  # that is the target of the question that is asked
         self._branches: Branches | None = None  # of the question that is asked, while its contexts branch off
         self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
         # Whether the pass that the lens reads keeps a cache for generation to go on from.
@@ -63,28 +65,27 @@ class Predictor:
         """
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         try:
-            rows = pa.Table.from_pylist(self.rows(question), schema=PREDICTIONS)
+            rows = self.rows(question)
         except (InputError, FaultError, OSError):
             raise
         except Exception as error:
             raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
         return Outcome(rows, dict(self.counts), self.left_out, {"prefix_reuse": asdict(self.reuse)})
 
-    def rows(self, question: Question) -> list[dict]:
+    def rows(self, question: Question) -> pa.Table:
         """Prediction rows of one question."""
         found = self._builder.build(question)
         self.counts.update(contexts=len(found.contexts), tokens_computed=found.n_tokens)
-        self.left_out = found.left_out
-        alias = {"alias": found.alias.index, "alias_why": found.alias.why}
-        return [row | alias for row in self._ask(found.contexts)]
+        self.left_out, self._alias = found.left_out, found.alias
+        return pa.concat_tables([PREDICTIONS.empty_table(), *self._ask(found.contexts)])
 
-    def _ask(self, contexts: list[Context]) -> list[dict]:
+    def _ask(self, contexts: list[Context]) -> list[pa.Table]:
         """Rows of contexts of one question, in their order."""
         if not self.reuse.used:
-            return [row for batch in self._batches(contexts) for row in self._run(batch)]
+            return [table for batch in self._batches(contexts) for table in self._run(batch)]
         self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
-        rows = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
-        return [row for index in sorted(rows) for row in rows[index]]
+        tables = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
+        return [table for index in sorted(tables) for table in tables[index]]
 
     def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
         if not contexts:
@@ -93,14 +94,16 @@ class Predictor:
             size = int(self.options.batch_size)
         elif self._loaded.model.device.type == "cpu":
             size = 1  # several contexts at a time bring nothing on a CPU
+        elif self.options.positions == "all":
+            size = 1  # all states of a context are held at a time
         else:
             size = max(1, TOKENS_PER_BATCH // max(len(c.input_ids) for c in contexts))
         for start in range(0, len(contexts), size):
             yield contexts[start : start + size]
 
-    def _run(self, batch: list[Context]) -> list[dict]:
+    def _run(self, batch: list[Context]) -> list[pa.Table]:
         try:
-            readings, targets, generations = self._read(batch)
+            read = self._read(batch)
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
@@ -116,42 +119,46 @@ class Predictor:
         saved = 0 if self._branches is None else self._branches.shared
         self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
         self.counts["tokens_saved"] += saved
-        self.counts["lens_rows"] += sum(reading.kl.numel() for reading in readings.values())
-        self.counts["tokens_generated"] += sum(text.n_tokens for text in generations if text)
-        return [
-            row
-            for index, (context, generation) in enumerate(zip(batch, generations, strict=True))
-            for name, reading in readings.items()
-            for row in self._rows(context, index, name, reading, targets, generation)
-        ]
+        for reading in read:
+            self.counts["positions_read"] += len(reading.span.positions)
+            self.counts["lens_rows"] += sum(lens.kl.numel() for lens in reading.readings.values())
+            self.counts["tokens_generated"] += reading.generation.n_tokens if reading.generation else 0
+        return [prediction_table(reading, self._text) for reading in read]
 
-    def _read(
-        self, batch: list[Context]
-    ) -> tuple[dict[str, LayerReading], torch.Tensor, list[Generation] | list[None]]:
-        """Per lens ``[n_layers + 1, batch, answer tokens]``, targets ``[batch, answer tokens]``, on the CPU; texts.
-
-        Contexts are padded on the right, and answers by repeating their last token; padded rows are not used.
-        """
-        device = self._loaded.model.device
+    def _read(self, batch: list[Context]) -> list[ContextReading]:
+        """Run contexts together, padded on the right, their spans by repeating the last token; padding is not kept."""
+        spans = [getattr(context, SPANS[self.options.positions]) for context in batch]
         n_tokens = max(len(c.input_ids) for c in batch)
-        n_answers = max(len(c.answer_ids) for c in batch)
+        n_read = max(len(span.next_ids) for span in spans)
         ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch])
         mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
-        positions = torch.tensor([_pad(c.positions, n_answers, c.positions[-1]) for c in batch])
-        answers = torch.tensor([_pad(c.answer_ids, n_answers, c.answer_ids[-1]) for c in batch], device=device)
+        positions = torch.tensor([_pad(span.positions, n_read, span.positions[-1]) for span in spans])
         hidden, cache = self._hidden(ids, positions, mask)
-        targets = answers if self.options.target == "answer" else self._logit_lens.stats(hidden[-1]).argmax
+        targets = torch.tensor([_pad(span.next_ids, n_read, span.next_ids[-1]) for span in spans], device=hidden.device)
+        if self.options.target == "prediction":
+            targets = self._logit_lens.stats(hidden[-1]).argmax
         read = self._logit_lens.read
         readings = {lens.name: read(hidden, targets, lens.translators).to("cpu") for lens in self._lenses}
-        return readings, targets.cpu(), self._generate(batch, readings, cache)
+        targets = targets.cpu()
+        generations = self._generate(batch, spans, readings, cache)
+        return [
+            ContextReading(
+                *(context, self._alias, span, targets[index, : len(span.next_ids)]),
+                {name: reading.of(index, len(span.next_ids)) for name, reading in readings.items()},
+                generation,
+            )
+            for index, (context, span, generation) in enumerate(zip(batch, spans, generations, strict=True))
+        ]
 
     def _generate(
-        self, batch: list[Context], readings: dict[str, LayerReading], cache: Cache | None
+        self, batch: list[Context], spans: list[Span], readings: dict[str, LayerReading], cache: Cache | None
     ) -> list[Generation] | list[None]:
         """A text per context, whose first token is read already: at the output every lens is the model's own."""
         if self._generator is None:
             return [None] * len(batch)
-        first_ids = next(iter(readings.values())).stats.argmax[-1, :, 0].tolist()
+        predicted = next(iter(readings.values())).stats.argmax[-1]
+        ends = [c.prompt_length - 1 - span.positions[0] for c, span in zip(batch, spans, strict=True)]
+        first_ids = [int(row[end]) for row, end in zip(predicted, ends, strict=True)]
         return self._generator.generate([c.input_ids[: c.prompt_length] for c in batch], first_ids, cache)
 
     def _hidden(
@@ -176,46 +183,6 @@ class Predictor:
             return branched, self._branches.cache
         self._branches, self._cached = None, False
         return whole, None
-
-    def _rows(
-        self,
-        context: Context,
-        index: int,
-        lens: str,
-        reading: LayerReading,
-        targets: torch.Tensor,
-        generation: Generation | None,
-    ) -> Iterator[dict]:
-        start, end = context.gold_span or (None, None)
-        text = generation and generation.text
-        generated = {
-            "generated": text,
-            "generated_correct": None if text is None else best_subspan_em(text, context.question.answers),
-        }
-        for token, answer_id in enumerate(context.answer_ids):
-            layers = {
-                name: getattr(reading.stats, name)[:, index, token].tolist()
-                for name in ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
-            }
-            target_id = int(targets[index, token])
-            yield {
-                "question_id": context.question.id,
-                "documents": context.n_documents,
-                "gold_position": context.gold_position,
-                "answer_token": token,
-                "lens": lens,
-                "n_tokens": len(context.input_ids),
-                "gold_start": start,
-                "gold_end": end,
-                "answer_id": answer_id,
-                "answer_text": self._text(answer_id),
-                "target_id": target_id,
-                "target_text": self._text(target_id),
-                "argmax_text": [self._text(token_id) for token_id in layers["argmax"]],
-                **generated,
-                **layers,
-                "kl": reading.kl[:, index, token].tolist(),
-            }
 
 
 def _name_context(context: Context, error: Exception) -> FaultError:

@@ -99,6 +99,8 @@ def choose_reuse(options: SweepOptions, lens: LogitLens) -> PrefixReuse:
     choice, batch_size, model = options.reuse_prefix, options.batch_size, lens.model
     if choice == "off":
         return PrefixReuse(False, "--reuse-prefix off")
+    if options.positions == "all":
+        return PrefixReuse(False, "every token is read")
     if choice == "auto" and batch_size not in ("auto", "1"):
         return PrefixReuse(False, f"--batch-size {batch_size}")
     if choice == "auto" and model.device.type != "cpu":

@@ -50,6 +50,14 @@ DEFAULT_TEMPLATE = Template(QA, QA.templates[DEFAULT])
 
 
 @dataclass(frozen=True)
+class Span:
+    """Neighbouring positions of a context, and the token ids that follow each."""
+
+    positions: range
+    next_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Context:
     """One prompt with its answer, as token ids."""
 
@@ -74,9 +82,19 @@ class Context:
         return f"question {self.question.id}, {condition_name(self.n_documents)}{position}"
 
     @property
+    def answer_span(self) -> Span:
+        """The positions that an answer token follows."""
+        return Span(range(self.prompt_length - 1, len(self.input_ids)), self.answer_ids)
+
+    @property
     def positions(self) -> list[int]:
-        """Token positions whose next token is an answer token, one per answer token."""
-        return list(range(self.prompt_length - 1, len(self.input_ids)))
+        """Those of `answer_span`."""
+        return list(self.answer_span.positions)
+
+    @property
+    def whole_span(self) -> Span:
+        """Every position."""
+        return Span(range(len(self.input_ids)), (*self.input_ids[1:], self.answer_ids[-1]))
 
 
 def load_template(name: str, format: Format = QA) -> str:

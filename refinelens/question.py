@@ -24,3 +24,11 @@ class Question:
     group: str  # questions of one group make each other's distractors first; may be empty
     gold: Document
     distractors: tuple[Document, ...]  # the question's own non-gold passages, in file order
+
+
+@dataclass(frozen=True)
+class Alias:
+    """An answer of a question, and why it is the target."""
+
+    index: int  # 0-based place among the answers
+    why: str

@@ -27,7 +27,7 @@ SHAPE = {
     "status": str,
     "seed": int,
     "lenses": [{"name": str, "kind": str}],
-    "arguments": {"model": str, "target": str, "answer_tokens": str, "generate": int, "top": [int]},
+    "arguments": {"model": str, "target": str, "positions": str, "answer_tokens": str, "generate": int, "top": [int]},
     "model": {
         "name": str,
         "n_layers": int,
@@ -41,18 +41,20 @@ SHAPE = {
 }
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
+NO_ANSWER_TOKEN = -1  # of a token of the prompt that another one follows
 KEYS = [
     ("question_id", pa.int64()),  # 0-based line of the task file
     ("documents", pa.int32()),  # documents in the context, the gold one included; 0 closed-book
     ("gold_position", pa.int32()),  # 0-based; -1 closed-book
-    ("answer_token", pa.int32()),  # 0-based token of the answer
+    ("answer_token", pa.int32()),  # 0-based token of the answer that follows; NO_ANSWER_TOKEN before the answer
     ("lens", pa.string()),  # plain, or the name of a lens
 ]
-# One row per question x context size x gold position x answer token x lens; the tokens of an answer stand together, in
-# order. Lists run over layers 0 .. n_layers.
+# One row per question x context size x gold position x lens x token: of the answer or, with --positions all, of the
+# whole context. The tokens of a context stand together, in order. Lists run over layers 0 .. n_layers.
 PREDICTIONS = pa.schema(
     [
         *KEYS,
+        ("position", pa.int32()),  # 0-based place in the context of the token that is read
         ("n_tokens", pa.int32()),  # tokens of the context, answer tokens but the last included
         ("gold_start", pa.int32()),  # tokens of the gold document, end exclusive; null if unknown or there is none
         ("gold_end", pa.int32()),

@@ -11,7 +11,7 @@ import pyarrow as pa
 from .errors import InputError
 from .rank_agreement import kendall_tau_b
 from .results import KEYS, Run
-from .trajectory_table import list_matrix
+from .trajectory_table import choose_tokens, list_matrix
 
 NAMES = [name for name, _ in KEYS]
 
@@ -78,7 +78,7 @@ def paired_ranks(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
 
 def _read(run: Run, number: str) -> tuple[pa.Table, np.ndarray]:
     """Keys with a column of row numbers, because lists cannot be joined, and target ranks by layer."""
-    parts = list(run.parts([*NAMES, "target_rank"]))
+    parts = [choose_tokens(part, "all") for part in run.parts([*NAMES, "target_rank"])]
     if not sum(map(len, parts)):
         raise InputError(f"{run.path}: expected a run with rows, got none; finish its sweep first")
     table = pa.concat_tables(parts)

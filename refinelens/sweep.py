@@ -61,7 +61,7 @@ def run_sweep(
     with StopSignals() as signals, RunLock(out):
         check_overwrite(out, overwrite, options.arguments())
         asker = SweepInputs.load(options)
-        manifest = asker.manifest(argv, workers, QUESTIONS_PER_PART)
+        manifest = asker.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
         if workers > 1:
             asker = Workers(options, Terms(run.path, manifest), workers, warn)  # the model loaded here goes
@@ -188,9 +188,12 @@ def _with_advice(error: InputError | FaultError, recorder: Recorder) -> InputErr
 
 
 def _bytes_needed(options: SweepOptions, manifest: dict) -> int:
-    """Upper estimate, four answer tokens a question: uncompressed, 64 bytes per layer and 512 per prediction, 8 per
-    generated token, and 4 and 64 more per threshold."""
+    """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer and 512
+    per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
-    n_contexts = sum(len(gold_positions(options.gold_positions, size)) for size in options.documents)
-    per_layer, per_row = 64 + 4 * len(options.top), 512 + 8 * options.generate + 64 * len(options.top)
-    return n_questions * n_contexts * 4 * len(options.lens) * ((n_layers + 1) * per_layer + per_row) + (4 << 20)
+    n_contexts = [len(gold_positions(options.gold_positions, size)) for size in options.documents]
+    n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) for size in options.documents]
+    per_row = (n_layers + 1) * 64 + 512 + 8 * options.generate
+    per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
+    per_context = sum(n * (tokens * per_row + per_answer) for n, tokens in zip(n_contexts, n_tokens, strict=True))
+    return n_questions * per_context * len(options.lens) + (4 << 20)

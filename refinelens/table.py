@@ -93,6 +93,9 @@ def notes(manifest: dict) -> list[str]:
             f"{counts['done']} questions, {counts['contexts']} contexts, {counts['lens_rows']} rows of the lens "
             f"in {manifest['seconds']:.0f} s."
         )
+    if arguments["positions"] == "all":
+        rate = f", {counts['positions_read'] / manifest['seconds']:.0f} a second" if manifest["seconds"] else ""
+        lines.append(f"{counts['positions_read']} tokens read{rate}; tables and figures are about the answers.")
     if "tokens_saved" in counts:
         lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
     if arguments["generate"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .results import KEYS, TRAJECTORIES, Run
+from .results import KEYS, NO_ANSWER_TOKEN, TRAJECTORIES, Run
 from .trajectory import NONE, trajectories
 
 COLUMNS = [*(name for name, _ in KEYS), "answer_id", "generated_correct", "argmax", "target_rank", "target_logprob"]
@@ -16,8 +16,9 @@ LISTS = ["logprob_gain"]  # the only column that grows with the layers
 
 
 def trajectory_tables(run: Run, tops: tuple[int, ...]) -> Iterator[pa.Table]:
-    """Trajectories of a run, part by part: one row per prediction and threshold, thresholds side by side."""
+    """Trajectories of answer tokens, part by part: one row per prediction and threshold, thresholds side by side."""
     for part in run.parts(COLUMNS):
+        part = choose_tokens(part, "all")
         tables = _tables(part, tops)
         order = np.arange(len(part) * len(tops)).reshape(len(tops), -1).T.ravel()
         yield pa.concat_tables(tables).combine_chunks().take(order)
@@ -31,7 +32,8 @@ def read_trajectories(run: Run, tops: tuple[int, ...]) -> pa.Table:
 
 def choose_tokens(table: pa.Table, answer_tokens: str) -> pa.Table:
     """The rows a summary is about: of the ``first`` answer token of each question, or of ``all``."""
-    return table.filter(pc.equal(table["answer_token"], 0)) if answer_tokens == "first" else table
+    token = table["answer_token"]
+    return table.filter(pc.equal(token, 0) if answer_tokens == "first" else pc.greater(token, NO_ANSWER_TOKEN))
 
 
 def list_matrix(lists: pa.ChunkedArray) -> np.ndarray:

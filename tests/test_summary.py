@@ -21,7 +21,8 @@ SEEN_EARLY = [9, 0, 3, 0, 0]  # first 1, settle 3
 FIRST_THEN_LOST = [9, 0, 7, 7, 0]  # first 1, settle at the output
 UNSEEN = [9, 9, 9, 9, 0]
 CENSORED = [9, 0, 0, 0, 4]
-ARGUMENTS = {"model": "some/model", "target": "answer", "answer_tokens": "first", "generate": 0, "seed": 0}
+ARGUMENTS = {"model": "some/model", "target": "answer", "positions": "answer", "answer_tokens": "first", "generate": 0}
+ARGUMENTS |= {"seed": 0}
 MODEL = {"name": "some/model", "n_layers": 4, "dtype": "float32", "device": "cpu", "backend": "cpp"}
 PARITY = {"max_difference": 0.0, "tolerance": 1e-4, "logit_range": 10.0}
 
