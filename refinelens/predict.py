@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 import torch
 from transformers import Cache, DynamicCache
 
+from .batching import Batching
 from .contexts import ContextBuilder
 from .errors import FaultError, InputError
 from .generate import Generation, Generator, check_cache
@@ -26,7 +26,6 @@ from .rows import ContextReading, prediction_table
 
 COUNTS = ("contexts", "positions_read", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
 SPANS = {"answer": "answer_span", "all": "whole_span"}
-TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 
 
 class Predictor:
@@ -42,6 +41,7 @@ class Predictor:
     ):
         self.options = options
         self.counts: Counter[str] = Counter()  # of the question that is asked
+        self.warnings: list[str] = []
         self.reuse = choose_reuse(options, logit_lens)
         self.left_out: dict[str, list[int]] = {}  # reason: question ids, of the question that is asked
         self._loaded = loaded
@@ -54,6 +54,7 @@ class Predictor:
         self._cached = bool(options.generate) and (self.reuse.used or check_cache(logit_lens).used)
         self._proven = False  # a real context that branched off was compared with itself run whole
         self._builder = builder
+        self._batching = Batching(options, loaded.model.device.type)
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
 
     def ask(self, question: Question) -> Outcome:
@@ -63,14 +64,15 @@ class Predictor:
             FaultError: Names the question, whatever went wrong.
             OSError: A file could not be used.
         """
-        self.counts = Counter(dict.fromkeys(COUNTS, 0))
+        self.counts, self.warnings = Counter(dict.fromkeys(COUNTS, 0)), []
         try:
             rows = self.rows(question)
         except (InputError, FaultError, OSError):
             raise
         except Exception as error:
             raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
-        return Outcome(rows, dict(self.counts), self.left_out, {"prefix_reuse": asdict(self.reuse)})
+        notes = {"prefix_reuse": asdict(self.reuse), "contexts_at_a_time_at_most": self._batching.at_most}
+        return Outcome(rows, dict(self.counts), self.left_out, notes, tuple(self.warnings))
 
     def rows(self, question: Question) -> pa.Table:
         """Prediction rows of one question."""
@@ -82,24 +84,10 @@ class Predictor:
     def _ask(self, contexts: list[Context]) -> list[pa.Table]:
         """Rows of contexts of one question, in their order."""
         if not self.reuse.used:
-            return [table for batch in self._batches(contexts) for table in self._run(batch)]
+            return [table for batch in self._batching.split(contexts) for table in self._run(batch)]
         self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
         tables = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
         return [table for index in sorted(tables) for table in tables[index]]
-
-    def _batches(self, contexts: list[Context]) -> Iterator[list[Context]]:
-        if not contexts:
-            return
-        if self.options.batch_size != "auto":
-            size = int(self.options.batch_size)
-        elif self._loaded.model.device.type == "cpu":
-            size = 1  # several contexts at a time bring nothing on a CPU
-        elif self.options.positions == "all":
-            size = 1  # all states of a context are held at a time
-        else:
-            size = max(1, TOKENS_PER_BATCH // max(len(c.input_ids) for c in contexts))
-        for start in range(0, len(contexts), size):
-            yield contexts[start : start + size]
 
     def _run(self, batch: list[Context]) -> list[pa.Table]:
         try:
@@ -113,9 +101,12 @@ class Predictor:
                 return self._run(batch)
             if len(batch) == 1:
                 raise _name_context(batch[0], error) from None
-            # Half of the batch may fit; and of several contexts the one at fault is found and named.
-            half = len(batch) // 2
-            return self._run(batch[:half]) + self._run(batch[half:])
+            if isinstance(error, InputError):  # the one at fault is found and named
+                parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+            else:
+                self.warnings.append(self._batching.shrink(batch))
+                parts = self._batching.split(batch)
+            return [table for part in parts for table in self._run(part)]
         saved = 0 if self._branches is None else self._branches.shared
         self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
         self.counts["tokens_saved"] += saved

@@ -113,7 +113,8 @@ class Outcome:
     rows: pa.Table  # of PREDICTIONS
     counts: dict[str, int]  # see Part
     left_out: dict[str, list[int]]
-    notes: dict[str, dict]  # entries for the manifest, such as whether prefixes were shared and why
+    notes: dict[str, object]  # entries for the manifest, such as whether prefixes were shared and why
+    warnings: tuple[str, ...]  # lines to be said: what went wrong and was put right
 
 
 @dataclass(frozen=True)

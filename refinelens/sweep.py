@@ -65,7 +65,7 @@ def run_sweep(
         check_disk(out, _bytes_needed(options, manifest))
         if workers > 1:
             asker = Workers(options, Terms(run.path, manifest), workers, warn)  # the model loaded here goes
-        return _ask(asker, _begin(run, manifest), signals, report, summary)
+        return _ask(asker, _begin(run, manifest), signals, report, summary, warn)
 
 
 def resume_sweep(
@@ -99,7 +99,7 @@ def resume_sweep(
         manifest = unfinished.goes_on(resumed_entry(argv, asker.loaded.model.device.type, workers))
         if workers > 1:
             asker = Workers(terms.options, Terms(run.path, manifest), workers, warn)
-        return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary)
+        return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary, warn)
 
 
 def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:
@@ -115,10 +115,11 @@ def _ask(
     signals: StopSignals,
     report: Callable[[SweepProgress], None],
     summary: Callable[[Report], None],
+    warn: Callable[[str], None],
 ) -> Run:
     """Ask what is missing and conclude the run, whatever happens in between."""
     try:
-        stop = _ask_until_stopped(asker, recorder, signals, report, summary)
+        stop = _ask_until_stopped(asker, recorder, signals, report, summary, warn)
         _conclude(recorder, "interrupted" if stop else "finished", summary)
     except SweepInterrupted as second_signal:
         stop = second_signal
@@ -141,10 +142,11 @@ def _ask_until_stopped(
     signals: StopSignals,
     report: Callable[[SweepProgress], None],
     summary: Callable[[Report], None],
+    warn: Callable[[str], None],
 ) -> SweepInterrupted | None:
     """Ask what is missing; returns what stopped it, if anything did, and concludes the run itself only on a fault."""
     try:
-        _ask_missing(asker, recorder, signals, report)
+        _ask_missing(asker, recorder, signals, report, warn)
     except (SweepInterrupted, OSError):
         raise
     except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
@@ -160,6 +162,7 @@ def _ask_missing(
     recorder: Recorder,
     signals: StopSignals,
     report: Callable[[SweepProgress], None],
+    warn: Callable[[str], None],
 ) -> None:
     """Ask every question that has no rows yet, until a signal comes."""
     missing = recorder.missing()
@@ -168,6 +171,8 @@ def _ask_missing(
     signals.wait_for_questions()
     with closing(asker.ask(missing, stopped=lambda: signals.received is not None)) as outcomes:
         for place, outcome in outcomes:
+            for line in outcome.warnings:
+                warn(line)
             recorder.add(place, outcome)
             progress.done, progress.rows = recorder.done, progress.rows + outcome.counts["lens_rows"]
             report(progress)

@@ -367,9 +367,13 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
         return read(self, batch)
 
     monkeypatch.setattr(Predictor, "_read", small_machine)
-    most = 1
-    run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run")
+    most, said = 1, []
+    run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
+    assert set(sizes[3:]) == {1}, "what was found to fit is kept"
+    assert "out of memory with 6 contexts of" in said[0] and "from here on at most 3 at a time" in said[0]
+    assert "from here on at most 1 at a time" in said[1] and len(said) == 2
+    assert run.manifest["contexts_at_a_time_at_most"] == 1
     most = 0
     with pytest.raises(FaultError, match="expected memory for one context of"):
         run_sweep(options, tmp_path / "none")
