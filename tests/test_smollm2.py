@@ -18,11 +18,11 @@ pytestmark = pytest.mark.skipif(find_smollm2() is None, reason="package llm-smol
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
     """Loading takes seconds; all sweeps of this file share one model."""
-    from refinelens import sweep
+    from refinelens import inputs
 
     loaded = load_model("smollm2", "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "load_model", lambda *arguments: loaded)
+        patch.setattr(inputs, "load_model", lambda *arguments: loaded)
         yield loaded
 
 
