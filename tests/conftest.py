@@ -1,7 +1,10 @@
 """Set-up shared by all tests; the environment comes before the first import of torch and Triton."""
 
 import os
+import signal
 
+# A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
