@@ -3,8 +3,6 @@
 import os
 import signal
 
-# A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -17,6 +15,9 @@ if not torch.cuda.is_available():
 import json
 
 import pytest
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,12 @@ def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded,
 
     prompt, ran, texts = list(range(5, 25)), [], []
     hidden = LogitLens.hidden
-    monkeypatch.setattr(LogitLens, "hidden", lambda self, ids, *rest: ran.append(ids.shape[1]) or hidden(self, ids, *rest))
+
+    def spy(self, ids, *rest):
+        ran.append(ids.shape[1])
+        return hidden(self, ids, *rest)
+
+    monkeypatch.setattr(LogitLens, "hidden", spy)
     generator = Generator.from_model(loaded, logit_lens, N)
     for cache in (DynamicCache(), None):
         states = logit_lens.hidden(torch.tensor([prompt]), torch.tensor([len(prompt) - 1]), None, cache)
