@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
 
@@ -95,18 +96,31 @@ class Predictor:
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
-            if self._branches is not None and not isinstance(error, InputError):
-                self._branches = None  # without a cache it may fit
-                return self._run(batch)
-            if len(batch) == 1:
-                raise _name_context(batch[0], error) from None
-            if isinstance(error, InputError):  # the one at fault is found and named
-                parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            else:
-                self.warnings.append(self._batching.shrink(batch))
-                parts = self._batching.split(batch)
-            return [table for part in parts for table in self._run(part)]
+            failure = error.with_traceback(None)  # or its frames would hold the tensors that there was no room for
+        else:
+            self._count(batch, read)
+            return [prediction_table(reading, self._text) for reading in read]
+        return [table for part in self._after(failure, batch) for table in self._run(part)]
+
+    def _after(self, failure: Exception, batch: list[Context]) -> Iterable[list[Context]]:
+        """What to run in place of a batch that failed: smaller ones, or the same without a cache.
+
+        Raises:
+            FaultError: Names the context at fault.
+        """
+        torch.cuda.empty_cache()
+        out_of_memory = not isinstance(failure, InputError)
+        if out_of_memory and self._branches is not None:
+            self._branches = None  # without a cache it may fit
+            return [batch]
+        if len(batch) == 1:
+            raise _name_context(batch[0], failure)
+        if out_of_memory:
+            self.warnings.append(self._batching.shrink(batch))
+            return self._batching.split(batch)
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]  # the one at fault is found and named
+
+    def _count(self, batch: list[Context], read: list[ContextReading]) -> None:
         saved = 0 if self._branches is None else self._branches.shared
         self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
         self.counts["tokens_saved"] += saved
@@ -114,7 +128,6 @@ class Predictor:
             self.counts["positions_read"] += len(reading.span.positions)
             self.counts["lens_rows"] += sum(lens.kl.numel() for lens in reading.readings.values())
             self.counts["tokens_generated"] += reading.generation.n_tokens if reading.generation else 0
-        return [prediction_table(reading, self._text) for reading in read]
 
     def _read(self, batch: list[Context]) -> list[ContextReading]:
         """Run contexts together, padded on the right, their spans by repeating the last token; padding is not kept."""

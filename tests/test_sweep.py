@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -377,6 +378,25 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
     most = 0
     with pytest.raises(FaultError, match="expected memory for one context of"):
         run_sweep(options, tmp_path / "none")
+
+
+def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
+    """Else a GPU would try the smaller batch beside the tensors of the larger one."""
+    from refinelens.predict import Predictor
+
+    read, held = Predictor._read, []
+
+    def small_machine(self, batch):
+        assert all(tensor() is None for tensor in held)
+        states = torch.zeros(4)
+        held.append(weakref.ref(states))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, batch)
+
+    monkeypatch.setattr(Predictor, "_read", small_machine)
+    run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
+    assert len(held) > 2
 
 
 def test_any_other_fault_keeps_finished_questions(options, tmp_path):
