@@ -97,6 +97,7 @@ def _child(log: str, n_questions: str, stop_at: str, *command: str) -> int:
     """The sweep itself, sampled from its progress."""
     from refinelens import cli, progress
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes deaf to it
     step, writer = max(1, int(n_questions) // STEPS), csv.writer(open(log, "w", encoding="utf-8", buffering=1))  # noqa: SIM115
     since = []
 
