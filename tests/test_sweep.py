@@ -282,19 +282,24 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
     assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
 
 
-def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch):
-    from refinelens.predict import Predictor
+@pytest.mark.parametrize("generate", [0, 3])
+def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, generate):
+    """Whether the lens finds it, which reads all contexts of a question at once, or generation before."""
+    from refinelens.logit_lens import LogitLens
 
-    read = Predictor._read
+    hidden, broken = LogitLens.hidden, []
 
-    def broken(self, batch):
-        if any((c.question.id, c.n_documents, c.gold_position) == (0, 4, 2) for c in batch):
-            raise InputError("hidden: NaN")
-        return read(self, batch)
+    def break_one(self, ids, *rest):
+        states = hidden(self, ids, *rest)
+        broken.extend([ids[4].tolist()] if not broken else [])
+        for row, own in enumerate(ids.tolist()):
+            if all(a == b for a, b in zip(own, broken[0], strict=False)):  # but for padding
+                states[:, row] = float("nan")
+        return states
 
-    monkeypatch.setattr(Predictor, "_read", broken)
-    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: NaN$"):
-        run_sweep(replace(options, batch_size="6"), tmp_path / "run")
+    monkeypatch.setattr(LogitLens, "hidden", break_one)
+    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: .* got NaN"):
+        run_sweep(replace(options, batch_size="6", generate=generate, dtype="float32"), tmp_path / "run")
 
 
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
@@ -359,7 +364,7 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
 def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
     from refinelens.predict import Predictor
 
-    read, sizes = Predictor._read, []
+    read, sizes = Predictor._states, []
 
     def small_machine(self, batch):
         sizes.append(len(batch))
@@ -367,7 +372,7 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
             raise error
         return read(self, batch)
 
-    monkeypatch.setattr(Predictor, "_read", small_machine)
+    monkeypatch.setattr(Predictor, "_states", small_machine)
     most, said = 1, []
     run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
@@ -384,7 +389,7 @@ def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monke
     """Else a GPU would try the smaller batch beside the tensors of the larger one."""
     from refinelens.predict import Predictor
 
-    read, held = Predictor._read, []
+    read, held = Predictor._states, []
 
     def small_machine(self, batch):
         assert all(tensor() is None for tensor in held)
@@ -394,7 +399,7 @@ def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read(self, batch)
 
-    monkeypatch.setattr(Predictor, "_read", small_machine)
+    monkeypatch.setattr(Predictor, "_states", small_machine)
     run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
     assert len(held) > 2
 
