@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import __version__
+from .options import CHOICES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
@@ -96,7 +97,7 @@ def _add_sweep(commands) -> None:
     what("--chat", action="store_true", help="put the prompt into the tokenizer's chat template, as the user's turn")
     what(
         "--alias",
-        choices=("first", "best"),
+        choices=CHOICES["alias"],
         default="first",
         help="which of several answers is the target; best: the likeliest after the oracle context "
         "(default: %(default)s)",
@@ -115,20 +116,20 @@ def _add_readings(group) -> None:
     add("--lens", default="plain", metavar="LENS[,LENS]", help="plain, or folders of lenses (default: %(default)s)")
     add(
         "--target",
-        choices=("answer", "prediction"),
+        choices=CHOICES["target"],
         default="answer",
         help="whose rank at every layer: the answer's token, or the model's own prediction (default: %(default)s)",
     )
     add(
         "--positions",
-        choices=("answer", "all"),
+        choices=CHOICES["positions"],
         default="answer",
         help="where it is read: before each answer token, or at every token of the context, with the next one as "
         "target (default: %(default)s)",
     )
     add(
         "--answer-tokens",
-        choices=("first", "all"),
+        choices=CHOICES["answer_tokens"],
         default="first",
         help="that tables and figures are about; the data have all (default: %(default)s)",
     )
@@ -149,7 +150,7 @@ def _add_machine(group) -> None:
     add("--batch-size", default="auto", metavar="auto|N", help="contexts per forward pass (default: %(default)s)")
     add(
         "--reuse-prefix",
-        choices=("auto", "on", "off"),
+        choices=CHOICES["reuse_prefix"],
         default="auto",
         help="run documents that contexts share once; auto: on a CPU in float32, if proven (default: %(default)s)",
     )

@@ -469,6 +469,9 @@ def test_overwrite_replaces_a_run(options, tmp_path):
         ({"top": (5, 5)}, "each once, got '5,5'"),
         ({"lens": ("plain", "plain")}, "--lens: expected plain or folders, each once"),
         ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
+        ({"target": "gold"}, "--target: expected answer, prediction, got 'gold'"),
+        ({"positions": "last"}, "--positions: expected answer, all, got 'last'"),
+        ({"answer_tokens": "last"}, "--answer-tokens: expected first, all, got 'last'"),
     ],
 )
 def test_bad_options(options, change, message):
