@@ -141,6 +141,30 @@ def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_s
         np.testing.assert_allclose(ours["target_logprob"], single["target_logprob"], atol=1e-4)
 
 
+def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_path, monkeypatch):
+    """However many that are, the rows are the same; with few at a time a context is not divided."""
+    from refinelens.logit_lens import LogitLens
+
+    read, calls = LogitLens.read, []
+
+    def spy(self, hidden, *arguments):
+        calls.append(hidden.shape[2])
+        return read(self, hidden, *arguments)
+
+    monkeypatch.setattr(LogitLens, "read", spy)
+    run_sweep(options, tmp_path / "run")
+    tokens = [1, 2, 1, 3, 1, 1]  # answers of one, two and three words
+    assert calls == [n * (2 + 4) for n in tokens]
+    calls.clear()
+    monkeypatch.setattr("refinelens.predict.ROWS_AT_A_TIME", 1)
+    single = run_sweep(options, tmp_path / "single")
+    assert calls == [n for n in tokens for _ in range(2 + 4)]
+    for ours, theirs in zip(predictions(finished), predictions(single), strict=True):
+        exact = {name: value for name, value in ours.items() if name not in ("kl", "target_logprob", "entropy")}
+        assert exact == {name: theirs[name] for name in exact}
+        np.testing.assert_allclose(ours["kl"], theirs["kl"], atol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_sweep_on_a_gpu(finished, options, tmp_path):
     run = run_sweep(replace(options, device="auto", dtype="float32"), tmp_path / "run")
