@@ -8,6 +8,7 @@ first question on, loading apart. Shares are of the forward passes.
 
 from __future__ import annotations
 
+import resource
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ def main() -> int:
     if code == 0:
         print(f"\n{device_name('cpu')}, 1 thread: {' '.join(options)}\n")
         print(_table(seconds, total))
+        print(f"peak of resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
     return code
 
 
