@@ -81,9 +81,9 @@ class Predictor:
         found = self._builder.build(question)
         self.counts.update(contexts=len(found.contexts), tokens_computed=found.n_tokens)
         self.left_out = found.left_out
-        read = {reading.context: reading for reading in self._ask(found.contexts)}
-        tables = [prediction_table(read[context], found.alias, self._text) for context in found.contexts]
-        return pa.concat_tables([PREDICTIONS.empty_table(), *tables])
+        read = self._ask(found.contexts)
+        tables = {reading.context: prediction_table(reading, found.alias, self._text) for reading in read}
+        return pa.concat_tables([PREDICTIONS.empty_table(), *(tables[context] for context in found.contexts)])
 
     def _ask(self, contexts: list[Context]) -> Iterator[ContextReading]:
         """Run all contexts of a question and read them, as many at a time as `ROWS_AT_A_TIME` allows, in any order."""
