@@ -153,13 +153,14 @@ def _draw(samples: list, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 4.8), layout="constrained")
-    for place, label in ((1, "resident memory, MB"), (2, "processor time per question, ms")):
+    for place, label in ((1, "resident memory\nMB"), (2, "processor time\nms a question")):
         for process, colour in zip(dict.fromkeys(s[3] for s in samples), ("#0072B2", "#D55E00"), strict=True):
             own = [s for s in samples if s[3] == process]
             axes[place - 1].plot([s[0] for s in own], [s[place] for s in own], color=colour)
         axes[place - 1].set_ylabel(label)
-        axes[place - 1].set_ylim(0)
+        axes[place - 1].set_ylim(0, 1.1 * max(s[place] for s in samples))
         axes[place - 1].grid(alpha=0.3)
+    axes[1].xaxis.set_major_formatter("{x:,.0f}")
     axes[1].set_xlabel("contexts (stopped by SIGINT half-way, then resumed by another process)")
     figure.savefig(path, dpi=120)
 
