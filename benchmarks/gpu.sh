@@ -12,8 +12,10 @@ PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation .
 # -P: what was installed is tested, not the sources beside it, which have no built extension.
 "$python" -P -m refinelens.cli doctor | tee "$out/doctor.txt"
 
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)  # most of the time compiles kernels
 status=0
-timeout 180 "$python" -P -m pytest -q -p no:cacheprovider tests/test_lens.py tests/test_lens_*.py \
+timeout 180 "$python" -P -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} tests/test_lens.py tests/test_lens_*.py \
     tests/test_families.py tests/test_sweep.py -rs -s \
     2>&1 | tee "$out/tests.txt" || status=$?
 timeout 180 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?

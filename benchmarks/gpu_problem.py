@@ -74,12 +74,12 @@ class Problem:
         return [peers.naive(bench.Problem(hidden, self.unembedding, self.norm, targets)) for hidden, targets in parts]
 
 
-def timed(runs: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+def timed(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
     """Median seconds and spread (of the middle half) of every run; in turns, so that all see one clock."""
     for run in runs.values():
         run()
     seconds = {name: [] for name in runs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in runs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

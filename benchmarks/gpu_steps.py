@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 import triton
 from gpu_problem import Problem, timed
+from logsumexp_only import launch_logsumexp
+from torch.profiler import ProfilerActivity, profile
 
 from refinelens.bench.memory import peak_growth_cuda
 from refinelens.kernels.configs import generation_of, pinned_config, specialized_config
 from refinelens.kernels.graphs import GraphedLens
-from refinelens.kernels.launch import LensOptions
+from refinelens.kernels.launch import LensOptions, LensRows
+from refinelens.kernels.lens_rows import reduce_rows
 from refinelens.kernels.lens_twin import fused_lens_twin
+from refinelens.kernels.norms_triton import normed_rows
 from refinelens.kernels.schedule import choose_splits, processor_count
 from refinelens.kernels.search import outputs_agree
 from refinelens.kernels.target_bits import has_same_bits
+from refinelens.kernels.target_logits import launch_targets
 
 LARGE = [
     Problem("gpt2-13x1024", 13 * 1024, 768, 50257),
@@ -39,6 +45,9 @@ def run_all() -> dict[str, float]:
     target_bits(measured)
     for problem in LARGE:
         against_product(problem, measured)
+        breakdown(problem)
+    for problem in (LARGE[0], LARGE[2]):
+        statistics(problem, measured)
     for problem in LARGE[:3]:
         configurations(problem)
     for problem in (LARGE[0], LARGE[2]):
@@ -82,6 +91,43 @@ def against_product(problem: Problem, measured: dict[str, float]) -> None:
     measured["memory"] = max(measured.get("memory", 0), peak_growth_cuda(problem.fused) / 1e6)
 
 
+def breakdown(problem: Problem) -> None:
+    """Where a call spends the device's time, kernel by kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        problem.fused()
+        torch.cuda.synchronize()
+    events = sorted(profiled.key_averages(), key=lambda event: -event.device_time_total)
+    parts = [f"{event.key} {event.device_time_total:.0f} us in {event.count}" for event in events[:6]]
+    print(f"{problem.name}: {'; '.join(parts)}")
+
+
+def statistics(problem: Problem, measured: dict[str, float]) -> None:
+    """All statistics against a logsumexp alone, on the first 3,072 rows and the whole tiles of the vocabulary."""
+    config = pinned_config(torch.bfloat16, True, problem.rows, generation_of(DEVICE))
+    weight = problem.unembedding[: problem.vocab // config.block_v * config.block_v]
+    options = LensOptions(weight, None, None, 1.0, config)
+    n_rows = 3072
+    targets = problem.targets[:n_rows].clamp(max=len(weight) - 1)
+    floats, ids = torch.empty((4, n_rows), device="cuda"), torch.empty((2, n_rows), dtype=torch.int64, device="cuda")
+    rows = LensRows(normed_rows(problem.hidden[:n_rows], problem.norm, config.block_m), targets, floats[3], n_rows)
+    same_bits = has_same_bits(options)
+
+    def everything():
+        launch_targets(rows, options)
+        reduce_rows(rows, (floats[0], ids[0], ids[1], floats[1], floats[2]), options, same_bits)
+
+    def alone():
+        return launch_logsumexp(rows.x_hat, n_rows, weight, config)
+
+    everything()
+    peak, total = alone()
+    assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), floats[1], atol=1e-3)
+    times = timed({"all statistics": everything, "logsumexp alone": alone})
+    for name, (seconds, spread) in times.items():
+        print(f"{problem.name}, {n_rows} rows: {name} {seconds * 1e3:.3f} ms ({spread:.0%})")
+    measured[f"{problem.name}/statistics"] = times["all statistics"][0] / times["logsumexp alone"][0]
+
+
 def configurations(problem: Problem) -> None:
     """The specialised kernel against the plain one, program-id grouping, split counts."""
     generation = generation_of(DEVICE)
@@ -91,6 +137,10 @@ def configurations(problem: Problem) -> None:
     tried = {"plain": pinned}
     if special := specialized_config(torch.bfloat16, True, False, generation):
         tried |= {"specialised": special, "specialised, 3 stages": replace(special, num_stages=3)}
+        tried |= {"by TMA, not specialised": replace(special, num_warps=8, num_stages=4)}
+    if pinned.block_v == 256:
+        tried |= {"4 stages": replace(pinned, num_stages=4)}
+        tried |= {"two programs of 64 x 256": replace(pinned, block_m=64, num_warps=4, num_stages=2)}
     tried |= {f"groups of {group}": replace(pinned, group=group) for group in (1, 4, 8, 12, 24)}
     tried |= {f"{count} splits": replace(pinned, splits=count) for count in (3, 5, 7, 10, 11, 14) if count != splits}
     reference = problem.fused(pinned)
@@ -111,14 +161,22 @@ def against_torch(problem: Problem, measured: dict[str, float]) -> None:
 
 
 def few_rows(measured: dict[str, float]) -> None:
-    """Short calls, where launches count: with and without a graph."""
+    """Short calls, where launches count: plain, replayed as a graph, and with copies in and out of the graph."""
     for problem in FEW:
         lens = GraphedLens(problem.unembedding, problem.norm)
-        graphed = lens(problem.hidden, problem.targets)
-        assert outputs_agree(graphed, problem.fused()), "a replayed graph differs from a plain call"
-        runs = {"call": problem.fused, "graphed": lambda p=problem, g=lens: g(p.hidden, p.targets)}
-        times = timed(runs)
+        assert outputs_agree(lens(problem.hidden, problem.targets), problem.fused()), "a replayed graph differs"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            problem.fused()
+        runs = {
+            "call": problem.fused,
+            "graph": graph.replay,
+            "GraphedLens": lambda p=problem, g=lens: g(p.hidden, p.targets),
+            "B": problem.product(),
+        }
+        times = timed(runs, rounds=50)
         for name, (seconds, spread) in times.items():
             print(f"{problem.name}: {name} {seconds * 1e6:.1f} us ({spread:.0%})")
-        measured[f"{problem.name}/graphed"] = times["graphed"][0] * 1e6
-        measured[problem.name] = times["call"][0] * 1e3
+        measured[f"{problem.name}/graphed"] = times["graph"][0] * 1e6
+        measured[problem.name] = times["graph"][0] * 1e3
+        breakdown(problem)

@@ -22,6 +22,7 @@ GENERATIONS = {
     9: (90, "sm_90a", "HGMMA", 232_448),
     10: (100, "sm_100a", "UTCHMMA", 232_448),
 }
+MERGED_SPLITS = 200  # more than processors, so that a program holds the most rows times splits
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FLOATS = {"logit_scale", "softcap", "eps", "offset"}
 _INTS = {"targets_ptr": "*i64", "parts_argmax_ptr": "*i32", "parts_rank_ptr": "*i32"}
@@ -77,10 +78,11 @@ def inspect_variant(variant: LensVariant) -> KernelReport:
         signature[name] = "constexpr" if name in constants else _type_of(name, variant)
         if name in vectors and name not in constants:
             attrs[(position,)] = [["tt.divisibility", 16]]
+    num_stages = target_logits.TARGET_STAGES if variant.kernel == "targets" else config.num_stages
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", GENERATIONS[variant.generation][0], 32),
-        options=dict(num_warps=num_warps, num_stages=config.num_stages),
+        options=dict(num_warps=num_warps, num_stages=num_stages),
     )
     has_tiles = variant.kernel in ("main", "tail")
     # A specialised tile is divided over two groups of ``num_warps``.
@@ -123,7 +125,10 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
         flags = dict(HAS_NORM=True, HAS_MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True, BLOCK_D=block_d, stride_hd=1)
         return norms_triton._norm_kernel, flags | dict(stride_w=1, stride_b=1), norm_warps(block_d)
     if variant.kernel == "merge":
-        flags = options.row_flags(variant.targets) | dict(BLOCK_M=running_sums.MERGE_ROWS)
+        block_s, block_m = running_sums.merge_blocks(MERGED_SPLITS)
+        flags = options.row_flags(variant.targets) | dict(BLOCK_S=block_s, BLOCK_M=block_m, stride_t=1)
+        if not variant.targets:
+            flags |= dict(targets_ptr=None, t_ptr=None)
         return running_sums._merge_kernel, flags, 4
     constants = options.product_flags() | dict(stride_b=1, stride_t=1)
     if not variant.bias:
@@ -136,7 +141,7 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
             constants | dict(BLOCK_M=target_logits.TARGET_ROWS),
             target_logits.TARGET_WARPS,
         )
-    tiles = tile_ranges(2 * config.block_v - 1, 1, config, processors=1)[variant.kernel == "tail"]
+    tiles = tile_ranges(2 * config.block_v - 1, 2, config, processors=1)[variant.kernel == "tail"]
     constants |= options.row_flags(variant.targets)
     constants |= dict(
         MASKED=tiles.masked,

@@ -16,7 +16,8 @@ from .schedule import processor_count, tile_ranges
 def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions, same_bits: bool) -> None:
     """Write best, argmax, rank, logsumexp and entropy of ``rows`` into ``merged``; see ``merge_splits``.
 
-    ``same_bits`` says that ``rows.target_z`` has the bits of the main product.
+    ``same_bits`` says that ``rows.target_z`` has the bits of the main product. Rank is 0 exactly where the argmax is
+    the target, whose logit then is the largest.
     """
     config, device = options.config, rows.x_hat.device
     row_blocks = triton.cdiv(rows.count, config.block_m)
@@ -32,4 +33,4 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
         launch = launch_specialized if is_specialized else launch_tiles
         launch(rows, own_parts, options, tiles, same_bits)
         first += tiles.splits
-    merge_splits(parts, merged, options.cap, options.row_flags(rows.targets is not None))
+    merge_splits(parts, merged, rows, options.cap, options.row_flags(rows.targets is not None))

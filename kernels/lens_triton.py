@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import LensConfig, ShapeClass, config_for
 from .launch import LensOptions, LensRows
-from .lens_common import LensOutput, lens_output
+from .lens_common import LensOutput, soft_cap
 from .lens_rows import reduce_rows
 from .norms import Norm
 from .norms_triton import normed_rows, padded_width
@@ -78,7 +78,10 @@ def fused_lens_triton(
                 launch_targets(rows, options)
             merged = (best[part], argmax[part], rank[part], logsumexp[part], entropy[part])
             reduce_rows(rows, merged, options, same_bits)
-    return lens_output(argmax, best, logsumexp, entropy, targets, target_z, rank, softcap)
+    max_logit = soft_cap(best, softcap)
+    if targets is None:
+        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
+    return LensOutput(argmax, max_logit, logsumexp, entropy, soft_cap(target_z, softcap), rank)
 
 
 def _empty(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -55,15 +55,18 @@ class TileRange:
 def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: int) -> list[TileRange]:
     """The whole tiles of a vocabulary, then the rest in smaller tiles; either may be missing.
 
-    Two launches: a kernel without masks takes fewer instructions a logit and no branch.
+    Two launches: a kernel without masks takes fewer instructions a logit and no branch. But one row block is over so
+    soon that a second launch would cost more than masks, where tiles of one width can do both.
     """
     ranges = []
-    whole = n_vocab // config.block_v
-    if whole:
-        splits = config.splits or choose_splits(row_blocks, whole, processors)
+    whole, rest = divmod(n_vocab, config.block_v)
+    with_masks = bool(rest) and row_blocks == 1 and config.tail_v == config.block_v
+    count = whole + with_masks
+    if count:
+        splits = config.splits or choose_splits(row_blocks, count, processors)
         group = config.group or choose_group(splits, processors)
-        ranges.append(TileRange(config.block_v, 0, whole, splits, group, config.num_warps))
-    begin = whole * config.block_v
+        ranges.append(TileRange(config.block_v, 0, count, splits, group, config.num_warps, masked=with_masks))
+    begin = count * config.block_v
     if begin < n_vocab:
         count = -(-(n_vocab - begin) // config.tail_v)
         # A specialised program's warps come in three groups, of which two reduce: the plain one has both.

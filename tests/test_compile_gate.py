@@ -35,6 +35,8 @@ SHIPPED = {
     "bf16-5-rows": (replace(MAIN, n_rows=5), None),
     "bf16-60-rows": (replace(MAIN, n_rows=60), None),
     "bf16-60-rows-tail": (replace(SAFE, n_rows=60, kernel="tail", **EVERYTHING), None),
+    "bf16-100-rows": (replace(MAIN, n_rows=100), None),
+    "bf16-100-rows-tail": (replace(SAFE, n_rows=100, kernel="tail", **EVERYTHING), None),
     "bf16-specialized": (replace(MAIN, config=SPECIALIZED), 14.0),
     "bf16-specialized-softcap": (replace(SAFE, config=SPECIALIZED, softcap=True, scale=True), 26.0),
     "bf16-specialized-tail": (replace(MAIN, config=SPECIALIZED, kernel="tail"), 26.3),
