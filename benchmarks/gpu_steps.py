@@ -35,24 +35,23 @@ DEVICE = torch.device("cuda")
 
 
 def run_all() -> dict[str, float]:
-    """All steps in order; the first one decides whether the others mean anything."""
+    """All steps in order; the first one decides whether the others mean anything, any other may fail alone."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}\n")
-    measured: dict[str, float] = {"rank0": 0, "bits": 0}
+    measured: dict[str, float] = {"rank0": 0, "bits": 0, "failed": 0}
     for problem in [*FEW, *LARGE]:
         correctness(problem, measured)
     if measured["rank0"]:
         return measured
-    target_bits(measured)
-    for problem in LARGE:
-        against_product(problem, measured)
-        breakdown(problem)
-    for problem in (LARGE[0], LARGE[2]):
-        statistics(problem, measured)
-    for problem in LARGE[:3]:
-        configurations(problem)
-    for problem in (LARGE[0], LARGE[2]):
-        against_torch(problem, measured)
-    few_rows(measured)
+    steps = [(target_bits,), (few_rows,)]
+    steps += [(step, problem) for problem in LARGE for step in (against_product, breakdown)]
+    steps += [(step, problem) for problem in (LARGE[0], LARGE[2]) for step in (statistics, against_torch)]
+    steps += [(configurations, problem) for problem in LARGE[:3]]
+    for step, *problem in steps:
+        try:
+            step(*problem, measured)
+        except Exception as error:
+            measured["failed"] += 1
+            print(f"{step.__name__} FAILED: {type(error).__name__}: {error}")
     return measured
 
 
@@ -91,7 +90,7 @@ def against_product(problem: Problem, measured: dict[str, float]) -> None:
     measured["memory"] = max(measured.get("memory", 0), peak_growth_cuda(problem.fused) / 1e6)
 
 
-def breakdown(problem: Problem) -> None:
+def breakdown(problem: Problem, measured: dict[str, float]) -> None:
     """Where a call spends the device's time, kernel by kernel."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         problem.fused()
@@ -128,7 +127,7 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
     measured[f"{problem.name}/statistics"] = times["all statistics"][0] / times["logsumexp alone"][0]
 
 
-def configurations(problem: Problem) -> None:
+def configurations(problem: Problem, measured: dict[str, float]) -> None:
     """The specialised kernel against the plain one, program-id grouping, split counts."""
     generation = generation_of(DEVICE)
     pinned = pinned_config(torch.bfloat16, True, problem.rows, generation)
@@ -179,4 +178,4 @@ def few_rows(measured: dict[str, float]) -> None:
             print(f"{problem.name}: {name} {seconds * 1e6:.1f} us ({spread:.0%})")
         measured[f"{problem.name}/graphed"] = times["graph"][0] * 1e6
         measured[problem.name] = times["graph"][0] * 1e3
-        breakdown(problem)
+        breakdown(problem, measured)
