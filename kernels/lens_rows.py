@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .launch import LensOptions, LensRows
 from .lens_kernel import launch_tiles
-from .lens_specialized import launch_specialized
+from .lens_tma import launch_tma
 from .running_sums import merge_splits
 from .schedule import processor_count, tile_ranges
+from .ties import add_ties
 
 
 def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions, same_bits: bool) -> None:
@@ -26,11 +27,15 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
     best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
     parts = (best, argmax, rank, total, weighted)
+    by_tma = config.kind == "tma" and options.fits_tma and (rows.targets is None or same_bits)
     first = 0
     for tiles in ranges:
         own_parts = tuple(part[first : first + tiles.splits] for part in parts)
-        is_specialized = config.kind == "specialized" and not tiles.masked
-        launch = launch_specialized if is_specialized else launch_tiles
-        launch(rows, own_parts, options, tiles, same_bits)
+        if by_tma and not tiles.masked:
+            launch_tma(rows, own_parts, options, tiles)
+        else:
+            launch_tiles(rows, own_parts, options, tiles, same_bits)
         first += tiles.splits
     merge_splits(parts, merged, rows, options.cap, options.row_flags(rows.targets is not None))
+    if by_tma and rows.targets is not None:
+        add_ties(rows, merged[2], options)

@@ -1,7 +1,8 @@
 """The fused lens on a GPU: every statistic of every row in one pass over the vocabulary.
 
 A chunk of rows goes through four kernels: the final norm, the targets' own logits, the main product with
-its running reductions (a second launch takes the last, partial tiles), and the merge over vocabulary splits.
+its running reductions (a second launch takes the last, partial tiles), and the merge over vocabulary splits. On Hopper
+a fifth counts the rare ties that the main one left open.
 Logits only ever exist as tiles in registers.
 """
 
@@ -69,9 +70,10 @@ def fused_lens_triton(
     step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple)
     with torch.cuda.device_of(hidden):
         same_bits = targets is not None and has_same_bits(options)
+        x_hat = None
         for start in range(0, n_rows, step):
             part = slice(start, start + step)
-            x_hat = normed_rows(hidden[part], norm, row_multiple)
+            x_hat = normed_rows(hidden[part], norm, row_multiple, out=x_hat)
             part_targets, part_z = (None, None) if targets is None else (targets[part], target_z[part])
             rows = LensRows(x_hat, part_targets, part_z, len(best[part]))
             if targets is not None:

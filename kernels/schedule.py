@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -11,9 +12,11 @@ import triton.language as tl
 from .configs import LensConfig
 
 X_HAT_BYTES = 25 * 2**20
-MAX_CHUNK_ROWS = 2**16  # bounds the partials: 2**16 rows * 17 splits * 20 bytes = 21 MiB
-MAX_SPLITS = 16
+MAX_CHUNK_ROWS = 2**15  # bounds the partials: 2**15 rows * 33 splits * 20 bytes = 21 MiB
+MAX_SPLITS = 32
 MAX_GROUP = 12
+START = 0.25  # what a program takes to begin, in tiles
+TAIL_STAGES = 2  # more than elsewhere: few programs run, one tile each, and nothing else hides latency
 
 
 def chunk_blocks(n_rows: int, row_bytes: int, block_m: int) -> int:
@@ -24,12 +27,12 @@ def chunk_blocks(n_rows: int, row_bytes: int, block_m: int) -> int:
 
 
 def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """The vocabulary splits that finish soonest if a program takes its tiles plus one to start."""
+    """The vocabulary splits that finish soonest: all waves of programs but the last take the mean number of tiles."""
     most = max(1, min(tiles, max(MAX_SPLITS, processors // row_blocks)))
 
     def time(splits: int) -> int:
         waves = -(-row_blocks * splits // processors)
-        return waves * (-(-tiles // splits) + 1)
+        return (waves - 1) * tiles / splits + -(-tiles // splits) + waves * START
 
     return min(range(1, most + 1), key=time)
 
@@ -49,10 +52,12 @@ class TileRange:
     splits: int
     group: int  # row blocks that are neighbours
     num_warps: int
+    num_stages: int
     masked: bool = False  # whether the last tile reaches past the vocabulary
 
 
-def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: int) -> list[TileRange]:
+@lru_cache
+def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: int) -> tuple[TileRange, ...]:
     """The whole tiles of a vocabulary, then the rest in smaller tiles; either may be missing.
 
     Two launches: a kernel without masks takes fewer instructions a logit and no branch. But one row block is over so
@@ -65,15 +70,14 @@ def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: i
     if count:
         splits = config.splits or choose_splits(row_blocks, count, processors)
         group = config.group or choose_group(splits, processors)
-        ranges.append(TileRange(config.block_v, 0, count, splits, group, config.num_warps, masked=with_masks))
+        launch = (config.num_warps, config.num_stages)
+        ranges.append(TileRange(config.block_v, 0, count, splits, group, *launch, masked=with_masks))
     begin = count * config.block_v
     if begin < n_vocab:
         count = -(-(n_vocab - begin) // config.tail_v)
-        # A specialised program's warps come in three groups, of which two reduce: the plain one has both.
-        warps = config.num_warps * (2 if config.kind == "specialized" else 1)
-        first = begin // config.tail_v
-        ranges.append(TileRange(config.tail_v, first, count, 1, 1, warps, masked=True))
-    return ranges
+        launch = (config.num_warps, config.num_stages + TAIL_STAGES)
+        ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, 1, 1, *launch, masked=True))
+    return tuple(ranges)
 
 
 @triton.jit
@@ -91,6 +95,7 @@ def block_and_split(program, row_blocks, n_splits, group):
     return first + within % size, within // size
 
 
+@lru_cache
 def processor_count(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``; 1 where there are none to fill."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

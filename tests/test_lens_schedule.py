@@ -60,7 +60,7 @@ def _mapping_kernel(out_ptr, row_blocks, n_splits, group):
 
 
 @pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 64, 95, 50257])
-@pytest.mark.parametrize("kind", ["plain", "few_rows", "specialized"])
+@pytest.mark.parametrize("kind", ["plain", "few_rows", "tma"])
 def test_tiles_cover_the_vocabulary_once(kind, n_vocab):
     config = LensConfig(16, 32, 16, 32, num_warps=4, num_stages=2, kind=kind)
     end = 0
@@ -72,7 +72,7 @@ def test_tiles_cover_the_vocabulary_once(kind, n_vocab):
 
 
 def test_unfit_configurations_are_refused():
-    with pytest.raises(ValueError, match="kind: expected one of plain, few_rows, specialized, got 'fast'"):
+    with pytest.raises(ValueError, match="kind: expected one of plain, few_rows, tma, got 'fast'"):
         LensConfig(16, 32, 16, 32, num_warps=4, num_stages=2, kind="fast")
     with pytest.raises(ValueError, match="tail_v: expected a divisor of block_v 32, got 24"):
         LensConfig(16, 32, 24, 32, num_warps=4, num_stages=2)
