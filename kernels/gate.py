@@ -143,7 +143,7 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
     if variant.kernel == "ties":
         constants |= dict(BLOCK_M=target_logits.TARGET_ROWS, TILE=config.block_v)
         return _with_known(ties._ties_kernel, constants, target_logits.TARGET_WARPS, config.num_stages)
-    tiles = tile_ranges(2 * config.block_v - 1, 2, config, processors=1)[variant.kernel == "tail"]
+    tiles = tile_ranges(2 * config.block_v - 1, 2, 2, config, processors=1)[variant.kernel == "tail"]
     constants |= options.row_flags(variant.targets)
     constants |= dict(
         MASKED=tiles.masked,

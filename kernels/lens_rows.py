@@ -22,7 +22,8 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
     """
     config, device = options.config, rows.x_hat.device
     row_blocks = triton.cdiv(rows.count, config.block_m)
-    ranges = tile_ranges(options.unembedding.shape[0], row_blocks, config, processor_count(device))
+    row_bytes = rows.x_hat.shape[1] * rows.x_hat.element_size()
+    ranges = tile_ranges(len(options.unembedding), row_blocks, row_bytes, config, processor_count(device))
     n_parts = sum(tiles.splits for tiles in ranges)
     best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)

@@ -17,7 +17,7 @@ from .lens_common import LensOutput, soft_cap
 from .lens_rows import reduce_rows
 from .norms import Norm
 from .norms_triton import normed_rows, padded_width
-from .schedule import chunk_blocks
+from .schedule import chunk_blocks, processor_count
 from .target_bits import has_same_bits
 from .target_logits import TARGET_ROWS, launch_targets
 
@@ -67,7 +67,7 @@ def fused_lens_triton(
     argmax, rank = (_empty(hidden, n_rows, torch.int64) for _ in range(2))
     row_multiple = max(config.block_m, TARGET_ROWS)
     row_bytes = padded_width(hidden.shape[1]) * hidden.element_size()
-    step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple)
+    step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple, processor_count(hidden.device))
     with torch.cuda.device_of(hidden):
         same_bits = targets is not None and has_same_bits(options)
         x_hat = None

@@ -14,15 +14,20 @@ from .configs import LensConfig
 X_HAT_BYTES = 25 * 2**20
 MAX_CHUNK_ROWS = 2**15  # bounds the partials: 2**15 rows * 33 splits * 20 bytes = 21 MiB
 MAX_SPLITS = 32
-MAX_GROUP = 12
+GROUP_BYTES = 12 * 2**20  # of normed states, a part of L2
+MAX_GROUP = 24
 START = 0.25  # what a program takes to begin, in tiles
 TAIL_STAGES = 2  # more than elsewhere: few programs run, one tile each, and nothing else hides latency
 
 
-def chunk_blocks(n_rows: int, row_bytes: int, block_m: int) -> int:
-    """Row blocks per chunk: equal chunks whose normed states fit in ``X_HAT_BYTES``."""
+def chunk_blocks(n_rows: int, row_bytes: int, block_m: int, processors: int) -> int:
+    """Row blocks per chunk, whose normed states fit in ``X_HAT_BYTES``: a whole number for each processor, where there
+    are that many, else equal chunks.
+    """
     blocks = max(1, -(-n_rows // block_m))
     most = max(1, min(X_HAT_BYTES // (block_m * row_bytes), MAX_CHUNK_ROWS // block_m))
+    if blocks > most >= processors:
+        return most // processors * processors
     return -(-blocks // -(-blocks // most))
 
 
@@ -37,9 +42,9 @@ def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
     return min(range(1, most + 1), key=time)
 
 
-def choose_group(splits: int, processors: int) -> int:
-    """Row blocks that run at one time together with all splits, 12 at most."""
-    return max(1, min(MAX_GROUP, processors // splits))
+def choose_group(block_bytes: int) -> int:
+    """Row blocks that read the same tiles of the unembedding at about the same time, and stay in L2 meanwhile."""
+    return max(1, min(MAX_GROUP, GROUP_BYTES // block_bytes))
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,12 @@ class TileRange:
 
 
 @lru_cache
-def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: int) -> tuple[TileRange, ...]:
+def tile_ranges(
+    n_vocab: int, row_blocks: int, row_bytes: int, config: LensConfig, processors: int
+) -> tuple[TileRange, ...]:
     """The whole tiles of a vocabulary, then the rest in smaller tiles; either may be missing.
+
+    ``row_bytes`` are those of a row of the normed states.
 
     Two launches: a kernel without masks takes fewer instructions a logit and no branch. But one row block is over so
     soon that a second launch would cost more than masks, where tiles of one width can do both.
@@ -69,7 +78,7 @@ def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: i
     count = whole + with_masks
     if count:
         splits = config.splits or choose_splits(row_blocks, count, processors)
-        group = config.group or choose_group(splits, processors)
+        group = config.group or choose_group(config.block_m * row_bytes)
         launch = (config.num_warps, config.num_stages)
         ranges.append(TileRange(config.block_v, 0, count, splits, group, *launch, masked=with_masks))
     begin = count * config.block_v
