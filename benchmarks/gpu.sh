@@ -20,7 +20,7 @@ timeout 180 "$python" -P -m pytest -q -p no:cacheprovider ${parallel[@]+"${paral
     2>&1 | tee "$out/tests.txt" || status=$?
 timeout 180 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?
 for positions in 1024 16384; do
-    timeout 30 "$python" benchmarks/translators.py --positions "$positions" 2>&1 | tee -a "$out/translators.txt" || status=$?
+    timeout 60 "$python" benchmarks/translators.py --positions "$positions" 2>&1 | tee -a "$out/translators.txt" || status=$?
 done
 timeout 200 "$python" -P -m pytest -q -p no:cacheprovider benchmarks/bench_fused_lens.py \
     --benchmark-json="$out/bench.json" 2>&1 | tee "$out/bench.txt" || status=$?
