@@ -5,7 +5,9 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from ..conditions import CLOSED_BOOK, NO_POSITION, condition_name
+import numpy as np
+
+from ..conditions import NO_POSITION, condition_name
 from ..durable import write_whole
 from ..figures import COLOURS, MARKERS
 from ..table import title
@@ -44,6 +46,7 @@ def draw_layers(path: Path, report: LayersReport) -> None:
         for axes, documents in zip(of_row, sizes, strict=True):
             chosen = [r for r in report.statistics if (r.of, r.documents, r.statistic) == (name, documents, statistic)]
             _draw(axes, [row for row in chosen if row.layer > 0])
+        _scale(of_row)
         of_row[0].set_ylabel(WORDS[name].format(lens=report.manifest["lens"]), fontsize=8, parse_math=False)
     _finish(figure, panels, sizes, report)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=200, format="png"))
@@ -51,28 +54,32 @@ def draw_layers(path: Path, report: LayersReport) -> None:
 
 
 def _draw(axes, rows: list[LayerStatistic]) -> None:
-    """A line per gold position, all of them together in grey behind with the interval shaded."""
+    """A line per gold position, behind them a bar per layer: the interval of all of them together."""
     positions = sorted({row.gold_position for row in rows if row.gold_position is not None})
     whole = [row for row in rows if row.gold_position is None]
     layers = [row.layer for row in whole]
-    axes.fill_between(
-        *(layers, [r.value.low for r in whole], [r.value.high for r in whole]),
-        color="0.8",
-        lw=0,
-        step="mid",
-        label="all, 95 % interval",
-    )
+    low, high = (np.array([getattr(row.value, end) for row in whole]) for end in ("low", "high"))
+    axes.bar(layers, high - low, bottom=low, width=0.8, color="0.85", lw=0, label="all positions, 95 % interval")
     for index, position in enumerate(positions):
         values = [row.value.value for row in rows if row.gold_position == position]
         label = "closed-book" if position == NO_POSITION else f"gold position {position}"
         axes.plot(layers, values, lw=1, ms=2.5, label=label, **_style(index, len(positions)))
     axes.axhline(0.0, color="0.4", lw=0.6)
-    axes.set_yscale("symlog", linthresh=LINEAR_TO)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
     axes.tick_params(labelsize=7)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scale(of_row) -> None:
+    """Linear near 0 and logarithmic beyond, where one layer costs a hundred times as much as another."""
+    from matplotlib.ticker import SymmetricalLogLocator
+
+    largest = max(abs(limit) for limit in of_row[0].get_ylim())
+    for axes in of_row if largest > 4 * LINEAR_TO else ():
+        axes.set_yscale("symlog", linthresh=LINEAR_TO)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR_TO, subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
 
 
 def _style(index: int, count: int) -> dict:
@@ -92,11 +99,10 @@ def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
         axes.xaxis.set_major_locator(MultipleLocator(step))
         axes.set_xlim(0.5, report.n_layers + 0.5)
         axes.set_xlabel("layer", fontsize=8)
-    if len(sizes) > 1 or sizes == [CLOSED_BOOK]:
-        for axes, documents in zip(panels[0], sizes, strict=True):
-            axes.set_title(condition_name(documents), fontsize=8)
+    for axes, documents in zip(panels[0], sizes, strict=True):
+        axes.set_title(condition_name(documents), fontsize=8)
     handles, labels = panels[0, -1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=min(len(labels), 6), loc="outside upper center")
+    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=min(len(labels), 6), loc="outside lower center")
     figure.supylabel("nats of target log-probability", fontsize=8)
     at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
     questions = max((row.questions for row in report.statistics), default=0)
