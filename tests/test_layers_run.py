@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from families import save
 from refinelens.cli import main
 from refinelens.durable import write_whole
-from refinelens.errors import FaultError, InputError, UnsupportedModelError
+from refinelens.errors import FaultError, UnsupportedModelError
 from refinelens.interrupt import SweepInterrupted
 from refinelens.layers.folder import FIGURE, MEANS, PARTS, ROWS, TABLES
 from refinelens.layers.options import LayerOptions
