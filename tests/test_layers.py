@@ -9,6 +9,7 @@ from torch import nn
 
 from families import CASES, VOCAB, build
 from refinelens import LogitLens
+from refinelens.describe import model_findings
 from refinelens.errors import UnsupportedModelError
 from refinelens.layers.clean_run import CleanRun
 from refinelens.layers.frozen_cache import FrozenCache
@@ -16,6 +17,8 @@ from refinelens.layers.interventions import EVERY, LAST, Intervention, carried
 from refinelens.layers.means import MeanContributions, contribution
 from refinelens.layers.restarts import check_restarts
 from refinelens.layers.scan import scan
+from refinelens.models import LoadedModel
+from refinelens.prefix import Branches
 from tiny import tiny_gpt2
 
 HALVES = ("attn", "mlp")
@@ -67,6 +70,12 @@ def test_a_restart_is_the_run(name):
     assert found.cached and found.batched == (name not in ONE_BY_ONE)
     assert (None in found.sublayers) == (name in POST_NORM)
     assert_no_hooks(lens.model)
+
+
+@pytest.mark.parametrize("name, halves", [("llama", "found"), ("opt-350m", "of whole blocks alone")])
+def test_doctor_says_what_can_be_intervened_on(name, halves):
+    findings = dict(model_findings(LoadedModel(name, build(name), None, "", "", "", "", ())))
+    assert findings["interventions"].startswith("every block starts again") and halves in findings["interventions"]
 
 
 @pytest.mark.parametrize("tokens", [EVERY, LAST], ids=["all", "answer"])
@@ -215,12 +224,17 @@ def test_a_scan_leaves_held_keys_and_values_as_they_were():
     run = CleanRun.record(lens, IDS, cached=True)
     cache = next(value for value in run.calls[0].kwargs.values() if isinstance(value, FrozenCache))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    last, shared = torch.tensor([[10]]), [Branches(lens) for _ in range(2)]
+    for branches in shared:
+        branches.hidden(IDS, last)
+    undisturbed = shared[0].hidden(IDS, last)
     clean = run.block(2, run.states[2])
     scan(run, Intervention("skip", EVERY, [], None).of_context(run), 8)
     assert cache.get_seq_length() == 10
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
     assert torch.equal(run.block(2, run.states[2]), clean)
+    assert torch.equal(shared[1].hidden(IDS, last), undisturbed), "a prefix that was shared before"
 
 
 def test_a_patch_of_its_own_states_is_nothing_and_the_last_layer_is_the_other_run():

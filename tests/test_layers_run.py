@@ -1,5 +1,6 @@
 """`refinelens layers` on a sweep of a tiny model: every output, interrupts, damage, and what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from refinelens.cli import main
 from refinelens.durable import write_whole
 from refinelens.errors import FaultError, UnsupportedModelError
 from refinelens.interrupt import SweepInterrupted
+from refinelens.layers import folder as folder_module
 from refinelens.layers.folder import FIGURE, MEANS, PARTS, ROWS, TABLES
 from refinelens.layers.options import LayerOptions
 from refinelens.layers.scanner import Scanner
@@ -229,7 +231,7 @@ def test_a_second_signal_ends_it_at_once(run, quick, monkeypatch):
 def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
     with pytest.MonkeyPatch.context() as patch:
         killed_in(patch, "_ablate", 8, lambda: 1 / 0)
-        with pytest.raises(FaultError, match="question 1: ZeroDivisionError"):
+        with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
             run_layers(run.path, LayerOptions())
     folder, _ = run_layers(run.path, LayerOptions())
     assert rows_of(folder).equals(rows_of(finished[0]))
@@ -245,6 +247,27 @@ def test_damaged_files_are_made_again(finished, run, quick, file, damage):
     folder, _ = run_layers(run.path, LayerOptions(), warn=heard.append)
     assert rows_of(folder).equals(rows_of(finished[0]))
     assert [file.split("/")[1] in line for line in heard] == ([True] if "part" in file else [])
+
+
+def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, monkeypatch):
+    own, written = folder_module.write_whole, []
+
+    def write_whole_or_fail(path, write):
+        written.append(path.name)
+        if path.name == "part-00002.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(path, write)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_module, "write_whole", write_whole_or_fail)
+        with pytest.raises(FaultError, match="no free disk left"):
+            run_layers(run.path, LayerOptions())
+    path = run.path / "layers" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert len(manifest["parts"]) == 2
+    path.write_text(json.dumps(manifest | {"parts": manifest["parts"][:1]}))  # killed before it was written
+    folder, _ = run_layers(run.path, LayerOptions())
+    assert rows_of(folder).equals(rows_of(finished[0]))
 
 
 def test_finished_already_needs_no_model(finished, run, quick, no_model):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..durable import disk_error
+from ..errors import FaultError
 from ..interrupt import StopSignals, SweepInterrupted
 from ..lock import RunLock
 from ..results import LAYERS, Run, open_run
@@ -81,11 +82,14 @@ class _Analysis:
             self._place()
             return
         began, spent = time.monotonic(), self.manifest["seconds"]
-        for part in self._ask(missing):
-            parts.append(part)
-            self.manifest |= {"parts": entries_of(parts)}
-            self.manifest["seconds"] = round(spent + time.monotonic() - began, 3)
-            self.folder.write_manifest(self.manifest)
+        try:
+            for part in self._ask(missing):
+                parts.append(part)
+                self.manifest |= {"parts": entries_of(parts)}
+                self.manifest["seconds"] = round(spent + time.monotonic() - began, 3)
+                self.folder.write_manifest(self.manifest)
+        except FaultError as error:
+            raise FaultError(f"{error}; the same command goes on with what is finished") from error.__cause__
 
     def _ask(self, missing: list[int]) -> Iterator[QuestionPart]:
         """A part per question, until a signal comes."""
