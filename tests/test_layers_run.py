@@ -272,7 +272,8 @@ def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, mon
 
 def test_finished_already_needs_no_model(finished, run, quick, no_model):
     shutil.copytree(finished[0].path, run.path / "layers")
-    run_layers(run.path, LayerOptions())
+    _, report = run_layers(run.path, LayerOptions())
+    assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
 
 
 def test_the_lens_alone_needs_no_model(run, quick, no_model):

@@ -155,5 +155,5 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path):
     for ablations in (["skip"], []):
         manifest = {"lens": "plain", "arguments": {"at": "all"}}
         path = tmp_path / f"{len(ablations)}.png"
-        draw_layers(path, LayersReport(manifest, RUN, None, ablations, 0.0, 0.0, statistics, [], [], [], []))
+        draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
         assert path.read_bytes().startswith(b"\x89PNG")

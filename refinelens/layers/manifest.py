@@ -19,10 +19,13 @@ def begin(
     overwrite: bool,
     argv: list[str] | None,
     warn: Callable[[str], None],
-) -> dict:
-    """The manifest to work with: a new one, or that of an analysis that was stopped, without its damaged parts.
+) -> tuple[dict, bool]:
+    """The manifest to work with: a new one, or that of an analysis that goes on, without its damaged parts.
 
     Nothing is written: what is there stays until model and task are known to fit.
+
+    Returns:
+        The manifest, and whether the analysis goes on.
 
     Raises:
         InputError: An analysis of another run or with other options is there, and ``overwrite`` is not set.
@@ -31,7 +34,7 @@ def begin(
     folder.check_foreign()
     there = None if overwrite else folder.manifest()
     if there is None:
-        return new
+        return new, False
     for field in ("run_id", "lens", "arguments", "questions"):
         if there.get(field) != new[field]:
             raise InputError(
@@ -44,8 +47,10 @@ def begin(
             warn(f"{folder.path / 'parts' / part.file}: expected the part as it was written; it is computed again")
         else:
             whole.append(part)
+    if len(whole) == len(there["questions"]) or not options.interventions:
+        return there, True
     entry = {"started": now(), "argv": argv, "refinelens_version": __version__, "packages": packages()}
-    return there | {"status": "running", "parts": entries_of(whole), "resumed": [*there["resumed"], entry]}
+    return there | {"status": "running", "parts": entries_of(whole), "resumed": [*there["resumed"], entry]}, True
 
 
 def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -> dict:

@@ -14,6 +14,7 @@ from .figure import draw_layers
 from .folder import FIGURE, ROWS, LayersFolder
 from .patching import Patching
 from .report import LayersReport
+from .schema import LAYER_ROWS
 from .statistics import LayerStatistic
 
 
@@ -21,7 +22,9 @@ def write_outputs(folder: LayersFolder, report: LayersReport) -> None:
     """Write ``layers.parquet``, the tables and ``layers.png``."""
 
     def write(path: Path) -> None:
-        pq.write_table(report.rows, path, compression="zstd")
+        with pq.ParquetWriter(path, LAYER_ROWS, compression="zstd") as writer:
+            for rows in folder.rows(report.manifest):
+                writer.write_table(rows)
 
     write_whole(folder.path / ROWS, write)
     write_csv(folder.path / "layers.csv", LayerStatistic, report.statistics)

@@ -12,7 +12,7 @@ from .early_exit import EarlyExit, early_exits
 from .examples import RunExamples
 from .folder import LayersFolder
 from .patching import Patching, patchings
-from .scanned import Scanned
+from .scanned import COLUMNS, Scanned
 from .schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 from .statistics import LayerStatistic, layer_statistics, measure_lens, measure_scanned
 
@@ -23,7 +23,6 @@ class LayersReport:
 
     manifest: dict  # of the analysis
     run: dict  # manifest of the run
-    rows: pa.Table  # of LAYER_ROWS
     ablations: list[str]
     noise: float  # nats: the largest change by a control that changes nothing; 0 where nothing was intervened in
     largest_difference: float  # nats: of the clean log-probabilities here and in the run
@@ -47,11 +46,12 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
         manifest: Of the analysis.
         examples: Of the run.
     """
-    rows = pa.concat_tables([LAYER_ROWS.empty_table(), *folder.rows(manifest)])
+    parts = (table.select(COLUMNS) for table in folder.rows(manifest))
+    rows = pa.concat_tables([LAYER_ROWS.empty_table().select(COLUMNS), *parts])
     if manifest["parts"]:
         examples = examples.of_questions([part["question_id"] for part in manifest["parts"]])
     seed, n_layers = examples.manifest["seed"], examples.n_layers
-    ablations = [name for name in manifest["arguments"]["interventions"] if name != "patch" and len(rows)]
+    ablations = [name for name in manifest["arguments"]["interventions"] if name != "patch"]
     scanned = {name: Scanned.of(rows, name, n_layers) for name in (*ablations, CONTROL, RESTORE, DESTROY)}
     lens = measure_lens(examples)
     costs = [measure_scanned(scanned[name]) for name in ablations]
@@ -60,7 +60,6 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
     return LayersReport(
         manifest=manifest,
         run=examples.manifest,
-        rows=rows,
         ablations=ablations,
         noise=noise,
         largest_difference=_difference([scanned[name] for name in ablations[:1]], examples),

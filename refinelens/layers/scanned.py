@@ -12,6 +12,7 @@ VALUES = (
     *("target_logprob", "target_rank", "correct", "logprob_change", "rank_change", "correct_change"),
     *("first_correct_change", "settle_change", "depth_change"),
 )
+COLUMNS = ("question_id", "documents", "gold_position", "intervention", "source_position", *VALUES)
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def run_layers(
     folder = LayersFolder(Path(out or run.path / LAYERS))
     with StopSignals() as signals, RunLock(folder.path):
         try:
-            manifest = begin(folder, examples, options, overwrite, argv, warn)
-            analysis = _Analysis(run, examples, options, folder, manifest, signals, report)
+            manifest, goes_on = begin(folder, examples, options, overwrite, argv, warn)
+            analysis = _Analysis(run, examples, options, folder, manifest, goes_on, signals, report)
             analysis.finish()
             return folder, analysis.conclude()
         except OSError as error:
@@ -70,6 +70,7 @@ class _Analysis:
     options: LayerOptions
     folder: LayersFolder
     manifest: dict
+    goes_on: bool  # with what is in the folder
     signals: StopSignals
     report: Progress
 
@@ -107,7 +108,7 @@ class _Analysis:
 
     def _place(self) -> None:
         """Make the folder this analysis's; another one that was there goes."""
-        if not self.manifest["resumed"]:
+        if not self.goes_on:
             self.folder.clear()
         self.folder.write_manifest(self.manifest)
 
