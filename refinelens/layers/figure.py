@@ -13,14 +13,19 @@ from ..figures import COLOURS, MARKERS
 from ..table import title
 from .agreement import COST, GAIN
 from .report import LayersReport
+from .schema import DESTROY, RESTORE
 from .statistics import LENS, LayerStatistic
 
 WORDS = {
-    LENS: "gain under\nthe {lens} lens",
-    "skip": "block skipped",
-    "mean": "block replaced\nby its mean",
-    "attn": "attention\nsilenced",
-    "mlp": "MLP\nsilenced",
+    LENS: "gain, {lens} lens\n(nats)",
+    "skip": "block skipped\n(nats)",
+    "mean": "block replaced by\nits mean (nats)",
+    "attn": "attention silenced\n(nats)",
+    "mlp": "MLP silenced\n(nats)",
+}
+PATCHES = {
+    RESTORE: "of failing runs, with the state of a right one",
+    DESTROY: "of right runs, with that of a failing one",
 }
 LINEAR_TO = 1.0  # nats; beyond, the axis is logarithmic
 
@@ -33,24 +38,53 @@ def draw_layers(path: Path, report: LayersReport) -> None:
     from matplotlib import pyplot as plt
 
     rows = [(LENS, GAIN), *((name, COST) for name in report.ablations)]
+    patches = [(name, "accuracy") for name in (RESTORE, DESTROY) if any(row.of == name for row in report.statistics)]
     sizes = sorted({row.documents for row in report.statistics})
     figure, panels = plt.subplots(
-        *(len(rows), len(sizes)),
-        figsize=(max(6.8, 5.0 * len(sizes)), 0.9 + 1.45 * len(rows)),
+        *(len(rows) + bool(patches), len(sizes)),
+        figsize=(max(6.8, 5.0 * len(sizes)), 0.9 + 1.45 * (len(rows) + bool(patches))),
         layout="constrained",
         sharex=True,
         sharey="row",
         squeeze=False,
     )
-    for of_row, (name, statistic) in zip(panels, rows, strict=True):
+    for of_row, (name, statistic) in zip(panels, rows, strict=False):
         for axes, documents in zip(of_row, sizes, strict=True):
-            chosen = [r for r in report.statistics if (r.of, r.documents, r.statistic) == (name, documents, statistic)]
-            _draw(axes, [row for row in chosen if row.layer > 0])
+            _draw(axes, _chosen(report, name, documents, statistic))
         _scale(of_row)
         of_row[0].set_ylabel(WORDS[name].format(lens=report.manifest["lens"]), fontsize=8, parse_math=False)
+    for axes, documents in zip(panels[-1], sizes, strict=True) if patches else ():
+        _draw_patches(axes, [_chosen(report, name, documents, statistic) for name, statistic in patches])
     _finish(figure, panels, sizes, report)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=200, format="png"))
     plt.close(figure)
+
+
+def _chosen(report: LayersReport, of: str, documents: int, statistic: str) -> list[LayerStatistic]:
+    """One statistic of layers ``1 .. n_layers``; layer 0 has no block."""
+    wanted = (of, documents, statistic)
+    return [r for r in report.statistics if (r.of, r.documents, r.statistic) == wanted and r.layer > 0]
+
+
+def _draw_patches(axes, found: list[list[LayerStatistic]]) -> None:
+    """Share of answers that are correct once a state is carried over, all pairs of gold positions together."""
+    styles = ({"color": "k", "ls": "-"}, {"color": "k", "ls": "--"})
+    for rows, style in zip(found, styles, strict=False):
+        whole = [row for row in rows if row.gold_position is None]
+        layers, values = [row.layer for row in whole], [row.value for row in whole]
+        if whole:
+            axes.plot(layers, [value.value for value in values], lw=1, label=PATCHES[whole[0].of], **style)
+            axes.fill_between(layers, [v.low for v in values], [v.high for v in values], color="k", alpha=0.08, lw=0)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_ylabel("share correct\nonce patched", fontsize=8)
+    axes.legend(fontsize=7, frameon=False, loc="center left")
+    _tidy(axes)
+
+
+def _tidy(axes) -> None:
+    axes.tick_params(labelsize=7)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw(axes, rows: list[LayerStatistic]) -> None:
@@ -65,9 +99,7 @@ def _draw(axes, rows: list[LayerStatistic]) -> None:
         label = "closed-book" if position == NO_POSITION else f"gold position {position}"
         axes.plot(layers, values, lw=1, ms=2.5, label=label, **_style(index, len(positions)))
     axes.axhline(0.0, color="0.4", lw=0.6)
-    axes.tick_params(labelsize=7)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    _tidy(axes)
 
 
 def _scale(of_row) -> None:
@@ -80,6 +112,7 @@ def _scale(of_row) -> None:
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR_TO, subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
+        axes.autoscale_view()  # margins of the new scale
 
 
 def _style(index: int, count: int) -> dict:
@@ -103,9 +136,8 @@ def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
         axes.set_title(condition_name(documents), fontsize=8)
     handles, labels = panels[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, frameon=False, ncols=min(len(labels), 6), loc="outside lower center")
-    figure.supylabel("nats of target log-probability", fontsize=8)
     at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
     questions = max((row.questions for row in report.statistics), default=0)
-    struck = f"; below, mean cost of an intervention {at}" if report.ablations else ""
-    words = f"{title(report.run)}, {questions} questions: above, mean gain of each layer{struck}"
+    struck = f"; below, its mean loss by an intervention {at}" if report.ablations else ""
+    words = f"{title(report.run)}, {questions} questions: mean gain of target log-probability by layer{struck}"
     figure.suptitle("\n".join(textwrap.wrap(words, 100)), fontsize=8, parse_math=False)

@@ -55,7 +55,8 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
     scanned = {name: Scanned.of(rows, name, n_layers) for name in (*ablations, CONTROL, RESTORE, DESTROY)}
     lens = measure_lens(examples)
     costs = [measure_scanned(scanned[name]) for name in ablations]
-    statistics = [row for measured in (lens, *costs) for row in layer_statistics(measured, seed)]
+    patched = [measure_scanned(scanned[name]) for name in (RESTORE, DESTROY) if len(scanned[name])]
+    statistics = [row for measured in (lens, *costs, *patched) for row in layer_statistics(measured, seed)]
     noise = float(np.abs(scanned[CONTROL]["logprob_change"]).max(initial=0.0))
     return LayersReport(
         manifest=manifest,

@@ -103,9 +103,9 @@ def _exit_line(exits: list[EarlyExit], lens: str) -> str:
         return f"Early exit, {lens} lens: the output is never right."
     by_position = ", ".join(f"{row.gold_position}: {'-' if row.layer is None else row.layer}" for row in others)
     return (
-        f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the accuracy of "
-        f"{format_estimate(whole.accuracy, 2)} ({format_estimate(whole.accuracy_there, 2)}; "
-        f"{format_estimate(whole.agreement_there, 2)} of its predictions are the model's own); by gold position "
+        f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the output's accuracy of "
+        f"{format_estimate(whole.accuracy, 2)} (there {format_estimate(whole.accuracy_there, 2)}, and "
+        f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own); by gold position "
         f"{by_position}."
     )
 
