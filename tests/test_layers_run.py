@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from families import save
 from refinelens.cli import main
 from refinelens.durable import write_whole
-from refinelens.errors import FaultError, UnsupportedModelError
+from refinelens.errors import FaultError, InputError, UnsupportedModelError
+from refinelens.frames import load_run
 from refinelens.interrupt import SweepInterrupted
 from refinelens.layers import folder as folder_module
 from refinelens.layers.folder import FIGURE, MEANS, PARTS, ROWS, TABLES
@@ -350,6 +351,13 @@ def test_a_family_without_halves_is_refused_by_name_and_can_be_skipped(question_
     assert not (tmp_path / "run" / "layers").exists()
     found, _ = run_layers(tmp_path / "run", LayerOptions(("skip", "mean", "patch")))
     assert len(only(rows_of(found), intervention="mean")) == 6 * 2 * 3
+
+
+def test_rows_as_a_data_frame(swept, finished, run):
+    frame = load_run(swept.path).interventions
+    assert len(frame) == len(rows_of(finished[0])) and str(frame["settle"].dtype) == "Int32"
+    with pytest.raises(InputError, match="make one with refinelens layers"):
+        load_run(run.path).interventions  # noqa: B018
 
 
 def test_the_command_prints_what_it_found(swept, finished, capsys):

@@ -14,6 +14,7 @@ from .scanned import Scanned
 
 LENS = "lens"
 EVERY_POSITION = None  # in place of a gold position: all of a context size together
+CHANGES = ("correct_change", "first_correct_change", "settle_change", "depth_change")
 GAINS = ("logprob_gain", "log_rank_gain", "entropy_drop")
 
 
@@ -89,9 +90,6 @@ def measure_scanned(scanned: Scanned) -> Measured:
         **{name: scanned[name] for name in CHANGES},
     }
     return Measured(scanned.intervention, 1, *keys, values)
-
-
-CHANGES = ("correct_change", "first_correct_change", "settle_change", "depth_change")
 
 
 def layer_statistics(measured: Measured, seed: int) -> list[LayerStatistic]:
