@@ -135,7 +135,7 @@ def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
     for axes, documents in zip(panels[0], sizes, strict=True):
         axes.set_title(condition_name(documents), fontsize=8)
     handles, labels = panels[0, -1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=min(len(labels), 6), loc="outside lower center")
+    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=min(len(labels), 4), loc="outside lower center")
     at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
     questions = max((row.questions for row in report.statistics), default=0)
     struck = f"; below, its mean loss by an intervention {at}" if report.ablations else ""

@@ -15,6 +15,7 @@ from .report import LayersReport
 from .schema import DESTROY, RESTORE
 from .statistics import LENS, LayerStatistic
 
+SHOWN_PAIRS = 6
 LENS_COLUMNS = {
     "first_correct_share": ("first", 2),
     "settle_share": ("settle", 2),
@@ -119,9 +120,10 @@ def _patch_line(rows: list[Patching], name: str) -> str:
         DESTROY: "Patching from where it fails to where it succeeds destroys it",
     }
     shown = ", ".join(f"{p.source_position} to {p.gold_position}: {p.from_layer.value:.1f}" for p in pairs)
+    shown = f"by gold positions {shown}" if len(pairs) <= SHOWN_PAIRS else "by pairs of gold positions in patching.csv"
     return (
         f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of {whole.examples} "
-        f"pairs of contexts, {whole.questions} questions); by gold positions {shown}."
+        f"pairs of contexts, {whole.questions} questions); {shown}."
     )
 
 
