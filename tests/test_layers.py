@@ -210,13 +210,32 @@ def test_means_survive_the_disk(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - ONE_BY_ONE))
 def test_held_keys_and_values_are_the_whole_context(name):
-    """At the last token alone, all runs of the scan at a time, against every one by itself over the whole context."""
+    """At the last token alone or whole, all runs of the scan at a time, against every one by itself."""
     lens = lens_of(build(name))
     for way in ("skip", "control"):
         _, whole = ablated(lens, way, LAST)
         _, held = ablated(lens, way, LAST, cached=True, at_a_time=8)
-        for one, other in zip(whole, held, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        _, together = ablated(lens, way, LAST, at_a_time=8)
+        for one, *others in zip(whole, held, together, strict=True):
+            for other in others:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "gemma2", "mixtral"])
+def test_a_scan_on_a_gpu(name, dtype):
+    """All runs of the scan at a time; in fp32 what the CPU gives."""
+    _, own = ablated(lens_of(build(name)), "attn")
+    lens = lens_of(build(name).to("cuda", dtype))
+    restarts = check_restarts(lens)
+    assert restarts.batched and None not in restarts.sublayers
+    assert restarts.at_a_time(11, cached=False, on_cpu=False) > lens.n_layers
+    _, remains = ablated(lens, "attn", at_a_time=8)
+    for one, other in zip(own, remains, strict=True):
+        assert torch.isfinite(other).all()
+        if dtype == torch.float32:
+            torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_scan_leaves_held_keys_and_values_as_they_were():

@@ -141,4 +141,5 @@ def _notes(report: LayersReport) -> list[str]:
         f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
         f"{tokens}; * interval above the noise of {report.noise:.1e} nats, the most that a control without effect "
         f"changed. Clean runs and the sweep differ by {report.largest_difference:.1e} nats at most.",
+        f"{len(report.manifest['parts'])} questions in {report.manifest['seconds']:.0f} s.",
     ]
