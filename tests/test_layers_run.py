@@ -173,20 +173,39 @@ def test_patches_go_between_success_and_failure(finished):
 
 
 def test_at_the_answer_the_other_tokens_stay(run, quick):
-    """Held keys and values, or whole contexts where a model has none: the same rows to rounding."""
+    """Held keys and values, or whole contexts where the gate or a real context refuses them: the same to rounding."""
     options = LayerOptions(("skip", "mean"), at="answer", examples=2)
     tables = []
-    for cached in (True, False):
+    for name, answer in ((None, None), ("restarts._cached_is_whole", False), ("scanner.difference", 1.0)):
         with pytest.MonkeyPatch.context() as patch:
-            if not cached:
-                patch.setattr("refinelens.layers.restarts._cached_is_whole", lambda *_: False)
+            if name:
+                patch.setattr(f"refinelens.layers.{name}", lambda *_, answer=answer: answer)
             tables.append(rows_of(run_layers(run.path, options, overwrite=True)[0]))
+    assert tables[1].equals(tables[2])
     assert len(set(tables[0]["question_id"].to_pylist())) == 2
     for name in ("target_rank", "settle"):
         assert tables[0][name].equals(tables[1][name])
-    changes = [table["logprob_change"].to_numpy() for table in tables]
+    changes = [table["logprob_change"].to_numpy() for table in tables[:2]]
     np.testing.assert_allclose(*changes, atol=1e-4)
     assert np.abs(changes[0]).max() > 0.01
+
+
+def test_fewer_runs_at_a_time_once_memory_ran_out(run, quick, monkeypatch):
+    from refinelens.layers import scanner
+
+    own, sizes, options = scanner.scan, [], LayerOptions(("skip",), at="answer", examples=1)
+    wanted = rows_of(run_layers(run.path, options)[0])
+
+    def scan(context, start, at_a_time):
+        sizes.append(at_a_time)
+        if at_a_time > 100:
+            raise torch.OutOfMemoryError
+        return own(context, start, at_a_time)
+
+    monkeypatch.setattr(scanner, "scan", scan)
+    found = rows_of(run_layers(run.path, options, overwrite=True)[0])
+    assert found["target_rank"].equals(wanted["target_rank"])
+    assert sizes[0] > 100 >= max(sizes[-5:]), "no second try at what did not fit"
 
 
 def killed_in(monkeypatch, method, call, act):
