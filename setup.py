@@ -18,7 +18,7 @@ extension = Pybind11Extension(
 )
 
 setup(
-    packages=["refinelens", "refinelens.bench", "refinelens.data", "refinelens.fit", "refinelens.kernels"],
+    packages=["refinelens", *(f"refinelens.{name}" for name in ("bench", "data", "fit", "kernels", "layers"))],
     # The folder stands at the top of the repository; installed, it is a part of refinelens, so that it
     # cannot be taken for the package `kernels` that Transformers looks for.
     package_dir={"refinelens.kernels": "kernels"},

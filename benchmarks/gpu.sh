@@ -12,13 +12,15 @@ PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation .
 # -P: what was installed is tested, not the sources beside it, which have no built extension.
 "$python" -P -m refinelens.cli doctor | tee "$out/doctor.txt"
 
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)  # most of the time compiles kernels
 status=0
-timeout 180 "$python" -P -m pytest -q -p no:cacheprovider tests/test_lens.py tests/test_lens_*.py \
+timeout 180 "$python" -P -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} tests/test_lens.py tests/test_lens_*.py \
     tests/test_families.py tests/test_sweep.py -rs -s \
     2>&1 | tee "$out/tests.txt" || status=$?
 timeout 180 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?
 for positions in 1024 16384; do
-    timeout 30 "$python" benchmarks/translators.py --positions "$positions" 2>&1 | tee -a "$out/translators.txt" || status=$?
+    timeout 60 "$python" benchmarks/translators.py --positions "$positions" 2>&1 | tee -a "$out/translators.txt" || status=$?
 done
 timeout 200 "$python" -P -m pytest -q -p no:cacheprovider benchmarks/bench_fused_lens.py \
     --benchmark-json="$out/bench.json" 2>&1 | tee "$out/bench.txt" || status=$?

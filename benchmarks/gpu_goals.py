@@ -44,10 +44,12 @@ GOALS = [
     Goal("llama-33x1024/chunked", "chunked eager torch / fused, D 4096", 3, 4, at_least=True),
     Goal("gpt2-13x1024/naive", "naive torch / fused, D 768", 3, 5, at_least=True),
     Goal("llama-33x1024/naive", "naive torch / fused, D 4096", 1.5, 2, at_least=True),
-    Goal("statistics", "rank + argmax + entropy / logsumexp only", 1.08, 1.03),
+    Goal("gpt2-13x1024/statistics", "rank + argmax + entropy / logsumexp only, D 768", 1.08, 1.03),
+    Goal("llama-33x1024/statistics", "rank + argmax + entropy / logsumexp only, D 4096", 1.08, 1.03),
     Goal("memory", "extra memory at any row count", 64, 32, unit="MB"),
     Goal("gpt2-13x8/graphed", "GPT-2 13x8, graphed", 27, 22, unit="us"),
-    Goal("llama-33x8", "Llama 33x8", 0.45, 0.40, unit="ms"),
+    Goal("llama-33x8", "Llama 33x8, graphed", 0.45, 0.40, unit="ms"),
+    Goal("argmax", "argmaxes off fp64, more than those of bf16 logits", 0, None),
     Goal("rank0", "rows where rank 0 and argmax == target disagree", 0, None),
     Goal("bits", "kernels that give a target's logit other bits than its column", 0, None),
 ]
@@ -64,8 +66,7 @@ def main() -> int:
     print("\n| goal | must | stretch | measured | must met |\n| --- | --- | --- | --- | --- |")
     for goal in GOALS:
         print(goal.row(measured))
-    broken = [key for key in ("rank0",) if measured.get(key)]
-    return 1 if broken else 0
+    return 1 if measured.get("rank0") or measured.get("failed") else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from refinelens.kernels.lens_triton import fused_lens_triton
 from refinelens.kernels.norms import LayerNorm
 
 ROUNDS = 9
+SPIN_CYCLES = 3_000_000  # 1.5 ms
 CHUNK_BYTES = 2**28  # of fp32 logits in the chunked peer
 
 
@@ -74,16 +76,23 @@ class Problem:
         return [peers.naive(bench.Problem(hidden, self.unembedding, self.norm, targets)) for hidden, targets in parts]
 
 
-def timed(runs: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
-    """Median seconds and spread (of the middle half) of every run; in turns, so that all see one clock."""
+def timed(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
+    """Median seconds of the device and spread (of the middle half) of every run.
+
+    All take turns, in another order every round: at this load the clock follows the power drawn just before. The device
+    spins before each run while its launches are queued, so that no time is measured in which it waits for the host.
+    """
     for run in runs.values():
         run()
+    order, shuffle = list(runs), random.Random(0).shuffle
     seconds = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(SPIN_CYCLES)
             begin.record()
-            run()
+            runs[name]()
             end.record()
             end.synchronize()
             seconds[name].append(begin.elapsed_time(end) / 1e3)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 WIDTH_MULTIPLE = 64  # of the padded columns of the normed states; every BLOCK_K divides it
-KINDS = ("plain", "few_rows", "specialized")
+KINDS = ("plain", "few_rows", "tma")
 HOPPER = 9  # the generation with warp group products; what a CPU emulates
 
 
@@ -21,10 +22,10 @@ class LensConfig:
         block_v: Tokens of a tile, a power of two.
         tail_v: Tokens of a tile past the last whole one, a divisor of ``block_v``; masks need registers.
         block_k: Columns multiplied at a time, a divisor of ``WIDTH_MULTIPLE``.
-        num_warps: Warps of a program; of one consumer's tile where ``kind`` is ``"specialized"``.
+        num_warps: Warps of a program.
         num_stages: Tiles of operands in flight.
         kind: ``"plain"``, ``"few_rows"`` (operands swapped, tokens as the rows of the product) or
-            ``"specialized"`` (one warp group loads, two multiply and reduce).
+            ``"tma"`` (the kernel of ``lens_tma`` wherever it can run, else as ``"plain"``).
         splits: Parts of the vocabulary; None lets the launcher divide it.
         group: Row blocks whose programs are neighbours; None lets the launcher choose.
     """
@@ -53,17 +54,18 @@ class LensConfig:
 _HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _SINGLE_BLACKWELL = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=3)
-_HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3)
+_HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 # One warp group's 64 rows would stand mostly empty: the tokens take their place.
 _FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=3, kind="few_rows")
 _FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
 _SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=8, num_stages=4, kind="few_rows")
 _SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
+# One row block: narrower tiles, so that the processors end at about the same time.
+_ONE_BLOCK_HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=4)
 # Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
 _UNALIGNED_HALF = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
 _UNALIGNED_SINGLE = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
-_SPECIALIZED = LensConfig(128, 256, 128, 64, num_warps=4, num_stages=4, kind="specialized")
 
 
 def is_aligned(unembedding: Tensor) -> bool:
@@ -98,15 +100,12 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
         return _HALF if not single else _SINGLE if generation < HOPPER else _SINGLE_BLACKWELL
     if n_rows <= _SOME_HALF.block_m:
         return _SOME_SINGLE if single else _SOME_HALF
+    if n_rows <= _ONE_BLOCK_HALF.block_m and not single:
+        return _ONE_BLOCK_HALF
     return _SINGLE_HOPPER if single else _HALF_HOPPER
 
 
-def specialized_config(dtype: torch.dtype, aligned: bool, bias: bool, generation: int) -> LensConfig | None:
-    """The warp-specialised configuration, or None where that kernel cannot run."""
-    fits = generation == HOPPER and aligned and not bias and dtype in (torch.bfloat16, torch.float16)
-    return _SPECIALIZED if fits else None
-
-
+@lru_cache
 def generation_of(device: torch.device) -> int:
     """Major compute capability of ``device``; without a GPU that of the kernels' first target."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER

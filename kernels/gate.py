@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import lens_kernel, lens_specialized, norms_triton, running_sums, target_logits
+from . import lens_kernel, lens_tma, norms_triton, running_sums, target_logits, ties
 from .configs import HOPPER, LensConfig, pinned_config
 from .launch import LensOptions
 from .machine_code import KernelReport, read_kernel
@@ -22,6 +22,8 @@ GENERATIONS = {
     9: (90, "sm_90a", "HGMMA", 232_448),
     10: (100, "sm_100a", "UTCHMMA", 232_448),
 }
+MERGED_SPLITS = 200  # more than processors, so that a program holds the most rows times splits
+PRODUCTS = ("main", "tail", "targets", "ties")  # the kernels that multiply
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FLOATS = {"logit_scale", "softcap", "eps", "offset"}
 _INTS = {"targets_ptr": "*i64", "parts_argmax_ptr": "*i32", "parts_rank_ptr": "*i32"}
@@ -32,8 +34,8 @@ class LensVariant:
     """One launchable specialisation of a kernel.
 
     Args:
-        kernel: ``"main"`` (whole tiles), ``"tail"`` (the rest of the vocabulary), ``"targets"``, ``"norm"``
-            or ``"merge"``.
+        kernel: ``"main"`` (whole tiles), ``"tail"`` (the rest of the vocabulary), ``"targets"``, ``"ties"``,
+            ``"norm"`` or ``"merge"``.
         n_rows: Rows of the call, which decide the pinned configuration.
         aligned: ``configs.is_aligned`` of the unembedding.
         same_bits: ``target_bits.has_same_bits`` of the call.
@@ -64,13 +66,19 @@ class LensVariant:
             config=self.config or pinned_config(self.dtype, self.aligned, self.n_rows, self.generation),
         )
 
+    @property
+    def by_tma(self) -> bool:
+        """Whether the kernel is that of ``lens_tma``."""
+        options, is_same = self.options, self.same_bits or not self.targets
+        return self.kernel == "main" and options.config.kind == "tma" and options.is_plain and is_same
+
 
 def inspect_variant(variant: LensVariant) -> KernelReport:
     """Compile ``variant`` and report on it; not possible under ``TRITON_INTERPRET=1``."""
     config = variant.options.config
-    kernel, constants, num_warps = _specialisation(variant)
+    kernel, constants, num_warps, num_stages = _specialisation(variant)
     vectors = {"width"} if variant.kernel == "norm" else {"x_ptr", "width"}
-    if variant.aligned and variant.kernel in ("main", "tail", "targets"):
+    if variant.aligned and variant.kernel in PRODUCTS:
         vectors |= {"w_ptr", "d_model", "stride_wv"}
     signature, attrs = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -80,12 +88,10 @@ def inspect_variant(variant: LensVariant) -> KernelReport:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", GENERATIONS[variant.generation][0], 32),
-        options=dict(num_warps=num_warps, num_stages=config.num_stages),
+        options=dict(num_warps=num_warps, num_stages=num_stages),
     )
     has_tiles = variant.kernel in ("main", "tail")
-    # A specialised tile is divided over two groups of ``num_warps``.
-    threads = 32 * num_warps * (2 if kernel is lens_specialized._specialized_kernel else 1)
-    logits = config.block_m * constants["BLOCK_V"] // threads if has_tiles else None
+    logits = config.block_m * constants["BLOCK_V"] // (32 * num_warps) if has_tiles else None
     return read_kernel(compiled, logits)
 
 
@@ -95,8 +101,7 @@ def violations(variant: LensVariant, report: KernelReport, ceiling: float | None
     ``ceiling`` bounds ``outside_per_logit``.
     """
     _, target, product, shared = GENERATIONS[variant.generation]
-    is_specialized = variant.options.config.kind == "specialized" and variant.kernel == "main"
-    expected = {product} if variant.kernel in ("main", "tail", "targets") else set()
+    expected = {product} if variant.kernel in PRODUCTS else set()
     found = list(report.box_errors)
     if report.target != target:
         found.append(f"compiled for {report.target}, not {target}")
@@ -106,37 +111,39 @@ def violations(variant: LensVariant, report: KernelReport, ceiling: float | None
         found.append(f"products {sorted(report.products)}, expected {sorted(expected)}")
     if report.shared_bytes > shared:
         found.append(f"{report.shared_bytes} bytes of shared memory, at most {shared}")
-    if bool(report.tma_loads) != is_specialized:
-        found.append(f"{report.tma_loads} TMA loads in a {'' if is_specialized else 'not '}specialised kernel")
-    if bool(report.register_hints) != is_specialized:
-        found.append(f"{report.register_hints} setmaxnreg in a {'' if is_specialized else 'not '}specialised kernel")
+    if bool(report.tma_loads) != variant.by_tma:
+        found.append(f"{report.tma_loads} TMA loads in a kernel {'by' if variant.by_tma else 'without'} TMA")
     if ceiling is not None and (report.outside_per_logit is None or report.outside_per_logit > ceiling):
         found.append(f"{report.outside_per_logit} instructions a logit outside the K loop, at most {ceiling}")
     return found
 
 
-def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int]:
-    """Kernel, compile-time arguments and warps, as the launchers pass them."""
+def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int, int]:
+    """Kernel, compile-time arguments, warps and stages, as the launchers pass them."""
     options, config = variant.options, variant.options.config
     if variant.kernel == "norm":
         block_d = triton.next_power_of_2(padded_width(variant.d_model))
         flags = dict(HAS_NORM=True, HAS_MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True, BLOCK_D=block_d, stride_hd=1)
-        return norms_triton._norm_kernel, flags | dict(stride_w=1, stride_b=1), norm_warps(block_d)
+        return norms_triton._norm_kernel, flags | dict(stride_w=1, stride_b=1), norm_warps(block_d), config.num_stages
     if variant.kernel == "merge":
-        flags = options.row_flags(variant.targets) | dict(BLOCK_M=running_sums.MERGE_ROWS)
-        return running_sums._merge_kernel, flags, 4
+        block_s, block_m = running_sums.merge_blocks(MERGED_SPLITS)
+        flags = options.row_flags(variant.targets) | dict(BLOCK_S=block_s, BLOCK_M=block_m, stride_t=1)
+        if not variant.targets:
+            flags |= dict(targets_ptr=None, t_ptr=None)
+        return running_sums._merge_kernel, flags, 4, config.num_stages
     constants = options.product_flags() | dict(stride_b=1, stride_t=1)
     if not variant.bias:
         constants["bias_ptr"] = None
     if variant.aligned:
         constants["stride_wd"] = 1
     if variant.kernel == "targets":
-        return _with_known(
-            target_logits._target_kernel,
-            constants | dict(BLOCK_M=target_logits.TARGET_ROWS),
-            target_logits.TARGET_WARPS,
-        )
-    tiles = tile_ranges(2 * config.block_v - 1, 1, config, processors=1)[variant.kernel == "tail"]
+        constants |= dict(BLOCK_M=target_logits.TARGET_ROWS)
+        launch = (target_logits.TARGET_WARPS, target_logits.TARGET_STAGES)
+        return _with_known(target_logits._target_kernel, constants, *launch)
+    if variant.kernel == "ties":
+        constants |= dict(BLOCK_M=target_logits.TARGET_ROWS, TILE=config.block_v)
+        return _with_known(ties._ties_kernel, constants, target_logits.TARGET_WARPS, config.num_stages)
+    tiles = tile_ranges(2 * config.block_v - 1, 2, 2, config, processors=1)[variant.kernel == "tail"]
     constants |= options.row_flags(variant.targets)
     constants |= dict(
         MASKED=tiles.masked,
@@ -147,20 +154,20 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
     )
     if not variant.targets:
         constants |= dict(targets_ptr=None, t_ptr=None)
-    is_specialized = config.kind == "specialized" and not tiles.masked
-    kernel = lens_specialized._specialized_kernel if is_specialized else lens_kernel._lens_kernel
-    return _with_known(kernel, constants, tiles.num_warps)
+    kernel = lens_tma._tma_kernel if variant.by_tma else lens_kernel._lens_kernel
+    return _with_known(kernel, constants, tiles.num_warps, tiles.num_stages)
 
 
-def _with_known(kernel, constants: dict, num_warps: int) -> tuple[triton.JITFunction, dict, int]:
-    return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, num_warps
+def _with_known(kernel, constants: dict, num_warps: int, num_stages: int) -> tuple[triton.JITFunction, dict, int, int]:
+    known = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return kernel, known, num_warps, num_stages
 
 
 def _type_of(name: str, variant: LensVariant) -> str:
     if name in ("x_ptr", "w_ptr") or (variant.kernel == "norm" and name.endswith("_ptr")):
         return "*" + _TYPES[variant.dtype]
     if name in ("argmax_ptr", "rank_ptr"):
-        return "*i64" if variant.kernel == "merge" else "*i32"
+        return "*i64" if variant.kernel in ("merge", "ties") else "*i32"
     if name.endswith("_ptr"):
         return _INTS.get(name, "*fp32")
     return "fp32" if name in _FLOATS else "i32"

@@ -45,7 +45,10 @@ class GraphedLens:
         self._recorded: dict[tuple, _Recording] = {}
 
     def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> LensOutput:
-        """Lens statistics of ``hidden`` ``[R, d_model]``, as ``fused_lens_triton`` returns them; unchecked."""
+        """Lens statistics of ``hidden`` ``[R, d_model]``, as ``fused_lens_triton`` returns them; unchecked.
+
+        Those of one call share memory.
+        """
         hidden = hidden.detach()
         key = (hidden.shape, hidden.dtype, targets is not None)
         with torch.cuda.device_of(hidden):
@@ -73,7 +76,10 @@ class _Recording:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._out = run(self._hidden, self._targets)
+            out = run(self._hidden, self._targets)
+            # One buffer, so that handing out a copy is one launch more and not one a statistic.
+            self._packed = torch.cat([value.view(torch.uint8) for value in out if value is not None])
+        self._fields = [None if value is None else (value.dtype, value.nbytes) for value in out]
 
     def replay(self, hidden: Tensor, targets: Tensor | None) -> LensOutput:
         """Run the captured launches on new values; the result is the caller's own copy."""
@@ -81,4 +87,8 @@ class _Recording:
         if targets is not None:
             self._targets.copy_(targets)
         self._graph.replay()
-        return LensOutput(*(None if value is None else value.clone() for value in self._out))
+        packed, values, start = self._packed.clone(), [], 0
+        for dtype, size in filter(None, self._fields):
+            values.append(packed[start : start + size].view(dtype))
+            start += size
+        return LensOutput(*values, *[None] * self._fields.count(None))

@@ -26,13 +26,28 @@ class LensOptions:
         """The softcap as a kernel's argument, which does not read it without one."""
         return float(self.softcap or 0.0)
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter; a compile-time argument where the two differ."""
+        return triton.knobs.runtime.interpret
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a logit is nothing but its product."""
+        return self.bias is None and self.softcap is None and self.logit_scale == 1.0
+
+    @property
+    def fits_tma(self) -> bool:
+        """Whether the kernel of ``lens_tma`` can read these operands: plain logits, rows that do not overlap."""
+        return self.is_plain and self.unembedding.stride(0) >= self.unembedding.shape[1]
+
     def product_flags(self) -> dict:
         """Compile-time arguments of the kernels that form logits."""
         return dict(
             HAS_BIAS=self.bias is not None,
             HAS_SCALE=self.logit_scale != 1.0,
             # The interpreter multiplies bfloat16 wrongly; products of fp32 copies are the same numbers.
-            UPCAST=triton.knobs.runtime.interpret,
+            UPCAST=self.interpreted,
             # "ieee" has no tensor core instruction; three tf32 products keep fp32's accuracy.
             PRECISION="tf32x3" if self.unembedding.dtype == torch.float32 else "tf32",
             BLOCK_K=self.config.block_k,

@@ -30,9 +30,15 @@ def soft_cap(z: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-ROW_CHUNK = 512
-CHUNK_LOGITS = 1 << 20  # 4 MiB in fp32: the logits of a chunk of rows are read back from cache
+# Rows at a time, and logits: on a CPU 4 MiB of them in fp32 are read back from cache, a GPU takes more to be busy.
+_ROW_CHUNK, _CHUNK_LOGITS = 512, 1 << 20
+_ROW_CHUNK_CUDA, _CHUNK_LOGITS_CUDA = 8192, 1 << 24
 MAX_CHUNK = 8192
+
+
+def row_chunk(device: torch.device) -> int:
+    """Rows that plain torch takes at a time."""
+    return _ROW_CHUNK_CUDA if device.type == "cuda" else _ROW_CHUNK
 
 
 def z_chunks(
@@ -43,7 +49,8 @@ def z_chunks(
     The caller may overwrite ``z``; the next chunk does.
     """
     n_rows, n_vocab = x_hat.shape[0], unembedding.shape[0]
-    width = max(1, min(CHUNK_LOGITS // max(n_rows, 1), MAX_CHUNK, n_vocab))
+    most = _CHUNK_LOGITS_CUDA if x_hat.is_cuda else _CHUNK_LOGITS
+    width = max(1, min(most // max(n_rows, 1), MAX_CHUNK, n_vocab))
     buffer = x_hat.new_empty(n_rows * width)
     for first in range(0, n_vocab, width):
         weights = unembedding[first : first + width].to(x_hat.dtype)

@@ -98,6 +98,6 @@ def launch_tiles(
         rows.x_hat.shape[1], *weight.stride(), stride_of(options.bias), stride_of(rows.targets),
         options.logit_scale, options.cap, MASKED=tiles.masked, SWAPPED=config.kind == "few_rows",
         SAME_BITS=same_bits, BLOCK_M=config.block_m, BLOCK_V=tiles.width,
-        num_warps=tiles.num_warps, num_stages=config.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **options.row_flags(rows.targets is not None), **options.product_flags(),
     )  # fmt: skip

@@ -8,28 +8,35 @@ from torch import Tensor
 
 from .launch import LensOptions, LensRows
 from .lens_kernel import launch_tiles
-from .lens_specialized import launch_specialized
+from .lens_tma import launch_tma
 from .running_sums import merge_splits
 from .schedule import processor_count, tile_ranges
+from .ties import add_ties
 
 
 def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions, same_bits: bool) -> None:
     """Write best, argmax, rank, logsumexp and entropy of ``rows`` into ``merged``; see ``merge_splits``.
 
-    ``same_bits`` says that ``rows.target_z`` has the bits of the main product.
+    ``same_bits`` says that ``rows.target_z`` has the bits of the main product. Rank is 0 exactly where the argmax is
+    the target, whose logit then is the largest.
     """
     config, device = options.config, rows.x_hat.device
     row_blocks = triton.cdiv(rows.count, config.block_m)
-    ranges = tile_ranges(options.unembedding.shape[0], row_blocks, config, processor_count(device))
+    row_bytes = rows.x_hat.shape[1] * rows.x_hat.element_size()
+    ranges = tile_ranges(len(options.unembedding), row_blocks, row_bytes, config, processor_count(device))
     n_parts = sum(tiles.splits for tiles in ranges)
     best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
     parts = (best, argmax, rank, total, weighted)
+    by_tma = config.kind == "tma" and options.fits_tma and (rows.targets is None or same_bits)
     first = 0
     for tiles in ranges:
         own_parts = tuple(part[first : first + tiles.splits] for part in parts)
-        is_specialized = config.kind == "specialized" and not tiles.masked
-        launch = launch_specialized if is_specialized else launch_tiles
-        launch(rows, own_parts, options, tiles, same_bits)
+        if by_tma and not tiles.masked:
+            launch_tma(rows, own_parts, options, tiles)
+        else:
+            launch_tiles(rows, own_parts, options, tiles, same_bits)
         first += tiles.splits
-    merge_splits(parts, merged, options.cap, options.row_flags(rows.targets is not None))
+    merge_splits(parts, merged, rows, options.cap, options.row_flags(rows.targets is not None))
+    if by_tma and rows.targets is not None:
+        add_ties(rows, merged[2], options)

@@ -1,7 +1,8 @@
 """The fused lens on a GPU: every statistic of every row in one pass over the vocabulary.
 
 A chunk of rows goes through four kernels: the final norm, the targets' own logits, the main product with
-its running reductions (a second launch takes the last, partial tiles), and the merge over vocabulary splits.
+its running reductions (a second launch takes the last, partial tiles), and the merge over vocabulary splits. On Hopper
+a fifth counts the rare ties that the main one left open.
 Logits only ever exist as tiles in registers.
 """
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from .configs import LensConfig, ShapeClass, config_for
 from .launch import LensOptions, LensRows
-from .lens_common import LensOutput, lens_output
+from .lens_common import LensOutput, soft_cap
 from .lens_rows import reduce_rows
 from .norms import Norm
 from .norms_triton import normed_rows, padded_width
-from .schedule import chunk_blocks
+from .schedule import chunk_blocks, processor_count
 from .target_bits import has_same_bits
 from .target_logits import TARGET_ROWS, launch_targets
 
@@ -66,19 +67,23 @@ def fused_lens_triton(
     argmax, rank = (_empty(hidden, n_rows, torch.int64) for _ in range(2))
     row_multiple = max(config.block_m, TARGET_ROWS)
     row_bytes = padded_width(hidden.shape[1]) * hidden.element_size()
-    step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple)
+    step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple, processor_count(hidden.device))
     with torch.cuda.device_of(hidden):
         same_bits = targets is not None and has_same_bits(options)
+        x_hat = None
         for start in range(0, n_rows, step):
             part = slice(start, start + step)
-            x_hat = normed_rows(hidden[part], norm, row_multiple)
+            x_hat = normed_rows(hidden[part], norm, row_multiple, out=x_hat)
             part_targets, part_z = (None, None) if targets is None else (targets[part], target_z[part])
             rows = LensRows(x_hat, part_targets, part_z, len(best[part]))
             if targets is not None:
                 launch_targets(rows, options)
             merged = (best[part], argmax[part], rank[part], logsumexp[part], entropy[part])
             reduce_rows(rows, merged, options, same_bits)
-    return lens_output(argmax, best, logsumexp, entropy, targets, target_z, rank, softcap)
+    max_logit = soft_cap(best, softcap)
+    if targets is None:
+        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
+    return LensOutput(argmax, max_logit, logsumexp, entropy, soft_cap(target_z, softcap), rank)
 
 
 def _empty(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lens_common import ROW_CHUNK, LensOutput, in_row_blocks, lens_output, soft_cap, z_chunks
+from .lens_common import LensOutput, in_row_blocks, lens_output, row_chunk, soft_cap, z_chunks
 from .norms import Norm, apply_norm
 
 LOWEST = -3e38  # finite stand-in for -inf: 0 * -inf would be NaN
@@ -34,7 +34,7 @@ def fused_lens_twin(
         logit_scale: Positive factor of the logits, applied before the cap.
         dtype: Dtype of the whole computation; float64 gives the truth of the tests.
 
-    Memory: two buffers of a chunk's logits and ``ROW_CHUNK`` normed rows, whatever ``R`` and ``V``.
+    Memory: two buffers of a chunk's logits and ``row_chunk`` normed rows, whatever ``R`` and ``V``.
 
     Source of the running sums: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3.
     """
@@ -43,7 +43,7 @@ def fused_lens_twin(
         x_hat = apply_norm(rows, norm, dtype)
         return _reduce_block(x_hat, unembedding, row_targets, bias, softcap, logit_scale)
 
-    return in_row_blocks(reduce, hidden, targets, ROW_CHUNK)
+    return in_row_blocks(reduce, hidden, targets, row_chunk(hidden.device))
 
 
 def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> LensOutput:

@@ -20,8 +20,7 @@ class KernelReport:
     """Figures of one compiled kernel.
 
     ``outside_per_logit`` counts the instructions of the loop over tiles outside its K loop, per logit of a
-    thread; None where there is no such pair of loops. ``box_errors`` names TMA copies whose box is not their
-    shared tile.
+    thread; None where there is no such loop. ``box_errors`` names TMA copies whose box is not their shared tile.
     """
 
     target: str
@@ -31,7 +30,6 @@ class KernelReport:
     shared_bytes: int
     products: dict[str, int]  # of ``MMA``, how often each occurs
     tma_loads: int
-    register_hints: int  # setmaxnreg
     instructions: int
     outside_per_logit: float | None
     box_errors: tuple[str, ...]
@@ -61,7 +59,6 @@ def read_kernel(compiled, logits_per_thread: int | None) -> KernelReport:
         shared_bytes=compiled.metadata.shared,
         products={name: families[name] for name in MMA if families[name]},
         tma_loads=families["UTMALDG"],
-        register_hints=compiled.asm["ptx"].count("setmaxnreg"),
         instructions=sum(map(bool, opcodes)),
         outside_per_logit=outside and outside / logits_per_thread,
         box_errors=tuple(_box_errors(compiled.asm["ttgir"])),
@@ -82,23 +79,39 @@ def _outside_k_loop(code: list[str], opcodes: list[str], logits_per_thread: int)
     """Instructions of the loop over tiles, without those of its K loop.
 
     The loop over tiles is the shortest that holds a product and an exponential per logit, the K loop the shortest
-    in it that holds a product.
+    in it that holds a product. Where both are one loop, the part that all but a tile's last step jump over.
     """
     labels = {line.split(":")[0]: position for position, line in enumerate(code) if line.startswith(".L")}
-    loops = []
+    loops, jumps = [], []
     for position, line in enumerate(code):
         branch = re.search(r"BRA(?:\.\w+)*\s.*`\((\.L\w+)\)", line)
-        start = labels.get(branch[1], position) if branch else position
-        if any(opcode.startswith(MMA) for opcode in opcodes[start:position]):
-            loops.append((start, position))
-    loops.sort(key=lambda loop: loop[1] - loop[0])
-    for start, end in loops:
-        if opcodes[start:end].count("MUFU.EX2") >= logits_per_thread:
-            inner = next((s, e) for s, e in loops if start <= s and e <= end)
-            if inner == (start, end):
-                return None
-            return sum(map(bool, opcodes[start:end])) - sum(map(bool, opcodes[inner[0] : inner[1]]))
+        target = labels.get(branch[1], position) if branch else position
+        if any(opcode.startswith(MMA) for opcode in opcodes[target:position]):
+            loops.append((target, position))
+        elif target > position:
+            jumps.append((position, target))
+    loops.sort(key=_length)
+    for loop in loops:
+        if _exponentials(opcodes, loop) >= logits_per_thread:
+            inner = next(other for other in loops if loop[0] <= other[0] and other[1] <= loop[1])
+            if inner != loop:
+                return _count(opcodes, loop) - _count(opcodes, inner)
+            within = (jump for jump in jumps if loop[0] <= jump[0] and jump[1] <= loop[1])
+            skipped = [jump for jump in within if _exponentials(opcodes, jump) >= logits_per_thread]
+            return _count(opcodes, min(skipped, key=_length)) if skipped else None
     return None
+
+
+def _length(part: tuple[int, int]) -> int:
+    return part[1] - part[0]
+
+
+def _exponentials(opcodes: list[str], part: tuple[int, int]) -> int:
+    return opcodes[slice(*part)].count("MUFU.EX2")
+
+
+def _count(opcodes: list[str], part: tuple[int, int]) -> int:
+    return sum(map(bool, opcodes[slice(*part)]))
 
 
 def _box_errors(ttgir: str) -> list[str]:

@@ -47,13 +47,14 @@ def norm_warps(block_d: int) -> int:
     return min(16, max(1, block_d // 256))
 
 
-def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int) -> Tensor:
+def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | None = None) -> Tensor:
     """``norm(hidden)`` computed in fp32 and rounded once, padded with zeros to whole row blocks.
 
     Args:
         hidden: ``[R, d_model]`` floating, any strides.
         norm: Final norm, or None to copy.
         row_multiple: Rows of the result are a multiple of this.
+        out: What an earlier call returned for at least as many rows, to write over; None makes a new one.
 
     Returns:
         ``[padded R, padded_width(d_model)]`` of the dtype of ``hidden``.
@@ -62,7 +63,8 @@ def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int) -> Tensor:
     shape = (triton.cdiv(n_rows, row_multiple) * row_multiple, padded_width(d_model))
     # The interpreter truncates to bfloat16 where a GPU rounds: there torch does the one rounding.
     stored = torch.float32 if triton.knobs.runtime.interpret else hidden.dtype
-    x_hat = torch.empty(shape, dtype=stored, device=hidden.device)
+    is_fit = out is not None and out.dtype == stored
+    x_hat = out[: shape[0]] if is_fit else torch.empty(shape, dtype=stored, device=hidden.device)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
     block_d = triton.next_power_of_2(shape[1])

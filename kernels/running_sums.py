@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import LensRows, stride_of
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-MERGE_ROWS = 128
+_NO_ID = tl.constexpr(2**31 - 1)
+MERGE_ELEMENTS = 1024  # of a program: rows times splits
 _PARTS = ["parts_best_ptr", "parts_argmax_ptr", "parts_rank_ptr", "parts_total_ptr", "parts_weighted_ptr"]
-_MERGED = ["best_ptr", "argmax_ptr", "rank_ptr", "logsumexp_ptr", "entropy_ptr"]
+_MERGED = ["targets_ptr", "t_ptr", "best_ptr", "argmax_ptr", "rank_ptr", "logsumexp_ptr", "entropy_ptr"]
 
 
 @triton.jit
@@ -41,58 +44,62 @@ def rescale(total, weighted, shift):
     return total * factor, (weighted + shift * total) * factor
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"], do_not_specialize_on_alignment=[*_PARTS, *_MERGED])
+@triton.jit(do_not_specialize=["n_rows", "n_splits"], do_not_specialize_on_alignment=[*_PARTS, *_MERGED, "stride_t"])
 def _merge_kernel(
     parts_best_ptr, parts_argmax_ptr, parts_rank_ptr, parts_total_ptr, parts_weighted_ptr,
-    best_ptr, argmax_ptr, rank_ptr, logsumexp_ptr, entropy_ptr,
-    n_rows, n_splits, softcap,
-    HAS_TARGETS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    targets_ptr, t_ptr, best_ptr, argmax_ptr, rank_ptr, logsumexp_ptr, entropy_ptr,
+    n_rows, n_splits, stride_t, softcap,
+    HAS_TARGETS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    splits = tl.arange(0, BLOCK_S)
     row_ok = offs_m < n_rows
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    argmax = tl.zeros([BLOCK_M], tl.int32)
-    rank = tl.zeros([BLOCK_M], tl.int64)
-    peak = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(n_splits):
-        part = tl.cast(split, tl.int64) * n_rows + offs_m
-        part_best = tl.load(parts_best_ptr + part, mask=row_ok, other=0.0)
-        part_argmax = tl.load(parts_argmax_ptr + part, mask=row_ok, other=0)
-        part_total = tl.load(parts_total_ptr + part, mask=row_ok, other=1.0)
-        part_weighted = tl.load(parts_weighted_ptr + part, mask=row_ok, other=0.0)
-        if HAS_TARGETS:
-            rank += tl.load(parts_rank_ptr + part, mask=row_ok, other=0)
-        # Splits come in the order of their ids: among equals the first, with the lowest id, stays.
-        argmax = tl.where(part_best > best, part_argmax, argmax)
-        best = tl.maximum(best, part_best)
-        new_peak = peak_of(best, softcap, HAS_SOFTCAP)
-        part_shift = peak_of(part_best, softcap, HAS_SOFTCAP) - new_peak
-        part_total, part_weighted = rescale(part_total, part_weighted, part_shift)
-        total, weighted = rescale(total, weighted, peak - new_peak)
-        total += part_total
-        weighted += part_weighted
-        peak = new_peak
+    ok = (splits < n_splits)[:, None] & row_ok[None, :]
+    part = splits.to(tl.int64)[:, None] * n_rows + offs_m[None, :]
+    part_best = tl.load(parts_best_ptr + part, mask=ok, other=float("-inf"))
+    part_argmax = tl.load(parts_argmax_ptr + part, mask=ok, other=0)
+    part_total = tl.load(parts_total_ptr + part, mask=ok, other=0.0)
+    part_weighted = tl.load(parts_weighted_ptr + part, mask=ok, other=0.0)
+    best = tl.maximum(tl.max(part_best, 0), float("-inf"))
+    argmax = tl.min(tl.where(part_best == best[None, :], part_argmax, _NO_ID), 0)
+    argmax = tl.where(argmax == _NO_ID, 0, argmax)  # no logit is a number
+    peak = peak_of(best, softcap, HAS_SOFTCAP)
+    shift = tl.where(ok, peak_of(part_best, softcap, HAS_SOFTCAP) - peak[None, :], 0.0)
+    part_total, part_weighted = rescale(part_total, part_weighted, shift)
+    total = tl.where(row_ok, tl.sum(part_total, 0), 1.0)
     log2_total = tl.log2(total)
     tl.store(best_ptr + offs_m, best, mask=row_ok)
     tl.store(argmax_ptr + offs_m, argmax.to(tl.int64), mask=row_ok)
     tl.store(logsumexp_ptr + offs_m, (peak + log2_total) * _LN2, mask=row_ok)
-    tl.store(entropy_ptr + offs_m, (log2_total - weighted / total) * _LN2, mask=row_ok)
+    tl.store(entropy_ptr + offs_m, (log2_total - tl.sum(part_weighted, 0) / total) * _LN2, mask=row_ok)
     if HAS_TARGETS:
-        tl.store(rank_ptr + offs_m, rank, mask=row_ok)
+        rank = tl.sum(tl.load(parts_rank_ptr + part, mask=ok, other=0), 0)
+        target = tl.load(targets_ptr + offs_m.to(tl.int64) * stride_t, mask=row_ok, other=-1)
+        # The target's own product may differ from its column of the main one, which decides: rank 0 is the argmax.
+        is_top = argmax == target
+        tl.store(t_ptr + offs_m, best, mask=row_ok & is_top)
+        tl.store(rank_ptr + offs_m, tl.where(is_top, 0, tl.maximum(rank, 1)).to(tl.int64), mask=row_ok)
 
 
-def merge_splits(parts: tuple[Tensor, ...], merged: tuple[Tensor, ...], softcap: float, flags: dict) -> None:
+def merge_splits(parts: tuple[Tensor, ...], merged: tuple[Tensor, ...], rows: LensRows, softcap: float, flags: dict):
     """Write the statistics of every row from the partial ones of its splits, always in the same order.
 
     Args:
         parts: best, argmax, rank, total, weighted, each ``[splits, R]``; fp32, int32, int32, fp32, fp32.
         merged: best, argmax, rank, logsumexp, entropy, each ``[R]``; fp32, int64, int64, fp32, fp32.
+        rows: Their targets and the targets' logits, which become the largest logit where the target has it.
         softcap: Cap of the logits; not used unless ``flags`` has it.
         flags: ``HAS_TARGETS`` and ``HAS_SOFTCAP``; without targets neither rank is touched.
     """
     splits, n_rows = parts[0].shape
-    _merge_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
-        *parts, *merged, n_rows, splits, softcap, **flags, BLOCK_M=MERGE_ROWS
-    )
+    block_s, block_m = merge_blocks(splits)
+    _merge_kernel[(triton.cdiv(n_rows, block_m),)](
+        *parts, rows.targets, rows.target_z, *merged, n_rows, splits, stride_of(rows.targets), softcap,
+        **flags, BLOCK_S=block_s, BLOCK_M=block_m,
+    )  # fmt: skip
+
+
+def merge_blocks(splits: int) -> tuple[int, int]:
+    """Splits and rows of a program that merges: all splits at once, so that their loads wait for nothing."""
+    block_s = triton.next_power_of_2(splits)
+    return block_s, max(8, MERGE_ELEMENTS // block_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -11,32 +12,39 @@ import triton.language as tl
 from .configs import LensConfig
 
 X_HAT_BYTES = 25 * 2**20
-MAX_CHUNK_ROWS = 2**16  # bounds the partials: 2**16 rows * 17 splits * 20 bytes = 21 MiB
-MAX_SPLITS = 16
-MAX_GROUP = 12
+MAX_CHUNK_ROWS = 2**15  # bounds the partials: 2**15 rows * 33 splits * 20 bytes = 21 MiB
+MAX_SPLITS = 32
+GROUP_BYTES = 12 * 2**20  # of normed states, a part of L2
+MAX_GROUP = 24
+START = 0.25  # what a program takes to begin, in tiles
+TAIL_STAGES = 2  # more than elsewhere: few programs run, one tile each, and nothing else hides latency
 
 
-def chunk_blocks(n_rows: int, row_bytes: int, block_m: int) -> int:
-    """Row blocks per chunk: equal chunks whose normed states fit in ``X_HAT_BYTES``."""
+def chunk_blocks(n_rows: int, row_bytes: int, block_m: int, processors: int) -> int:
+    """Row blocks per chunk, whose normed states fit in ``X_HAT_BYTES``: a whole number for each processor, where there
+    are that many, else equal chunks.
+    """
     blocks = max(1, -(-n_rows // block_m))
     most = max(1, min(X_HAT_BYTES // (block_m * row_bytes), MAX_CHUNK_ROWS // block_m))
+    if blocks > most >= processors:
+        return most // processors * processors
     return -(-blocks // -(-blocks // most))
 
 
 def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """The vocabulary splits that finish soonest if a program takes its tiles plus one to start."""
+    """The vocabulary splits that finish soonest: all waves of programs but the last take the mean number of tiles."""
     most = max(1, min(tiles, max(MAX_SPLITS, processors // row_blocks)))
 
     def time(splits: int) -> int:
         waves = -(-row_blocks * splits // processors)
-        return waves * (-(-tiles // splits) + 1)
+        return (waves - 1) * tiles / splits + -(-tiles // splits) + waves * START
 
     return min(range(1, most + 1), key=time)
 
 
-def choose_group(splits: int, processors: int) -> int:
-    """Row blocks that run at one time together with all splits, 12 at most."""
-    return max(1, min(MAX_GROUP, processors // splits))
+def choose_group(block_bytes: int) -> int:
+    """Row blocks that read the same tiles of the unembedding at about the same time, and stay in L2 meanwhile."""
+    return max(1, min(MAX_GROUP, GROUP_BYTES // block_bytes))
 
 
 @dataclass(frozen=True)
@@ -49,28 +57,36 @@ class TileRange:
     splits: int
     group: int  # row blocks that are neighbours
     num_warps: int
+    num_stages: int
     masked: bool = False  # whether the last tile reaches past the vocabulary
 
 
-def tile_ranges(n_vocab: int, row_blocks: int, config: LensConfig, processors: int) -> list[TileRange]:
+@lru_cache
+def tile_ranges(
+    n_vocab: int, row_blocks: int, row_bytes: int, config: LensConfig, processors: int
+) -> tuple[TileRange, ...]:
     """The whole tiles of a vocabulary, then the rest in smaller tiles; either may be missing.
 
-    Two launches: a kernel without masks takes fewer instructions a logit and no branch.
+    ``row_bytes`` are those of a row of the normed states.
+
+    Two launches: a kernel without masks takes fewer instructions a logit and no branch. But one row block is over so
+    soon that a second launch would cost more than masks, where tiles of one width can do both.
     """
     ranges = []
-    whole = n_vocab // config.block_v
-    if whole:
-        splits = config.splits or choose_splits(row_blocks, whole, processors)
-        group = config.group or choose_group(splits, processors)
-        ranges.append(TileRange(config.block_v, 0, whole, splits, group, config.num_warps))
-    begin = whole * config.block_v
+    whole, rest = divmod(n_vocab, config.block_v)
+    with_masks = bool(rest) and row_blocks == 1 and config.tail_v == config.block_v
+    count = whole + with_masks
+    if count:
+        splits = config.splits or choose_splits(row_blocks, count, processors)
+        group = config.group or choose_group(config.block_m * row_bytes)
+        launch = (config.num_warps, config.num_stages)
+        ranges.append(TileRange(config.block_v, 0, count, splits, group, *launch, masked=with_masks))
+    begin = count * config.block_v
     if begin < n_vocab:
         count = -(-(n_vocab - begin) // config.tail_v)
-        # A specialised program's warps come in three groups, of which two reduce: the plain one has both.
-        warps = config.num_warps * (2 if config.kind == "specialized" else 1)
-        first = begin // config.tail_v
-        ranges.append(TileRange(config.tail_v, first, count, 1, 1, warps, masked=True))
-    return ranges
+        launch = (config.num_warps, config.num_stages + TAIL_STAGES)
+        ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, 1, 1, *launch, masked=True))
+    return tuple(ranges)
 
 
 @triton.jit
@@ -88,6 +104,7 @@ def block_and_split(program, row_blocks, n_splits, group):
     return first + within % size, within // size
 
 
+@lru_cache
 def processor_count(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``; 1 where there are none to fill."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .configs import KEPT, LensConfig, ShapeClass, generation_of, pinned_config, specialized_config
+from .configs import KEPT, LensConfig, ShapeClass, generation_of, pinned_config
 from .lens_common import LensOutput
 from .lens_triton import fused_lens_triton
 from .norms import Norm
@@ -40,8 +40,6 @@ def search_config(
     keep: bool = False,
 ) -> LensConfig:
     """The fastest configuration for these operands among those that agree with the pinned one.
-
-    The warp-specialised kernel is one of the candidates; this is the check that it stands behind.
 
     Args:
         hidden, unembedding, norm, targets, bias, softcap, logit_scale: As for ``fused_lens_triton``.
@@ -81,13 +79,12 @@ def trials(hidden: Tensor, unembedding: Tensor, norm, targets, bias, softcap, lo
 
 
 def candidate_configs(shape: ShapeClass, n_rows: int, processors: int) -> list[LensConfig]:
-    """The pinned configuration, then what may be faster: other groups, other splits, the specialised kernel."""
+    """The pinned configuration, then what may be faster: other groups and splits, more stages, loads without TMA."""
     generation = generation_of(shape.device)
     pinned = pinned_config(shape.dtype, shape.aligned, n_rows, generation)
     bases = [pinned]
-    special = specialized_config(shape.dtype, shape.aligned, shape.options[0], generation)
-    if special and pinned.kind == "plain" and shape.vocab_size >= special.block_v:
-        bases += [special, replace(special, num_stages=3)]
+    if pinned.kind == "tma":
+        bases += [replace(pinned, num_stages=pinned.num_stages + 1), replace(pinned, kind="plain")]
     found = []
     for base in bases:
         row_blocks = -(-n_rows // base.block_m)

@@ -21,8 +21,7 @@ def has_same_bits(options: LensOptions) -> bool:
     registers to gain from it.
     """
     weight = options.unembedding
-    is_plain = options.bias is None and options.softcap is None and options.logit_scale == 1.0
-    if not is_plain or weight.device.type != "cuda":
+    if not options.is_plain or weight.device.type != "cuda":
         return False
     key = (weight.device, weight.dtype, options.config)
     if key not in _known:

@@ -10,6 +10,7 @@ from .lens_tile import add_product
 
 TARGET_ROWS = 64  # the fewest a warp group multiplies at once
 TARGET_WARPS = 4
+TARGET_STAGES = 6  # a program is over before latency is hidden by anything else
 
 
 @triton.jit(
@@ -42,11 +43,11 @@ def _target_kernel(
 
 def launch_targets(rows: LensRows, options: LensOptions) -> None:
     """Write the targets' uncapped logits into ``rows.target_z``; ``rows.x_hat`` has whole blocks of ``TARGET_ROWS``."""
-    weight, config = options.unembedding, options.config
+    weight = options.unembedding
     _target_kernel[(triton.cdiv(rows.count, TARGET_ROWS),)](
         rows.x_hat, weight, options.bias, rows.targets, rows.target_z,
         rows.count, *weight.shape, rows.x_hat.shape[1], *weight.stride(),
         stride_of(options.bias), stride_of(rows.targets), options.logit_scale,
-        BLOCK_M=TARGET_ROWS, num_warps=TARGET_WARPS, num_stages=config.num_stages,
+        BLOCK_M=TARGET_ROWS, num_warps=TARGET_WARPS, num_stages=TARGET_STAGES,
         **options.product_flags(),
     )  # fmt: skip

@@ -31,11 +31,14 @@ def mean_estimates(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Esti
         counts: Same shape, how many values the question has; it may have none.
         seed: Seed of the draws.
     """
-    resampled = []
-    for drawn in _blocks(len(sums), seed):
-        resampled.append(_ratio(drawn @ sums, drawn @ counts))
-    means = np.concatenate(resampled)
-    return [_estimate(*column) for column in zip(_ratio(sums.sum(0), counts.sum(0)), means.T, strict=True)]
+    means, resampled = resampled_means(sums, counts, seed)
+    return [estimate(*column) for column in zip(means, resampled.T, strict=True)]
+
+
+def resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The means of `mean_estimates`, ``[n_statistics]``, and those of every resample, ``[RESAMPLES, n_statistics]``."""
+    blocks = [_ratio(drawn @ sums, drawn @ counts) for drawn in _blocks(len(sums), seed)]
+    return _ratio(sums.sum(0), counts.sum(0)), np.concatenate(blocks)
 
 
 def median_estimate(histogram: np.ndarray, seed: int) -> Estimate:
@@ -46,7 +49,7 @@ def median_estimate(histogram: np.ndarray, seed: int) -> Estimate:
         seed: Seed of the draws, the same as those of `mean_estimates`.
     """
     resampled = [_medians(drawn @ histogram) for drawn in _blocks(len(histogram), seed)]
-    return _estimate(_medians(histogram.sum(0, dtype=float)[None])[0], np.concatenate(resampled))
+    return estimate(_medians(histogram.sum(0, dtype=float)[None])[0], np.concatenate(resampled))
 
 
 @lru_cache(maxsize=2)
@@ -78,8 +81,8 @@ def _medians(histograms: np.ndarray) -> np.ndarray:
     return np.where(total[:, 0] > 0, (lower + upper) / 2, np.nan)
 
 
-def _estimate(value: float, resampled: np.ndarray) -> Estimate:
-    """Resamples in which no value exists are left out."""
+def estimate(value: float, resampled: np.ndarray) -> Estimate:
+    """A statistic with the interval of its values in the resamples; those in which it does not exist are left out."""
     resampled = resampled[~np.isnan(resampled)]
     if np.isnan(value):
         return Estimate(np.nan, np.nan, np.nan)

@@ -115,6 +115,31 @@ def _watch(sweep: Callable[..., Run]) -> int:
     return code
 
 
+def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from rich.console import Console
+
+    from .layers.options import LayerOptions, parse_interventions
+
+    names = parse_interventions(arguments.interventions)
+    options = LayerOptions(names, arguments.at, arguments.examples, arguments.lens)
+    _calm_libraries()
+    from .interrupt import SweepInterrupted
+    from .layers.session import run_layers
+    from .layers.table import print_layers
+    from .progress import fit_progress
+
+    given = (arguments.folder, options, arguments.out, arguments.overwrite, ["refinelens", *argv])
+    try:
+        with fit_progress(Console(stderr=True)) as report:
+            folder, found = run_layers(*given, report, _say)
+    except SweepInterrupted as stop:
+        _say("interrupted; the questions that are finished stay, the same command goes on with them")
+        return 128 + stop.signum
+    print_layers(Console(), found)
+    print(f"\n{folder.path}: {', '.join(sorted(p.name for p in folder.path.iterdir()))}")
+    return 0
+
+
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
@@ -217,7 +242,15 @@ def _default_out(model: str, task: str) -> str:
     return str(Path("runs") / f"{'-'.join(words)}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-COMMANDS = {"sweep": _sweep, "fit": _fit, "show": _show, "export": _export, "doctor": _doctor, "bench": _bench}
+COMMANDS = {
+    "sweep": _sweep,
+    "fit": _fit,
+    "show": _show,
+    "layers": _layers,
+    "export": _export,
+    "doctor": _doctor,
+    "bench": _bench,
+}
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from .trajectory_table import trajectory_tables
 def write_outputs(run: Run, report: Report) -> None:
     """Write trajectories, tables and figures."""
     run.write_trajectories(trajectory_tables(run, report.tops))
-    _write_csv(run.path / "summary.csv", SummaryRow, report.rows)
-    _write_csv(run.path / "paired.csv", PairedDifference, report.differences)
-    _write_csv(run.path / "inverted_u.csv", InvertedU, report.tests)
+    write_csv(run.path / "summary.csv", SummaryRow, report.rows)
+    write_csv(run.path / "paired.csv", PairedDifference, report.differences)
+    write_csv(run.path / "inverted_u.csv", InvertedU, report.tests)
     closed_book = all(row.documents == CLOSED_BOOK for row in report.rows)
     profiles = layer_profiles(run, report.lenses, report.manifest["arguments"]["answer_tokens"], closed_book)
     draw_figures(run, report, profiles)
@@ -56,7 +56,7 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
     print_table(console, report)
 
 
-def _write_csv(path: Path, kind: type, rows: list) -> None:
+def write_csv(path: Path, kind: type, rows: list) -> None:
     """One line per row, one column per field; an estimate has three, with its interval."""
     columns = []
     for field in fields(kind):

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .errors import UnsupportedModelError
 from .kernels.norms import Norm
+from .layers.restarts import check_restarts
 from .logit_lens import LogitLens
 from .models import LoadedModel
 from .parts import find_parts
@@ -40,6 +42,16 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     yield "parity", f"passed: {difference}; argmax equal; op agrees; logits range over {parity.logit_range:.4g}"
     reuse = check_branching(lens)
     yield "prefix reuse", f"{'passed' if reuse.used else 'contexts run whole'}: {reuse.why}"
+    yield "interventions", _interventions(lens)
+
+
+def _interventions(lens: LogitLens) -> str:
+    try:
+        restarts = check_restarts(lens)
+    except UnsupportedModelError as error:
+        return f"none: {error}"
+    halves = "attention and feed-forward part found" if None not in restarts.sublayers else "of whole blocks alone"
+    return f"every block starts again from its stored state; {halves}"
 
 
 def describe_norm(norm: Norm) -> str:

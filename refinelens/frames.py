@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .errors import InputError
-from .results import PREDICTIONS, TRAJECTORIES, Run, open_run
+from .results import LAYERS, PREDICTIONS, TRAJECTORIES, Run, open_run
 from .trajectory_table import trajectory_tables
 
 if TYPE_CHECKING:
@@ -42,14 +43,24 @@ class LoadedRun:
         return (pa.concat_tables(tables) if tables else LONG.empty_table()).to_pandas()
 
     @property
+    def interventions(self) -> pd.DataFrame:
+        """What `refinelens layers` wrote into the run: a row per example, layer and intervention.
+
+        Raises:
+            InputError: It has not been run.
+        """
+        path = self.run.path / LAYERS / "layers.parquet"
+        if not path.exists():
+            raise InputError(f"{path}: expected a finished analysis, got none; make one with refinelens layers")
+        return _with_integers(pq.read_table(path))
+
+    @property
     def trajectories(self) -> pd.DataFrame:
         """A row per prediction and threshold of the run; missing where a value does not exist."""
-        import pandas as pd
-
         tops = tuple(self.manifest["arguments"]["top"])
         tables = list(trajectory_tables(self.run, tops))
         table = pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table()
-        return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)  # integers, also where some are missing
+        return _with_integers(table)
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -78,3 +89,10 @@ def load_run(path: str | Path) -> LoadedRun:
     except ImportError:
         raise InputError("load_run: expected the package pandas, which is not installed; pip install pandas") from None
     return LoadedRun(open_run(path))
+
+
+def _with_integers(table: pa.Table) -> pd.DataFrame:
+    """Integers stay integers, also where some are missing."""
+    import pandas as pd
+
+    return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .kernels.lens_common import ROW_CHUNK, soft_cap, z_chunks
+from .kernels.lens_common import row_chunk, soft_cap, z_chunks
 from .kernels.norms import Norm, apply_norm
 from .lens import LensStats
 from .operands import check_operands
@@ -51,9 +51,9 @@ def kl_to_final(
     states = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
     final_logsumexp = stats.logsumexp[-1].reshape(-1, 1)
     if softcap is None:
-        rows, expect = ROW_CHUNK, _expected_linear
+        rows, expect = row_chunk(hidden.device), _expected_linear
     else:
-        rows, expect = max(1, ROW_CHUNK // len(hidden)), _expected_capped
+        rows, expect = max(1, row_chunk(hidden.device) // len(hidden)), _expected_capped
     expected = [
         expect(apply_norm(block, norm), lse, unembedding, bias, softcap, logit_scale)
         for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)

@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   refinelens sweep --task nq --documents closed-book,oracle,10 --alias best --chat
   refinelens sweep --resume runs/first
   refinelens show runs/first --top 1,5
+  refinelens layers runs/first --interventions skip,attn --examples 10
   refinelens fit --model ./my-model --out lenses/mine
   refinelens doctor --model ./my-model
   refinelens bench --rows 416
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")
     show.add_argument("--top", metavar="K[,K]", help="the table at other thresholds, from the ranks the run has")
+    _add_layers(commands)
     _add_export(commands)
     _add_doctor(commands)
     _add_bench(commands)
@@ -185,6 +187,29 @@ def _add_fit(commands) -> None:
     add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     add("--out", required=True, metavar="LENS", help="folder of the lens; a fit that was stopped there goes on")
     add("--overwrite", action="store_true", help="replace a lens or a stopped fit that is there")
+
+
+def _add_layers(commands) -> None:
+    layers = commands.add_parser(
+        "layers",
+        help="which layers are essential: by the lens, and by taking them away",
+        description="What the lens says of every layer of a finished sweep, and what the answer loses when the model "
+        "has to do without it. An analysis that was stopped goes on with the same command.",
+    )
+    add = layers.add_argument
+    add("folder", metavar="RUN", help="folder of a finished run")
+    add(
+        "--interventions",
+        default="skip,mean,attn,mlp,patch",
+        metavar="NAME[,NAME]",
+        help="skip a block, replace what it adds by its mean, silence its attn or mlp, patch the state before the "
+        "answer between gold positions; or none, which needs no model (default: %(default)s)",
+    )
+    add("--at", choices=("all", "answer"), default="all", help="tokens that are struck (default: %(default)s)")
+    add("--examples", type=int, metavar="N", help="questions drawn by the run's seed (default: all of the run)")
+    add("--lens", metavar="NAME", help="one of the run's (default: its last)")
+    add("--out", metavar="FOLDER", help="folder of the analysis (default: RUN/layers)")
+    add("--overwrite", action="store_true", help="replace an analysis that is there")
 
 
 def _add_export(commands) -> None:

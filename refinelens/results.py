@@ -21,7 +21,8 @@ MANIFEST = "manifest.json"
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
-OUTPUTS = (MANIFEST, "predictions", *DERIVED, LOCK)
+LAYERS = "layers"  # folder of what `refinelens layers` makes of the run
+OUTPUTS = (MANIFEST, "predictions", *DERIVED, LAYERS, LOCK)
 # What tables and figures read of a manifest: types, objects with entries, lists of one thing or more.
 SHAPE = {
     "status": str,

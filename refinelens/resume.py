@@ -18,6 +18,7 @@ class Terms:
 
     path: Path  # of the run
     manifest: dict
+    command: str = "--resume"  # that holds to it
 
     def require(self, field: str, here: object) -> None:
         """Refuse what is no longer as the manifest says.
@@ -34,7 +35,7 @@ class Terms:
             there = there[int(key) if isinstance(there, list) else key]
         if there != here:
             raise InputError(
-                f"--resume {self.path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
+                f"{self.command} {self.path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
                 "bring that back, or make another run"
             )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .kernels.lens_common import ROW_CHUNK, soft_cap, z_chunks
+from .kernels.lens_common import row_chunk, soft_cap, z_chunks
 from .kernels.norms import Norm, apply_norm
 from .operands import check_operands
 
@@ -54,7 +54,7 @@ def lens_top_k(
         raise InputError(f"k: expected 1 to {len(unembedding)}, the size of the vocabulary, got {k}")
     blocks = [
         _block_top_k(apply_norm(rows, norm), unembedding, k, bias, logit_scale)
-        for rows in hidden.reshape(-1, hidden.shape[-1]).split(ROW_CHUNK)
+        for rows in hidden.reshape(-1, hidden.shape[-1]).split(row_chunk(hidden.device))
     ]
     z, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     broken = ~z[:, 0].isfinite()

@@ -13,7 +13,7 @@ BF16 = torch.bfloat16
 DTYPES = [torch.float32, torch.float16, BF16]
 SMALL = LensConfig(32, 32, 16, 32, num_warps=4, num_stages=2, splits=3)
 FEW_ROWS = LensConfig(16, 32, 32, 32, num_warps=4, num_stages=2, kind="few_rows", splits=2)
-SPECIALIZED = LensConfig(32, 32, 16, 64, num_warps=4, num_stages=2, kind="specialized", splits=2)
+TMA = LensConfig(32, 32, 16, 64, num_warps=4, num_stages=2, kind="tma", splits=2)
 NORMS = {
     "none": lambda d: None,
     "layer": lambda d: LayerNorm(1 + 0.2 * randn(d, seed=7), randn(d, seed=8)),

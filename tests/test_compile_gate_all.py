@@ -10,11 +10,10 @@ pytest.importorskip("triton")
 
 from gate_process import inspect_all
 from refinelens.kernels import machine_code
-from refinelens.kernels.configs import specialized_config
+from refinelens.kernels.configs import pinned_config
 from refinelens.kernels.gate import LensVariant, violations
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SPECIALIZED = specialized_config(BF16, aligned=True, bias=False, generation=9)
 FLAGS = [
     dict(zip(("targets", "bias", "scale", "softcap"), on, strict=True))
     for on in itertools.product((True, False), repeat=4)
@@ -34,8 +33,8 @@ def with_same_bits(variants):
 
 
 def main_kernels(dtype, generation):
-    # Three tile sizes by row count, and the unaligned one.
-    for aligned, n_rows in ((True, 1024), (True, 60), (True, 5), (False, 1024)):
+    # Four tile sizes by row count, and the unaligned one.
+    for aligned, n_rows in ((True, 1024), (True, 100), (True, 60), (True, 5), (False, 1024)):
         for kernel, on in itertools.product(("main", "tail"), FLAGS):
             yield LensVariant(kernel, dtype, generation, n_rows, aligned=aligned, **on)
 
@@ -49,10 +48,11 @@ def other_kernels(dtype, generation):
         yield LensVariant("merge", dtype, generation, targets=targets, softcap=softcap)
 
 
-def specialized_kernels(dtype):
-    for kernel, on, num_stages in itertools.product(("main", "tail"), FLAGS, (3, 4)):
-        if not on["bias"]:
-            yield LensVariant(kernel, dtype, config=replace(SPECIALIZED, num_stages=num_stages), **on)
+def kernels_by_tma(dtype):
+    pinned = pinned_config(dtype, aligned=True, n_rows=1024)
+    for config in (pinned, replace(pinned, num_stages=pinned.num_stages + 1), replace(pinned, kind="plain")):
+        for kernel, on in itertools.product(("main", "tail", "ties"), FLAGS):
+            yield LensVariant(kernel, dtype, config=config, **on)
 
 
 def check(variants):
@@ -75,5 +75,5 @@ def test_other_kernels(dtype, generation):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_specialized_kernels(dtype):
-    check(specialized_kernels(dtype))
+def test_kernels_by_tma(dtype):
+    check(kernels_by_tma(dtype))

@@ -159,7 +159,7 @@ def test_nothing_is_read_before_it_is_written():
 
     def printed(**environment):
         return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
         ).stdout
 
     assert printed(MALLOC_PERTURB_="128") == printed(MALLOC_PERTURB_="0")

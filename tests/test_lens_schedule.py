@@ -16,7 +16,7 @@ from refinelens.kernels.configs import LensConfig
 @pytest.mark.parametrize("n_rows", [1, 129, 13 * 16384, 10**7])
 def test_buffers_stay_small(n_rows, d_model, itemsize):
     width = -(-d_model // 64) * 64
-    blocks = schedule.chunk_blocks(n_rows, width * itemsize, block_m=128)
+    blocks = schedule.chunk_blocks(n_rows, width * itemsize, block_m=128, processors=132)
     splits = schedule.choose_splits(blocks, tiles=501, processors=132)
     assert 1 <= splits <= 501
     rows = 128 * blocks
@@ -35,10 +35,18 @@ def test_programs_are_a_permutation_of_blocks_and_splits(row_blocks, splits, gro
     assert sorted(map(tuple, seen)) == [(block, split) for block in range(row_blocks) for split in range(splits)]
 
 
+def test_chunks_fill_the_processors():
+    blocks = schedule.chunk_blocks(13 * 16384, 768 * 2, block_m=128, processors=132)
+    assert blocks == 132  # GPT-2: of 1,664 row blocks
+    assert schedule.chunk_blocks(33 * 1024, 4096 * 2, block_m=128, processors=132) == 24  # Llama-3-8B: eleven of 24
+    assert schedule.chunk_blocks(13 * 1024, 768 * 2, block_m=128, processors=132) == 104  # all there are
+
+
 def test_neighbours_share_few_row_blocks_and_tiles():
     # Llama-3-8B on 132 processors: a chunk of 24 row blocks of 1 MB in 11 splits runs as two groups of 12.
     assert schedule.choose_splits(row_blocks=24, tiles=501, processors=132) == 11
-    group = schedule.choose_group(splits=11, processors=132)
+    group = schedule.choose_group(block_bytes=128 * 4096 * 2)
+    assert group == 12 and schedule.choose_group(block_bytes=128 * 768 * 2) == 24
     first_wave = mapped(24, 11, group)[:132]
     assert {block for block, _ in first_wave} == set(range(12))
     assert [split for _, split in first_wave[:13]] == [0] * 12 + [1]
@@ -60,11 +68,11 @@ def _mapping_kernel(out_ptr, row_blocks, n_splits, group):
 
 
 @pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 64, 95, 50257])
-@pytest.mark.parametrize("kind", ["plain", "few_rows", "specialized"])
+@pytest.mark.parametrize("kind", ["plain", "few_rows", "tma"])
 def test_tiles_cover_the_vocabulary_once(kind, n_vocab):
     config = LensConfig(16, 32, 16, 32, num_warps=4, num_stages=2, kind=kind)
     end = 0
-    for tiles in schedule.tile_ranges(n_vocab, 1, config, processors=132):
+    for tiles in schedule.tile_ranges(n_vocab, 2, 64, config, processors=132):
         assert tiles.first * tiles.width == end and tiles.count > 0
         end += tiles.count * tiles.width
         assert tiles.masked == (end > n_vocab or tiles.width == 16)
@@ -72,7 +80,15 @@ def test_tiles_cover_the_vocabulary_once(kind, n_vocab):
 
 
 def test_unfit_configurations_are_refused():
-    with pytest.raises(ValueError, match="kind: expected one of plain, few_rows, specialized, got 'fast'"):
+    with pytest.raises(ValueError, match="kind: expected one of plain, few_rows, tma, got 'fast'"):
         LensConfig(16, 32, 16, 32, num_warps=4, num_stages=2, kind="fast")
     with pytest.raises(ValueError, match="tail_v: expected a divisor of block_v 32, got 24"):
         LensConfig(16, 32, 24, 32, num_warps=4, num_stages=2)
+
+
+def test_one_row_block_takes_one_launch():
+    config = LensConfig(16, 32, 32, 32, num_warps=4, num_stages=2)
+    for n_vocab, masked in ((70, True), (64, False), (5, True)):
+        (tiles,) = schedule.tile_ranges(n_vocab, 1, 64, config, processors=132)
+        assert tiles.count == -(-n_vocab // 32) and tiles.masked == masked
+    assert len(schedule.tile_ranges(70, 2, 64, config, processors=132)) == 2

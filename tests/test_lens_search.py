@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from lens_cases import BF16, DEVICE, SMALL, operands
 from refinelens.kernels import configs, graphs, search
-from refinelens.kernels.configs import ShapeClass, pinned_config, specialized_config
+from refinelens.kernels.configs import ShapeClass, pinned_config
 from refinelens.kernels.graphs import GraphedLens
 from refinelens.kernels.lens_triton import fused_lens_triton
 from refinelens.kernels.search import Trial, candidate_configs, fastest, outputs_agree, search_config
@@ -26,22 +26,20 @@ def shape_class(dtype=BF16, n_vocab=50257, d_model=768, n_rows=13312, bias=False
 def test_candidates_start_with_the_pinned_configuration():
     found = candidate_configs(shape_class(), 13312, processors=132)
     assert found[0] == pinned_config(BF16, aligned=True, n_rows=13312)
-    assert {config.kind for config in found} == {"plain", "specialized"}
+    assert {config.kind for config in found} == {"tma", "plain"}
     assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [shape_class(torch.float32), shape_class(bias=True), shape_class(d_model=65), shape_class(n_vocab=255)],
-    ids=["fp32", "bias", "unaligned", "less-than-a-tile"],
+    "shape", [shape_class(torch.float32), shape_class(d_model=65)], ids=["fp32", "unaligned"]
 )
-def test_no_specialised_candidate_where_it_cannot_run(shape):
+def test_no_candidate_by_tma_where_it_cannot_run(shape):
     assert {config.kind for config in candidate_configs(shape, 13312, processors=132)} == {"plain"}
 
 
-def test_only_hopper_has_the_specialised_kernel():
-    assert specialized_config(BF16, aligned=True, bias=False, generation=9).kind == "specialized"
-    assert specialized_config(BF16, aligned=True, bias=False, generation=10) is None
+def test_only_hopper_loads_by_tma():
+    assert pinned_config(BF16, aligned=True, n_rows=1024, generation=9).kind == "tma"
+    assert {pinned_config(BF16, True, 1024, generation).kind for generation in (8, 10)} == {"plain"}
 
 
 def test_the_pinned_configuration_stays_unless_clearly_beaten():

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lens_cases import BF16, DEVICE, DTYPES, FEW_ROWS, NORMS, SMALL, SPECIALIZED, check, operands, poison_buffers, randn
+from lens_cases import BF16, DEVICE, DTYPES, FEW_ROWS, NORMS, SMALL, TMA, check, operands, poison_buffers, randn
 from refinelens.kernels.configs import LensConfig, is_aligned
 from refinelens.kernels.lens_triton import fused_lens_triton
 from refinelens.kernels.norms import apply_norm
@@ -34,7 +34,7 @@ def test_plain_sizes_to_fp32_accuracy(n_rows, d_model, n_vocab, dtype):
 
 KINDS = [
     *(pytest.param(config, dtype, id=f"{config.kind}-{dtype}") for config in (SMALL, FEW_ROWS) for dtype in DTYPES),
-    *(pytest.param(SPECIALIZED, dtype, id=f"specialized-{dtype}") for dtype in (torch.float16, BF16)),
+    *(pytest.param(TMA, dtype, id=f"tma-{dtype}") for dtype in (torch.float16, BF16)),
 ]
 OPTIONS = {
     "plain": dict(),
@@ -51,8 +51,6 @@ def test_kinds(config, dtype, n_vocab):
     hidden, unembedding, ids = operands(17, 80, n_vocab, dtype)  # a row more than a block of 16
     for name, options in OPTIONS.items():
         if "bias" in options:
-            if config.kind == "specialized":
-                continue  # that kernel has no registers for one
             options = options | dict(bias=randn(n_vocab, seed=4))
         for targets in (ids, None):
             _, left_open = check(hidden, unembedding, None, targets, **options, config=config)

@@ -14,7 +14,7 @@ from lens_cases import (
     FEW_ROWS,
     NORMS,
     SMALL,
-    SPECIALIZED,
+    TMA,
     check,
     operands,
     poison_buffers,
@@ -35,7 +35,7 @@ def poisoned_buffers(monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("same_bits", [True, False])
 @pytest.mark.parametrize(
-    "config, dtype", [*((SMALL, dtype) for dtype in DTYPES), (FEW_ROWS, BF16), (SPECIALIZED, BF16)]
+    "config, dtype", [*((SMALL, dtype) for dtype in DTYPES), (FEW_ROWS, BF16), (TMA, BF16)]
 )
 def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits, monkeypatch):
     monkeypatch.setattr(lens_triton, "has_same_bits", lambda options: same_bits)

@@ -1,0 +1,80 @@
+"""The manifest of an analysis: what it is of, how it was made, and what is finished. No torch, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .. import __version__
+from ..errors import InputError
+from ..manifest import now, packages
+from .examples import RunExamples
+from .folder import SCHEMA_VERSION, LayersFolder, entries_of, parts_of
+from .options import LayerOptions
+
+
+def begin(
+    folder: LayersFolder,
+    examples: RunExamples,
+    options: LayerOptions,
+    overwrite: bool,
+    argv: list[str] | None,
+    warn: Callable[[str], None],
+) -> tuple[dict, bool]:
+    """The manifest to work with: a new one, or that of an analysis that goes on, without its damaged parts.
+
+    Nothing is written: what is there stays until model and task are known to fit.
+
+    Returns:
+        The manifest, and whether the analysis goes on.
+
+    Raises:
+        InputError: An analysis of another run or with other options is there, and ``overwrite`` is not set.
+    """
+    new = _new(examples, options, argv)
+    folder.check_foreign()
+    there = None if overwrite else folder.manifest()
+    if there is None:
+        return new, False
+    for field in ("run_id", "lens", "arguments", "questions"):
+        if there.get(field) != new[field]:
+            raise InputError(
+                f"{folder.path}: expected an analysis with {field} {_short(new[field])}, got one with "
+                f"{_short(there.get(field))}; choose another --out or pass --overwrite"
+            )
+    whole = []
+    for part in parts_of(there):
+        if folder.read_part(part) is None:
+            warn(f"{folder.path / 'parts' / part.file}: expected the part as it was written; it is computed again")
+        else:
+            whole.append(part)
+    if len(whole) == len(there["questions"]) or not options.interventions:
+        return there, True
+    entry = {"started": now(), "argv": argv, "refinelens_version": __version__, "packages": packages()}
+    return there | {"status": "running", "parts": entries_of(whole), "resumed": [*there["resumed"], entry]}, True
+
+
+def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -> dict:
+    run = examples.manifest
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "refinelens_version": __version__,
+        "run_id": run["run_id"],
+        "status": "running",
+        "arguments": options.arguments(),
+        "argv": argv,
+        "lens": examples.lens,
+        "model": run["model"]["name"],
+        "task": run["task"]["name"],
+        "packages": packages(),
+        "started": now(),
+        "seconds": 0.0,
+        "resumed": [],
+        "questions": examples.questions,
+        "means_sha256": None,
+        "parts": [],
+    }
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:100]} ..."

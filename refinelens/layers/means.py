@@ -1,0 +1,67 @@
+"""What each block adds to the residual stream on average, at each place of a context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .clean_run import CleanRun
+
+
+class MeanContributions:
+    """Mean over contexts of what each block adds to the residual stream, place by place.
+
+    Contexts differ in length. A token in the first half of its context has its place from the start, where the
+    instruction stands, one in the second half from the end, where question and answer stand; so that of a single
+    context every token has a place of its own.
+    """
+
+    def __init__(self, mean: Tensor, count: Tensor):
+        self.mean = mean  # [n_layers, 2, places, d_model] fp32, from the start and from the end
+        self.count = count  # [2, places] int64
+
+    @classmethod
+    def of_nothing(cls, n_layers: int, n_tokens: int, d_model: int, device: torch.device | str) -> MeanContributions:
+        """For contexts of up to ``n_tokens``."""
+        places = n_tokens - n_tokens // 2
+        mean = torch.zeros(n_layers, 2, places, d_model, device=device)
+        return cls(mean, torch.zeros(2, places, dtype=torch.int64, device=device))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str) -> MeanContributions:
+        """What `save` wrote."""
+        return cls(**load_file(path, str(device)))
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        save_file({"mean": self.mean.contiguous(), "count": self.count}, path)
+
+    def add(self, run: CleanRun, tokens: slice) -> None:
+        """Take these tokens of a context into the mean."""
+        side, place = _places(run, tokens)
+        self.count[side, place] += 1
+        share = 1.0 / self.count[side, place][:, None]
+        for index in range(run.n_layers):
+            mean = self.mean[index, side, place]
+            self.mean[index, side, place] = mean + (contribution(run, index, tokens).float() - mean) * share
+
+    def of(self, run: CleanRun, index: int, tokens: slice) -> Tensor:
+        """``[token, d_model]`` in the dtype of the run: what block ``index`` adds on average in their places."""
+        side, place = _places(run, tokens)
+        return self.mean[index, side, place].to(run.states[0].dtype)
+
+
+def contribution(run: CleanRun, index: int, tokens: slice) -> Tensor:
+    """``[token, d_model]``: what a block adds to the residual stream."""
+    return run.states[index + 1][0, tokens] - run.states[index][0, tokens]
+
+
+def _places(run: CleanRun, tokens: slice) -> tuple[Tensor, Tensor]:
+    """Side (0 from the start, 1 from the end) and distance from it, ``[token]`` int64 each."""
+    n = run.states[0].shape[1]
+    positions = torch.arange(n, device=run.states[0].device)[tokens]
+    late = positions >= (n // 2 if tokens.start is None else 0)  # the last token alone counts from the end
+    return late.long(), torch.where(late, n - 1 - positions, positions)

@@ -1,0 +1,35 @@
+"""The files that an analysis leaves beside its parts: all rows, aggregates, the figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from ..derived import write_csv
+from ..durable import write_whole
+from .agreement import Agreement, Essential
+from .early_exit import EarlyExit
+from .figure import draw_layers
+from .folder import FIGURE, ROWS, LayersFolder
+from .patching import Patching
+from .report import LayersReport
+from .schema import LAYER_ROWS
+from .statistics import LayerStatistic
+
+
+def write_outputs(folder: LayersFolder, report: LayersReport) -> None:
+    """Write ``layers.parquet``, the tables and ``layers.png``."""
+
+    def write(path: Path) -> None:
+        with pq.ParquetWriter(path, LAYER_ROWS, compression="zstd") as writer:
+            for rows in folder.rows(report.manifest):
+                writer.write_table(rows)
+
+    write_whole(folder.path / ROWS, write)
+    write_csv(folder.path / "layers.csv", LayerStatistic, report.statistics)
+    write_csv(folder.path / "agreement.csv", Agreement, report.agreements)
+    write_csv(folder.path / "essential.csv", Essential, report.essentials)
+    write_csv(folder.path / "early_exit.csv", EarlyExit, report.exits)
+    write_csv(folder.path / "patching.csv", Patching, report.patchings)
+    draw_layers(folder.path / FIGURE, report)

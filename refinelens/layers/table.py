@@ -1,0 +1,145 @@
+"""The printed table of an analysis and the lines under it."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..conditions import condition_name
+from ..table import WIDTH, format_estimate, title
+from .agreement import COST, GAIN, Essential
+from .early_exit import KEPT, EarlyExit
+from .patching import Patching
+from .report import LayersReport
+from .schema import DESTROY, RESTORE
+from .statistics import LENS, LayerStatistic
+
+SHOWN_PAIRS = 6
+LENS_COLUMNS = {
+    "first_correct_share": ("first", 2),
+    "settle_share": ("settle", 2),
+    GAIN: ("gain", 2),
+    "log_rank_gain": ("ln rank", 2),
+    "entropy_drop": ("entropy", 2),
+    "exit_accuracy": ("exit", 2),
+}
+
+
+def print_layers(console: Console, report: LayersReport) -> None:
+    """Print a table per context size and, under it, what the interventions say of the lens."""
+    console.width = max(console.width, WIDTH)  # a pipe reports 80
+    for documents in sorted({row.documents for row in report.statistics}):
+        rows = [row for row in report.statistics if row.documents == documents and row.gold_position is None]
+        questions = max(row.questions for row in rows)
+        size, lens = condition_name(documents), report.manifest["lens"]
+        words = f"{title(report.run)}: {size}, {questions} questions, {lens} lens"
+        console.print(f"{words}\n", highlight=False, markup=False)
+        console.print(_table(report, rows))
+        for line in _lines(report, documents):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print()
+    for line in _notes(report):
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(report: LayersReport, rows: list[LayerStatistic]) -> Table:
+    values = {(row.of, row.statistic, row.layer): row.value for row in rows}
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    headings = ["layer", *(heading for heading, _ in LENS_COLUMNS.values()), *report.ablations]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in range(report.n_layers + 1):
+        cells = []
+        for statistic, (_, digits) in LENS_COLUMNS.items():
+            value = values[LENS, statistic, layer]
+            cells.append(format_estimate(value, digits, interval=statistic == GAIN))
+        for name in report.ablations:
+            value = values.get((name, COST, layer))
+            above = value is not None and value.low > report.noise
+            cells.append("-" if value is None else f"{format_estimate(value, 2)}{'*' if above else ' '}")
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _lines(report: LayersReport, documents: int) -> list[str]:
+    lines = [_agreement_line(report, documents, name) for name in report.ablations]
+    lines += [_essential_line(row) for row in report.essentials if row.documents == documents]
+    exits = [row for row in report.exits if row.documents == documents]
+    lines.append(_exit_line(exits, report.manifest["lens"]))
+    patches = [row for row in report.patchings if row.documents == documents]
+    lines += [_patch_line([row for row in patches if row.intervention == name], name) for name in (RESTORE, DESTROY)]
+    return [line for line in lines if line]
+
+
+def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
+    chosen = {
+        row.coefficient: format_estimate(row.value, 2, interval=True)
+        for row in report.agreements
+        if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
+    }
+    return f"Agreement of gain and {name}: Spearman {chosen['spearman']}, Kendall {chosen['kendall']}."
+
+
+def _essential_line(row: Essential) -> str:
+    sets = (("both", row.both), ("the lens only", row.lens_only), (f"{row.intervention} only", row.intervention_only))
+    words = "; ".join(f"by {name} {_ranges(layers)}" for name, layers in sets)
+    return f"Essential, lens and {row.intervention}: {words}."
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """``1-3,7``, or none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def _exit_line(exits: list[EarlyExit], lens: str) -> str:
+    whole, *others = exits
+    if whole.layer is None:
+        return f"Early exit, {lens} lens: the output is never right."
+    by_position = ", ".join(f"{row.gold_position}: {'-' if row.layer is None else row.layer}" for row in others)
+    return (
+        f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the output's accuracy of "
+        f"{format_estimate(whole.accuracy, 2)} (there {format_estimate(whole.accuracy_there, 2)}, and "
+        f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own); by gold position "
+        f"{by_position}."
+    )
+
+
+def _patch_line(rows: list[Patching], name: str) -> str:
+    if not rows:
+        return ""
+    whole, *pairs = rows
+    words = {
+        RESTORE: "Patching from where the model succeeds to where it fails restores the answer",
+        DESTROY: "Patching from where it fails to where it succeeds destroys it",
+    }
+    shown = ", ".join(f"{p.source_position} to {p.gold_position}: {p.from_layer.value:.1f}" for p in pairs)
+    shown = f"by gold positions {shown}" if len(pairs) <= SHOWN_PAIRS else "by pairs of gold positions in patching.csv"
+    return (
+        f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of {whole.examples} "
+        f"pairs of contexts, {whole.questions} questions); {shown}."
+    )
+
+
+def _notes(report: LayersReport) -> list[str]:
+    lines = [
+        "first, settle: share of examples whose layer it is. gain: mean nats of target log-probability over the layer "
+        "before; ln rank, entropy: mean fall of ln(rank) and of nats of entropy. exit: accuracy of stopping there. "
+        "Brackets: 95 % bootstrap intervals over questions; all numbers in layers.csv.",
+    ]
+    if not report.ablations:
+        return lines
+    tokens = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
+    return [
+        *lines,
+        f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
+        f"{tokens}; * interval above the noise of {report.noise:.1e} nats, the most that a control without effect "
+        f"changed. Clean runs and the sweep differ by {report.largest_difference:.1e} nats at most.",
+        f"{len(report.manifest['parts'])} questions in {report.manifest['seconds']:.0f} s.",
+    ]

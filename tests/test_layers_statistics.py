@@ -1,0 +1,159 @@
+"""What an analysis says, against the definitions on a few numbers: lens, cost, agreement, exits, patches, figure."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from refinelens.bootstrap import Estimate
+from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers
+from refinelens.layers.early_exit import early_exits
+from refinelens.layers.examples import RunExamples
+from refinelens.layers.figure import draw_layers
+from refinelens.layers.patching import patchings
+from refinelens.layers.report import LayersReport
+from refinelens.layers.scanned import Scanned
+from refinelens.layers.schema import LAYER_ROWS
+from refinelens.layers.statistics import (
+    LENS,
+    LayerStatistic,
+    Measured,
+    layer_statistics,
+    measure_lens,
+    measure_scanned,
+)
+
+RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
+# Two questions, gold first and last. Ranks over layers 0 .. 3; argmax 7 is the answer.
+RANKS = np.array([[9, 0, 4, 0], [9, 3, 0, 0], [5, 5, 0, 0], [8, 8, 8, 2]])
+
+
+def examples(ranks=RANKS):
+    keys = {"question_id": [4, 4, 6, 6], "documents": [2, 2, 2, 2], "gold_position": [0, 1, 0, 1]}
+    n = np.arange(len(ranks))
+    lists = {
+        "argmax": np.where(ranks == 0, 7, 1),
+        "target_rank": ranks,
+        "target_logprob": -np.sqrt(ranks, dtype=np.float32),
+        "entropy": np.float32(5.0) - np.arange(4, dtype=np.float32) * (1 + n[:, None]),
+    }
+    arrays = {name: np.array(values) for name, values in keys.items()}
+    return RunExamples(RUN, "plain", arrays, np.full(4, 7), np.full(4, 7), lists)
+
+
+def value_of(rows, **wanted):
+    (row,) = [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+    return row.value.value
+
+
+def test_the_lens_by_its_definitions():
+    rows = layer_statistics(measure_lens(examples()), 0)
+    for layer, first, settle in [(0, 0.0, 0.0), (1, 0.25, 0.0), (2, 0.5, 0.5), (3, 0.0, 0.25)]:
+        assert value_of(rows, gold_position=None, layer=layer, statistic="first_correct_share") == first
+        assert value_of(rows, gold_position=None, layer=layer, statistic="settle_share") == settle
+    first = {"gold_position": 0, "layer": 1}
+    assert value_of(rows, **first, statistic="logprob_gain") == pytest.approx((3 + 0) / 2)
+    assert value_of(rows, **first, statistic="log_rank_gain") == pytest.approx((math.log(10) + 0) / 2)
+    assert value_of(rows, **first, statistic="entropy_drop") == pytest.approx((1 + 3) / 2)
+    assert math.isnan(value_of(rows, gold_position=0, layer=0, statistic="logprob_gain"))
+    assert value_of(rows, gold_position=1, layer=2, statistic="exit_accuracy") == 0.5
+    assert value_of(rows, gold_position=1, layer=2, statistic="exit_agreement") == 1.0
+    assert {(row.documents, row.gold_position) for row in rows} == {(2, None), (2, 0), (2, 1)}
+    assert all(row.questions == 2 for row in rows if row.layer > 0)
+
+
+def rows_of(intervention, ranks_before, ranks, source=None):
+    """Rows over three layers of examples with the keys of `examples`."""
+    lines = []
+    for i, (before, after) in enumerate(zip(ranks_before, ranks, strict=True)):
+        for layer, rank in enumerate(after, 1):
+            line = dict.fromkeys(LAYER_ROWS.names)
+            line |= {"question_id": [4, 4, 6, 6][i], "documents": 2, "gold_position": i % 2, "layer": layer}
+            line |= {"intervention": intervention, "target_rank": rank, "rank_change": rank - before}
+            line |= {"target_logprob": -float(rank), "logprob_change": float(before - rank), "correct": rank == 0}
+            line |= {"correct_change": int(rank == 0) - int(before == 0), "source_position": source and source[i]}
+            lines.append(line)
+    return pa.Table.from_pylist(lines, schema=LAYER_ROWS)
+
+
+def test_what_an_intervention_costs():
+    rows = rows_of("skip", [0, 0, 0, 2], [[1, 0, 5], [0, 0, 0], [3, 0, 0], [2, 1, 0]])
+    found = layer_statistics(measure_scanned(Scanned.of(rows, "skip", 3)), 0)
+    assert value_of(found, gold_position=None, layer=1, statistic=COST) == (1 + 0 + 3 + 0) / 4
+    assert value_of(found, gold_position=1, layer=3, statistic=COST) == -1
+    assert value_of(found, gold_position=0, layer=1, statistic="log_rank_cost") == pytest.approx(math.log(2 * 4) / 2)
+    assert value_of(found, gold_position=None, layer=1, statistic="accuracy") == 0.25
+    assert value_of(found, gold_position=None, layer=1, statistic="correct_change") == -0.5
+    assert math.isnan(value_of(found, gold_position=None, layer=1, statistic="settle_change"))
+
+
+def measured(of, first_layer, statistics, seed):
+    generator = np.random.default_rng(seed)
+    n = 40
+    keys = (np.repeat(np.arange(20), 2), np.full(n, 5), np.tile([0, 4], 20))
+    width = 9 - first_layer
+    values = {s: np.arange(width) + 6 * generator.standard_normal((n, width)) for s in statistics}
+    return Measured(of, first_layer, *keys, values)
+
+
+def test_agreement_is_scipys_with_an_interval_around_it():
+    lens, cost = measured(LENS, 0, (GAIN, "log_rank_gain", "entropy_drop"), 1), measured("skip", 1, (COST,), 2)
+    rows = agreements(lens, [cost], seed=0)
+    assert len(rows) == 3 * 2 * 3  # statistics, coefficients, both gold positions together and each
+    for position in (None, 4):
+        inside = np.full(40, True) if position is None else lens.gold_position == position
+        means = lens.values["entropy_drop"][inside].mean(0)[1:], cost.values[COST][inside].mean(0)
+        for coefficient, of_scipy in (("spearman", stats.spearmanr), ("kendall", stats.kendalltau)):
+            wanted = {"gold_position": position, "lens_statistic": "entropy_drop", "coefficient": coefficient}
+            (row,) = [row for row in rows if all(getattr(row, k) == v for k, v in wanted.items())]
+            assert row.value.value == pytest.approx(of_scipy(*means).statistic)
+            assert -1 <= row.value.low < row.value.value <= row.value.high <= 1
+
+
+def statistic(of, layer, low, position=None, name=None):
+    name = name or (GAIN if of == LENS else COST)
+    return LayerStatistic(of, 2, position, layer, name, 9, Estimate(low + 1, low, low + 2))
+
+
+def test_essential_is_an_interval_above_the_noise():
+    rows = [statistic(LENS, 1, 0.2), statistic(LENS, 2, 0.2), statistic(LENS, 3, 0.1), statistic(LENS, 4, 0.3, 0)]
+    rows += [statistic("skip", 2, 0.2), statistic("skip", 3, 0.2), statistic("skip", 4, 0.2, None, "log_rank_cost")]
+    (found,) = essential_layers(rows, ["skip"], noise=0.1)
+    assert (found.both, found.lens_only, found.intervention_only) == ((2,), (1,), (3,))
+
+
+def test_the_first_layer_that_keeps_95_percent():
+    ranks = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    exits = {row.gold_position: row for row in early_exits(layer_statistics(measure_lens(examples(ranks)), 0))}
+    assert (exits[None].layer, exits[None].accuracy.value, exits[None].agreement_there.value) == (2, 0.75, 1.0)
+    assert exits[0].layer == 2 and exits[1].layer == 1
+    never = early_exits(layer_statistics(measure_lens(examples(np.ones((4, 4), dtype=int))), 0))
+    assert {row.layer for row in never} == {None}
+
+
+@pytest.mark.parametrize("name, zero", [("restore", 0), ("destroy", 1)])
+def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
+    one = 1 - zero
+    ranks = [[zero, one, zero], [one, zero, zero], [zero, zero, zero], [one, one, zero]]
+    rows = rows_of(name, [one] * 4, ranks, source=[1, 0, 1, 0])
+    whole, *pairs = patchings(Scanned.of(rows, name, 3), 0)
+    assert (whole.from_layer.value, whole.examples, whole.questions) == ((3 + 2 + 1 + 3) / 4, 4, 2)
+    assert {(p.gold_position, p.source_position): p.from_layer.value for p in pairs} == {(0, 1): 2.0, (1, 0): 2.5}
+    assert patchings(Scanned.of(rows, "other", 3), 0) == []
+
+
+def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path):
+    """More lines than there are colours, costs of very different size, and no intervention at all."""
+    statistics = [
+        LayerStatistic(of, 9, position, layer, name, 9, Estimate(v, v - 1, v + 1))
+        for of, name in ((LENS, GAIN), ("skip", COST))
+        for layer in (1, 2, 3)
+        for position, v in [(None, 10.0**layer), *((p, 10.0**layer - p) for p in range(9))]
+    ]
+    for ablations in (["skip"], []):
+        manifest = {"lens": "plain", "arguments": {"at": "all"}}
+        path = tmp_path / f"{len(ablations)}.png"
+        draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
+        assert path.read_bytes().startswith(b"\x89PNG")
