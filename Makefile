@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Fits a lens to a small real model, sweeps the model over the built-in questions and draws the figures of both lenses.
 demo: .venv/.ready
 	$(BIN)/refinelens fit --model smollm2 --tokens 20000 --out runs/linear --overwrite
-	$(BIN)/refinelens sweep --model smollm2 --task builtin --documents 5,10 --examples 12 --lens plain,runs/linear --out runs/demo --overwrite
+	$(BIN)/refinelens sweep --model smollm2 --task builtin --documents 5,10 --examples 12 --generate 8 --lens plain,runs/linear --out runs/demo --overwrite
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

@@ -1,6 +1,7 @@
 """Contexts that branch off what they share, beside the same contexts run whole: a real model, all gold positions.
 
     OMP_NUM_THREADS=1 python benchmarks/prefix.py [--model smollm2] [--task builtin] [--documents 10,20] [--questions 5]
+        [--seed 0]
 
 Both ways take turns, a question at a time; process CPU time of one thread, medians over questions, the range of their
 ratios in brackets. What they gave is compared first: argmax and rank of the answer at every layer of every context,
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--task", default="builtin")
     parser.add_argument("--documents", default="10,20")
     parser.add_argument("--questions", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the questions and their distractors")
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(options.model, "cpu")
@@ -42,14 +45,15 @@ def main() -> None:
     print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
     print(f"gate: {check_branching(lens).why}\n")
     for size in map(int, options.documents.split(",")):
-        print(_measure(lens, size, _contexts(loaded, options.task, size, options.questions)), flush=True)
+        print(_measure(lens, size, _contexts(loaded, options, size)), flush=True)
 
 
-def _contexts(loaded: LoadedModel, task_name: str, size: int, n: int) -> list[list[Context]]:
-    """All gold positions of each of ``n`` questions."""
-    task = load_task(task_name)
-    source = DistractorSource(task, 0)
-    asked = [(q, source.choose(q, size - 1)) for q in choose_questions(task, n, 0)]
+def _contexts(loaded: LoadedModel, options: argparse.Namespace, size: int) -> list[list[Context]]:
+    """All gold positions of each question."""
+    task = load_task(options.task)
+    source = DistractorSource(task, options.seed)
+    questions = choose_questions(task, options.questions, options.seed)
+    asked = [(q, source.choose(q, size - 1)) for q in questions]
     return [
         [build_context(loaded.tokenizer, DEFAULT_TEMPLATE, q, others, p) for p in range(size)]
         for q, others in asked
@@ -87,21 +91,26 @@ def _measure(lens: LogitLens, size: int, questions: list[list[Context]]) -> str:
 
 
 def _compare(lens: LogitLens, context: Context, whole: Tensor, branched: Tensor) -> list[float]:
-    """Argmaxes compared, argmaxes and ranks that differ, largest difference of a state and of a log-probability."""
+    """Argmaxes compared, argmaxes and ranks that differ; by how much at most, and how good the best such rank is; the
+    largest difference of a state and of a log-probability."""
     one, two = (lens.stats(states, torch.tensor(context.answer_ids)) for states in (whole, branched))
+    other = one.target_rank != two.target_rank
     return [
         one.argmax.numel(),
         int((one.argmax != two.argmax).sum()),
-        int((one.target_rank != two.target_rank).sum()),
+        int(other.sum()),
+        int((one.target_rank - two.target_rank).abs().max()),
+        int(one.target_rank[other].min()) + 1 if other.any() else sys.maxsize,
         difference(branched, whole),
         float((one.target_logprob - two.target_logprob).abs().max()),
     ]
 
 
 def _differences(found: list[list[float]]) -> str:
-    compared, argmaxes, ranks, states, logprobs = zip(*found, strict=True)
+    compared, argmaxes, ranks, places, best, states, logprobs = zip(*found, strict=True)
+    which = f" (by {max(places)} at most, the best of them rank {min(best)})" if any(ranks) else ""
     return (
-        f"{sum(compared)} argmaxes and ranks compared, {sum(argmaxes)} argmaxes and {sum(ranks)} ranks differ;\n"
+        f"{sum(compared)} argmaxes and ranks compared, {sum(argmaxes)} argmaxes and {sum(ranks)} ranks differ{which};\n"
         f"  largest difference of a state {max(states):.1e} of its layer's largest, of a log-probability of the answer "
         f"{max(logprobs):.1e} nats"
     )

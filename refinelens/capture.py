@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,14 @@ def run_base(
 
     With a cache, ``input_ids`` go on where it ends, and it then holds them too.
     """
-    past = {} if cache is None else {"past_key_values": cache}
+    past = {} if cache is None else {_cache_argument(model): cache}
     with torch.no_grad():
         model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past)
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls its cache: Transformers renames ``past_key_values``, model by model."""
+    return "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"
 
 
 @contextmanager

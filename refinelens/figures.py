@@ -19,6 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 LEVELS = {CLOSED_BOOK: {"color": "0.6", "ls": "--"}, ORACLE: {"color": "0.3", "ls": "--"}}
 MARGIN = 0.02  # of an axis, so that markers at its end are whole
+LEGEND_WIDTH = 1.4  # inches
 CHARACTERS_PER_INCH = 17  # of 8 point text
 
 
@@ -43,6 +44,7 @@ def _draw_accuracy(run: Run, report: Report) -> None:
         axes.set_title(words, fontsize=10)
     panels[0].set_ylim(-MARGIN, 1 + MARGIN)
     panels[0].set_ylabel("accuracy")
+    _add_legend(figure, panels)
     figure.suptitle(_title(report), fontsize=10, parse_math=False)
     _save(run, figure, "accuracy.png")
 
@@ -58,6 +60,7 @@ def _draw_depth(run: Run, report: Report) -> None:
     top = max(1.0, 1.04 * panels[0].get_ylim()[1])
     panels[0].set_ylim(-MARGIN * top, top)
     panels[0].set_ylabel("mean refinement depth (layers)")
+    _add_legend(figure, panels)
     others = f" (first of {', '.join(map(str, report.tops))})" if len(report.tops) > 1 else ""
     figure.suptitle(f"{_title(report)}, rank <= {report.tops[0]}{others}", fontsize=10, parse_math=False)
     _save(run, figure, "depth.png")
@@ -129,12 +132,20 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
     asked = [row.gold_position for row in rows] or [0]
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
-    else:
+    if not axes.lines:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
     axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _add_legend(figure, panels: list) -> None:
+    """One for all panels, whose lines mean the same, beside them, where it hides none."""
+    labelled = {}
+    for axes in panels:
+        labelled |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if labelled:
+        figure.set_figwidth(figure.get_figwidth() + LEGEND_WIDTH)
+        figure.legend(labelled.values(), labelled.keys(), loc="outside right center", frameon=False)
 
 
 def _style(index: int, size: float) -> dict:

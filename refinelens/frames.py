@@ -65,9 +65,17 @@ class LoadedRun:
     @property
     def summary(self) -> pd.DataFrame:
         """``summary.csv``: a row per lens, threshold, context size and gold position."""
+        return self._table("summary.csv")
+
+    @property
+    def paired(self) -> pd.DataFrame:
+        """``paired.csv``: a row per lens, threshold, context size and pair of gold positions."""
+        return self._table("paired.csv")
+
+    def _table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.read_csv(self.run.path / "summary.csv")
+        return pd.read_csv(self.run.path / name)
 
 
 def load_run(path: str | Path) -> LoadedRun:

@@ -80,7 +80,7 @@ class Generator:
     def _end(self, text: list[int], n_prompt: int) -> int:
         """Number of tokens if the text ends with the last of them, else 0."""
         full = len(text) == self.limit or n_prompt + len(text) - 1 == self.max_tokens
-        return len(text) if full or text[-1] in self.end_ids or "\n" in self._decode(text).lstrip() else 0
+        return len(text) if full or text[-1] in self.end_ids or "\n" in self._decode(text) else 0
 
     def _decode(self, text: list[int]) -> str:
         written = [token for token in text if token not in self.end_ids]

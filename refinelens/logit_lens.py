@@ -46,11 +46,11 @@ class LayerReading:
     stats: LensStats
     kl: Tensor | None  # fp32, nats, KL(p_final || p_layer); None if it was not asked for
 
-    def of(self, index: int, length: int) -> LayerReading:
-        """The first positions of one context of a batch, fields ``[n_layers + 1, length]``."""
+    def of(self, start: int, end: int) -> LayerReading:
+        """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
         values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
-        stats = {name: None if value is None else value[:, index, :length] for name, value in values.items()}
-        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl[:, index, :length])
+        stats = {name: None if value is None else value[:, 0, start:end] for name, value in values.items()}
+        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl[:, 0, start:end])
 
     def to(self, device: torch.device | str) -> LayerReading:
         """The same reading on another device."""

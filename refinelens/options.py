@@ -8,9 +8,13 @@ from .conditions import gold_positions
 from .errors import InputError
 from .formats import DEFAULT
 
-ALIASES = ("first", "best")
-POSITIONS = ("answer", "all")
-REUSE_PREFIX = ("auto", "on", "off")
+CHOICES = {  # words that options take
+    "target": ("answer", "prediction"),
+    "positions": ("answer", "all"),
+    "answer_tokens": ("first", "all"),
+    "alias": ("first", "best"),
+    "reuse_prefix": ("auto", "on", "off"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,14 @@ class SweepOptions:
         if self.generate < 0:
             raise InputError(f"--generate: expected a number of tokens, 0 for none, got {self.generate}")
         check_top(self.top)
-        if self.alias not in ALIASES:
-            raise InputError(f"--alias: expected {', '.join(ALIASES)}, got {self.alias!r}")
+        for name, words in CHOICES.items():
+            if getattr(self, name) not in words:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option}: expected {', '.join(words)}, got {getattr(self, name)!r}")
         if not self.lens or not all(self.lens) or len(set(self.lens)) < len(self.lens):
             raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
-        if self.reuse_prefix not in REUSE_PREFIX:
-            raise InputError(f"--reuse-prefix: expected {', '.join(REUSE_PREFIX)}, got {self.reuse_prefix!r}")
-        if self.positions not in POSITIONS:
-            raise InputError(f"--positions: expected {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.reuse_prefix == "on" and self.positions == "all":
             raise InputError("--reuse-prefix on: expected --positions answer, got all, which runs every token")
         if self.reuse_prefix == "on" and self.batch_size not in ("auto", "1"):

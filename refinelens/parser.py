@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import __version__
+from .options import CHOICES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
@@ -66,62 +67,96 @@ def _add_sweep(commands) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = sweep.add_argument
-    add("--model", default="smollm2", help="smollm2, a hub name, a folder or a .gguf file (default: %(default)s)")
-    add(
+    what = sweep.add_argument_group("what is asked").add_argument
+    what("--model", default="smollm2", help="smollm2, a hub name, a folder or a .gguf file (default: %(default)s)")
+    what(
         "--task",
         default="builtin",
-        help="builtin, nq ($REFINELENS_NQ), kv (random pairs) or FILE.jsonl[.gz] (default: %(default)s)",
+        help="builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values) or FILE.jsonl[.gz] in a "
+        "format of Lost in the Middle (default: %(default)s)",
     )
-    add(
+    what(
         "--documents",
         default="5,10",
         metavar="N[,N]",
-        help="context sizes, the gold document included, closed-book (none) and oracle (it alone) among them "
-        "(default: %(default)s)",
+        help="context sizes, the gold document included; also closed-book (no document) and oracle (the gold one "
+        "alone) (default: %(default)s)",
     )
-    add("--gold-positions", default="all", help="all, ends-middle or 0-based positions 0,4,9 (default: %(default)s)")
-    add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv 100)")
-    add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
-    add("--positions", choices=("answer", "all"), default="answer", help="tokens that are read (default: %(default)s)")
-    add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
-    add("--generate", type=int, default=0, metavar="N", help="also write up to N tokens and score them (default: none)")
-    add("--top", default="1", metavar="K[,K]", help="correct means rank 1 to K, for each K (default: %(default)s)")
-    add("--lens", default="plain", metavar="LENS[,LENS]", help="plain, or folders of lenses (default: %(default)s)")
-    add(
+    what(
+        "--gold-positions",
+        default="all",
+        metavar="all|ends-middle|P[,P]",
+        help="of the gold document, from 0 (default: %(default)s)",
+    )
+    what("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv 100)")
+    what(
         "--template",
         default="default",
         metavar="default|query-aware|FILE",
-        help="Lost in the Middle's, the question behind the documents or also before them, or a text with {documents} "
-        "and {question}, less one last newline (default: %(default)s)",
+        help="Lost in the Middle's prompt; the one with the question also before the documents; or a text file with "
+        "{documents} and {question} (default: %(default)s)",
     )
-    add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template, as the user's turn")
-    add(
+    what("--chat", action="store_true", help="put the prompt into the tokenizer's chat template, as the user's turn")
+    what(
         "--alias",
-        choices=("first", "best"),
+        choices=CHOICES["alias"],
         default="first",
         help="which of several answers is the target; best: the likeliest after the oracle context "
         "(default: %(default)s)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
+    what("--seed", type=int, default=0, metavar="N", help="of questions, distractors, intervals (default: %(default)s)")
+    _add_readings(sweep.add_argument_group("what is read"))
+    _add_machine(sweep.add_argument_group("how it runs"))
+    run = sweep.add_argument_group("the run").add_argument
+    run("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
+    run("--overwrite", action="store_true", help="replace a run that is there")
+    run("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
+
+
+def _add_readings(group) -> None:
+    add = group.add_argument
+    add("--lens", default="plain", metavar="LENS[,LENS]", help="plain, or folders of lenses (default: %(default)s)")
     add(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="(default: float32 on a CPU, the checkpoint's own on CUDA)",
+        "--target",
+        choices=CHOICES["target"],
+        default="answer",
+        help="whose rank at every layer: the answer's token, or the model's own prediction (default: %(default)s)",
     )
+    add(
+        "--positions",
+        choices=CHOICES["positions"],
+        default="answer",
+        help="where it is read: before each answer token, or at every token of the context, with the next one as "
+        "target (default: %(default)s)",
+    )
+    add(
+        "--answer-tokens",
+        choices=CHOICES["answer_tokens"],
+        default="first",
+        help="that tables and figures are about; the data have all (default: %(default)s)",
+    )
+    add("--top", default="1", metavar="K[,K]", help="correct means rank 1 to K, for each K (default: %(default)s)")
+    add(
+        "--generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also write up to N tokens after each prompt, greedily, and score them by best_subspan_em (default: none)",
+    )
+
+
+def _add_machine(group) -> None:
+    add = group.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
+    add("--dtype", choices=DTYPES, default="auto", help="(default: float32 on a CPU, the checkpoint's own on CUDA)")
     add("--batch-size", default="auto", metavar="auto|N", help="contexts per forward pass (default: %(default)s)")
     add(
         "--reuse-prefix",
-        choices=("auto", "on", "off"),
+        choices=CHOICES["reuse_prefix"],
         default="auto",
         help="run documents that contexts share once; auto: on a CPU in float32, if proven (default: %(default)s)",
     )
     add("--workers", type=int, default=1, metavar="N", help="processes, a model in each (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of questions, distractors and intervals (default: %(default)s)")
-    add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
-    add("--overwrite", action="store_true", help="replace a run that is there")
-    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
 
 
 def _add_fit(commands) -> None:

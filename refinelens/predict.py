@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 
@@ -15,16 +16,18 @@ from .contexts import ContextBuilder
 from .errors import FaultError, InputError
 from .generate import Generation, Generator, check_cache
 from .lens_files import Lens
-from .logit_lens import LayerReading, LogitLens
+from .logit_lens import LogitLens
 from .models import LoadedModel, is_out_of_memory
 from .options import SweepOptions
 from .prefix import Branches, branch_order, choose_reuse, compare
 from .prompts import Context, Span
-from .question import Alias, Question
+from .question import Question
+from .readings import ContextReading, ContextStates, read_contexts
 from .results import PREDICTIONS, Outcome
-from .rows import ContextReading, prediction_table
+from .rows import prediction_table
 
 COUNTS = ("contexts", "positions_read", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
+ROWS_AT_A_TIME = 4096  # of one call of a lens, layers times positions, unless one context has more
 SPANS = {"answer": "answer_span", "all": "whole_span"}
 
 
@@ -47,7 +50,6 @@ class Predictor:
         self._loaded = loaded
         self._logit_lens = logit_lens
         self._lenses = lenses
-        self._alias: Alias | None = None  # that is the target of the question that is asked
         self._branches: Branches | None = None  # of the question that is asked, while its contexts branch off
         self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
         # Whether the pass that the lens reads keeps a cache for generation to go on from.
@@ -78,45 +80,59 @@ class Predictor:
         """Prediction rows of one question."""
         found = self._builder.build(question)
         self.counts.update(contexts=len(found.contexts), tokens_computed=found.n_tokens)
-        self.left_out, self._alias = found.left_out, found.alias
-        return pa.concat_tables([PREDICTIONS.empty_table(), *self._ask(found.contexts)])
+        self.left_out = found.left_out
+        read = self._ask(found.contexts)
+        tables = {reading.context: prediction_table(reading, found.alias, self._text) for reading in read}
+        return pa.concat_tables([PREDICTIONS.empty_table(), *(tables[context] for context in found.contexts)])
 
-    def _ask(self, contexts: list[Context]) -> list[pa.Table]:
-        """Rows of contexts of one question, in their order."""
-        if not self.reuse.used:
-            return [table for batch in self._batching.split(contexts) for table in self._run(batch)]
-        self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same rows by itself
-        tables = {index: self._run([contexts[index]]) for index in branch_order([c.input_ids for c in contexts])}
-        return [table for index in sorted(tables) for table in tables[index]]
+    def _ask(self, contexts: list[Context]) -> Iterator[ContextReading]:
+        """Run all contexts of a question and read them, as many at a time as `ROWS_AT_A_TIME` allows, in any order."""
+        batches = self._batching.split(contexts)
+        if self.reuse.used:
+            self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same by itself
+            batches = ([contexts[index]] for index in branch_order([c.input_ids for c in contexts]))
+        ran: list[ContextStates] = []
+        for batch in batches:
+            ran += self._run(batch)
+            if sum(one.n_rows for one in ran) >= ROWS_AT_A_TIME:
+                yield from self._read(ran)
+                ran = []
+        yield from self._read(ran)
 
-    def _run(self, batch: list[Context]) -> list[pa.Table]:
+    def _run(self, batch: list[Context]) -> list[ContextStates]:
         try:
-            read = self._read(batch)
+            ran = self._states(batch)
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
-            if self._branches is not None and not isinstance(error, InputError):
-                self._branches = None  # without a cache it may fit
-                return self._run(batch)
-            if len(batch) == 1:
-                raise _name_context(batch[0], error) from None
-            if isinstance(error, InputError):  # the one at fault is found and named
-                parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            else:
-                self.warnings.append(self._batching.shrink(batch))
-                parts = self._batching.split(batch)
-            return [table for part in parts for table in self._run(part)]
-        saved = 0 if self._branches is None else self._branches.shared
-        self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
-        self.counts["tokens_saved"] += saved
-        for reading in read:
-            self.counts["positions_read"] += len(reading.span.positions)
-            self.counts["lens_rows"] += sum(lens.kl.numel() for lens in reading.readings.values())
-            self.counts["tokens_generated"] += reading.generation.n_tokens if reading.generation else 0
-        return [prediction_table(reading, self._text) for reading in read]
+            failure = error.with_traceback(None)  # or its frames would hold the tensors that there was no room for
+        else:
+            saved = 0 if self._branches is None else self._branches.shared
+            self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
+            self.counts["tokens_saved"] += saved
+            self.counts["tokens_generated"] += sum(one.generation.n_tokens for one in ran if one.generation)
+            return ran
+        return [one for part in self._after(failure, batch) for one in self._run(part)]
 
-    def _read(self, batch: list[Context]) -> list[ContextReading]:
+    def _after(self, failure: Exception, batch: list[Context]) -> Iterable[list[Context]]:
+        """What to run in place of a batch that failed: smaller ones, or the same without a cache.
+
+        Raises:
+            FaultError: Names the context at fault.
+        """
+        torch.cuda.empty_cache()
+        out_of_memory = not isinstance(failure, InputError)
+        if out_of_memory and self._branches is not None:
+            self._branches = None  # without a cache it may fit
+            return [batch]
+        if len(batch) == 1:
+            raise _name_context(batch[0], failure)
+        if out_of_memory:
+            self.warnings.append(self._batching.shrink(batch))
+            return self._batching.split(batch)
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]  # the one at fault is found and named
+
+    def _states(self, batch: list[Context]) -> list[ContextStates]:
         """Run contexts together, padded on the right, their spans by repeating the last token; padding is not kept."""
         spans = [getattr(context, SPANS[self.options.positions]) for context in batch]
         n_tokens = max(len(c.input_ids) for c in batch)
@@ -125,32 +141,42 @@ class Predictor:
         mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
         positions = torch.tensor([_pad(span.positions, n_read, span.positions[-1]) for span in spans])
         hidden, cache = self._hidden(ids, positions, mask)
-        targets = torch.tensor([_pad(span.next_ids, n_read, span.next_ids[-1]) for span in spans], device=hidden.device)
-        if self.options.target == "prediction":
-            targets = self._logit_lens.stats(hidden[-1]).argmax
-        read = self._logit_lens.read
-        readings = {lens.name: read(hidden, targets, lens.translators).to("cpu") for lens in self._lenses}
-        targets = targets.cpu()
-        generations = self._generate(batch, spans, readings, cache)
+        generations = self._generate(batch, spans, hidden, cache)
         return [
-            ContextReading(
-                *(context, self._alias, span, targets[index, : len(span.next_ids)]),
-                {name: reading.of(index, len(span.next_ids)) for name, reading in readings.items()},
-                generation,
-            )
+            ContextStates(context, span, hidden[:, index, : len(span.next_ids)], generation)
             for index, (context, span, generation) in enumerate(zip(batch, spans, generations, strict=True))
         ]
 
     def _generate(
-        self, batch: list[Context], spans: list[Span], readings: dict[str, LayerReading], cache: Cache | None
+        self, batch: list[Context], spans: list[Span], hidden: torch.Tensor, cache: Cache | None
     ) -> list[Generation] | list[None]:
-        """A text per context, whose first token is read already: at the output every lens is the model's own."""
+        """A text per context, from the state at the end of its prompt on."""
         if self._generator is None:
             return [None] * len(batch)
-        predicted = next(iter(readings.values())).stats.argmax[-1]
         ends = [c.prompt_length - 1 - span.positions[0] for c, span in zip(batch, spans, strict=True)]
-        first_ids = [int(row[end]) for row, end in zip(predicted, ends, strict=True)]
+        first_ids = self._logit_lens.stats(hidden[-1, list(range(len(batch))), ends]).argmax.tolist()
         return self._generator.generate([c.input_ids[: c.prompt_length] for c in batch], first_ids, cache)
+
+    def _read(self, ran: list[ContextStates]) -> Iterator[ContextReading]:
+        """Read contexts that were run, together unless something is wrong with one of them."""
+        if not ran:
+            return
+        try:
+            read = read_contexts(ran, self._logit_lens, self._lenses, self.options.target)
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)
+        else:
+            self.counts["positions_read"] += sum(len(one.span.positions) for one in ran)
+            self.counts["lens_rows"] += sum(one.n_rows for one in ran) * len(self._lenses)
+            yield from read
+            return
+        if len(ran) == 1:
+            raise _name_context(ran[0].context, failure)
+        torch.cuda.empty_cache()
+        for half in (ran[: len(ran) // 2], ran[len(ran) // 2 :]):
+            yield from self._read(half)
 
     def _hidden(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor

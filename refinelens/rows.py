@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
-from .generate import Generation
 from .logit_lens import LayerReading
-from .prompts import Context, Span
 from .question import Alias
+from .readings import ContextReading
 from .results import NO_ANSWER_TOKEN, PREDICTIONS
 from .scoring import best_subspan_em
 
 STATISTICS = ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
 
 
-@dataclass(frozen=True)
-class ContextReading:
-    """What was read of one context, on the CPU."""
-
-    context: Context
-    alias: Alias
-    span: Span
-    target_ids: Tensor  # [n_positions] int64
-    readings: dict[str, LayerReading]  # by lens, fields [n_layers + 1, n_positions]
-    generation: Generation | None
-
-
-def prediction_table(read: ContextReading, text: Callable[[int], str]) -> pa.Table:
+def prediction_table(read: ContextReading, alias: Alias, text: Callable[[int], str]) -> pa.Table:
     """Rows of `PREDICTIONS`, lens by lens, one per position.
 
     Args:
         read: A context.
+        alias: The answer of its question that is the target.
         text: The text of a token id.
     """
-    shared = _shared_columns(read, text)
+    shared = _shared_columns(read, alias, text)
     tables = [_table(shared, lens, reading, text) for lens, reading in read.readings.items()]
     return pa.concat_tables(tables)
 
@@ -51,7 +37,7 @@ def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int],
     return pa.table([columns[name] for name in PREDICTIONS.names], PREDICTIONS.names).cast(PREDICTIONS)
 
 
-def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
+def _shared_columns(read: ContextReading, alias: Alias, text: Callable[[int], str]) -> dict:
     """Columns that all lenses have alike."""
     context, n = read.context, len(read.span.next_ids)
     start, end = context.gold_span or (None, None)
@@ -64,8 +50,8 @@ def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
         "n_tokens": len(context.input_ids),
         "gold_start": start,
         "gold_end": end,
-        "alias": read.alias.index,
-        "alias_why": read.alias.why,
+        "alias": alias.index,
+        "alias_why": alias.why,
         "generated": written,
         "generated_correct": None if written is None else best_subspan_em(written, context.question.answers),
     }

@@ -34,11 +34,11 @@ def contains_answer(text: str, normalised: str, answer: str) -> bool:
 
 
 def first_line(generated: str) -> str:
-    """What of a generated text is scored: up to the first newline behind what white space it begins with.
+    """What of a generated text is scored: up to the first newline, as in Lost in the Middle.
 
     A model that copies its documents is not to be right because the answer stands in one of them.
     """
-    return generated.strip().split("\n", 1)[0].strip()
+    return generated.split("\n", 1)[0].strip()
 
 
 def best_subspan_em(generated: str, answers: Iterable[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -47,6 +48,8 @@ class Workers:
             FaultError: What went wrong in a worker, or that none is left.
             InputError: What a worker could not load.
         """
+        gc.collect()
+        torch.cuda.empty_cache()  # a model that was loaded here leaves its memory to theirs
         count = min(self._count, len(places))
         crew = []
         try:

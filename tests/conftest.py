@@ -1,6 +1,7 @@
 """Set-up shared by all tests; the environment comes before the first import of torch and Triton."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
 import json
 
 import pytest
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,7 @@ def test_frames(run):
     n_rows = run.manifest["counts"]["rows"]
     assert len(loaded.predictions) == n_rows and len(loaded.trajectories) == 2 * n_rows
     assert len(loaded.summary) == 2 * 2  # thresholds x gold positions
+    assert len(loaded.paired) == 2 * 1  # thresholds x pairs of gold positions
     assert len(loaded.layers) == len(stacked(run))
     first = loaded.predictions.iloc[0]
     assert len(first["target_rank"]) == run.manifest["model"]["n_layers"] + 1

@@ -12,7 +12,9 @@ from transformers import DynamicCache
 
 from families import CASES, GROUPED, ROPE, TOKENS, VOCAB, build
 from refinelens import LogitLens
+from refinelens.describe import model_findings
 from refinelens.errors import FaultError, InputError
+from refinelens.models import LoadedModel
 from refinelens.options import SweepOptions
 from refinelens.predict import Predictor
 from refinelens.prefix import Branches, branch_order, check_branching, difference, shared_length
@@ -134,10 +136,13 @@ def dynamic_rope():
     ],
 )
 def test_what_cannot_branch_is_refused(config, why):
+    """And doctor says so."""
     torch.manual_seed(0)
     model = shake(tf.AutoModelForCausalLM.from_config(config())).eval()
     reuse = check_branching(LogitLens.from_model(model))
     assert not reuse.used and reuse.why.startswith(why)
+    loaded = LoadedModel("mine", model, None, "", "", "", "", ())
+    assert dict(model_findings(loaded))["prefix reuse"] == f"contexts run whole: {reuse.why}"
 
 
 def crop_too_little(cache, tokens):

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -138,6 +139,30 @@ def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_s
     for ours, single in zip(batched, predictions(finished), strict=True):
         assert ours["argmax"] == single["argmax"] and ours["target_rank"] == single["target_rank"]
         np.testing.assert_allclose(ours["target_logprob"], single["target_logprob"], atol=1e-4)
+
+
+def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_path, monkeypatch):
+    """However many that are, the rows are the same; with few at a time a context is not divided."""
+    from refinelens.logit_lens import LogitLens
+
+    read, calls = LogitLens.read, []
+
+    def spy(self, hidden, *arguments):
+        calls.append(hidden.shape[2])
+        return read(self, hidden, *arguments)
+
+    monkeypatch.setattr(LogitLens, "read", spy)
+    run_sweep(options, tmp_path / "run")
+    tokens = [1, 2, 1, 3, 1, 1]  # answers of one, two and three words
+    assert calls == [n * (2 + 4) for n in tokens]
+    calls.clear()
+    monkeypatch.setattr("refinelens.predict.ROWS_AT_A_TIME", 1)
+    single = run_sweep(options, tmp_path / "single")
+    assert calls == [n for n in tokens for _ in range(2 + 4)]
+    for ours, theirs in zip(predictions(finished), predictions(single), strict=True):
+        exact = {name: value for name, value in ours.items() if name not in ("kl", "target_logprob", "entropy")}
+        assert exact == {name: theirs[name] for name in exact}
+        np.testing.assert_allclose(ours["kl"], theirs["kl"], atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -281,19 +306,24 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
     assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
 
 
-def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch):
-    from refinelens.predict import Predictor
+@pytest.mark.parametrize("generate", [0, 3])
+def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, generate):
+    """Whether the lens finds it, which reads all contexts of a question at once, or generation before."""
+    from refinelens.logit_lens import LogitLens
 
-    read = Predictor._read
+    hidden, broken = LogitLens.hidden, []
 
-    def broken(self, batch):
-        if any((c.question.id, c.n_documents, c.gold_position) == (0, 4, 2) for c in batch):
-            raise InputError("hidden: NaN")
-        return read(self, batch)
+    def break_one(self, ids, *rest):
+        states = hidden(self, ids, *rest)
+        broken.extend([ids[4].tolist()] if not broken else [])
+        for row, own in enumerate(ids.tolist()):
+            if all(a == b for a, b in zip(own, broken[0], strict=False)):  # but for padding
+                states[:, row] = float("nan")
+        return states
 
-    monkeypatch.setattr(Predictor, "_read", broken)
-    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: NaN$"):
-        run_sweep(replace(options, batch_size="6"), tmp_path / "run")
+    monkeypatch.setattr(LogitLens, "hidden", break_one)
+    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: .* got NaN"):
+        run_sweep(replace(options, batch_size="6", generate=generate, dtype="float32"), tmp_path / "run")
 
 
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
@@ -358,7 +388,7 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
 def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
     from refinelens.predict import Predictor
 
-    read, sizes = Predictor._read, []
+    read, sizes = Predictor._states, []
 
     def small_machine(self, batch):
         sizes.append(len(batch))
@@ -366,7 +396,7 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
             raise error
         return read(self, batch)
 
-    monkeypatch.setattr(Predictor, "_read", small_machine)
+    monkeypatch.setattr(Predictor, "_states", small_machine)
     most, said = 1, []
     run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
@@ -377,6 +407,25 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
     most = 0
     with pytest.raises(FaultError, match="expected memory for one context of"):
         run_sweep(options, tmp_path / "none")
+
+
+def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
+    """Else a GPU would try the smaller batch beside the tensors of the larger one."""
+    from refinelens.predict import Predictor
+
+    read, held = Predictor._states, []
+
+    def small_machine(self, batch):
+        assert all(tensor() is None for tensor in held)
+        states = torch.zeros(4)
+        held.append(weakref.ref(states))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, batch)
+
+    monkeypatch.setattr(Predictor, "_states", small_machine)
+    run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
+    assert len(held) > 2
 
 
 def test_any_other_fault_keeps_finished_questions(options, tmp_path):
@@ -444,6 +493,9 @@ def test_overwrite_replaces_a_run(options, tmp_path):
         ({"top": (5, 5)}, "each once, got '5,5'"),
         ({"lens": ("plain", "plain")}, "--lens: expected plain or folders, each once"),
         ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
+        ({"target": "gold"}, "--target: expected answer, prediction, got 'gold'"),
+        ({"positions": "last"}, "--positions: expected answer, all, got 'last'"),
+        ({"answer_tokens": "last"}, "--answer-tokens: expected first, all, got 'last'"),
     ],
 )
 def test_bad_options(options, change, message):

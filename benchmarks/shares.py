@@ -1,0 +1,90 @@
+"""Where the time of a sweep goes: model, lens, contexts, rows, writing, tables.
+
+    OMP_NUM_THREADS=1 python benchmarks/shares.py [arguments of refinelens sweep]
+
+Runs the sweep itself, with the functions of each stage wrapped from outside; process CPU time of one thread from the
+first question on, loading apart. Shares are of the forward passes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from refinelens import cli, contexts, inputs, logit_lens, predict, recorder, sweep
+from refinelens.manifest import device_name
+
+DEFAULT = ("--documents", "5,10", "--examples", "8", "--reuse-prefix", "off")
+STAGES = {
+    "model": (logit_lens.LogitLens, "hidden"),
+    "lens, all layers": (logit_lens.LogitLens, "read"),
+    "contexts: documents, prompt, tokens": (contexts.ContextBuilder, "build"),
+    "rows": (predict, "prediction_table"),
+    "writing": (recorder.Recorder, "add"),
+    "last part and manifest": (recorder.Recorder, "close"),
+    "tables and figures, once": (sweep, "write_outputs"),
+    "summary, once": (sweep, "read_report"),
+}
+BOOKKEEPING = ("contexts: documents, prompt, tokens", "rows", "writing", "last part and manifest")
+
+
+def main() -> int:
+    """Sweep with every stage timed, then print the shares."""
+    seconds: Counter[str] = Counter()
+    for name, (owner, function) in STAGES.items():
+        setattr(owner, function, _timed(getattr(owner, function), name, seconds))
+    started = []
+    ask = inputs.SweepInputs.ask
+
+    def first_question(self, *arguments, **options):
+        seconds.clear()  # of the gates that ran while loading
+        started.append(time.process_time())
+        return ask(self, *arguments, **options)
+
+    inputs.SweepInputs.ask = first_question
+    with tempfile.TemporaryDirectory() as folder:
+        options = sys.argv[1:] or DEFAULT
+        code = cli.main(["sweep", *options, "--out", str(Path(folder) / "run")])
+    total = time.process_time() - started[0]
+    if code == 0:
+        print(f"\n{device_name('cpu')}, 1 thread: {' '.join(options)}\n")
+        print(_table(seconds, total))
+        if ("--positions", "all") not in zip(options, options[1:], strict=False):
+            print(_goals(seconds))
+        print(f"peak of resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    return code
+
+
+def _timed(function, name: str, seconds: Counter):
+    def timed(*arguments, **options):
+        start = time.process_time()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds[name] += time.process_time() - start
+
+    return timed
+
+
+def _table(seconds: Counter, total: float) -> str:
+    model = seconds["model"]
+    rows = [*((name, seconds[name]) for name in STAGES), ("all else", total - sum(seconds.values()))]
+    lines = [f"{'':36}  seconds  of the forward passes"]
+    lines += [f"{name:36}  {spent:7.2f}  {100 * spent / model:8.2f} %" for name, spent in rows]
+    return "\n".join(lines)
+
+
+def _goals(seconds: Counter) -> str:
+    """Of a sweep that reads the answer alone."""
+    lens, kept = seconds["lens, all layers"], sum(seconds[name] for name in BOOKKEEPING)
+    goals = (("lens", lens, 2), ("writing and bookkeeping", kept, 3))
+    model = seconds["model"]
+    return "\n".join(f"{name}: {100 * spent / model:.2f} %, goal under {goal} %" for name, spent, goal in goals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
