@@ -56,8 +56,9 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.resume is not None:
         return _resume(arguments, argv)
     from .conditions import parse_documents
-    from .options import SweepOptions
+    from .options import SweepOptions, default_task
 
+    arguments.task = arguments.task or default_task(arguments.model)
     out = arguments.out or _default_out(arguments.model, arguments.task)
     values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
     values["documents"] = parse_documents(arguments.documents)
@@ -119,8 +120,10 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
     from .fit.options import FitOptions
+    from .options import default_task
     from .progress import fit_progress
 
+    arguments.text = arguments.text or default_task(arguments.model)
     options = FitOptions(**{field.name: getattr(arguments, field.name) for field in fields(FitOptions)})
     _calm_libraries()
     from .fit.report import print_quality

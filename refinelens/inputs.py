@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from . import kv, tiny_task
 from .backends import choose_backend
 from .chat import render_chat, template_hash
 from .conditions import CLOSED_BOOK
 from .contexts import ContextBuilder
 from .errors import InputError
 from .formats import KV
-from .kv import generate_task
 from .lens_files import Lens, fit_to_model, load_lenses
 from .logit_lens import LogitLens
 from .manifest import make_manifest
@@ -23,6 +23,9 @@ from .question import Question
 from .results import Outcome
 from .resume import Terms
 from .task import Task, choose_questions, load_task
+from .tiny_task import TINY
+
+GENERATORS = {KV.name: kv.generate_task, TINY.name: tiny_task.generate_task}
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,5 @@ class SweepInputs:
 
 
 def _load_task(options: SweepOptions) -> Task:
-    if options.task == KV.name:
-        return generate_task(options.examples, max(options.documents), options.seed)
-    return load_task(options.task)
+    generate = GENERATORS.get(options.task)
+    return generate(options.examples, max(options.documents), options.seed) if generate else load_task(options.task)

@@ -8,6 +8,7 @@ from . import __version__
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
+  refinelens sweep --model tiny --documents 5,10,20
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
   refinelens sweep --task kv --documents 10,50 --examples 100 --template query-aware
@@ -65,11 +66,11 @@ def _add_sweep(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = sweep.add_argument
-    add("--model", default="smollm2", help="smollm2, a hub name, a folder or a .gguf file (default: %(default)s)")
+    add("--model", default="smollm2", help="smollm2, tiny, a hub name, a folder or a .gguf file (default: %(default)s)")
     add(
         "--task",
-        default="builtin",
-        help="builtin, nq ($REFINELENS_NQ), kv (random pairs) or FILE.jsonl[.gz] (default: %(default)s)",
+        help="builtin, nq ($REFINELENS_NQ), kv (random pairs), tiny or FILE.jsonl[.gz] (default: builtin; tiny for the "
+        "model tiny)",
     )
     add(
         "--documents",
@@ -79,7 +80,7 @@ def _add_sweep(commands) -> None:
         "(default: %(default)s)",
     )
     add("--gold-positions", default="all", help="all, ends-middle or 0-based positions 0,4,9 (default: %(default)s)")
-    add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv 100)")
+    add("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv and tiny 100)")
     add("--target", choices=("answer", "prediction"), default="answer", help="whose rank (default: %(default)s)")
     add("--positions", choices=("answer", "all"), default="answer", help="tokens that are read (default: %(default)s)")
     add("--answer-tokens", choices=("first", "all"), default="first", help="tokens in tables (default: %(default)s)")
@@ -133,7 +134,8 @@ def _add_fit(commands) -> None:
     add = fit.add_argument
     add("--model", default="smollm2", help="as in sweep (default: %(default)s)")
     add(
-        "--text", default="builtin", help="builtin (Python's own reference), text or .jsonl[.gz] (default: %(default)s)"
+        "--text",
+        help="builtin (Python's own reference), tiny, text or .jsonl[.gz] (default: builtin; tiny for the model tiny)",
     )
     add(
         "--tokens", type=int, default=200_000, metavar="N", help="read at most, a fifth held out (default: %(default)s)"

@@ -45,7 +45,7 @@ def resolve_task(name: str) -> Path:
         if not path:
             raise InputError(f"--task nq: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it")
     if not os.path.isfile(path):
-        raise InputError(f"--task {name}: expected builtin, nq, kv or a .jsonl[.gz] file, got no file at {path}")
+        raise InputError(f"--task {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {path}")
     return Path(path)
 
 
