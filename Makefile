@@ -6,7 +6,7 @@ BIN := .venv/bin
 # The tiny model of the package over every gold position, in seconds; then fits a lens to a small real model, sweeps that
 # model over the built-in questions and draws the figures of both lenses.
 demo: .venv/.ready
-	$(BIN)/refinelens sweep --model tiny --documents 5,10,20 --examples 24 --out runs/tiny --overwrite
+	$(BIN)/refinelens sweep --model tiny --documents 5,10,20 --examples 16 --out runs/tiny --overwrite
 	$(BIN)/refinelens fit --model smollm2 --tokens 20000 --out runs/linear --overwrite
 	$(BIN)/refinelens sweep --model smollm2 --task builtin --documents 5,10 --examples 12 --lens plain,runs/linear --out runs/demo --overwrite
 

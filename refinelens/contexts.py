@@ -17,7 +17,6 @@ from .task import DistractorSource, Task
 
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
 TOO_FEW_DISTRACTORS = "too few passages without an answer"
-UNKNOWN_ANSWER = "an answer with a word that is not in the tokenizer's vocabulary"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class ContextBuilder:
         self._options = options
         self._build = partial(build_context, loaded.tokenizer, template)
         self._limit = loaded.max_tokens
-        self._unknown = loaded.tokenizer.unk_token_id
         self._logit_lens = logit_lens
         self._distractors = DistractorSource(task, options.seed)
 
@@ -62,8 +60,6 @@ class ContextBuilder:
             return TOO_FEW_DISTRACTORS
         positions = gold_positions(self._options.gold_positions, size)
         contexts = [self._build(question, distractors, position, alias) for position in positions]
-        if any(self._unknown in context.answer_ids for context in contexts):
-            return UNKNOWN_ANSWER
         return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
 
     def _alias(self, question: Question) -> tuple[Alias, int]:

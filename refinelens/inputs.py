@@ -63,6 +63,7 @@ class SweepInputs:
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
         loaded = load_model(options.model, options.device, options.dtype)
+        _check_words(options, questions, loaded)
         require("model.device", loaded.model.device.type)
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
@@ -97,6 +98,18 @@ class SweepInputs:
             if stopped():
                 return
             yield place, predictor.ask(self.questions[place])
+
+
+def _check_words(options: SweepOptions, questions: list[Question], loaded: LoadedModel) -> None:
+    """Refuse a task whose questions are mostly in words that the model's tokenizer does not have."""
+    unknown = loaded.tokenizer.unk_token_id
+    odd = [q for q in questions[:100] if unknown in loaded.tokenizer(q.question)["input_ids"]]
+    if unknown is not None and 2 * len(odd) > len(questions[:100]):
+        remedy = "; use --task tiny" if options.model == TINY.name else ""
+        raise InputError(
+            f"--task {options.task}: expected questions in words that the tokenizer of --model {options.model} has, "
+            f"got {len(odd)} of {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+        )
 
 
 def _load_task(options: SweepOptions) -> Task:

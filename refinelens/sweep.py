@@ -132,9 +132,7 @@ def _ask(
         raise SweepInterrupted(stop.signum, recorder.run if recorder.has_rows else None)
     if not recorder.has_rows:
         reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
-        raise InputError(
-            f"expected at least one question that can be asked, got none ({reasons}); change --documents or --task"
-        )
+        raise InputError(f"expected at least one question that can be asked, got none ({reasons}); change --documents")
     return recorder.run
 
 

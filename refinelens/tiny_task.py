@@ -43,7 +43,7 @@ WORDINGS = (
     "The {relation} of {entity} is {value}.",
     "{entity} has {value} as {relation}.",
     "For {entity} the {relation} is {value}.",
-    "{value} is the {relation} of {entity}.",
+    "As {relation} {entity} has {value}.",
 )
 QUESTION = "What is the {relation} of {entity}?"
 ANSWER = "\nAnswer:"

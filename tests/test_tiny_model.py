@@ -3,6 +3,7 @@
 import csv
 import random
 import re
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,7 @@ from refinelens.logit_lens import LogitLens
 from refinelens.models import TINY, load_model
 from refinelens.options import SweepOptions
 from refinelens.results import open_run
-from refinelens.sweep import run_sweep
+from refinelens.sweep import resume_sweep, run_sweep
 from refinelens.tiny_task import HELD_OUT, context_text, generate_task, vocabulary
 from tiny_card import measure
 
@@ -51,10 +52,10 @@ def test_the_tokenizer_has_a_token_for_every_word():
         assert tokenizer.unk_token_id not in ids
 
 
-@pytest.mark.parametrize("n_documents, at_least", [(1, 0.97), (2, 0.97), (5, 0.93), (10, 0.9)])
+@pytest.mark.parametrize("n_documents, at_least", [(1, 0.97), (5, 0.97), (10, 0.95)])
 def test_it_answers_questions_about_entities_it_never_saw(loaded, n_documents, at_least):
-    found = measure(loaded.model, loaded.tokenizer, "test", n_documents, 100 * n_documents)
-    assert found.accuracy >= at_least and min(found.by_gold) > 0.75
+    found = measure(loaded.model, loaded.tokenizer, "test", n_documents, 50 * n_documents)
+    assert found.accuracy >= at_least and min(found.by_gold) > 0.85
     assert len(found.by_gold) == n_documents
 
 
@@ -89,24 +90,55 @@ def test_a_sweep_needs_no_more_than_its_name(tmp_path, capsys):
 
 def test_every_document_size_it_was_trained_on_fits(tmp_path):
     options = SweepOptions(
-        "tiny", "tiny", (0, 1, 20, 30, 40), gold_positions="ends-middle", examples=2, device="cpu", positions="answer"
+        "tiny", "tiny", (0, 1, 20, 30, 45), gold_positions="ends-middle", examples=2, device="cpu", positions="answer"
     )
     run = run_sweep(options, tmp_path / "run")
-    assert run.manifest["counts"]["left_out"] == {"40 documents: a context longer than the model's positions": [0, 1]}
+    assert run.manifest["counts"]["left_out"] == {"45 documents: a context longer than the model's positions": [0, 1]}
     rows = pq.read_table(run.path / "predictions").to_pylist()
     assert max(row["n_tokens"] for row in rows) <= run.manifest["model"]["max_tokens"]
     assert not any(row["argmax"][-1] == row["answer_id"] for row in rows if row["documents"] == 0)
+
+
+def rows_of(run):
+    return pq.read_table(run.path / "predictions").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep of six documents without prefixes in common."""
+    options = SweepOptions("tiny", "tiny", (6,), examples=4, device="cpu", reuse_prefix="off")
+    return options, run_sweep(options, tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path):
+    options, run = whole
+    branched = run_sweep(replace(options, reuse_prefix="on"), tmp_path / "run")
+    assert branched.manifest["counts"]["tokens_computed"] < run.manifest["counts"]["tokens_computed"]
+    for ours, alone in zip(rows_of(branched), rows_of(run), strict=True):
+        assert ours["argmax"] == alone["argmax"]
+        assert ours["target_logprob"] == pytest.approx(alone["target_logprob"], abs=1e-4)
+
+
+def test_a_stopped_sweep_goes_on_to_the_same_rows(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 1)
+    options, run = whole
+
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(options, tmp_path / "run", report=stop)
+    assert len(rows_of(open_run(tmp_path / "run"))) == 12
+    assert rows_of(resume_sweep(tmp_path / "run")) == rows_of(run)
 
 
 def test_words_that_it_does_not_know_are_one_line(tmp_path, capfd):
     arguments = ["--task", "builtin", "--documents", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert main(["sweep", "--model", "tiny", *arguments]) == 2
     error = capfd.readouterr().err
-    assert re.search(
-        r"got none \(200 at 2 documents: an answer with a word that is not in the tokenizer's vocabulary\); "
-        "change --documents or --task$",
-        error.strip(),
-    )
+    assert re.search(r"that the tokenizer of --model tiny has, got 100 of 100 with others, .*; use --task tiny$", error)
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

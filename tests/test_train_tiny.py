@@ -9,22 +9,19 @@ import train_tiny
 from train_tiny import Progress
 
 
-def test_contexts_grow_by_two_until_the_cool_down():
-    progress = Progress(step=200)
+def test_contexts_grow_by_two_where_they_are_answered():
+    progress = Progress()
     progress.grow(0.8)
     assert progress.documents == 4, "passing means above 0.8"
-    for documents in range(6, 21, 2):
+    for documents in (*range(6, 21, 2), 20):
         progress.grow(0.9)
-        assert (progress.documents, progress.end) == (documents, None)
-    progress.grow(0.9)
-    assert (progress.documents, progress.end) == (20, 200 + train_tiny.COOL_DOWN)
+        assert progress.documents == documents
 
 
 def test_rates_rise_and_fall():
     assert Progress(step=0).rate() == pytest.approx(1 / train_tiny.WARM_UP)
-    assert Progress(step=5000).rate() == 1.0
-    end = 5000 + train_tiny.COOL_DOWN
-    assert Progress(step=end - train_tiny.COOL_DOWN // 4, end=end).rate() == pytest.approx(0.25)
+    assert Progress(step=train_tiny.STEPS - train_tiny.COOL_DOWN).rate() == 1.0
+    assert Progress(step=train_tiny.STEPS - train_tiny.COOL_DOWN // 4).rate() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("head", range(4))
@@ -59,11 +56,10 @@ def test_the_loss_weighs_answers_and_skips_padding():
 
 
 def test_a_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
-    for name, value in {"TOKENS": 64, "QUESTIONS": 2, "EVERY": 2, "CONTEXTS": 50, "PASS": -1.0, "MOST": 6}.items():
+    for name, value in {"TOKENS": 64, "QUESTIONS": 2, "EVERY": 2, "CONTEXTS": 50, "PASS": -1.0, "STEPS": 6}.items():
         monkeypatch.setattr(train_tiny, name, value)
-    monkeypatch.setattr(train_tiny, "COOL_DOWN", 2)
     whole, tokenizer, progress = train_tiny.train(_folder(tmp_path / "whole"), seed=1)
-    assert progress.step == progress.end == 6 and len(tokenizer) == whole.config.vocab_size
+    assert progress.step == 6 and len(tokenizer) == whole.config.vocab_size
 
     measure, looks = train_tiny.measure, []
 
@@ -81,7 +77,7 @@ def test_a_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     lines = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["documents"]) for line in lines] == [(2, 4), (4, 6), (6, 6)]
+    assert [(line["step"], line["documents"]) for line in lines] == [(2, 4), (4, 6), (6, 8)]
 
 
 def _folder(path):

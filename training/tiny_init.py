@@ -1,6 +1,6 @@
 """Where the training of the model in the package begins: heads that look back, match and copy.
 
-From GPT-2's own initialisation the same training stays for long on a plateau where it copies the value of any document.
+Begun as GPT-2 begins, training stays for long on a plateau where it copies the value of any document.
 """
 
 from __future__ import annotations

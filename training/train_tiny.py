@@ -28,7 +28,7 @@ N_POSITIONS = 320  # 20 documents of at most 9 tokens and ten questions of 11 fi
 TOKENS, QUESTIONS = 1024, 10  # of a step, of a context
 ON_VALUES, ON_OTHERS = 2.5, 0.2  # weights of the loss
 MUON_RATE, ADAMW_RATE = 0.005, 1e-3
-WARM_UP, COOL_DOWN = 50, 400  # first and last steps, over which the rates rise from 0 and fall to 0
+STEPS, WARM_UP, COOL_DOWN = 650, 50, 300  # all; the first and last, over which the rates rise from 0 and fall to 0
 FEWEST, GROWTH, MOST = 4, 2, 20  # documents of a context at first, more at a time, at last
 EVERY, CONTEXTS, PASS = 25, 200, 0.8  # steps between looks, contexts of a look, accuracy that lets contexts grow
 
@@ -39,18 +39,15 @@ class Progress:
 
     step: int = 0
     documents: int = FEWEST  # of a context, at most
-    end: int | None = None  # step, known once the cool-down began
     cpu_seconds: float = 0.0
 
     def rate(self) -> float:
         """What both learning rates are multiplied by."""
-        falling = 1.0 if self.end is None else (self.end - self.step) / COOL_DOWN
-        return falling * min(1.0, (self.step + 1) / WARM_UP)
+        return min(1.0, (self.step + 1) / WARM_UP, (STEPS - self.step) / COOL_DOWN)
 
     def grow(self, accuracy: float) -> None:
-        """Lengthen the contexts if the longest are answered; after the longest of all, begin the cool-down."""
-        if self.end is None and accuracy > PASS:
-            self.end = self.step + COOL_DOWN if self.documents == MOST else None
+        """Lengthen the contexts if the longest are answered."""
+        if accuracy > PASS:
             self.documents = min(self.documents + GROWTH, MOST)
 
 
@@ -138,7 +135,7 @@ class Checkpoint:
 
 
 def train(work: Path, seed: int) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, Progress]:
-    """Train until the cool-down is over; checkpoints and a line of the log at every look go into ``work``."""
+    """Train; checkpoints and a line of the log at every look go into ``work``."""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer()
     asked = tokenizer.convert_tokens_to_ids(":")
@@ -146,7 +143,7 @@ def train(work: Path, seed: int) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFa
     optimisers = optimisers_of(model)
     checkpoint = Checkpoint(work / "checkpoint.pt", model, optimisers)
     progress, losses, begun = checkpoint.load(), [], time.process_time()
-    while progress.step != progress.end:
+    while progress.step < STEPS:
         encoded = batch(tokenizer, seed, progress)
         loss = weighted_loss(model, encoded["input_ids"], encoded["attention_mask"], asked)
         loss.backward()
