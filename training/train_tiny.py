@@ -28,6 +28,7 @@ N_POSITIONS = 320  # 20 documents of at most 9 tokens and ten questions of 11 fi
 TOKENS, QUESTIONS = 1024, 10  # of a step, of a context
 ON_VALUES, ON_OTHERS = 2.5, 0.2  # weights of the loss
 MUON_RATE, ADAMW_RATE = 0.005, 1e-3
+WORK = Path("runs/tiny-training")
 STEPS, WARM_UP, COOL_DOWN = 650, 50, 300  # all; the first and last, over which the rates rise from 0 and fall to 0
 FEWEST, GROWTH, MOST = 4, 2, 20  # documents of a context at first, more at a time, at last
 EVERY, CONTEXTS, PASS = 25, 200, 0.8  # steps between looks, contexts of a look, accuracy that lets contexts grow
@@ -182,7 +183,7 @@ def main() -> None:
     """Train, and write model, tokenizer and model card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoint and log (default: runs/tiny)")
+    parser.add_argument("--work", type=Path, default=WORK, help="checkpoint and log (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     arguments = parser.parse_args()
     for folder in (arguments.out, arguments.work):
