@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from .errors import InputError
 from .formats import DEFAULT, Format
 from .question import Document, Question
-from .task import Task
+from .task import Task, generated_task
 
-DEFAULT_EXAMPLES = 100
 TEXTS = 4000  # contexts of the text that a lens is fitted to
 
 FIRST_NAMES = [
@@ -118,19 +115,18 @@ def generate_task(count: int | None, n_documents: int, seed: int) -> Task:
     A question depends on the seed and its number alone: of fewer documents or questions it has the first ones.
 
     Args:
-        count: Questions, at least 1; `DEFAULT_EXAMPLES` when None.
+        count: Questions, at least 1; 100 when None.
         n_documents: Documents of a question, the gold one included.
         seed: Of all that is drawn.
 
     Raises:
         InputError: Fewer than one question.
     """
-    count = DEFAULT_EXAMPLES if count is None else count
-    if count < 1:
-        raise InputError(f"--examples: expected at least 1 question of --task tiny, got {count}")
-    questions = tuple(_generate(number, n_documents, seed) for number in range(count))
-    lines = "\n".join(json.dumps(asdict(question)) for question in questions)
-    return Task(TINY.name, None, hashlib.sha256(lines.encode()).hexdigest(), questions, TINY)
+    return generated_task(TINY, count, lambda number: _generate(number, n_documents, seed), _line)
+
+
+def _line(question: Question) -> str:
+    return json.dumps(asdict(question)) + "\n"
 
 
 def _generate(number: int, n_documents: int, seed: int) -> Question:
