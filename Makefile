@@ -1,12 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-triton36 lint bench scaling clean
+.PHONY: demo tiny test test-slow test-triton36 lint bench scaling clean
 
-# Fits a lens to a small real model, sweeps the model over the built-in questions and draws the figures of both lenses.
+# The tiny model of the package over every gold position, in seconds; then fits a lens to a small real model, sweeps that
+# model over the built-in questions and draws the figures of both lenses.
 demo: .venv/.ready
+	$(BIN)/refinelens sweep --model tiny --documents 5,10,20 --examples 16 --out runs/tiny --overwrite
 	$(BIN)/refinelens fit --model smollm2 --tokens 20000 --out runs/linear --overwrite
 	$(BIN)/refinelens sweep --model smollm2 --task builtin --documents 5,10 --examples 12 --generate 8 --lens plain,runs/linear --out runs/demo --overwrite
+
+# Trains the tiny model again (minutes of one core) and writes it, with its card, into the package.
+tiny: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python training/train_tiny.py --out refinelens/data/tiny
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

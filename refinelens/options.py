@@ -70,6 +70,11 @@ class SweepOptions:
         return {**asdict(self), "documents": list(self.documents), "top": list(self.top), "lens": list(self.lens)}
 
 
+def default_task(model: str) -> str:
+    """The task of a model for which none is named, and the text that a lens of it is fitted to."""
+    return "tiny" if model == "tiny" else "builtin"  # that model knows no words but those of its own task
+
+
 def check_top(top: tuple[int, ...]) -> None:
     """Refuse thresholds that no rank can be held against.
 

@@ -9,6 +9,7 @@ from .options import CHOICES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 EXAMPLES = """examples:
+  refinelens sweep --model tiny --documents 5,10,20
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
   refinelens sweep --model ./my-model --task questions.jsonl.gz --documents 10 --gold-positions ends-middle
   refinelens sweep --task kv --documents 10,50 --examples 100 --template query-aware
@@ -68,12 +69,15 @@ def _add_sweep(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = sweep.add_argument_group("what is asked").add_argument
-    what("--model", default="smollm2", help="smollm2, a hub name, a folder or a .gguf file (default: %(default)s)")
+    what(
+        "--model",
+        default="smollm2",
+        help="smollm2, tiny, a hub name, a folder or a .gguf file (default: %(default)s)",
+    )
     what(
         "--task",
-        default="builtin",
-        help="builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values) or FILE.jsonl[.gz] in a "
-        "format of Lost in the Middle (default: %(default)s)",
+        help="builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny or FILE.jsonl[.gz] "
+        "in a format of Lost in the Middle (default: builtin; tiny for the model tiny)",
     )
     what(
         "--documents",
@@ -88,7 +92,7 @@ def _add_sweep(commands) -> None:
         metavar="all|ends-middle|P[,P]",
         help="of the gold document, from 0 (default: %(default)s)",
     )
-    what("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv 100)")
+    what("--examples", type=int, metavar="N", help="questions drawn by the seed (default: all; of kv and tiny 100)")
     what(
         "--template",
         default="default",
@@ -170,7 +174,8 @@ def _add_fit(commands) -> None:
     add = fit.add_argument
     add("--model", default="smollm2", help="as in sweep (default: %(default)s)")
     add(
-        "--text", default="builtin", help="builtin (Python's own reference), text or .jsonl[.gz] (default: %(default)s)"
+        "--text",
+        help="builtin (Python's own reference), tiny, text or .jsonl[.gz] (default: builtin; tiny for the model tiny)",
     )
     add(
         "--tokens", type=int, default=200_000, metavar="N", help="read at most, a fifth held out (default: %(default)s)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from .task_lines import parse_lines
 
 BUILTIN = Path(__file__).parent / "data" / "builtin.jsonl"
 NQ_VARIABLE = "REFINELENS_NQ"
+GENERATED = 100  # questions, where none are counted
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def resolve_task(name: str) -> Path:
         if not path:
             raise InputError(f"--task nq: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it")
     if not os.path.isfile(path):
-        raise InputError(f"--task {name}: expected builtin, nq, kv or a .jsonl[.gz] file, got no file at {path}")
+        raise InputError(f"--task {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {path}")
     return Path(path)
 
 
@@ -68,6 +69,28 @@ def load_task(name: str) -> Task:
     if not questions:
         raise InputError(f"{path}: expected at least one question, got an empty file")
     return Task(name, path, hashlib.sha256(raw).hexdigest(), questions, format)
+
+
+def generated_task(
+    format: Format, count: int | None, question: Callable[[int], Question], line: Callable[[Question], str]
+) -> Task:
+    """A task of generated questions; its SHA-256 is that of their lines.
+
+    Args:
+        format: How contexts are written; its name is the task's.
+        count: Questions, at least 1; `GENERATED` when None.
+        question: Makes the question of a number, from 0.
+        line: A question as a file would have it.
+
+    Raises:
+        InputError: Fewer than one question.
+    """
+    count = GENERATED if count is None else count
+    if count < 1:
+        raise InputError(f"--examples: expected at least 1 question of --task {format.name}, got {count}")
+    questions = tuple(map(question, range(count)))
+    sha256 = hashlib.sha256("".join(map(line, questions)).encode())
+    return Task(format.name, None, sha256.hexdigest(), questions, format)
 
 
 class DistractorSource:

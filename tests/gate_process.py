@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 SCRIPT = """
 import pickle, sys
@@ -14,7 +15,14 @@ pickle.dump({name: inspect_variant(variant) for name, variant in variants.items(
 
 
 def inspect_all(variants):
-    """Reports of all ``variants``, by their names."""
+    """Reports of all ``variants``, by their names; every core of the machine compiles a share of them."""
+    names, cores = list(variants), os.cpu_count()
+    shares = [{name: variants[name] for name in names[core::cores]} for core in range(min(cores, len(names)))]
+    with ThreadPoolExecutor(cores) as pool:
+        return {name: report for reports in pool.map(_inspect, shares) for name, report in reports.items()}
+
+
+def _inspect(variants):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(

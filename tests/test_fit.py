@@ -213,7 +213,7 @@ def test_texts(tmp_path, model):
 
 BAD = [
     (["--tokens", "10"], "--tokens: expected at least 160, got 10"),
-    (["--text", "nowhere.txt"], "--text: expected builtin or a file of text, got no file at nowhere.txt"),
+    (["--text", "nowhere.txt"], "--text: expected builtin, tiny or a file of text, got no file at nowhere.txt"),
     (["--text", "SHORT"], "expected at least 10 sequences of 256 tokens, got 0; give more text"),
     (["--text", "BROKEN"], "expected a JSON object with text or ctxs in every line, got another in line 2"),
     (["--text", "BINARY"], "expected readable UTF-8 text"),

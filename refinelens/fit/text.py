@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..tiny_task import TINY, training_texts
 
 BUILTIN = "builtin"
 PIECE = 1 << 14  # characters that are tokenized at a time
@@ -28,8 +29,8 @@ class Text:
     """A text that can be read again and again, a piece at a time."""
 
     name: str
-    path: Path | None  # None for the built-in text
-    sha256: str  # of the file, or of the built-in text
+    path: Path | None  # None for a text of `OWN`
+    sha256: str  # of the file, or of the text
 
     def pieces(self) -> Iterator[str]:
         """Documents, or pieces of about `PIECE` characters of a plain text.
@@ -38,7 +39,7 @@ class Text:
             InputError: A file that is not text, or lines of JSON without text; the line is named.
         """
         if self.path is None:
-            yield from _builtin_documents()
+            yield from OWN[self.name]()
             return
         read = _json_documents if ".jsonl" in self.path.suffixes else _plain_pieces
         try:
@@ -52,17 +53,18 @@ def load_text(name: str) -> Text:
     """The text that ``--text`` names.
 
     Args:
-        name: ``builtin`` (the language reference in the ``pydoc_data`` of this Python) or a file: plain text, or
-            ``.jsonl`` with ``text`` or the ``ctxs`` of a task in every line; gzip or not.
+        name: ``builtin`` (the language reference in the ``pydoc_data`` of this Python), ``tiny`` (what the model
+            of that name was trained on) or a file: plain text, or ``.jsonl`` with ``text`` or the ``ctxs`` of a task
+            in every line; gzip or not.
 
     Raises:
         InputError: No such file.
     """
-    if name == BUILTIN:
-        return Text(BUILTIN, None, hashlib.sha256("\n".join(_builtin_documents()).encode()).hexdigest())
+    if name in OWN:
+        return Text(name, None, hashlib.sha256("\n".join(OWN[name]()).encode()).hexdigest())
     path = Path(name)
     if not path.is_file():
-        raise InputError(f"--text: expected builtin or a file of text, got no file at {name}")
+        raise InputError(f"--text: expected builtin, tiny or a file of text, got no file at {name}")
     with path.open("rb") as file:
         return Text(name, path, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -93,6 +95,9 @@ def _builtin_documents() -> list[str]:
     documents = [f"{topics[name].strip()}\n\n" for name in sorted(topics)]
     random.Random(0).shuffle(documents)  # its alphabet puts one subject beside another
     return documents
+
+
+OWN: dict[str, Callable[[], Iterable[str]]] = {BUILTIN: _builtin_documents, TINY.name: training_texts}
 
 
 def _open(path: Path) -> IO[str]:
