@@ -84,7 +84,9 @@ def tile_ranges(
     begin = count * config.block_v
     if begin < n_vocab:
         count = -(-(n_vocab - begin) // config.tail_v)
-        launch = (config.num_warps, config.num_stages + TAIL_STAGES)
+        # With swapped operands there are no registers for more.
+        stages = config.num_stages + (TAIL_STAGES if config.kind != "few_rows" else 0)
+        launch = (config.num_warps, stages)
         ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, 1, 1, *launch, masked=True))
     return tuple(ranges)
 

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -169,8 +168,6 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # Of a name that every supported version of Transformers takes.
-    warnings.filterwarnings("ignore", message=".*past_key_values.* is deprecated", category=FutureWarning)
 
 
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
