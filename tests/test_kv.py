@@ -11,10 +11,10 @@ import pytest
 from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.formats import DEFAULT, KV, QUERY_AWARE
-from refinelens.kv import DEFAULT_EXAMPLES, generate_task
+from refinelens.kv import generate_task
 from refinelens.prompts import Template
 from refinelens.results import open_run
-from refinelens.task import DistractorSource, load_task
+from refinelens.task import GENERATED, DistractorSource, load_task
 
 PAIRS = [["key1", "value1"], ["key2", "value2"], ["key3", "value3"]]
 RECORD = {"ordered_kv_records": PAIRS, "key": "key2", "value": "value2"}
@@ -90,7 +90,7 @@ def test_generated_questions_depend_on_seed_and_number_alone():
     assert longer.questions[:3] == task.questions
     assert generate_task(3, 75, seed=1) == task
     assert generate_task(3, 75, seed=2).sha256 != task.sha256 != smaller.sha256
-    assert len(generate_task(None, 2, 0).questions) == DEFAULT_EXAMPLES
+    assert len(generate_task(None, 2, 0).questions) == GENERATED
     with pytest.raises(InputError, match="--examples: expected at least 1 question of --task kv, got 0"):
         generate_task(0, 2, 0)
 
