@@ -292,8 +292,9 @@ def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, mon
 
 def test_finished_already_needs_no_model(finished, run, quick, no_model):
     shutil.copytree(finished[0].path, run.path / "layers")
-    _, report = run_layers(run.path, LayerOptions())
-    assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
+    for same in (LayerOptions(), LayerOptions(lens="lens", examples=6)):
+        _, report = run_layers(run.path, same)
+        assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
 
 
 def test_the_lens_alone_needs_no_model(run, quick, no_model):
@@ -331,7 +332,10 @@ def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     assert "got other files: notes.txt" in refused(capsys, run.path, "--out", tmp_path)
     shutil.copytree(finished[0].path, run.path / "layers")
     line = refused(capsys, run.path, "--interventions", "skip")
-    assert "expected an analysis with arguments" in line and "--overwrite" in line
+    assert "expected an analysis with --interventions skip, got one with skip,mean,attn,mlp,patch" in line
+    assert "--overwrite" in line
+    assert "with --at answer, got one with all" in refused(capsys, run.path, "--at", "answer")
+    assert "with --examples 5, got one with 6" in refused(capsys, run.path, "--examples", "5")
     manifest = json.loads((run.path / "manifest.json").read_text())
     (run.path / "manifest.json").write_text(json.dumps(manifest | {"run_id": "another"}))
     assert "expected an analysis with run_id another" in refused(capsys, run.path)
@@ -340,6 +344,10 @@ def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     (run.path / "manifest.json").write_text(json.dumps(manifest))
     (run.path / "layers" / "manifest.json").write_text("{}")
     assert "--overwrite makes the analysis again" in refused(capsys, run.path)
+    whole = json.loads((finished[0].path / "manifest.json").read_text())
+    for name in ("parts", "resumed"):
+        (run.path / "layers" / "manifest.json").write_text(json.dumps(whole | {name: None}))
+        assert f"expected a list as {name} of manifest.json" in refused(capsys, run.path)
 
 
 def test_one_process_at_a_time(run, capsys, no_model):
