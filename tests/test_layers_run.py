@@ -253,6 +253,9 @@ def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
         killed_in(patch, "_ablate", 8, lambda: 1 / 0)
         with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
             run_layers(run.path, LayerOptions())
+        killed_in(patch, "_ablate", 2, lambda: 1 / 0)
+        with pytest.raises(FaultError, match="question 0: .*; the same command without --overwrite goes on with what"):
+            run_layers(run.path, LayerOptions(), overwrite=True)
     folder, _ = run_layers(run.path, LayerOptions())
     assert rows_of(folder).equals(rows_of(finished[0]))
 
@@ -330,6 +333,7 @@ def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     assert "expected a run folder" in refused(capsys, tmp_path / "nothing")
     (tmp_path / "notes.txt").touch()
     assert "got other files: notes.txt" in refused(capsys, run.path, "--out", tmp_path)
+    assert "expected a folder that can be written" in refused(capsys, run.path, "--out", tmp_path / "notes.txt")
     shutil.copytree(finished[0].path, run.path / "layers")
     line = refused(capsys, run.path, "--interventions", "skip")
     assert "expected an analysis with --interventions skip, got one with skip,mean,attn,mlp,patch" in line
