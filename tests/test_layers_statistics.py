@@ -157,3 +157,30 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path):
         path = tmp_path / f"{len(ablations)}.png"
         draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_gold_position_looks_the_same_at_every_context_size(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures, asked = [], {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    statistics = [
+        LayerStatistic(of, documents, position, layer, name, 9, Estimate(1.0, 0.0, 2.0))
+        for of, name, sizes in ((LENS, GAIN, asked), ("restore", "accuracy", {5: asked[5]}))
+        for documents, positions in sizes.items()
+        for position in (None, *positions)
+        for layer in (1, 2, 3)
+    ]
+    manifest = {"lens": "plain", "arguments": {"at": "all"}}
+    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
+    (figure,) = figures
+    (legend,) = figure.legends
+    shown = dict(zip([t.get_text() for t in legend.get_texts()], legend.legend_handles, strict=True))
+    assert len(shown) == 1 + 4 + 1  # closed-book, gold positions, the interval
+    for axes, positions in zip(figure.axes[:3], asked.values(), strict=True):
+        lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        assert set(lines) == {"closed-book" if p == -1 else f"gold position {p}" for p in positions}
+        for label, line in lines.items():
+            assert (line.get_color(), line.get_marker()) == (shown[label].get_color(), shown[label].get_marker())
+    assert len({handle.get_color() for label, handle in shown.items() if "interval" not in label}) == 5
