@@ -389,6 +389,14 @@ def test_rows_as_a_data_frame(swept, finished, run):
     assert len(frame) == len(rows_of(finished[0])) and str(frame["settle"].dtype) == "Int32"
     with pytest.raises(InputError, match="make one with refinelens layers"):
         load_run(run.path).interventions  # noqa: B018
+    shutil.copytree(finished[0].path, run.path / "layers")
+    for path, change in ((run.path, {"run_id": "new"}), (run.path / "layers", {"status": "running"})):
+        manifest = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(json.dumps(json.loads(manifest) | change))
+        with pytest.raises(InputError, match="expected a finished analysis of run .* got one of run"):
+            load_run(run.path).interventions  # noqa: B018
+        (path / "manifest.json").write_text(manifest)
+    assert len(load_run(run.path).interventions) == len(frame)
 
 
 def test_the_command_prints_what_it_found(swept, finished, capsys):

@@ -1,15 +1,18 @@
 """What an analysis says, against the definitions on a few numbers: lens, cost, agreement, exits, patches, figure."""
 
+import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from refinelens.bootstrap import Estimate
 from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers
-from refinelens.layers.early_exit import early_exits
+from refinelens.layers.early_exit import EarlyExit, early_exits
 from refinelens.layers.examples import RunExamples
 from refinelens.layers.figure import draw_layers
 from refinelens.layers.patching import patchings
@@ -24,6 +27,7 @@ from refinelens.layers.statistics import (
     measure_lens,
     measure_scanned,
 )
+from refinelens.layers.table import print_layers
 
 RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
 # Two questions, gold first and last. Ranks over layers 0 .. 3; argmax 7 is the answer.
@@ -131,6 +135,18 @@ def test_the_first_layer_that_keeps_95_percent():
     assert exits[0].layer == 2 and exits[1].layer == 1
     never = early_exits(layer_statistics(measure_lens(examples(np.ones((4, 4), dtype=int))), 0))
     assert {row.layer for row in never} == {None}
+
+
+def test_early_exit_in_words():
+    """Closed-book there is no gold position to name."""
+    for position, words in ((-1, "the model's own)."), (3, "the model's own); by gold position 3: 2.")):
+        share = Estimate(0.8, 0.5, 1.0)
+        exits = [EarlyExit(0, gold, 9, share, 2, share, share) for gold in (None, position)]
+        statistics = [replace(row, documents=0) for row in layer_statistics(measure_lens(examples()), 0)]
+        console = Console(record=True, file=io.StringIO(), width=200)
+        manifest = {"lens": "plain", "arguments": {"at": "all"}}
+        print_layers(console, LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], exits, []))
+        assert words in console.export_text()
 
 
 @pytest.mark.parametrize("name, zero", [("restore", 0), ("destroy", 1)])
