@@ -137,16 +137,17 @@ def test_the_first_layer_that_keeps_95_percent():
     assert {row.layer for row in never} == {None}
 
 
-def test_early_exit_in_words():
+def test_early_exit_and_absent_patches_in_words():
     """Closed-book there is no gold position to name."""
     for position, words in ((-1, "the model's own)."), (3, "the model's own); by gold position 3: 2.")):
         share = Estimate(0.8, 0.5, 1.0)
         exits = [EarlyExit(0, gold, 9, share, 2, share, share) for gold in (None, position)]
         statistics = [replace(row, documents=0) for row in layer_statistics(measure_lens(examples()), 0)]
         console = Console(record=True, file=io.StringIO(), width=200)
-        manifest = {"lens": "plain", "arguments": {"at": "all"}}
+        manifest = {"lens": "plain", "arguments": {"interventions": ["patch"], "at": "all"}}
         print_layers(console, LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], exits, []))
-        assert words in console.export_text()
+        text = console.export_text()
+        assert words in text and "Patching: no question is answered at one gold position and not at another." in text
 
 
 @pytest.mark.parametrize("name, zero", [("restore", 0), ("destroy", 1)])

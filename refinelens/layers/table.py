@@ -10,6 +10,7 @@ from ..conditions import NO_POSITION, condition_name
 from ..table import WIDTH, format_estimate, title
 from .agreement import COST, GAIN, Essential
 from .early_exit import KEPT, EarlyExit
+from .options import PATCH
 from .patching import Patching
 from .report import LayersReport
 from .schema import DESTROY, RESTORE
@@ -68,6 +69,8 @@ def _lines(report: LayersReport, documents: int) -> list[str]:
     exits = [row for row in report.exits if row.documents == documents]
     lines.append(_exit_line(exits, report.manifest["lens"]))
     patches = [row for row in report.patchings if row.documents == documents]
+    if PATCH in report.manifest["arguments"]["interventions"] and not patches:
+        lines.append("Patching: no question is answered at one gold position and not at another.")
     lines += [_patch_line([row for row in patches if row.intervention == name], name) for name in (RESTORE, DESTROY)]
     return [line for line in lines if line]
 
