@@ -125,7 +125,7 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     options = LayerOptions(names, arguments.at, arguments.examples, arguments.lens)
     _calm_libraries()
     from .interrupt import SweepInterrupted
-    from .layers.session import run_layers
+    from .layers.session import how_it_goes_on, run_layers
     from .layers.table import print_layers
     from .progress import fit_progress
 
@@ -134,7 +134,7 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
         with fit_progress(Console(stderr=True)) as report:
             folder, found = run_layers(*given, report, _say)
     except SweepInterrupted as stop:
-        _say("interrupted; the questions that are finished stay, the same command goes on with them")
+        _say(f"interrupted; {how_it_goes_on(arguments.overwrite)}")
         return 128 + stop.signum
     print_layers(Console(), found)
     print(f"\n{folder.path}: {', '.join(sorted(p.name for p in folder.path.iterdir()))}")

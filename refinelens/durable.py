@@ -10,7 +10,10 @@ from pathlib import Path
 from .errors import FaultError, InputError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOLCK}
+NOT_ALLOWED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOLCK),
+}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import InputError
 
 LARGEST_JSON = 16 * 2**20  # bytes
-SHAPE_WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object"}
+SHAPE_WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 WORDS = {str: "a text", int: "a positive whole number", bool: "true or false", dict: "an object"}
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import InputError
+from .layers.folder import ROWS, LayersFolder
 from .results import LAYERS, PREDICTIONS, TRAJECTORIES, Run, open_run
 from .trajectory_table import trajectory_tables
 
@@ -47,12 +48,17 @@ class LoadedRun:
         """What `refinelens layers` wrote into the run: a row per example, layer and intervention.
 
         Raises:
-            InputError: It has not been run.
+            InputError: It has not been run, was stopped, or the run was replaced since.
         """
-        path = self.run.path / LAYERS / "layers.parquet"
-        if not path.exists():
-            raise InputError(f"{path}: expected a finished analysis, got none; make one with refinelens layers")
-        return _with_integers(pq.read_table(path))
+        folder = LayersFolder(self.run.path / LAYERS)
+        found = folder.manifest()
+        if found is None or found["status"] != "finished" or found["run_id"] != self.manifest["run_id"]:
+            got = "none" if found is None else f"one of run {found['run_id']} that is {found['status']}"
+            raise InputError(
+                f"{folder.path}: expected a finished analysis of run {self.manifest['run_id']}, got {got}; "
+                "make one with refinelens layers"
+            )
+        return _with_integers(pq.read_table(folder.path / ROWS))
 
     @property
     def trajectories(self) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Interventions on every family: against models rebuilt and hooked by hand, and that nothing is left behind."""
 
 import copy
+import gc
 from contextlib import contextmanager
 
 import pytest
@@ -299,6 +300,22 @@ def test_a_scan_takes_half_a_forward_pass_per_layer():
     assert len(calls) / 12 / 4 <= 0.6 * 12
     for handle in handles:
         handle.remove()
+
+
+def test_a_scan_holds_one_state_per_run_that_is_under_way():
+    """Of the layers that are behind, the last token alone."""
+    lens = lens_of(tiny_gpt2(VOCAB, n_layer=12))
+    run, found = CleanRun.record(lens, IDS), []
+
+    def count(*_):
+        tensors = [held for held in gc.get_objects() if type(held) is torch.Tensor]
+        stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        found.append(sum(size == 11 * 32 * 4 for size in stores.values()))
+
+    count()
+    with hooked(lens.parts.blocks[11], count):
+        scan(run, Intervention("skip", EVERY, [], None).of_context(run), 1)
+    assert max(found) - found[0] <= 11 + 6  # runs under way, and what a block has in hand
 
 
 def test_blocks_that_remember_are_refused_by_name():

@@ -253,6 +253,9 @@ def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
         killed_in(patch, "_ablate", 8, lambda: 1 / 0)
         with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
             run_layers(run.path, LayerOptions())
+        killed_in(patch, "_ablate", 2, lambda: 1 / 0)
+        with pytest.raises(FaultError, match="question 0: .*; the same command without --overwrite goes on with what"):
+            run_layers(run.path, LayerOptions(), overwrite=True)
     folder, _ = run_layers(run.path, LayerOptions())
     assert rows_of(folder).equals(rows_of(finished[0]))
 
@@ -292,8 +295,9 @@ def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, mon
 
 def test_finished_already_needs_no_model(finished, run, quick, no_model):
     shutil.copytree(finished[0].path, run.path / "layers")
-    _, report = run_layers(run.path, LayerOptions())
-    assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
+    for same in (LayerOptions(), LayerOptions(lens="lens", examples=6)):
+        _, report = run_layers(run.path, same)
+        assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
 
 
 def test_the_lens_alone_needs_no_model(run, quick, no_model):
@@ -329,9 +333,13 @@ def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     assert "expected a run folder" in refused(capsys, tmp_path / "nothing")
     (tmp_path / "notes.txt").touch()
     assert "got other files: notes.txt" in refused(capsys, run.path, "--out", tmp_path)
+    assert "expected a folder that can be written" in refused(capsys, run.path, "--out", tmp_path / "notes.txt")
     shutil.copytree(finished[0].path, run.path / "layers")
     line = refused(capsys, run.path, "--interventions", "skip")
-    assert "expected an analysis with arguments" in line and "--overwrite" in line
+    assert "expected an analysis with --interventions skip, got one with skip,mean,attn,mlp,patch" in line
+    assert "--overwrite" in line
+    assert "with --at answer, got one with all" in refused(capsys, run.path, "--at", "answer")
+    assert "with --examples 5, got one with 6" in refused(capsys, run.path, "--examples", "5")
     manifest = json.loads((run.path / "manifest.json").read_text())
     (run.path / "manifest.json").write_text(json.dumps(manifest | {"run_id": "another"}))
     assert "expected an analysis with run_id another" in refused(capsys, run.path)
@@ -340,6 +348,10 @@ def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     (run.path / "manifest.json").write_text(json.dumps(manifest))
     (run.path / "layers" / "manifest.json").write_text("{}")
     assert "--overwrite makes the analysis again" in refused(capsys, run.path)
+    whole = json.loads((finished[0].path / "manifest.json").read_text())
+    for name in ("parts", "resumed"):
+        (run.path / "layers" / "manifest.json").write_text(json.dumps(whole | {name: None}))
+        assert f"expected a list as {name} of manifest.json" in refused(capsys, run.path)
 
 
 def test_one_process_at_a_time(run, capsys, no_model):
@@ -377,6 +389,14 @@ def test_rows_as_a_data_frame(swept, finished, run):
     assert len(frame) == len(rows_of(finished[0])) and str(frame["settle"].dtype) == "Int32"
     with pytest.raises(InputError, match="make one with refinelens layers"):
         load_run(run.path).interventions  # noqa: B018
+    shutil.copytree(finished[0].path, run.path / "layers")
+    for path, change in ((run.path, {"run_id": "new"}), (run.path / "layers", {"status": "running"})):
+        manifest = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(json.dumps(json.loads(manifest) | change))
+        with pytest.raises(InputError, match="expected a finished analysis of run .* got one of run"):
+            load_run(run.path).interventions  # noqa: B018
+        (path / "manifest.json").write_text(manifest)
+    assert len(load_run(run.path).interventions) == len(frame)
 
 
 def test_the_command_prints_what_it_found(swept, finished, capsys):

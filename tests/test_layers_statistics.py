@@ -1,15 +1,18 @@
 """What an analysis says, against the definitions on a few numbers: lens, cost, agreement, exits, patches, figure."""
 
+import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from refinelens.bootstrap import Estimate
 from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers
-from refinelens.layers.early_exit import early_exits
+from refinelens.layers.early_exit import EarlyExit, early_exits
 from refinelens.layers.examples import RunExamples
 from refinelens.layers.figure import draw_layers
 from refinelens.layers.patching import patchings
@@ -24,6 +27,7 @@ from refinelens.layers.statistics import (
     measure_lens,
     measure_scanned,
 )
+from refinelens.layers.table import print_layers
 
 RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
 # Two questions, gold first and last. Ranks over layers 0 .. 3; argmax 7 is the answer.
@@ -133,6 +137,19 @@ def test_the_first_layer_that_keeps_95_percent():
     assert {row.layer for row in never} == {None}
 
 
+def test_early_exit_and_absent_patches_in_words():
+    """Closed-book there is no gold position to name."""
+    for position, words in ((-1, "the model's own)."), (3, "the model's own); by gold position 3: 2.")):
+        share = Estimate(0.8, 0.5, 1.0)
+        exits = [EarlyExit(0, gold, 9, share, 2, share, share) for gold in (None, position)]
+        statistics = [replace(row, documents=0) for row in layer_statistics(measure_lens(examples()), 0)]
+        console = Console(record=True, file=io.StringIO(), width=200)
+        manifest = {"lens": "plain", "arguments": {"interventions": ["patch"], "at": "all"}}
+        print_layers(console, LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], exits, []))
+        text = console.export_text()
+        assert words in text and "Patching: no question is answered at one gold position and not at another." in text
+
+
 @pytest.mark.parametrize("name, zero", [("restore", 0), ("destroy", 1)])
 def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
     one = 1 - zero
@@ -157,3 +174,30 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path):
         path = tmp_path / f"{len(ablations)}.png"
         draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_gold_position_looks_the_same_at_every_context_size(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures, asked = [], {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    statistics = [
+        LayerStatistic(of, documents, position, layer, name, 9, Estimate(1.0, 0.0, 2.0))
+        for of, name, sizes in ((LENS, GAIN, asked), ("restore", "accuracy", {5: asked[5]}))
+        for documents, positions in sizes.items()
+        for position in (None, *positions)
+        for layer in (1, 2, 3)
+    ]
+    manifest = {"lens": "plain", "arguments": {"at": "all"}}
+    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
+    (figure,) = figures
+    (legend,) = figure.legends
+    shown = dict(zip([t.get_text() for t in legend.get_texts()], legend.legend_handles, strict=True))
+    assert len(shown) == 1 + 4 + 1  # closed-book, gold positions, the interval
+    for axes, positions in zip(figure.axes[:3], asked.values(), strict=True):
+        lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        assert set(lines) == {"closed-book" if p == -1 else f"gold position {p}" for p in positions}
+        for label, line in lines.items():
+            assert (line.get_color(), line.get_marker()) == (shown[label].get_color(), shown[label].get_marker())
+    assert len({handle.get_color() for label, handle in shown.items() if "interval" not in label}) == 5

@@ -63,7 +63,7 @@ def essential_layers(statistics: list[LayerStatistic], interventions: list[str],
     Args:
         statistics: Of lens and interventions.
         interventions: Those to compare.
-        noise: Nats, see `noise_of`.
+        noise: Nats, the largest change by the control.
     """
     above: dict[tuple[int, str], set[int]] = {}
     for row in statistics:

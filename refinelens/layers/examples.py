@@ -52,9 +52,8 @@ class RunExamples:
         lens = names[-1] if lens is None else lens
         if lens not in names:
             raise InputError(f"--lens: expected one of the run's, {', '.join(names)}, got {lens}")
-        parts = [choose_tokens(part, "first") for part in run.parts([*COLUMNS, *LISTS])]
-        table = pa.concat_tables(parts)
-        table = table.filter(pc.equal(table["lens"], lens))
+        parts = (choose_tokens(part, "first") for part in run.parts([*COLUMNS, *LISTS]))
+        table = pa.concat_tables(part.filter(pc.equal(part["lens"], lens)) for part in parts)
         ids = np.unique(table["question_id"].to_numpy()).tolist()
         if examples is not None and examples > len(ids):
             raise InputError(f"--examples: expected 1 to {len(ids)}, the questions of {run.path}, got {examples}")

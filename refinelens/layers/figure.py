@@ -14,7 +14,7 @@ from ..table import title
 from .agreement import COST, GAIN
 from .report import LayersReport
 from .schema import DESTROY, RESTORE
-from .statistics import LENS, LayerStatistic
+from .statistics import EVERY_POSITION, LENS, LayerStatistic
 
 WORDS = {
     LENS: "gain, {lens} lens\n(nats)",
@@ -40,6 +40,7 @@ def draw_layers(path: Path, report: LayersReport) -> None:
     rows = [(LENS, GAIN), *((name, COST) for name in report.ablations)]
     patches = [(name, "accuracy") for name in (RESTORE, DESTROY) if any(row.of == name for row in report.statistics)]
     sizes = sorted({row.documents for row in report.statistics})
+    styles = _styles({row.gold_position for row in report.statistics} - {EVERY_POSITION})
     figure, panels = plt.subplots(
         *(len(rows) + bool(patches), len(sizes)),
         figsize=(max(6.8, 5.0 * len(sizes)), 0.9 + 1.45 * (len(rows) + bool(patches))),
@@ -50,7 +51,7 @@ def draw_layers(path: Path, report: LayersReport) -> None:
     )
     for of_row, (name, statistic) in zip(panels, rows, strict=False):
         for axes, documents in zip(of_row, sizes, strict=True):
-            _draw(axes, _chosen(report, name, documents, statistic))
+            _draw(axes, _chosen(report, name, documents, statistic), styles)
         _scale(of_row)
         of_row[0].set_ylabel(WORDS[name].format(lens=report.manifest["lens"]), fontsize=8, parse_math=False)
     for axes, documents in zip(panels[-1], sizes, strict=True) if patches else ():
@@ -77,7 +78,10 @@ def _draw_patches(axes, found: list[list[LayerStatistic]]) -> None:
             axes.fill_between(layers, [v.low for v in values], [v.high for v in values], color="k", alpha=0.08, lw=0)
     axes.set_ylim(-0.05, 1.05)
     axes.set_ylabel("share correct\nonce patched", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="center left")
+    if axes.lines:
+        axes.legend(fontsize=7, frameon=False, loc="center left")
+    else:
+        axes.text(0.5, 0.5, "no question both answered and failed", fontsize=7, ha="center", transform=axes.transAxes)
     _tidy(axes)
 
 
@@ -87,17 +91,17 @@ def _tidy(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw(axes, rows: list[LayerStatistic]) -> None:
+def _draw(axes, rows: list[LayerStatistic], styles: dict[int, dict]) -> None:
     """A line per gold position, behind them a bar per layer: the interval of all of them together."""
     positions = sorted({row.gold_position for row in rows if row.gold_position is not None})
     whole = [row for row in rows if row.gold_position is None]
     layers = [row.layer for row in whole]
     low, high = (np.array([getattr(row.value, end) for row in whole]) for end in ("low", "high"))
     axes.bar(layers, high - low, bottom=low, width=0.8, color="0.85", lw=0, label="all positions, 95 % interval")
-    for index, position in enumerate(positions):
+    for position in positions:
         values = [row.value.value for row in rows if row.gold_position == position]
         label = "closed-book" if position == NO_POSITION else f"gold position {position}"
-        axes.plot(layers, values, lw=1, ms=2.5, label=label, **_style(index, len(positions)))
+        axes.plot(layers, values, lw=1, ms=2.5, label=label, **styles[position])
     axes.axhline(0.0, color="0.4", lw=0.6)
     _tidy(axes)
 
@@ -115,13 +119,15 @@ def _scale(of_row) -> None:
         axes.autoscale_view()  # margins of the new scale
 
 
-def _style(index: int, count: int) -> dict:
-    """Colours of their own for a few lines, a scale for many."""
-    if count <= len(COLOURS):
-        return {"color": COLOURS[index], "marker": MARKERS[index]}
+def _styles(positions: set[int]) -> dict[int, dict]:
+    """Of every gold position, the same in all panels: colours of their own for a few lines, a scale for many."""
     import matplotlib
 
-    return {"color": matplotlib.colormaps["viridis"](index / (count - 1)), "marker": MARKERS[index % len(MARKERS)]}
+    few, scale = len(positions) <= len(COLOURS), matplotlib.colormaps["viridis"].resampled(max(2, len(positions)))
+    return {
+        position: {"color": COLOURS[index] if few else scale(index), "marker": MARKERS[index % len(MARKERS)]}
+        for index, position in enumerate(sorted(positions))
+    }
 
 
 def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
@@ -134,8 +140,11 @@ def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
         axes.set_xlabel("layer", fontsize=8)
     for axes, documents in zip(panels[0], sizes, strict=True):
         axes.set_title(condition_name(documents), fontsize=8)
-    handles, labels = panels[0, -1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=min(len(labels), 4), loc="outside lower center")
+    handles = {}
+    for axes in panels[0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    options = {"fontsize": 7, "frameon": False, "ncols": min(len(handles), 4), "loc": "outside lower center"}
+    figure.legend(handles.values(), handles.keys(), **options)
     at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
     questions = max((row.questions for row in report.statistics), default=0)
     struck = f"; below, its mean loss by an intervention {at}" if report.ablations else ""

@@ -30,10 +30,12 @@ SHAPE = {
     "schema_version": int,
     "run_id": str,
     "status": str,
-    "arguments": {"at": str},
+    "arguments": {"interventions": list, "at": str},
     "lens": str,
     "seconds": float,
+    "resumed": list,
     "questions": [int],
+    "parts": list,
 }
 
 

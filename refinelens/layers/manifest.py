@@ -35,11 +35,11 @@ def begin(
     there = None if overwrite else folder.manifest()
     if there is None:
         return new, False
-    for field in ("run_id", "lens", "arguments", "questions"):
-        if there.get(field) != new[field]:
+    for (name, wanted), found in zip(_identity(new).items(), _identity(there).values(), strict=True):
+        if found != wanted:
             raise InputError(
-                f"{folder.path}: expected an analysis with {field} {_short(new[field])}, got one with "
-                f"{_short(there.get(field))}; choose another --out or pass --overwrite"
+                f"{folder.path}: expected an analysis with {name} {wanted}, got one with {found}; choose another "
+                "--out or pass --overwrite"
             )
     whole = []
     for part in parts_of(there):
@@ -75,6 +75,12 @@ def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -
     }
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:100]} ..."
+def _identity(manifest: dict) -> dict[str, object]:
+    """What an analysis that goes on was begun with, as it is asked for; run and number determine the questions."""
+    return {
+        "run_id": manifest["run_id"],
+        "--lens": manifest["lens"],
+        "--interventions": ",".join(manifest["arguments"]["interventions"]) or "none",
+        "--at": manifest["arguments"]["at"],
+        "--examples": len(manifest["questions"]),
+    }

@@ -11,6 +11,7 @@ from .agreement import Agreement, Essential, agreements, essential_layers
 from .early_exit import EarlyExit, early_exits
 from .examples import RunExamples
 from .folder import LayersFolder
+from .options import PATCH
 from .patching import Patching, patchings
 from .scanned import COLUMNS, Scanned
 from .schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
@@ -51,7 +52,7 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
     if manifest["parts"]:
         examples = examples.of_questions([part["question_id"] for part in manifest["parts"]])
     seed, n_layers = examples.manifest["seed"], examples.n_layers
-    ablations = [name for name in manifest["arguments"]["interventions"] if name != "patch"]
+    ablations = [name for name in manifest["arguments"]["interventions"] if name != PATCH]
     scanned = {name: Scanned.of(rows, name, n_layers) for name in (*ablations, CONTROL, RESTORE, DESTROY)}
     lens = measure_lens(examples)
     costs = [measure_scanned(scanned[name]) for name in ablations]

@@ -37,5 +37,5 @@ def scan(run: CleanRun, start: Callable[[int], Tensor], at_a_time: int) -> list[
         if not torch.equal(started, clean):
             under_way[index] = started
         for i in range(index + 1):
-            kept[i].append(under_way.get(i, clean)[0, -1])
+            kept[i].append(under_way.get(i, clean)[0, -1].clone())  # a view would hold all tokens
     return [torch.stack(states) for states in kept]

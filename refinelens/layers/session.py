@@ -59,6 +59,13 @@ def run_layers(
             return folder, analysis.conclude()
         except OSError as error:
             raise disk_error(folder.path, error) from None
+        except FaultError as error:
+            raise FaultError(f"{error}; {how_it_goes_on(overwrite)}") from error.__cause__
+
+
+def how_it_goes_on(overwrite: bool) -> str:
+    """What becomes of an analysis that was stopped, in words; ``overwrite`` again would begin it anew."""
+    return f"the same command {'without --overwrite ' if overwrite else ''}goes on with what is finished"
 
 
 @dataclass
@@ -83,14 +90,11 @@ class _Analysis:
             self._place()
             return
         began, spent = time.monotonic(), self.manifest["seconds"]
-        try:
-            for part in self._ask(missing):
-                parts.append(part)
-                self.manifest |= {"parts": entries_of(parts)}
-                self.manifest["seconds"] = round(spent + time.monotonic() - began, 3)
-                self.folder.write_manifest(self.manifest)
-        except FaultError as error:
-            raise FaultError(f"{error}; the same command goes on with what is finished") from error.__cause__
+        for part in self._ask(missing):
+            parts.append(part)
+            self.manifest |= {"parts": entries_of(parts)}
+            self.manifest["seconds"] = round(spent + time.monotonic() - began, 3)
+            self.folder.write_manifest(self.manifest)
 
     def _ask(self, missing: list[int]) -> Iterator[QuestionPart]:
         """A part per question, until a signal comes."""

@@ -6,10 +6,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..conditions import condition_name
+from ..conditions import NO_POSITION, condition_name
 from ..table import WIDTH, format_estimate, title
 from .agreement import COST, GAIN, Essential
 from .early_exit import KEPT, EarlyExit
+from .options import PATCH
 from .patching import Patching
 from .report import LayersReport
 from .schema import DESTROY, RESTORE
@@ -68,6 +69,8 @@ def _lines(report: LayersReport, documents: int) -> list[str]:
     exits = [row for row in report.exits if row.documents == documents]
     lines.append(_exit_line(exits, report.manifest["lens"]))
     patches = [row for row in report.patchings if row.documents == documents]
+    if PATCH in report.manifest["arguments"]["interventions"] and not patches:
+        lines.append("Patching: no question is answered at one gold position and not at another.")
     lines += [_patch_line([row for row in patches if row.intervention == name], name) for name in (RESTORE, DESTROY)]
     return [line for line in lines if line]
 
@@ -102,12 +105,13 @@ def _exit_line(exits: list[EarlyExit], lens: str) -> str:
     whole, *others = exits
     if whole.layer is None:
         return f"Early exit, {lens} lens: the output is never right."
-    by_position = ", ".join(f"{row.gold_position}: {'-' if row.layer is None else row.layer}" for row in others)
+    shown = [(row.gold_position, "-" if row.layer is None else row.layer) for row in others]
+    by_position = ", ".join(f"{position}: {layer}" for position, layer in shown if position != NO_POSITION)
     return (
         f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the output's accuracy of "
         f"{format_estimate(whole.accuracy, 2)} (there {format_estimate(whole.accuracy_there, 2)}, and "
-        f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own); by gold position "
-        f"{by_position}."
+        f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own)"
+        f"{f'; by gold position {by_position}' if by_position else ''}."
     )
 
 
