@@ -10,7 +10,7 @@ import threading
 from .results import Run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-HINT = b"\nrefinelens: finishing the current question; once more to stop at once\n"
+HINT = b"\nrefinelens: finishing the current question, then its tables; once more to stop at once\n"
 
 
 class SweepInterrupted(KeyboardInterrupt):
