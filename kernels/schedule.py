@@ -17,7 +17,7 @@ MAX_SPLITS = 32
 GROUP_BYTES = 12 * 2**20  # of normed states, a part of L2
 MAX_GROUP = 24
 START = 0.25  # what a program takes to begin, in tiles
-TAIL_STAGES = 2  # more than elsewhere: few programs run, one tile each, and nothing else hides latency
+TAIL_STAGES = 2  # more than elsewhere, where registers allow: one tile a program, and nothing else hides latency
 
 
 def chunk_blocks(n_rows: int, row_bytes: int, block_m: int, processors: int) -> int:
@@ -84,9 +84,7 @@ def tile_ranges(
     begin = count * config.block_v
     if begin < n_vocab:
         count = -(-(n_vocab - begin) // config.tail_v)
-        # With swapped operands there are no registers for more.
-        stages = config.num_stages + (TAIL_STAGES if config.kind != "few_rows" else 0)
-        launch = (config.num_warps, stages)
+        launch = (config.num_warps, config.num_stages + (TAIL_STAGES if config.kind == "tma" else 0))
         ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, 1, 1, *launch, masked=True))
     return tuple(ranges)
 
