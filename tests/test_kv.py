@@ -15,6 +15,7 @@ from refinelens.kv import generate_task
 from refinelens.prompts import Template
 from refinelens.results import open_run
 from refinelens.task import GENERATED, DistractorSource, load_task
+from tiny import byte_tokenizer, save_tiny_model
 
 PAIRS = [["key1", "value1"], ["key2", "value2"], ["key3", "value3"]]
 RECORD = {"ordered_kv_records": PAIRS, "key": "key2", "value": "value2"}
@@ -106,9 +107,10 @@ def test_a_generated_task_is_that_of_a_file_with_its_lines(tmp_path):
     assert (read.questions, read.sha256, read.format) == (task.questions, task.sha256, KV)
 
 
-def test_sweep_of_generated_pairs(tiny_model, tmp_path, capsys):
+def test_sweep_of_generated_pairs(tmp_path, capsys):
     """At every position, oracle included; a resume makes the same task again."""
-    command = ["sweep", "--model", str(tiny_model), "--task", "kv", "--device", "cpu", "--examples", "3"]
+    model = save_tiny_model(tmp_path / "model", tokenizer=byte_tokenizer(), n_positions=1024)
+    command = ["sweep", "--model", str(model), "--task", "kv", "--device", "cpu", "--examples", "3"]
     command += ["--template", "query-aware", "--generate", "2", "--out", str(tmp_path / "run")]
     assert main([*command, "--documents", "oracle,3"]) == 0
     run = open_run(tmp_path / "run")

@@ -22,6 +22,17 @@ def word_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
+def byte_tokenizer():
+    """A tokenizer that has a token for every byte, and so none for unknown words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def tiny_gpt2(vocab_size, n_positions=256, n_layer=3, n_embd=32, seed=0):
     """A random GPT-2 whose norms are not the identity."""
     torch.manual_seed(seed)
@@ -46,9 +57,9 @@ def shake(model):
     return model
 
 
-def save_tiny_model(folder, vocab_size=None, **sizes):
-    """Save `tiny_gpt2` and its tokenizer to a folder; ids beyond the tokenizer's never occur."""
-    tokenizer = word_tokenizer()
+def save_tiny_model(folder, vocab_size=None, tokenizer=None, **sizes):
+    """Save `tiny_gpt2` and a tokenizer, by default of words, to a folder; ids beyond the tokenizer's never occur."""
+    tokenizer = tokenizer or word_tokenizer()
     tokenizer.save_pretrained(folder)
     tiny_gpt2(vocab_size or len(tokenizer), **sizes).save_pretrained(folder)
     return folder
