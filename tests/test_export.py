@@ -10,13 +10,13 @@ from refinelens import load_run
 from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.results import open_run
-from tiny import save_tiny_model
+from tiny import byte_tokenizer, save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    model = save_tiny_model(folder / "model", n_positions=1024)
+    model = save_tiny_model(folder / "model", tokenizer=byte_tokenizer(), n_positions=4096)
     given = ["--model", str(model), "--documents", "2", "--examples", "10", "--top", "1,5", "--generate", "3"]
     assert main(["sweep", *given, "--out", str(folder / "run")]) == 0
     return open_run(folder / "run")
