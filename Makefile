@@ -14,9 +14,9 @@ demo: .venv/.ready
 tiny: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python training/train_tiny.py --out refinelens/data/tiny
 
-# A process per core, each with whole files, whose tests share what is slow to make.
+# A process per core; an idle one takes over tests of another, so that mostly whole files share what is slow to make.
 test: .venv/.ready
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Sanitizer builds of the C++ code, valgrind, every form of every kernel through the compile-only gate, large inputs.
 test-slow: .venv/.ready
