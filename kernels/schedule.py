@@ -35,7 +35,7 @@ def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
     """The vocabulary splits that finish soonest: all waves of programs but the last take the mean number of tiles."""
     most = max(1, min(tiles, max(MAX_SPLITS, processors // row_blocks)))
 
-    def time(splits: int) -> int:
+    def time(splits: int) -> float:
         waves = -(-row_blocks * splits // processors)
         return (waves - 1) * tiles / splits + -(-tiles // splits) + waves * START
 
