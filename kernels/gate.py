@@ -59,7 +59,7 @@ class LensVariant:
     def options(self) -> LensOptions:
         """The launcher's options, with empty operands, that lead to this specialisation."""
         return LensOptions(
-            unembedding=torch.empty(0, dtype=self.dtype),
+            unembedding=torch.empty(0, self.d_model, dtype=self.dtype),
             bias=torch.empty(0) if self.bias else None,
             softcap=30.0 if self.softcap else None,
             logit_scale=2.0 if self.scale else 1.0,
@@ -69,8 +69,7 @@ class LensVariant:
     @property
     def by_tma(self) -> bool:
         """Whether the kernel is that of ``lens_tma``."""
-        options, is_same = self.options, self.same_bits or not self.targets
-        return self.kernel == "main" and options.config.kind == "tma" and options.is_plain and is_same
+        return self.kernel == "main" and self.options.by_tma(self.targets, self.same_bits)
 
 
 def inspect_variant(variant: LensVariant) -> KernelReport:

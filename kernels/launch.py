@@ -36,10 +36,12 @@ class LensOptions:
         """Whether a logit is nothing but its product."""
         return self.bias is None and self.softcap is None and self.logit_scale == 1.0
 
-    @property
-    def fits_tma(self) -> bool:
-        """Whether the kernel of ``lens_tma`` can read these operands: plain logits, rows that do not overlap."""
-        return self.is_plain and self.unembedding.stride(0) >= self.unembedding.shape[1]
+    def by_tma(self, targets: bool, same_bits: bool) -> bool:
+        """Whether whole tiles go through the kernel of ``lens_tma``, which takes plain logits, rows that do not overlap
+        and, with ``targets``, their logits with the bits of the main product.
+        """
+        can_read = self.is_plain and self.unembedding.stride(0) >= self.unembedding.shape[1]
+        return self.config.kind == "tma" and can_read and (same_bits or not targets)
 
     def product_flags(self) -> dict:
         """Compile-time arguments of the kernels that form logits."""

@@ -28,7 +28,7 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
     best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
     parts = (best, argmax, rank, total, weighted)
-    by_tma = config.kind == "tma" and options.fits_tma and (rows.targets is None or same_bits)
+    by_tma = options.by_tma(rows.targets is not None, same_bits)
     first = 0
     for tiles in ranges:
         own_parts = tuple(part[first : first + tiles.splits] for part in parts)

@@ -103,8 +103,10 @@ class SweepInputs:
 def _check_words(options: SweepOptions, questions: list[Question], loaded: LoadedModel) -> None:
     """Refuse a task whose questions are mostly in words that the model's tokenizer does not have."""
     unknown = loaded.tokenizer.unk_token_id
+    if unknown is None:
+        return
     odd = [q for q in questions[:100] if unknown in loaded.tokenizer(q.question)["input_ids"]]
-    if unknown is not None and 2 * len(odd) > len(questions[:100]):
+    if 2 * len(odd) > len(questions[:100]):
         remedy = "; use --task tiny" if options.model == TINY.name else ""
         raise InputError(
             f"--task {options.task}: expected questions in words that the tokenizer of --model {options.model} has, "
