@@ -21,7 +21,6 @@ from .options import SweepOptions
 from .results import Outcome
 from .resume import Terms
 
-COMMAND = (sys.executable, "-m", "refinelens.worker")
 AHEAD = 4  # questions per worker that may be finished before an earlier one is
 POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
 
@@ -111,6 +110,17 @@ class Workers:
         return environment
 
 
+def start_process(environment: dict[str, str], descriptor: int) -> subprocess.Popen:
+    """Start a worker that is spoken to over this descriptor of a socket."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "refinelens.worker", str(descriptor)],
+        pass_fds=[descriptor],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C on the terminal is for the sweep, not for its workers
+    )
+
+
 @dataclass(eq=False)
 class _Worker:
     """A process, the connection to it, and what it was asked."""
@@ -125,13 +135,7 @@ class _Worker:
         """Start a process and tell it what it will be asked about."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen(
-                [*COMMAND, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C on the terminal is for the sweep, not for its workers
-            )
+            process = start_process(environment, theirs.fileno())
         worker = cls(process, Connection(ours.detach()))
         with suppress(OSError):  # one that has just died is heard of by `receive`
             worker.connection.send(setup)

@@ -42,6 +42,16 @@ def question_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def forge(tiny_model, question_file, tmp_path_factory):
+    """Runs sweeps of the tiny model, or of any GPT-2, in processes that may be killed."""
+    from faults import Forge
+
+    sweep = ["sweep", "--model", tiny_model, "--task", question_file, "--documents", "2", "--device", "cpu"]
+    with Forge(*sweep, "--out", tmp_path_factory.mktemp("forge") / "run") as forge:
+        yield forge
+
+
 @pytest.fixture
 def refused_sweep(question_file, tmp_path, capfd):
     """Runs a sweep with a lens and returns the line it ends in, which must be one, with exit code 2 and no run."""

@@ -1,32 +1,36 @@
-"""Sweeps in processes of their own that can be killed: forked from one that has imported everything.
+"""Sweeps in processes of their own that can be killed: forked from one that has done such a sweep already.
 
 `Forge` starts that process. It reads a request per line, JSON, and answers each with a number: ``{"start": {...}}``
 with the pid of a new child, which runs the command line as `_child` says, and ``{"wait": pid}`` with its exit status,
 negative for a signal.
 """
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
 
-# What a sweep of the tiny model imports late.
-MODULES = ("refinelens.sweep", "matplotlib.pyplot", "transformers.models.gpt2.modeling_gpt2", "scipy.stats")
 STEPS = ("fsync", "replace", "unlink")  # all that a write does to the disk once the bytes are handed over
 
 
 class Forge:
-    """The process that forks; a context manager."""
+    """The process that forks; a context manager. Its own sweep is that of ``arguments``: its children run warm."""
+
+    def __init__(self, *arguments):
+        self._command = [sys.executable, __file__, *map(str, arguments)]
 
     def __enter__(self):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        assert self._process.stdout.readline(), "it is ready"
         return self
 
     def __exit__(self, *error):
@@ -76,7 +80,20 @@ def quick_figures(run, *drawn):
         write_whole(run.path / name, lambda path: path.write_bytes(b"figure"))
 
 
-def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None, figures=True):
+def errors_in(log):
+    """The lines in which a child of the forge said what went wrong."""
+    return [line for line in log.read_text().splitlines() if line.startswith("refinelens: ")]
+
+
+def wait_for(condition):
+    """Until it holds; a minute at most."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None, workers_meet=None, figures=True):
     """Run the command line with a fault and exit with its code.
 
     Args:
@@ -86,9 +103,10 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
         kill_at_step: Number of the step on the disk before which the process kills itself.
         signal_at: ``(question, signal)`` pairs: signals that arrive while a question, counted from 1, is asked.
         hold_at: Question, counted from 1, that is not asked before the file ``LOG.go`` is there.
+        workers_meet: Folder of `faulty_worker` for the workers of the sweep, which are forked too.
         figures: Whether to draw them, rather than `quick_figures`.
     """
-    from refinelens import cli, derived, sweep
+    from refinelens import cli, derived, sweep, workers
     from refinelens.predict import Predictor
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -97,6 +115,8 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
     sweep.QUESTIONS_PER_PART = part
     if not figures:
         derived.draw_figures = quick_figures
+    if workers_meet:
+        workers.start_process = partial(_fork_worker, Path(workers_meet))
     if kill_at_step:
         for name, step in at_step(kill_at_step, lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
             setattr(os, name, step)
@@ -116,29 +136,65 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
     return cli.main(arguments)
 
 
-def _serve():
+class _Forked:
+    """What `Workers` asks of a process."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _fork_worker(folder, environment, descriptor):
+    """In place of `start_process`, whose processes take seconds to import what they need."""
+    from faulty_worker import run_worker
+
+    def work():
+        os.setsid()
+        os.environ.update(environment)
+        os.closerange(3, descriptor)  # above all the other ends of connections, whose closing could not be seen
+        os.closerange(descriptor + 1, 1024)
+        return run_worker(folder, descriptor)
+
+    return _Forked(_fork(work))
+
+
+def _fork(work):
+    """The pid of a new process that ends with what ``work()`` returns."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            code = work()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def _serve(*arguments):
     import torch
 
+    from refinelens import cli
+
     torch.set_num_threads(1)  # threads do not survive a fork
-    for name in MODULES:
-        importlib.import_module(name)
+    with redirect_stdout(StringIO()):
+        assert cli.main(list(arguments)) == 0
+    print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                code = _child(**request["start"])
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        print(pid, flush=True)
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = _fork(partial(_child, **request["start"]))
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    _serve()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    _serve(*sys.argv[1:])

@@ -1,36 +1,41 @@
-"""A worker that something befalls: ``faulty_worker.py FOLDER FD``.
+"""A worker that something befalls, which files in a folder say, with the id of the question in which it does.
 
-Files in the folder say what and in which question, by its id: ``kill-9`` ends the worker that is asked question 9 and
-goes with it, ``always-kill-9`` stays; ``raise-9`` raises; ``hold-9`` waits until that file is gone, and tells by
-``holds-9``. Every worker leaves its pid there.
+``kill-9`` ends the worker that is asked question 9 and goes with it, ``always-kill-9`` stays; ``raise-9`` raises;
+``hold-9`` waits until that file is gone, and tells by ``holds-9``; ``hold-start`` before anything is loaded. Every
+worker leaves its pid there.
 """
 
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 
+from refinelens import worker
 from refinelens.predict import Predictor
-from refinelens.worker import main
-
-folder = Path(sys.argv.pop(1))
-(folder / f"pid-{os.getpid()}").touch()
-rows = Predictor.rows
 
 
-def faulty_rows(self, question):
-    kill, hold = folder / f"kill-{question.id}", folder / f"hold-{question.id}"
-    if kill.exists() or (folder / f"always-kill-{question.id}").exists():
-        kill.unlink(missing_ok=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if (folder / f"raise-{question.id}").exists():
-        raise RuntimeError("a fault in\na driver")
-    while hold.exists():
-        (folder / f"holds-{question.id}").touch()
-        time.sleep(0.01)
-    return rows(self, question)
+def run_worker(folder, descriptor):
+    """What ``python -m refinelens.worker`` runs, with faults; its exit code."""
+    (folder / f"pid-{os.getpid()}").touch()
+    rows = Predictor.rows
 
+    def hold(where):
+        while (folder / f"hold-{where}").exists():
+            (folder / f"holds-{where}").touch()
+            time.sleep(0.01)
 
-Predictor.rows = faulty_rows
-main()
+    def faulty_rows(self, question):
+        kill = folder / f"kill-{question.id}"
+        if kill.exists() or (folder / f"always-kill-{question.id}").exists():
+            kill.unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (folder / f"raise-{question.id}").exists():
+            raise RuntimeError("a fault in\na driver")
+        hold(question.id)
+        return rows(self, question)
+
+    Predictor.rows = faulty_rows
+    hold("start")
+    sys.argv = ["worker", str(descriptor)]
+    worker.main()
+    return 0

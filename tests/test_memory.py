@@ -1,5 +1,6 @@
 """Peak memory is flat: measured in fresh processes at two sizes, as the kernel accounts it."""
 
+import json
 import subprocess
 import sys
 
@@ -9,78 +10,92 @@ from tiny import save_tiny_model
 
 OP = """
 import resource, sys, torch, refinelens
-rows = int(sys.argv[1])
-hidden, unembedding = torch.randn(rows, 16), torch.randn(50257, 16)
-refinelens.fused_lens(hidden[:4], unembedding, targets=5, backend=sys.argv[2])
+hidden, unembedding = torch.randn(4096, 16), torch.randn(50257, 16)
+refinelens.fused_lens(hidden[:4], unembedding, targets=5, backend=sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-refinelens.fused_lens(hidden, unembedding, targets=5, backend=sys.argv[2])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(after - before)
+refinelens.fused_lens(hidden, unembedding, targets=5, backend=sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
-SWEEP = """
-import resource, sys, tracemalloc
+# Every sweep in turn, [folder, questions per part, options]: the peak of the resident set and that of objects and
+# tables, kB, when an eighth of the questions is asked and when all are; and of the resident set at the end.
+SWEEPS = """
+import json, resource, sys, tracemalloc
 import pyarrow
 from refinelens import sweep
-sweep.QUESTIONS_PER_PART = int(sys.argv[4])
-options = sweep.SweepOptions(
-    model=sys.argv[1], task=sys.argv[2], documents=(3,), device="cpu", batch_size=sys.argv[5], positions=sys.argv[6]
-)
-tables, held = [], []
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def report(progress):
-    tables.append(pyarrow.total_allocated_bytes())
+    global tables
+    tables = max(tables, pyarrow.total_allocated_bytes())
     if progress.done == 0:
         tracemalloc.start()  # the task is loaded: from here on nothing should stay
+    elif progress.done in (progress.questions // 8, progress.questions):
+        peaks.append((resident(), (tracemalloc.get_traced_memory()[1] + tables) // 1024))
     if progress.done == progress.questions:
-        held.append((tracemalloc.get_traced_memory()[1] + max(tables)) // 1024)
         tracemalloc.stop()
-sweep.run_sweep(options, sys.argv[3], report=report)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *held)
+for folder, questions_per_part, options in json.loads(sys.argv[1]):
+    sweep.QUESTIONS_PER_PART = questions_per_part
+    peaks, tables = [], 0
+    sweep.run_sweep(sweep.SweepOptions(documents=(3,), device="cpu", **options), folder, report=report)
+    print(json.dumps([peaks, resident()]))
 """
 
 
-def kilobytes(code, *arguments):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+def printed(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [int(number) for number in done.stdout.split()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("backend, limit", [("cpp", 30_000), ("twin", 40_000)])
-def test_op_never_holds_rows_by_vocabulary(backend, limit):
-    """Whole logits would be 206 and 823 MB."""
-    peaks = [kilobytes(OP, rows, backend)[0] for rows in (1024, 4096)]
-    assert max(peaks) < limit, f"{peaks} kB at 1024 and 4096 rows"
+@pytest.mark.parametrize("backend", ["cpp", "twin"])
+def test_op_never_holds_rows_by_vocabulary(backend):
+    """Whole logits would be 823 MB."""
+    (growth,) = printed(OP, backend)
+    assert growth < 40_000
 
 
-def sweep_growth(tiny_model, question_file, folder, questions_per_part, positions="answer", repeats=(8, 64)):
-    """Growth from 48 to 384 questions, kB: (peak resident set, peak of objects and tables over the questions)."""
-    lines, peaks = question_file.read_text().splitlines(), []
-    for times in repeats:
-        path = folder / f"{times}.jsonl"
-        path.write_text("\n".join(lines * times))
-        peaks.append(kilobytes(SWEEP, tiny_model, path, folder / f"run{times}", questions_per_part, 1, positions))
-    return [large - small for small, large in zip(*peaks, strict=True)]
+def growths(*sweeps):
+    """Of each sweep, from the first eighth of its questions to all: peak resident set, and objects and tables, kB."""
+    return [
+        [large - small for small, large in zip(*peaks, strict=True)] for peaks, _ in printed(SWEEPS, json.dumps(sweeps))
+    ]
 
 
-def test_sweep_does_not_grow_with_questions(tiny_model, question_file, tmp_path):
-    """What stays is the normalised text of the passages; holding every row would show."""
-    (tmp_path / "leak").mkdir()
-    resident, objects = sweep_growth(tiny_model, question_file, tmp_path, 8)
-    _, leaking = sweep_growth(tiny_model, question_file, tmp_path / "leak", 10**9)
+@pytest.fixture
+def options(tiny_model, question_file, tmp_path):
+    """Of sweeps over so many times six questions."""
+
+    def write(times, **options):
+        path = tmp_path / f"{times}.jsonl"
+        path.write_text("\n".join(question_file.read_text().splitlines() * times))
+        return {"model": str(tiny_model), "task": str(path), "batch_size": "1", **options}
+
+    return write
+
+
+def test_sweep_does_not_grow_with_questions(options, tmp_path):
+    """From 12 to 96: what stays is the normalised text of the passages; holding every row would show."""
+    sweep = options(16)
+    (resident, objects), (_, leaking) = growths(
+        (str(tmp_path / "run"), 8, sweep), (str(tmp_path / "leak"), 10**9, sweep)
+    )
     assert resident < 25_000
-    assert objects < 700 < leaking, f"objects grow by {objects} kB, and by {leaking} kB when rows are kept"
+    assert objects < 600 < leaking, f"objects grow by {objects} kB, and by {leaking} kB when rows are kept"
 
 
-def test_reading_every_token_does_not_grow_with_questions(tiny_model, question_file, tmp_path):
-    """From 24 to 96 questions: only the rows of one of them are held."""
-    resident, objects = sweep_growth(tiny_model, question_file, tmp_path, 8, "all", (4, 16))
-    assert resident < 25_000 and objects < 700
+def test_reading_every_token_does_not_grow_with_questions(options, tmp_path):
+    """From 9 to 72 questions: only the rows of one of them are held."""
+    ((resident, objects),) = growths((str(tmp_path / "run"), 8, options(12, positions="all")))
+    assert resident < 25_000 and objects < 600
 
 
-def test_sweep_does_not_grow_with_layers_times_positions_times_vocabulary(question_file, tmp_path):
+def test_sweep_does_not_grow_with_layers_times_positions_times_vocabulary(options, tmp_path):
     """All logits of a batch would be 60,000 ids x 4 bytes x (3 or 13 layers) x (1 or 3 contexts) x 3 tokens."""
-    peaks = []
+    sweeps = []
     for n_layer, contexts in ((2, 1), (12, 3)):
         folder = save_tiny_model(tmp_path / f"model{n_layer}", vocab_size=60_000, n_layer=n_layer, n_embd=8)
-        peaks.append(kilobytes(SWEEP, folder, question_file, tmp_path / f"run{n_layer}", 8, contexts, "answer")[0])
+        sweep = options(1, model=str(folder), batch_size=str(contexts))
+        sweeps.append((str(tmp_path / f"run{n_layer}"), 8, sweep))
+    peaks = [resident for _, resident in printed(SWEEPS, json.dumps(sweeps))]
     assert 60_000 * 4 * (13 * 3 - 3 * 1) * 3 / 1024 > 25_000 > peaks[1] - peaks[0], f"{peaks} kB"

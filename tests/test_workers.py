@@ -4,16 +4,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from faults import quick_figures
+from faults import errors_in, quick_figures, wait_for
 from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.options import SweepOptions
@@ -21,49 +17,57 @@ from refinelens.results import open_run
 from refinelens.resume import Terms
 from refinelens.workers import Workers, check_workers
 
-FAULTY_WORKER = Path(__file__).with_name("faulty_worker.py")
+FAULT_FREE = {"part": 4, "figures": False}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, as two workers have on a small machine, small parts and no figures."""
-    monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 4)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+@pytest.fixture(scope="module")
+def task(question_file, tmp_path_factory):
+    """18 questions."""
+    path = tmp_path_factory.mktemp("task") / "task.jsonl"
+    path.write_text("\n".join(question_file.read_text().splitlines() * 3))
+    return path
 
 
-@pytest.fixture
-def sweep(tiny_model, question_file, tmp_path):
-    """The command line of a sweep over 18 questions, and its folder."""
-    task = tmp_path / "task.jsonl"
-    task.write_text("\n".join(question_file.read_text().splitlines() * 3))
-    options = ["--model", tiny_model, "--task", task, "--documents", "2,3", "--device", "cpu"]
-    return ["sweep", *map(str, options), "--out", str(tmp_path / "run")]
+@pytest.fixture(scope="module")
+def sweep(tiny_model, task):
+    """The command line of a sweep, less the folder."""
+    return ["sweep", *map(str, ["--model", tiny_model, "--task", task, "--documents", "2,3", "--device", "cpu"])]
 
 
-@pytest.fixture
-def whole(sweep, tmp_path):
-    """The same sweep by one process."""
-    assert main([*sweep[:-1], str(tmp_path / "whole")]) == 0
-    return open_run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(forge, sweep, tmp_path_factory):
+    """The sweep by one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert forge.run(*sweep, "--out", folder / "run", log=folder / "log", **FAULT_FREE) == 0
+    return open_run(folder / "run")
 
 
 @pytest.fixture
-def befalls(tmp_path, monkeypatch):
-    """Say what befalls the workers, in the words of `faulty_worker`; returns the folder where they leave traces."""
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    monkeypatch.setattr("refinelens.workers.COMMAND", (sys.executable, str(FAULTY_WORKER), str(folder)))
+def by_workers(forge, sweep, tmp_path):
+    """Starts the sweep with this many workers, which meet what ``faults`` say; pid, log and their folder of traces."""
 
-    def befalls(*faults):
+    def start(count, *faults, options=()):
+        folder, log = tmp_path / "faults", tmp_path / "log"
+        folder.mkdir()
         for fault in faults:
             (folder / fault).touch()
-        return folder
+        command = [*sweep, "--workers", count, "--out", tmp_path / "run", *options]
+        return forge.start(*command, log=log, workers_meet=str(folder), **FAULT_FREE), log, folder
 
-    return befalls
+    return start
+
+
+@pytest.fixture
+def finish(forge, whole, tmp_path):
+    """Goes on with the sweep, once the fault is gone, and compares."""
+
+    def resume(*options):
+        command = ["sweep", "--resume", tmp_path / "run", *options]
+        fault = {"workers_meet": str(tmp_path / "faults")} if options else {}
+        assert forge.run(*command, log=tmp_path / "log", **FAULT_FREE, **fault) == 0
+        assert_same(tmp_path / "run", whole)
+
+    return resume
 
 
 def assert_same(path, whole):
@@ -76,111 +80,90 @@ def assert_same(path, whole):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def one_line(error):
-    assert error.startswith("refinelens: ") and error.count("\n") == 1, error
-    return error
+def only_error(log):
+    (line,) = errors_in(log)
+    return line
 
 
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_equal_to_one_process(sweep, whole, tmp_path, capfd):
-    """Three of them: more than there are cores, and the last part is short."""
-    assert main([*sweep, "--workers", "3"]) == 0
+def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch):
+    """Three of them, started as they are for users: more than there are cores, and the last part is short."""
+    monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
+    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # as the run they are compared with has
+    assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 0
     assert_same(tmp_path / "run", whole)
     assert open_run(tmp_path / "run").manifest["workers"] == 3
     assert capfd.readouterr().err == ""
 
 
-def test_a_killed_worker_loses_nothing(sweep, whole, tmp_path, capsys, befalls):
-    faults = befalls("kill-5", "kill-11")
-    assert main([*sweep, "--workers", "3"]) == 0
+def test_a_killed_worker_loses_nothing(forge, by_workers, whole, tmp_path):
+    pid, log, faults = by_workers(3, "kill-5", "kill-11")
+    assert forge.wait(pid) == 0
     assert_same(tmp_path / "run", whole)
-    said = r"refinelens: worker \d+ was ended by SIGKILL; its question goes to another; {} of 3 left\n"
-    assert re.fullmatch("".join(said.format(left) for left in (2, 1)), capsys.readouterr().err)
+    said = r"refinelens: worker \d+ was ended by SIGKILL; its question goes to another; {} of 3 left"
+    for left, line in zip((2, 1), errors_in(log), strict=True):
+        assert re.fullmatch(said.format(left), line)
     assert not list(faults.glob("kill-*"))
 
 
-def test_a_question_that_kills_every_worker(sweep, whole, tmp_path, capsys, befalls):
+def test_a_question_that_kills_every_worker(forge, by_workers, finish, tmp_path):
     """What was finished before it is kept; with the cause gone a resume, also by workers, lacks nothing."""
-    faults = befalls("always-kill-9")
-    assert main([*sweep, "--workers", "2"]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
+    pid, log, faults = by_workers(2, "always-kill-9")
+    assert forge.wait(pid) == 1
+    line = errors_in(log)[-1]
     assert "--workers 2: expected one that lives, got none; the last of them was ended by SIGKILL; refinelens" in line
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 9
     (faults / "always-kill-9").unlink()
-    assert main(["sweep", "--resume", str(tmp_path / "run"), "--workers", "2"]) == 0
-    assert_same(tmp_path / "run", whole)
+    finish("--workers", 2)
     assert open_run(tmp_path / "run").manifest["resumed"][0]["workers"] == 2
 
 
-def test_an_exception_in_a_worker(sweep, whole, tmp_path, capsys, befalls):
-    faults = befalls("raise-9")
-    assert main([*sweep, "--workers", "2"]) == 1
-    line = one_line(capsys.readouterr().err)
+def test_an_exception_in_a_worker(forge, by_workers, finish, tmp_path):
+    pid, log, _ = by_workers(2, "raise-9")
+    assert forge.wait(pid) == 1
+    line = only_error(log)
     assert f"question 9: RuntimeError: a fault in a driver; refinelens sweep --resume {tmp_path}" in line
-    (faults / "raise-9").unlink()
-    assert main(["sweep", "--resume", str(tmp_path / "run")]) == 0
-    assert_same(tmp_path / "run", whole)
+    finish()
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_every_question_finish(sweep, whole, tmp_path, capsys, befalls, signum, code):
+def test_a_signal_lets_every_question_finish(forge, by_workers, finish, tmp_path, signum, code):
     """Two are asked when it comes, to the workers too; both are there afterwards, and no worker is."""
-    faults = befalls("hold-8", "hold-9")
-
-    def stop():
-        wait_for(lambda: all((faults / f"holds-{i}").exists() for i in (8, 9)))
-        for pid in pids_in(faults):
-            os.kill(pid, signum)
-        os.kill(os.getpid(), signum)
-        time.sleep(0.1)
-        for i in (8, 9):
-            (faults / f"hold-{i}").unlink()
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    assert main([*sweep, "--workers", "2"]) == code
-    thread.join()
-    assert "interrupted; the finished questions stay readable" in one_line(capsys.readouterr().err)
+    pid, log, faults = by_workers(2, "hold-8", "hold-9")
+    wait_for(lambda: all((faults / f"holds-{i}").exists() for i in (8, 9)))
+    workers = pids_in(faults)
+    for each in (*workers, pid):
+        os.kill(each, signum)
+    time.sleep(0.1)
+    for i in (8, 9):
+        (faults / f"hold-{i}").unlink()
+    assert forge.wait(pid) == code
+    assert "interrupted; the finished questions stay readable" in only_error(log)
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 10
-    assert len(pids_in(faults)) == 2 and not any(is_alive(pid) for pid in pids_in(faults))
-    assert main(["sweep", "--resume", str(tmp_path / "run")]) == 0
-    assert_same(tmp_path / "run", whole)
+    assert len(workers) == 2 and not any(map(is_alive, workers))
+    finish()
 
 
-def test_workers_do_not_outlive_a_killed_sweep(sweep, whole, tmp_path, befalls):
-    faults = befalls("hold-9")
-    code = "import sys; from refinelens import cli, sweep, workers; sweep.QUESTIONS_PER_PART = 4; "
-    code += f"workers.COMMAND = {(sys.executable, str(FAULTY_WORKER), str(faults))!r}; sys.exit(cli.main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *sweep, "--workers", "2"])
+def test_workers_do_not_outlive_a_killed_sweep(forge, by_workers, finish, tmp_path):
+    pid, _, faults = by_workers(2, "hold-9")
     wait_for(lambda: (faults / "holds-9").exists() and open_run(tmp_path / "run").manifest["parts"])
-    process.kill()
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    assert forge.wait(pid) == -signal.SIGKILL
     (faults / "hold-9").unlink()
-    wait_for(lambda: not any(is_alive(pid) for pid in pids_in(faults)))
-    assert main(["sweep", "--resume", str(tmp_path / "run")]) == 0
-    assert_same(tmp_path / "run", whole)
+    wait_for(lambda: not any(map(is_alive, pids_in(faults))))
+    finish()
 
 
-def test_a_worker_compares_what_it_loads(sweep, tmp_path, tiny_model, capsys, befalls, monkeypatch):
+def test_a_worker_compares_what_it_loads(forge, by_workers, tmp_path, tiny_model):
     """A model that changes while the sweep starts is not asked."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model, model)
-    start = Workers.ask
-
-    def ask_another(self, places, stopped):
-        config = model / "config.json"
-        config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 0.001'))
-        return start(self, places, stopped)
-
-    monkeypatch.setattr(Workers, "ask", ask_another)
-    assert main([*sweep, "--model", str(model), "--workers", "2"]) == 2
-    assert "expected model.config_sha256" in one_line(capsys.readouterr().err)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    pid, log, faults = by_workers(2, "hold-start", options=["--model", model])
+    wait_for((faults / "holds-start").exists)
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 0.001'))
+    (faults / "hold-start").unlink()
+    assert forge.wait(pid) == 2
+    assert "expected model.config_sha256" in only_error(log)
     assert not (tmp_path / "run").exists()
 
 
