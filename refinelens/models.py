@@ -8,7 +8,10 @@ import json
 import os
 import socket
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -68,10 +71,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     if not Path(source).is_dir() and _hub_is_out_of_reach():
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
-        )
+        with _gguf_read_once() if gguf_file else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+            )
     except Exception as error:  # a damaged file can raise anything from the libraries that read it
         raise InputError(_load_message(name, source, error)) from None
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -132,6 +136,25 @@ def _locate(name: str) -> tuple[str, str | None]:
     if looks_local and not Path(name).is_dir():
         raise InputError(f"--model: expected a folder, a .gguf file or a hub name, got no folder at {name}")
     return name, None
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Remember what Transformers asks of the package gguf, more than half of the time that loading takes.
+
+    It reads the file's metadata for the tokenizer, for the configuration and for the weights, and makes the table of
+    tensor names for every module.
+    """
+    import gguf
+
+    asked = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in asked.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(gguf, name, function)
 
 
 def _hub_is_out_of_reach() -> bool:
