@@ -53,6 +53,14 @@ def forge(tiny_model, question_file, tmp_path_factory):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """For what is not about figures."""
+    from faults import quick_figures
+
+    monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
+
+
+@pytest.fixture
 def refused_sweep(question_file, tmp_path, capfd):
     """Runs a sweep with a lens and returns the line it ends in, which must be one, with exit code 2 and no run."""
     from refinelens.cli import main

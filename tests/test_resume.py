@@ -30,12 +30,6 @@ def small_parts(monkeypatch):
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", PART)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """For what is not about figures."""
-    monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
-
-
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """22 questions: the last part is a short one; every seventh cannot be asked, all passages have its answer."""
@@ -257,6 +251,8 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
     """A real one, filled by somebody else while the tenth question is asked."""
     from refinelens.predict import Predictor
 
+    if pages < 20:  # no figure is reached
+        monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
     rows, path, ballast = Predictor.rows, small_disk / "run", small_disk / "ballast"
 
     def fill(self, question):

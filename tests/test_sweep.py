@@ -27,6 +27,7 @@ from tiny import save_tiny_lens, save_tiny_model
 TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
 OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
 KEYS = [name for name, _ in results.KEYS]
+pytestmark = pytest.mark.usefixtures("quick")  # `finished`, which is swept before, has figures
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 """The trained model in the package: what it is, that it answers, and that everything runs on it out of the box."""
 
 import csv
+import json
 import random
 import re
+import signal
+from collections import defaultdict
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -11,10 +14,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from refinelens import fused_lens
 from refinelens.cli import main
 from refinelens.fit.options import FitOptions
 from refinelens.fit.session import fit_lens
+from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import LayerNorm
+from refinelens.layers.options import LayerOptions
+from refinelens.layers.session import run_layers
 from refinelens.logit_lens import LogitLens
 from refinelens.models import TINY, load_model
 from refinelens.options import SweepOptions
@@ -119,17 +126,14 @@ def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path):
         assert ours["target_logprob"] == pytest.approx(alone["target_logprob"], abs=1e-4)
 
 
-def test_a_stopped_sweep_goes_on_to_the_same_rows(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 1)
+def test_a_killed_sweep_goes_on_to_the_same_rows(whole, tmp_path, forge):
+    """SIGKILL in the third question, when two are written."""
     options, run = whole
-
-    def stop(progress):
-        if progress.done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(options, tmp_path / "run", report=stop)
-    assert len(rows_of(open_run(tmp_path / "run"))) == 12
+    arguments = ["--documents", "6", "--examples", str(options.examples), "--device", "cpu", "--reuse-prefix", "off"]
+    command = ["sweep", "--model", "tiny", *arguments, "--out", tmp_path / "run"]
+    killed = forge.run(*command, log=tmp_path / "log", part=1, signal_at=[(3, signal.SIGKILL)])
+    assert killed == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert rows_of(open_run(tmp_path / "run")) == rows_of(run)[:12]
     assert rows_of(resume_sweep(tmp_path / "run")) == rows_of(run)
 
 
@@ -142,9 +146,70 @@ def test_words_that_it_does_not_know_are_one_line(tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lens_is_fitted_to_its_own_text(tmp_path):
-    """Of trained states a fitted lens reads more than the plain one at every layer below the output."""
-    options = FitOptions(model="tiny", text="tiny", tokens=20_000, device="cpu")
-    quality = fit_lens(options, str(tmp_path / "lens")).manifest["quality"]
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The folder of a lens fitted to the model's own text."""
+    folder = tmp_path_factory.mktemp("fitted") / "lens"
+    fit_lens(FitOptions(model="tiny", text="tiny", tokens=20_000, device="cpu"), str(folder))
+    return folder
+
+
+def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path):
+    """At every layer below the output its report says so, of held-out text, and a sweep does of the answers."""
+    quality = json.loads((fitted / "manifest.json").read_text())["quality"]
     for layer in range(8):
         assert quality["linear"]["kl"][layer] < quality["plain"]["kl"][layer]
+    options = SweepOptions("tiny", "tiny", (5,), examples=4, device="cpu", lens=("plain", str(fitted)))
+    rows = rows_of(run_sweep(options, tmp_path / "run"))
+    plain, lens = ([row for row in rows if (row["lens"] == "plain") == is_plain] for is_plain in (True, False))
+    assert len(plain) == len(lens) == 20
+    kl = [[sum(row["kl"][layer] for row in each) for layer in range(9)] for each in (plain, lens)]
+    assert all(of_lens < of_plain for of_plain, of_lens in zip(*kl, strict=True) if of_plain > 0.1)
+    for one, other in zip(plain, lens, strict=True):
+        assert one["target_rank"][-1] == other["target_rank"][-1] == 0
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory):
+    """Mean statistics over the layers, from 0 or from 1, by what was done and their names."""
+    options = SweepOptions("tiny", "tiny", (5,), examples=4, device="cpu")
+    run = run_sweep(options, tmp_path_factory.mktemp("layers") / "run")
+    folder, report = run_layers(run.path, LayerOptions())
+    assert report.largest_difference < 1e-4 and report.manifest["status"] == "finished"
+    means = defaultdict(list)
+    with (folder.path / "layers.csv").open() as file:
+        for line in csv.DictReader(file):
+            if line["gold_position"] == "" and line["value"] != "":
+                means[line["of"], line["statistic"]].append(float(line["value"]))
+    return means
+
+
+def test_the_first_blocks_are_essential_by_intervention_and_by_lens(layers):
+    """They find the entity and copy its value; by layer 4 the answer stands, and later blocks may go."""
+    for name in ("skip", "mean", "attn"):
+        cost = layers[name, "logprob_cost"]
+        assert len(cost) == 8 and cost[0] > 5 and cost.index(max(cost)) == 0
+        assert max(map(abs, cost[4:])) < 0.1
+        assert layers[name, "accuracy"][0] < 0.5 and min(layers[name, "accuracy"][4:]) == 1.0
+    gain = layers["lens", "logprob_gain"]
+    assert sum(gain[:3]) > 10 * sum(gain[4:]) > 0
+
+
+def test_the_answer_stands_before_the_last_layers(layers):
+    assert layers["lens", "exit_accuracy"][:2] == [0.0, 0.0]
+    assert layers["lens", "exit_accuracy"][5:] == [1.0] * 4
+    assert sum(layers["lens", "settle_share"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "certified"])
+def test_ranks_of_trained_states_are_those_of_fp64(loaded, precision):
+    """Certified to the last one; fp32 but for near-ties, of which half-precision weights leave some."""
+    lens = LogitLens.from_model(loaded.model)
+    ids = loaded.tokenizer(context_text(random.Random(1), 10, 10, HELD_OUT)[0], return_tensors="pt")["input_ids"]
+    hidden = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)).flatten(0, 2)
+    targets = ids[0, 1:].repeat(9)
+    unembedding, norm = lens.parts.unembedding, lens.parts.norm
+    stats = fused_lens(hidden, unembedding, norm, targets, precision=precision)
+    exact = fused_lens_twin(hidden, unembedding, norm, targets, dtype=torch.float64)
+    differ = (stats.target_rank != exact.target_rank) | (stats.argmax != exact.argmax)
+    assert differ.float().mean() <= (0.0 if precision == "certified" else 0.01)

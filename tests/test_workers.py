@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import errors_in, quick_figures, wait_for
+from faults import errors_in, wait_for
 from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.options import SweepOptions
@@ -85,9 +85,8 @@ def only_error(log):
     return line
 
 
-def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch):
+def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch, quick):
     """Three of them, started as they are for users: more than there are cores, and the last part is short."""
-    monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 4)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # as the run they are compared with has
     assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 0
