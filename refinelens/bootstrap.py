@@ -1,4 +1,4 @@
-"""Estimates with bootstrap intervals over questions (percentile method, Efron 1979)."""
+"""Estimates with intervals: bootstrap over questions (percentile method, Efron 1979), and Wilson's for shares."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
+Z = 1.959963984540054  # of the normal distribution at that level
 DRAWN_VALUES = 1 << 20  # held as fp64 at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its bootstrap interval; NaN where it does not exist."""
+    """A statistic with its interval; NaN where it does not exist."""
 
     value: float
     low: float
@@ -39,6 +40,16 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np
     """The means of `mean_estimates`, ``[n_statistics]``, and those of every resample, ``[RESAMPLES, n_statistics]``."""
     blocks = [_ratio(drawn @ sums, drawn @ counts) for drawn in _blocks(len(sums), seed)]
     return _ratio(sums.sum(0), counts.sum(0)), np.concatenate(blocks)
+
+
+def share_estimate(hits: float, n: float) -> Estimate:
+    """A share of independent questions with the interval of Wilson (1927), which is not empty at 0 and 1 either."""
+    if n == 0:
+        return Estimate(np.nan, np.nan, np.nan)
+    share = hits / n
+    centre, half = share + Z**2 / (2 * n), Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    low, high = ((centre + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+    return Estimate(float(share), float(low) if hits else 0.0, float(high) if hits < n else 1.0)
 
 
 def median_estimate(histogram: np.ndarray, seed: int) -> Estimate:

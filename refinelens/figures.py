@@ -20,6 +20,7 @@ MARKERS = "osD^vP"
 LEVELS = {CLOSED_BOOK: {"color": "0.6", "ls": "--"}, ORACLE: {"color": "0.3", "ls": "--"}}
 MARGIN = 0.02  # of an axis, so that markers at its end are whole
 LEGEND_WIDTH = 1.4  # inches
+FEW = 5  # settled examples: fewer say little of a depth
 CHARACTERS_PER_INCH = 17  # of 8 point text
 
 
@@ -80,7 +81,7 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
     ranks.set_yscale("log")
     ranks.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ranks.set_ylabel("rank of the target (1 is best)")
-    kl.set_ylabel("KL to the final layer (mean, nats)")
+    kl.set_ylabel("KL to the final layer (mean, nats; linear below 1)")
     kl.set_yscale("symlog", linthresh=1.0)  # 0 at the output, and perhaps a hundred at the embedding
     kl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     kl.set_ylim(bottom=0)
@@ -128,13 +129,17 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
         estimates, x = [getattr(row, name) for row in line], [row.gold_position for row in line]
         style = _style(index, max(4, 8 - 2 * index))  # of equal points the lower one stays visible
         axes.plot(x, [e.value for e in estimates], label=condition_name(size), **style)
+        if name == "mean_depth":
+            few = [i for i, row in enumerate(line) if row.settled < FEW]
+            axes.plot([x[i] for i in few], [estimates[i].value for i in few], **style | {"ls": "", "mfc": "white"})
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
     asked = [row.gold_position for row in rows] or [0]
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if not axes.lines:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
-    axes.set_xlabel("gold position (0-based); shaded: 95 % bootstrap interval", fontsize=9)
+    hollow = f"; hollow: fewer than {FEW} settled" if name == "mean_depth" else ""
+    axes.set_xlabel(f"gold position (0-based); shaded: 95 % interval{hollow}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 

@@ -1,9 +1,11 @@
 """The test of the inverted U: is an answer refined over more layers where it stands in the middle?
 
-Paired over questions, of one lens, threshold and context size of n documents. The ends are the gold positions
-0 and n - 1, the middle those in the middle third, ``|p - (n - 1) / 2| <= (n - 1) / 6``. A question's difference
-is the mean depth of its settled examples in the middle less that of its settled examples at the ends. Censored
-examples have no depth: a question without a settled example on either side is left out, and counted.
+Paired over questions, of one lens, threshold and context size of n documents. The middle are the gold positions in the
+middle third, ``|p - (n - 1) / 2| <= (n - 1) / 6``. A question's difference to an end, position 0 or n - 1, is the mean
+depth of its settled examples in the middle less that of its settled examples there. Censored examples have no depth: a
+question without a settled example on either side is left out of that difference, and counted. Depth that merely grows
+or falls from one end to the other is no inverted U: the middle has to differ from both ends, in one direction, so that
+p is the larger one of the two (an intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations
@@ -25,34 +27,46 @@ VOID = "void: this lens cannot resolve refinement depth on this model"
 
 @dataclass(frozen=True)
 class InvertedU:
-    """Depth in the middle less depth at the ends; NaN where a number does not exist, with the reason in words."""
+    """Depth in the middle less depth at each end; NaN where a number does not exist, with the reason in words.
+
+    What begins with ``first_`` is about gold position 0, with ``last_`` about position n - 1.
+    """
 
     lens: str
     top: int
     documents: int
     middle: tuple[int, ...]  # gold positions
-    questions: int  # with a settled example in the middle and one at an end
     questions_asked: int
-    difference: Estimate  # layers, mean over questions
-    d_z: float  # mean / standard deviation of the differences (Cohen 1988)
-    p: float  # two-sided
+    first_questions: int  # with a settled example in the middle and one at this end
+    first_differ: int  # of these, whose difference is not 0
+    first_difference: Estimate  # layers, mean over questions
+    first_d_z: float  # mean / standard deviation of the differences (Cohen 1988)
+    first_p: float  # two-sided
+    last_questions: int
+    last_differ: int
+    last_difference: Estimate
+    last_d_z: float
+    last_p: float
+    p: float  # the larger of both; 1 where the differences have other signs
     p_holm: float  # over the context sizes of this lens and threshold
     method: str  # exact sign-flip, or its resampled form; empty without a test
     reason: str  # why there is no test; empty with one
 
     def line(self) -> str:
         """The test in one line."""
-        effect = f"{self.difference.value:+.2f} layers [{self.difference.low:.2f},{self.difference.high:.2f}], "
-        effect = "" if np.isnan(self.difference.value) else effect
-        d_z = "" if np.isnan(self.d_z) else f"d_z {self.d_z:.2f}, "
-        questions = f"{self.questions} of {self.questions_asked} questions"
-        test = f"{self.reason} ({questions})"
-        if not self.reason:
-            test = f"p = {_p(self.p)} (Holm {_p(self.p_holm)}; {self.method}, {questions})"
+        test = self.reason or f"p = {_p(self.p)} (Holm {_p(self.p_holm)}; {self.method})"
         return (
-            f"Inverted U (depth, middle - ends), {self.lens}, rank <= {self.top}, {self.documents} documents: "
-            f"{effect}{d_z}{test}"
+            f"Inverted U, {self.lens}, rank <= {self.top}, {self.documents} documents: depth in the middle less at the "
+            f"first position {self._side('first')}, at the last {self._side('last')}; {test}."
         )
+
+    def _side(self, end: str) -> str:
+        d, d_z = getattr(self, f"{end}_difference"), getattr(self, f"{end}_d_z")
+        words = [] if np.isnan(d.value) else [f"{d.value:+.2f} layers [{d.low:.2f},{d.high:.2f}]"]
+        words += [] if np.isnan(d_z) else [f"d_z {d_z:.2f}"]
+        questions = getattr(self, f"{end}_questions")
+        differ = f", {getattr(self, f'{end}_differ')} of them differ" if questions else ""
+        return " ".join([*words, f"({questions} of {self.questions_asked} questions{differ})"])
 
 
 def middle_positions(documents: int) -> list[int]:
@@ -121,11 +135,11 @@ def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
     return float(result.pvalue), "exact sign-flip" if exact else f"sign-flip, {SIGN_RESAMPLES} patterns, seed {seed}"
 
 
-def paired_differences(cell: Cell, middle: list[int], ends: tuple[int, int]) -> np.ndarray:
-    """Of every question asked: mean depth in the middle less at the ends, NaN where either has no depth."""
+def paired_differences(cell: Cell, middle: list[int], end: int) -> np.ndarray:
+    """Of every question asked: mean depth in the middle less at the end, NaN where either has no depth."""
     ids, owner = np.unique(cell["question_id"], return_inverse=True)
     means = []
-    for positions in (middle, ends):
+    for positions in (middle, [end]):
         inside = cell["final_correct"] & np.isin(cell["gold_position"], positions)
         sums = np.bincount(owner[inside], weights=cell["depth"][inside], minlength=len(ids))
         counts = np.bincount(owner[inside], minlength=len(ids))
@@ -135,26 +149,43 @@ def paired_differences(cell: Cell, middle: list[int], ends: tuple[int, int]) -> 
 
 def _test(lens: str, top: int, documents: int, cell: Cell, blind: bool, seed: int) -> InvertedU | None:
     asked = set(cell["gold_position"].tolist())
-    ends, middle = (0, documents - 1), [p for p in middle_positions(documents) if p in asked]
-    if not middle or not asked.issuperset(ends):
+    ends = {"first": 0, "last": documents - 1}
+    middle = [p for p in middle_positions(documents) if p in asked]
+    if not middle or not asked.issuperset(ends.values()):
         return None
-    every = paired_differences(cell, middle, ends)
-    d = every[~np.isnan(every)]
-    effect, d_z, p, method = Estimate(np.nan, np.nan, np.nan), np.nan, np.nan, ""
+    every = {end: paired_differences(cell, middle, position) for end, position in ends.items()}
+    sides = {end: d[~np.isnan(d)] for end, d in every.items()}
+    reason = VOID if blind else _no_test(sides)
+    found, p, methods = {}, dict.fromkeys(ends, np.nan), []
+    for end, d in sides.items():
+        if not reason:
+            p[end], method = sign_flip(d, seed)
+            methods += [method] if method not in methods else []
+        found |= {f"{end}_{name}": value for name, value in _effect(d, seed).items()} | {f"{end}_p": p[end]}
+    turns = bool(reason) or np.sign(sides["first"].mean()) == np.sign(sides["last"].mean())
+    return InvertedU(
+        *(lens, top, documents, tuple(middle), len(every["first"])),
+        **found,
+        **{"p": max(p.values()) if turns else 1.0, "p_holm": np.nan, "method": " and ".join(methods), "reason": reason},
+    )
+
+
+def _effect(d: np.ndarray, seed: int) -> dict:
+    effect, d_z = Estimate(np.nan, np.nan, np.nan), np.nan
     if len(d):
         effect = mean_estimates(d[:, None], np.ones((len(d), 1)), seed)[0]
     if len(d) > 1 and np.ptp(d) > 0:
         d_z = float(d.mean() / d.std(ddof=1))
-    reason = VOID if blind else _no_test(d)
-    if not reason:
-        p, method = sign_flip(d, seed)
-    return InvertedU(lens, top, documents, tuple(middle), len(d), len(every), effect, d_z, p, np.nan, method, reason)
+    return {"questions": len(d), "differ": int(np.count_nonzero(d)), "difference": effect, "d_z": d_z}
 
 
-def _no_test(differences: np.ndarray) -> str:
-    if len(differences) < 2:
-        return "no test: fewer than 2 questions have a depth on both sides"
-    return "" if differences.any() else "no test: all differences are 0"
+def _no_test(sides: dict[str, np.ndarray]) -> str:
+    for end, d in sides.items():
+        if len(d) < 2:
+            return f"no test: fewer than 2 questions have a depth in the middle and at the {end} position"
+        if not d.any():
+            return f"no test: depth in the middle nowhere differs from that at the {end} position"
+    return ""
 
 
 def _p(p: float) -> str:

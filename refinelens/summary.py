@@ -8,24 +8,28 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .bootstrap import Estimate, mean_estimates, median_estimate
+from .bootstrap import Estimate, mean_estimates, median_estimate, share_estimate
 from .conditions import condition_name
+
+SHARES = ("accuracy", "share")  # what the names of shares begin with
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One lens, threshold, context size and gold position; n counts questions.
+    """One lens, threshold, context size and gold position.
 
     The accuracies are the model's own, the same for every lens and threshold and whichever answer tokens are chosen.
-    Means and medians are over the examples that have the value: depth, settle and the two shares under
-    ``share_censored`` over the settled ones.
+    What stands below ``share_censored`` is over the settled examples, but for the mean layers of the first correct
+    prediction of all and of the largest rank improvement. A share of questions with one example each has Wilson's
+    interval, all else a bootstrap over questions.
     """
 
     lens: str
     top: int
     documents: int
     gold_position: int
-    n: int
+    n: int  # questions
+    settled: int  # examples correct at the output
     accuracy: Estimate  # the first answer token is predicted
     accuracy_all: Estimate  # every answer token is, after the true ones before it
     accuracy_generated: Estimate  # what the model writes contains an answer; none where it writes nothing
@@ -35,6 +39,7 @@ class SummaryRow:
     mean_depth: Estimate
     median_depth: Estimate
     mean_first_correct: Estimate
+    mean_first_correct_all: Estimate  # also over censored examples that are correct on the way
     mean_settle: Estimate
     mean_largest_gain: Estimate  # layer of the largest rank improvement
     left_out: int  # questions that could not be asked at this context size
@@ -75,7 +80,7 @@ def summarise(
     seed: int = 0,
     left_out: dict[str, list[int]] | None = None,
 ) -> list[SummaryRow]:
-    """Statistics per lens, threshold, context size and gold position, with bootstrap intervals over questions.
+    """Statistics per lens, threshold, context size and gold position, with intervals over questions.
 
     Args:
         table: Trajectories without lists; where a question has several answer tokens, they are resampled together.
@@ -120,18 +125,27 @@ def _statistics(cell: Cell, n_layers: int, seed: int) -> dict:
         "share_at_output": np.where(settled, settle == n_layers, np.nan),
         "share_unseen": np.where(settled, first == n_layers, np.nan),
         "mean_depth": depth,
-        "mean_first_correct": first,
+        "mean_first_correct": np.where(settled, first, np.nan),
+        "mean_first_correct_all": first,
         "mean_settle": settle,
         "mean_largest_gain": cell["largest_gain"].astype(float),
     }
     stacked = np.stack(list(values.values()), axis=1)  # [examples, statistics]
     exists = ~np.isnan(stacked)
-    means = mean_estimates(
-        _by_question(np.where(exists, stacked, 0.0), owner), _by_question(exists.astype(float), owner), seed
-    )
+    sums = _by_question(np.where(exists, stacked, 0.0), owner)
+    counts = _by_question(exists.astype(float), owner)
+    means = dict(zip(values, mean_estimates(sums, counts, seed), strict=True))
+    for name, hits, n in zip(values, sums.T, counts.T, strict=True):
+        if name.startswith(SHARES) and n.max() <= 1:
+            means[name] = share_estimate(hits.sum(), n.sum())
     histogram = np.zeros((len(ids), n_layers + 1))
     np.add.at(histogram, (owner[settled], depth[settled].astype(int)), 1)
-    return {"n": len(ids), **dict(zip(values, means, strict=True)), "median_depth": median_estimate(histogram, seed)}
+    return {
+        "n": len(ids),
+        "settled": int(settled.sum()),
+        **means,
+        "median_depth": median_estimate(histogram, seed),
+    }
 
 
 def _left_out(left_out: dict[str, list[int]], documents: int) -> dict:

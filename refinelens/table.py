@@ -22,7 +22,7 @@ LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
 GENERATED = "gen."  # a column of runs that have generated texts
 HEADINGS = (
     *("docs", "gold", "n", "accuracy", "all", GENERATED),
-    *("cens.", "depth", "median", "first", "settle", "at out.", "unseen"),
+    *("settled", "depth", "median", "first", "settle", "at out.", "unseen"),
 )
 
 
@@ -74,11 +74,10 @@ def notes(manifest: dict) -> list[str]:
     lines = [
         "docs: documents, 0 is closed-book. gold: 0-based position of the gold document. accuracy: the first answer "
         "token is the model's own prediction; all: so is every one after the true ones before it"
-        f"{_generated_words(arguments['generate'])}. cens.: the target is not correct at the output. first, settle: "
-        f"mean layers, 0 (embedding) to {n_layers} (output); depth = settle - first. Censored examples have no settle "
-        "and no depth; first counts them where they are correct on the way. Of the settled, at out.: settle is layer "
-        f"{n_layers}; unseen: not correct at any layer before it. Brackets: 95 % bootstrap intervals over questions, "
-        "all of them in summary.csv.",
+        f"{_generated_words(arguments['generate'])}. settled: examples whose target is correct at the output; all that "
+        "stands to the right is over them alone, the others are censored. first, settle: mean layers, 0 (embedding) to "
+        f"{n_layers} (output); depth = settle - first. at out.: share whose settle is layer {n_layers}; unseen: not "
+        "correct at any layer before it. Brackets: 95 % intervals over questions, all of them in summary.csv.",
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
         f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
@@ -123,9 +122,10 @@ def inverted_u_lines(report: Report) -> list[str]:
         return []
     return [
         *(test.line() for test in report.tests),
-        "Inverted U: paired over questions, gold in the middle third against gold first and last. Censored examples "
-        "have no depth; a question without a settled example on both sides is left out. Two-sided test of the mean, "
-        "Holm over the context sizes; all numbers in inverted_u.csv.",
+        "Inverted U: paired over questions, gold in the middle third against gold first and against gold last; p is "
+        "the larger of two two-sided tests of the mean, so that a U needs both. Censored examples have no depth: a "
+        "question without a settled example on either side is left out. Holm over the context sizes; all numbers in "
+        "inverted_u.csv.",
     ]
 
 
@@ -137,7 +137,7 @@ def _cells(row: SummaryRow) -> dict[str, str]:
         format_estimate(row.accuracy, 2, interval=True),
         format_estimate(row.accuracy_all, 2),
         format_estimate(row.accuracy_generated, 2),
-        format_estimate(row.share_censored, 2),
+        str(row.settled),
         format_estimate(row.mean_depth, 1, interval=True),
         format_estimate(row.median_depth, 1),
         format_estimate(row.mean_first_correct, 1),

@@ -1,6 +1,7 @@
 """The test of the inverted U against enumeration and hand computation, and where there is none."""
 
 import math
+import re
 from itertools import product
 
 import numpy as np
@@ -59,12 +60,37 @@ def test_zeros_do_not_count_towards_the_limit(d):
 
 def test_five_positive_differences():
     (test,) = run_tests(trajectories({0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5}))
-    assert test.p == test.p_holm == pytest.approx(2 / 32) and test.method == "exact sign-flip"
-    assert test.difference.value == 3 and test.d_z == pytest.approx(3 / np.std([1, 2, 3, 4, 5], ddof=1))
-    assert (test.questions, test.questions_asked, test.middle) == (5, 5, (1,))
-    assert 1 < test.difference.low < 3 < test.difference.high < 5
-    assert test.line().startswith("Inverted U (depth, middle - ends), plain, rank <= 1, 3 documents: +3.00 layers [")
-    assert test.line().endswith("d_z 1.90, p = 0.062 (Holm 0.062; exact sign-flip, 5 of 5 questions)")
+    assert test.p == test.p_holm == test.first_p == test.last_p == pytest.approx(2 / 32)
+    assert test.method == "exact sign-flip"
+    assert test.first_difference.value == test.last_difference.value == 3
+    assert test.first_d_z == pytest.approx(3 / np.std([1, 2, 3, 4, 5], ddof=1))
+    assert (test.first_questions, test.last_differ, test.questions_asked, test.middle) == (5, 5, 5, (1,))
+    assert 1 < test.first_difference.low < 3 < test.first_difference.high < 5
+    side = r"\+3.00 layers \[[\d.]+,[\d.]+\] d_z 1.90 \(5 of 5 questions, 5 of them differ\)"
+    words = "Inverted U, plain, rank <= 1, 3 documents: depth in the middle less at the first position "
+    assert re.fullmatch(rf"{words}{side}, at the last {side}; p = 0.062 \(Holm 0.062; exact sign-flip\)\.", test.line())
+
+
+@pytest.mark.parametrize("last", [[3] * 8, [9] * 8])
+def test_depth_that_only_grows_is_no_inverted_u(last):
+    """Larger in the middle than at the first position, and not larger than, or below, the last."""
+    middle = [3, 4, 2, 3, 4, 3, 2, 3]
+    (test,) = run_tests(trajectories({0: [0] * 8, 1: middle, 2: last}))
+    assert test.first_p == pytest.approx(2 / 256) and test.first_difference.value == 3
+    assert test.p == (1.0 if last[0] == 9 else test.last_p) and test.p > 0.9
+
+
+def test_p_is_that_of_the_end_that_says_less():
+    depths = {0: [0] * 6, 1: [1, 2, 3, 4, 5, 6], 2: [0, 1, 4, 3, 6, 4]}
+    (test,) = run_tests(trajectories(depths))
+    assert test.first_p == pytest.approx(enumerated([1, 2, 3, 4, 5, 6]))
+    assert test.last_p == pytest.approx(enumerated([1, 1, -1, 1, -1, 2]))
+    assert test.p == test.last_p > test.first_p
+
+
+def test_in_both_directions():
+    (test,) = run_tests(trajectories({0: [4] * 6, 1: [1, 0, 1, 2, 1, 1], 2: [5] * 6}))
+    assert test.p == pytest.approx(2 / 64) and test.first_difference.value < 0 > test.last_difference.value
 
 
 def test_beyond_the_limit_patterns_are_drawn(monkeypatch):
@@ -77,31 +103,35 @@ def test_beyond_the_limit_patterns_are_drawn(monkeypatch):
 
 
 def test_means_over_settled_examples_and_censored_questions():
-    """Five documents: ends 0 and 4, middle 2; 1 and 3 do not count."""
+    """Ten documents: ends 0 and 9, middle 3 to 6; 1, 2, 7 and 8 do not count."""
     depths = {
         0: [0, None, 4, None, 1],
         1: [9, 9, 9, 9, 9],
-        2: [2, 3, None, 5, 2],
-        4: [2, 1, 0, None, None],
+        4: [2, 3, None, 5, 2],
+        5: [4, None, None, 5, None],
+        9: [2, 1, 0, None, 4],
     }
-    (test,) = run_tests(trajectories(depths, documents=5))
-    assert (test.questions, test.questions_asked) == (3, 5), "one without a middle, one without ends"
-    assert test.difference.value == pytest.approx(np.mean([2 - 1, 3 - 1, 2 - 1]))
-    assert test.p == pytest.approx(2 / 8) and "3 of 5 questions" in test.line()
+    (test,) = run_tests(trajectories(depths, documents=10))
+    assert (test.first_questions, test.last_questions, test.questions_asked) == (2, 3, 5)
+    assert test.first_difference.value == pytest.approx(np.mean([3 - 0, 2 - 1]))
+    assert test.last_difference.value == pytest.approx(np.mean([3 - 2, 3 - 1, 2 - 4]))
+    assert test.last_p == pytest.approx(enumerated([1, 2, -2])) and "(3 of 5 questions" in test.line()
 
 
 @pytest.mark.parametrize(
     "depths, reason",
     [
-        ({0: [1, 2], 1: [1, 2], 2: [1, 2]}, "no test: all differences are 0"),
-        ({0: [1, 2], 1: [3, None], 2: [1, 2]}, "no test: fewer than 2 questions have a depth on both sides"),
-        ({0: [None, 2], 1: [3, None], 2: [None, 2]}, "no test: fewer than 2 questions have a depth on both sides"),
+        ({0: [1, 2], 1: [1, 2], 2: [0, 1]}, "depth in the middle nowhere differs from that at the first position"),
+        ({0: [0, 1], 1: [1, 2], 2: [1, 2]}, "depth in the middle nowhere differs from that at the last position"),
+        ({0: [1, 2], 1: [3, None], 2: [1, 2]}, "fewer than 2 questions have a depth in the middle and at the first"),
+        ({0: [1, 2], 1: [3, 2], 2: [None, 2]}, "fewer than 2 questions have a depth in the middle and at the last"),
+        ({0: [None, 2], 1: [3, None], 2: [None, 2]}, "no test: fewer than 2 questions"),
     ],
 )
 def test_no_number_without_a_test(depths, reason):
     (test,) = run_tests(trajectories(depths))
-    assert math.isnan(test.p) and math.isnan(test.p_holm) and test.reason == reason and test.method == ""
-    assert reason in test.line() and "p =" not in test.line() and "nan" not in test.line()
+    assert math.isnan(test.p) and math.isnan(test.p_holm) and math.isnan(test.first_p) and test.method == ""
+    assert reason in test.reason and reason in test.line() and "p =" not in test.line() and "nan" not in test.line()
 
 
 @pytest.mark.parametrize("positions", [(0, 1), (1, 2), (0, 2), (1,)])

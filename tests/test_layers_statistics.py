@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy import stats
 
 from refinelens.bootstrap import Estimate
-from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers
+from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers, essential_threshold
 from refinelens.layers.early_exit import EarlyExit, early_exits
 from refinelens.layers.examples import RunExamples
 from refinelens.layers.figure import draw_layers
@@ -121,18 +121,24 @@ def statistic(of, layer, low, position=None, name=None):
     return LayerStatistic(of, 2, position, layer, name, 9, Estimate(low + 1, low, low + 2))
 
 
-def test_essential_is_an_interval_above_the_noise():
+def test_essential_is_an_interval_above_the_threshold():
     rows = [statistic(LENS, 1, 0.2), statistic(LENS, 2, 0.2), statistic(LENS, 3, 0.1), statistic(LENS, 4, 0.3, 0)]
     rows += [statistic("skip", 2, 0.2), statistic("skip", 3, 0.2), statistic("skip", 4, 0.2, None, "log_rank_cost")]
-    (found,) = essential_layers(rows, ["skip"], noise=0.1)
+    (found,) = essential_layers(rows, ["skip"], threshold=0.1)
     assert (found.both, found.lens_only, found.intervention_only) == ((2,), (1,), (3,))
 
 
-def test_the_first_layer_that_keeps_95_percent():
+def test_what_nobody_notices_is_not_essential():
+    assert essential_threshold(noise=1e-6) == 0.01 and essential_threshold(noise=0.5) == 0.5
+
+
+def test_the_layer_from_which_95_percent_are_kept():
     ranks = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     exits = {row.gold_position: row for row in early_exits(layer_statistics(measure_lens(examples(ranks)), 0))}
     assert (exits[None].layer, exits[None].accuracy.value, exits[None].agreement_there.value) == (2, 0.75, 1.0)
     assert exits[0].layer == 2 and exits[1].layer == 1
+    lucky = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])  # right at the embedding, then lost
+    assert early_exits(layer_statistics(measure_lens(examples(lucky)), 0))[0].layer == 2, "from there on"
     never = early_exits(layer_statistics(measure_lens(examples(np.ones((4, 4), dtype=int))), 0))
     assert {row.layer for row in never} == {None}
 

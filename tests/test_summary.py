@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest
 
-from refinelens.bootstrap import mean_estimates, median_estimate
+from refinelens.bootstrap import mean_estimates, median_estimate, share_estimate
 from refinelens.derived import write_outputs
 from refinelens.errors import InputError
 from refinelens.report import read_report
@@ -89,7 +90,9 @@ def test_shares_are_of_the_settled_examples(tmp_path):
     assert row.accuracy.value == 0.75 and row.share_censored.value == 0.25
     assert row.share_at_output.value == pytest.approx(2 / 3) and row.share_unseen.value == pytest.approx(1 / 3)
     assert row.mean_depth.value == pytest.approx((2 + 3 + 0) / 3) and row.median_depth.value == 2
-    assert row.mean_first_correct.value == pytest.approx((1 + 1 + 4 + 1) / 4), "censored ones may be seen on the way"
+    assert row.settled == 3 and row.mean_first_correct.value == pytest.approx((1 + 1 + 4) / 3)
+    assert row.mean_first_correct_all.value == pytest.approx((1 + 1 + 4 + 1) / 4), "a censored one is seen on the way"
+    assert row.mean_depth.value == pytest.approx(row.mean_settle.value - row.mean_first_correct.value)
     assert row.mean_settle.value == pytest.approx((3 + 4 + 4) / 3)
     assert row.mean_largest_gain.value == pytest.approx((1 + 1 + 4 + 1) / 4)
     (wide,) = read_report(run, (5,)).rows
@@ -134,7 +137,7 @@ def test_one_caution_line_per_lens(tmp_path):
 def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
     cells = {p: [SEEN_EARLY, UNSEEN, SEEN_EARLY] for p in range(3)}
     one = printed(read_report(make_run(tmp_path / "one", cells)))
-    headings = "docs gold n accuracy all cens. depth median first settle at out. unseen"
+    headings = "docs gold n accuracy all settled depth median first settle at out. unseen"
     assert one.splitlines()[2].split() == headings.split()
     assert "rank <= 1, answer tokens: first. Lens: plain logit lens, backend" in one
     long = "a-lens-of-a-very-long-[name]"
@@ -205,8 +208,40 @@ def test_bootstrap_against_plain_resampling(values):
         assert [ours.low, ours.high] == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist())
 
 
+@pytest.mark.parametrize("hits, n", [(0, 1), (0, 12), (5, 12), (12, 12), (199, 200)])
+def test_intervals_of_shares_against_scipys(hits, n):
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    found = share_estimate(hits, n)
+    assert found.value == hits / n and [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=1e-9)
+
+
+def test_all_of_a_few_is_not_certain(tmp_path):
+    """A resample of twelve right answers has twelve right answers; Wilson's interval ends at 0.76."""
+    (row,) = read_report(make_run(tmp_path / "run", {0: [SEEN_EARLY] * 12})).rows
+    assert row.accuracy.value == row.accuracy.high == 1.0 and row.accuracy.low == pytest.approx(0.757, abs=1e-3)
+    assert row.share_censored.value == row.share_censored.low == 0.0 and row.share_censored.high > 0.2
+
+
+def test_shares_of_several_tokens_of_a_question_are_resampled_with_it(tmp_path):
+    """They are not independent, so that Wilson's interval is not theirs."""
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY, CENSORED] * 6})
+    rows = pq.read_table(run.part_path(0)).to_pylist()
+    again = [row | {"answer_token": 1} for row in rows]
+    manifest = run.manifest
+    arguments = manifest["arguments"] | {"answer_tokens": "all"}
+    parts = [*manifest["parts"], write_part(run, 1, again)]
+    (once,) = read_report(run).rows
+    run.write_manifest(manifest | {"arguments": arguments, "parts": parts})
+    (twice,) = read_report(run).rows
+    assert once.accuracy == twice.accuracy == share_estimate(6, 12)
+    assert twice.settled == 12 and twice.share_censored.value == 0.5
+    wilson = share_estimate(12, 24)
+    assert twice.share_censored.high - twice.share_censored.low > 1.2 * (wilson.high - wilson.low)
+
+
 def test_no_value_has_no_estimate():
     (mean,) = mean_estimates(np.zeros((3, 1)), np.zeros((3, 1)), 0)
+    assert np.isnan(share_estimate(0, 0).value)
     assert np.isnan([mean.value, mean.low, mean.high, median_estimate(np.zeros((3, 4)), 0).value]).all()
 
 

@@ -12,6 +12,7 @@ from .statistics import GAINS, LENS, LayerStatistic, Measured
 
 COST = "logprob_cost"
 GAIN = GAINS[0]
+NOTICEABLE = 0.01  # nats, a hundredth of the probability: less is no essential layer, however sure
 COEFFICIENTS = {"spearman": spearman, "kendall": kendall_tau_b}
 
 
@@ -29,7 +30,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Essential:
-    """Layers whose interval lies above the noise, by lens and intervention."""
+    """Layers whose interval lies above a threshold, by lens and intervention."""
 
     documents: int
     intervention: str
@@ -57,19 +58,24 @@ def agreements(lens: Measured, costs: list[Measured], seed: int) -> list[Agreeme
     return rows
 
 
-def essential_layers(statistics: list[LayerStatistic], interventions: list[str], noise: float) -> list[Essential]:
-    """Layers whose mean gain under the lens, and whose mean cost, have an interval above the noise.
+def essential_threshold(noise: float) -> float:
+    """What the interval of an essential layer lies above: the largest change by the control, or `NOTICEABLE`."""
+    return max(noise, NOTICEABLE)
+
+
+def essential_layers(statistics: list[LayerStatistic], interventions: list[str], threshold: float) -> list[Essential]:
+    """Layers whose mean gain under the lens, and whose mean cost, have an interval above the threshold.
 
     Args:
         statistics: Of lens and interventions.
         interventions: Those to compare.
-        noise: Nats, the largest change by the control.
+        threshold: Nats.
     """
     above: dict[tuple[int, str], set[int]] = {}
     for row in statistics:
         if row.gold_position is None and row.statistic in (GAIN, COST):
             layers = above.setdefault((row.documents, row.of), set())
-            layers |= {row.layer} if row.value.low > noise else set()
+            layers |= {row.layer} if row.value.low > threshold else set()
     sizes = sorted({documents for documents, _ in above})
     rows = []
     for documents in sizes:

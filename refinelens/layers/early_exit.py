@@ -14,7 +14,7 @@ KEPT = 0.95  # of the accuracy at the output
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """The lowest layer at which the lens is right at least `KEPT` times as often as the output."""
+    """The lowest layer from which on the lens is right at least `KEPT` times as often as the output."""
 
     documents: int
     gold_position: int | None  # None for all of them together
@@ -41,8 +41,9 @@ def early_exits(statistics: list[LayerStatistic]) -> list[EarlyExit]:
 
 def _exit(documents, position, accuracy: list[LayerStatistic], agreement: list[LayerStatistic]) -> EarlyExit:
     whole = accuracy[-1].value
-    kept = [row.layer for row in accuracy if row.value.value >= KEPT * whole.value]
     if whole.value == 0:
         return EarlyExit(documents, position, accuracy[-1].questions, whole, None, NOWHERE, NOWHERE)
-    there = (accuracy[kept[0]].value, agreement[kept[0]].value)
-    return EarlyExit(documents, position, accuracy[-1].questions, whole, kept[0], *there)
+    too_low = [row.layer for row in accuracy if row.value.value < KEPT * whole.value]
+    layer = max(too_low, default=-1) + 1
+    there = (accuracy[layer].value, agreement[layer].value)
+    return EarlyExit(documents, position, accuracy[-1].questions, whole, layer, *there)

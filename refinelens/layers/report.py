@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .agreement import Agreement, Essential, agreements, essential_layers
+from .agreement import Agreement, Essential, agreements, essential_layers, essential_threshold
 from .early_exit import EarlyExit, early_exits
 from .examples import RunExamples
 from .folder import LayersFolder
@@ -32,6 +32,11 @@ class LayersReport:
     essentials: list[Essential]
     exits: list[EarlyExit]
     patchings: list[Patching]
+
+    @property
+    def threshold(self) -> float:
+        """Nats that the interval of an essential layer lies above."""
+        return essential_threshold(self.noise)
 
     @property
     def n_layers(self) -> int:
@@ -67,7 +72,7 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
         largest_difference=_difference([scanned[name] for name in ablations[:1]], examples),
         statistics=statistics,
         agreements=agreements(lens, costs, seed),
-        essentials=essential_layers(statistics, ablations, noise),
+        essentials=essential_layers(statistics, ablations, essential_threshold(noise)),
         exits=early_exits(statistics),
         patchings=[row for name in (RESTORE, DESTROY) for row in patchings(scanned[name], seed)],
     )

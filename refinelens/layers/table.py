@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..conditions import NO_POSITION, condition_name
+from ..conditions import NO_POSITION, ORACLE, condition_name
 from ..table import WIDTH, format_estimate, title
 from .agreement import COST, GAIN, Essential
 from .early_exit import KEPT, EarlyExit
@@ -30,7 +30,7 @@ LENS_COLUMNS = {
 def print_layers(console: Console, report: LayersReport) -> None:
     """Print a table per context size and, under it, what the interventions say of the lens."""
     console.width = max(console.width, WIDTH)  # a pipe reports 80
-    for documents in sorted({row.documents for row in report.statistics}):
+    for documents in sorted({row.documents for row in report.statistics}, key=lambda n: (n <= ORACLE, n)):
         rows = [row for row in report.statistics if row.documents == documents and row.gold_position is None]
         questions = max(row.questions for row in rows)
         size, lens = condition_name(documents), report.manifest["lens"]
@@ -57,7 +57,7 @@ def _table(report: LayersReport, rows: list[LayerStatistic]) -> Table:
             cells.append(format_estimate(value, digits, interval=statistic == GAIN))
         for name in report.ablations:
             value = values.get((name, COST, layer))
-            above = value is not None and value.low > report.noise
+            above = value is not None and value.low > report.threshold
             cells.append("-" if value is None else f"{format_estimate(value, 2)}{'*' if above else ' '}")
         table.add_row(str(layer), *cells)
     return table
@@ -108,7 +108,7 @@ def _exit_line(exits: list[EarlyExit], lens: str) -> str:
     shown = [(row.gold_position, "-" if row.layer is None else row.layer) for row in others]
     by_position = ", ".join(f"{position}: {layer}" for position, layer in shown if position != NO_POSITION)
     return (
-        f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the output's accuracy of "
+        f"Early exit, {lens} lens: from layer {whole.layer} on it has {KEPT:.0%} of the output's accuracy of "
         f"{format_estimate(whole.accuracy, 2)} (there {format_estimate(whole.accuracy_there, 2)}, and "
         f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own)"
         f"{f'; by gold position {by_position}' if by_position else ''}."
@@ -143,7 +143,8 @@ def _notes(report: LayersReport) -> list[str]:
     return [
         *lines,
         f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
-        f"{tokens}; * interval above the noise of {report.noise:.1e} nats, the most that a control without effect "
-        f"changed. Clean runs and the sweep differ by {report.largest_difference:.1e} nats at most.",
+        f"{tokens}; * essential: interval above {report.threshold:.2g} nats, the larger of a hundredth of the "
+        f"probability and the noise of {report.noise:.1e}, the most that a control without effect changed. Clean runs "
+        f"and the sweep differ by {report.largest_difference:.1e} nats at most.",
         f"{len(report.manifest['parts'])} questions in {report.manifest['seconds']:.0f} s.",
     ]
