@@ -55,7 +55,7 @@ def _interventions(lens: LogitLens) -> str:
 
 
 def describe_norm(norm: Norm) -> str:
-    """Kind and parameters in a few words, as in the README's table."""
+    """Kind and parameters in a few words, as in the table of docs/models.md."""
     if norm is None:
         return "none"
     kind = type(norm).__name__

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the README's table lists, with the options that its configurations have."""
+"""Tiny random models of every family that docs/models.md lists, with the options that its configurations have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ NONE = "none"
 class Case:
     """A configuration and what must be found in a model made from it."""
 
-    family: str  # as in the README's table
+    family: str  # as in docs/models.md
     config: Callable[[], tf.PreTrainedConfig]
-    norm: str  # as in the README's table
+    norm: str  # as in docs/models.md
     projection: bool = False
     bias: bool = False  # of the unembedding
     softcap: float | None = None

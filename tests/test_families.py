@@ -1,4 +1,4 @@
-"""Every family of the README's table: what is found in it, and that the parity gate refuses what is not the model."""
+"""Every family of docs/models.md: what is found in it, and that the parity gate refuses what is not the model."""
 
 from dataclasses import replace
 
