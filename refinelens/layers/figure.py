@@ -17,15 +17,15 @@ from .schema import DESTROY, RESTORE
 from .statistics import EVERY_POSITION, LENS, LayerStatistic
 
 WORDS = {
-    LENS: "gain, {lens} lens\n(nats)",
-    "skip": "block skipped\n(nats)",
-    "mean": "block replaced by\nits mean (nats)",
-    "attn": "attention silenced\n(nats)",
-    "mlp": "MLP silenced\n(nats)",
+    LENS: "gain, {lens} lens\n({unit})",
+    "skip": "block skipped\n({unit})",
+    "mean": "block replaced by its\nmean ({unit})",
+    "attn": "attention silenced\n({unit})",
+    "mlp": "MLP silenced\n({unit})",
 }
 PATCHES = {
-    RESTORE: "of failing runs, with the state of a right one",
-    DESTROY: "of right runs, with that of a failing one",
+    RESTORE: "failing runs, given the state of a right one",
+    DESTROY: "right runs, given the state of a failing one",
 }
 LINEAR_TO = 1.0  # nats; beyond, the axis is logarithmic
 
@@ -52,8 +52,9 @@ def draw_layers(path: Path, report: LayersReport) -> None:
     for of_row, (name, statistic) in zip(panels, rows, strict=False):
         for axes, documents in zip(of_row, sizes, strict=True):
             _draw(axes, _chosen(report, name, documents, statistic), styles)
-        _scale(of_row)
-        of_row[0].set_ylabel(WORDS[name].format(lens=report.manifest["lens"]), fontsize=8, parse_math=False)
+        unit = "nats; log beyond 1" if _scale(of_row) else "nats"
+        words = WORDS[name].format(lens=report.manifest["lens"], unit=unit)
+        of_row[0].set_ylabel(words, fontsize=8, parse_math=False)
     for axes, documents in zip(panels[-1], sizes, strict=True) if patches else ():
         _draw_patches(axes, [_chosen(report, name, documents, statistic) for name, statistic in patches])
     _finish(figure, panels, sizes, report)
@@ -106,17 +107,18 @@ def _draw(axes, rows: list[LayerStatistic], styles: dict[int, dict]) -> None:
     _tidy(axes)
 
 
-def _scale(of_row) -> None:
-    """Linear near 0 and logarithmic beyond, where one layer costs a hundred times as much as another."""
+def _scale(of_row) -> bool:
+    """Linear near 0 and logarithmic beyond, where one layer costs a hundred times as much as another: whether so."""
     from matplotlib.ticker import SymmetricalLogLocator
 
-    largest = max(abs(limit) for limit in of_row[0].get_ylim())
-    for axes in of_row if largest > 4 * LINEAR_TO else ():
+    is_wide = max(abs(limit) for limit in of_row[0].get_ylim()) > 4 * LINEAR_TO
+    for axes in of_row if is_wide else ():
         axes.set_yscale("symlog", linthresh=LINEAR_TO)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR_TO, subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.autoscale_view()  # margins of the new scale
+    return is_wide
 
 
 def _styles(positions: set[int]) -> dict[int, dict]:
