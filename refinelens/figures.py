@@ -11,7 +11,7 @@ from .durable import write_whole
 from .layer_profile import LayerProfile
 from .report import Report
 from .results import Run
-from .summary import SummaryRow
+from .summary import FEW_SETTLED, SummaryRow
 from .table import title
 
 # Distinct to colour-blind readers on white (Okabe and Ito 2008); markers tell the lines apart without colour.
@@ -20,7 +20,6 @@ MARKERS = "osD^vP"
 LEVELS = {CLOSED_BOOK: {"color": "0.6", "ls": "--"}, ORACLE: {"color": "0.3", "ls": "--"}}
 MARGIN = 0.02  # of an axis, so that markers at its end are whole
 LEGEND_WIDTH = 1.4  # inches
-FEW = 5  # settled examples: fewer say little of a depth
 CHARACTERS_PER_INCH = 17  # of 8 point text
 
 
@@ -130,7 +129,7 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
         style = _style(index, max(4, 8 - 2 * index))  # of equal points the lower one stays visible
         axes.plot(x, [e.value for e in estimates], label=condition_name(size), **style)
         if name == "mean_depth":
-            few = [i for i, row in enumerate(line) if row.settled < FEW]
+            few = [i for i, row in enumerate(line) if row.settled < FEW_SETTLED]
             axes.plot([x[i] for i in few], [estimates[i].value for i in few], **style | {"ls": "", "mfc": "white"})
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
@@ -138,7 +137,7 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if not axes.lines:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
-    hollow = f"; hollow: fewer than {FEW} settled" if name == "mean_depth" else ""
+    hollow = f"; hollow: fewer than {FEW_SETTLED} settled" if name == "mean_depth" else ""
     axes.set_xlabel(f"gold position (0-based); shaded: 95 % interval{hollow}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 

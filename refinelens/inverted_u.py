@@ -55,18 +55,15 @@ class InvertedU:
     def line(self) -> str:
         """The test in one line."""
         test = self.reason or f"p = {_p(self.p)} (Holm {_p(self.p_holm)}; {self.method})"
-        return (
-            f"Inverted U, {self.lens}, rank <= {self.top}, {self.documents} documents: depth in the middle less at the "
-            f"first position {self._side('first')}, at the last {self._side('last')}; {test}."
-        )
+        sides = f"middle - first {self._side('first')}, middle - last {self._side('last')}"
+        return f"Inverted U, {self.lens}, rank <= {self.top}, {self.documents} documents: {sides}; {test}."
 
     def _side(self, end: str) -> str:
         d, d_z = getattr(self, f"{end}_difference"), getattr(self, f"{end}_d_z")
-        words = [] if np.isnan(d.value) else [f"{d.value:+.2f} layers [{d.low:.2f},{d.high:.2f}]"]
+        words = ["-"] if np.isnan(d.value) else [f"{d.value:+.2f} layers [{d.low:.2f},{d.high:.2f}]"]
         words += [] if np.isnan(d_z) else [f"d_z {d_z:.2f}"]
-        questions = getattr(self, f"{end}_questions")
-        differ = f", {getattr(self, f'{end}_differ')} of them differ" if questions else ""
-        return " ".join([*words, f"({questions} of {self.questions_asked} questions{differ})"])
+        counts = f"{getattr(self, f'{end}_differ')} of {getattr(self, f'{end}_questions')} questions differ"
+        return " ".join([*words, f"({counts})"])
 
 
 def middle_positions(documents: int) -> list[int]:

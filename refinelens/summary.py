@@ -11,6 +11,7 @@ import pyarrow as pa
 from .bootstrap import Estimate, mean_estimates, median_estimate, share_estimate
 from .conditions import condition_name
 
+FEW_SETTLED = 5  # examples: fewer say little of a depth
 SHARES = ("accuracy", "share")  # what the names of shares begin with
 
 

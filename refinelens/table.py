@@ -15,7 +15,7 @@ from .caution import caution_lines
 from .conditions import NO_POSITION
 from .paired import paired_line
 from .report import Report
-from .summary import SummaryRow
+from .summary import FEW_SETTLED, SummaryRow
 
 WIDTH = 120
 LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
@@ -75,7 +75,8 @@ def notes(manifest: dict) -> list[str]:
         "docs: documents, 0 is closed-book. gold: 0-based position of the gold document. accuracy: the first answer "
         "token is the model's own prediction; all: so is every one after the true ones before it"
         f"{_generated_words(arguments['generate'])}. settled: examples whose target is correct at the output; all that "
-        "stands to the right is over them alone, the others are censored. first, settle: mean layers, 0 (embedding) to "
+        "stands to the right is over them alone, the others are censored; a depth of fewer than "
+        f"{FEW_SETTLED} has no interval here. first, settle: mean layers, 0 (embedding) to "
         f"{n_layers} (output); depth = settle - first. at out.: share whose settle is layer {n_layers}; unseen: not "
         "correct at any layer before it. Brackets: 95 % intervals over questions, all of them in summary.csv.",
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
@@ -122,10 +123,9 @@ def inverted_u_lines(report: Report) -> list[str]:
         return []
     return [
         *(test.line() for test in report.tests),
-        "Inverted U: paired over questions, gold in the middle third against gold first and against gold last; p is "
-        "the larger of two two-sided tests of the mean, so that a U needs both. Censored examples have no depth: a "
-        "question without a settled example on either side is left out. Holm over the context sizes; all numbers in "
-        "inverted_u.csv.",
+        "Inverted U: mean depth with gold in the middle third less that with gold first and last, paired over the "
+        "questions that have both; p is the larger of two two-sided tests, so that a U needs both ends. Holm over the "
+        "context sizes; all numbers in inverted_u.csv.",
     ]
 
 
@@ -138,7 +138,7 @@ def _cells(row: SummaryRow) -> dict[str, str]:
         format_estimate(row.accuracy_all, 2),
         format_estimate(row.accuracy_generated, 2),
         str(row.settled),
-        format_estimate(row.mean_depth, 1, interval=True),
+        format_estimate(row.mean_depth, 1, interval=row.settled >= FEW_SETTLED),
         format_estimate(row.median_depth, 1),
         format_estimate(row.mean_first_correct, 1),
         format_estimate(row.mean_settle, 1),
