@@ -80,7 +80,7 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
     ranks.set_yscale("log")
     ranks.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ranks.set_ylabel("rank of the target (1 is best)")
-    kl.set_ylabel("KL to the final layer (mean, nats; linear below 1)")
+    kl.set_ylabel("KL to the final layer\n(mean nats; axis linear below 1)")
     kl.set_yscale("symlog", linthresh=1.0)  # 0 at the output, and perhaps a hundred at the embedding
     kl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     kl.set_ylim(bottom=0)
@@ -137,7 +137,7 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if not axes.lines:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
-    hollow = f"; hollow: fewer than {FEW_SETTLED} settled" if name == "mean_depth" else ""
+    hollow = f"\nhollow: fewer than {FEW_SETTLED} settled examples" if name == "mean_depth" else ""
     axes.set_xlabel(f"gold position (0-based); shaded: 95 % interval{hollow}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
