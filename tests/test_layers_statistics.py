@@ -132,13 +132,11 @@ def test_what_nobody_notices_is_not_essential():
     assert essential_threshold(noise=1e-6) == 0.01 and essential_threshold(noise=0.5) == 0.5
 
 
-def test_the_layer_from_which_95_percent_are_kept():
+def test_the_first_layer_that_keeps_95_percent():
     ranks = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     exits = {row.gold_position: row for row in early_exits(layer_statistics(measure_lens(examples(ranks)), 0))}
     assert (exits[None].layer, exits[None].accuracy.value, exits[None].agreement_there.value) == (2, 0.75, 1.0)
     assert exits[0].layer == 2 and exits[1].layer == 1
-    lucky = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])  # right at the embedding, then lost
-    assert early_exits(layer_statistics(measure_lens(examples(lucky)), 0))[0].layer == 2, "from there on"
     never = early_exits(layer_statistics(measure_lens(examples(np.ones((4, 4), dtype=int))), 0))
     assert {row.layer for row in never} == {None}
 

@@ -14,7 +14,7 @@ KEPT = 0.95  # of the accuracy at the output
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """The lowest layer from which on the lens is right at least `KEPT` times as often as the output."""
+    """The lowest layer at which the lens is right at least `KEPT` times as often as the output."""
 
     documents: int
     gold_position: int | None  # None for all of them together
@@ -43,7 +43,6 @@ def _exit(documents, position, accuracy: list[LayerStatistic], agreement: list[L
     whole = accuracy[-1].value
     if whole.value == 0:
         return EarlyExit(documents, position, accuracy[-1].questions, whole, None, NOWHERE, NOWHERE)
-    too_low = [row.layer for row in accuracy if row.value.value < KEPT * whole.value]
-    layer = max(too_low, default=-1) + 1
+    layer = next(row.layer for row in accuracy if row.value.value >= KEPT * whole.value)
     there = (accuracy[layer].value, agreement[layer].value)
     return EarlyExit(documents, position, accuracy[-1].questions, whole, layer, *there)

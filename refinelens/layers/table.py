@@ -108,7 +108,7 @@ def _exit_line(exits: list[EarlyExit], lens: str) -> str:
     shown = [(row.gold_position, "-" if row.layer is None else row.layer) for row in others]
     by_position = ", ".join(f"{position}: {layer}" for position, layer in shown if position != NO_POSITION)
     return (
-        f"Early exit, {lens} lens: from layer {whole.layer} on it has {KEPT:.0%} of the output's accuracy of "
+        f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the output's accuracy of "
         f"{format_estimate(whole.accuracy, 2)} (there {format_estimate(whole.accuracy_there, 2)}, and "
         f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own)"
         f"{f'; by gold position {by_position}' if by_position else ''}."
