@@ -39,7 +39,7 @@ def caution_lines(cautions: list[Caution], manifest: dict) -> list[str]:
         found = ", ".join(f"{c.at_output} of {c.settled} (rank <= {c.top})" for c in group)
         lines.append(
             f"Caution, lens {lens}: {found} settled examples settle only at the output: this lens cannot resolve "
-            f"refinement depth on this model, and a depth near 0 speaks of the lens. Remedy: {_remedy(lens, manifest)}."
+            f"refinement depth on this model, and depth speaks of the lens. Remedy: {_remedy(lens, manifest)}."
         )
     return lines
 
