@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 
 from .errors import FaultError, InputError
 from .options import SweepOptions
+from .processes import module_command, module_path
 from .results import Outcome
 from .resume import Terms
 
@@ -99,10 +99,8 @@ class Workers:
 
     def _environment(self, index: int, count: int) -> dict[str, str]:
         """Variables of a worker: its share of the threads and, of several GPUs, its own."""
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count)),
-        }
+        environment = os.environ | module_path()
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // count))
         if self._on_gpu:
             everyone = ",".join(map(str, range(torch.cuda.device_count())))
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", everyone).split(",")
@@ -113,7 +111,7 @@ class Workers:
 def start_process(environment: dict[str, str], descriptor: int) -> subprocess.Popen:
     """Start a worker that is spoken to over this descriptor of a socket."""
     return subprocess.Popen(
-        [sys.executable, "-m", "refinelens.worker", str(descriptor)],
+        module_command("refinelens.worker", descriptor),
         pass_fds=[descriptor],
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -13,9 +13,10 @@ from faults import errors_in, wait_for
 from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.options import SweepOptions
+from refinelens.processes import PACKAGE_ROOT, module_path
 from refinelens.results import open_run
 from refinelens.resume import Terms
-from refinelens.workers import Workers, check_workers
+from refinelens.workers import Workers, _Worker, check_workers
 
 FAULT_FREE = {"part": 4, "figures": False}
 
@@ -191,6 +192,27 @@ def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("cuda", 3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("cuda", 2)] == ["3", "GPU-5a"]
+
+
+def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
+    """Started from a folder whose modules have names of the standard library, a real one answers."""
+    for name in ("tempfile", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
+    monkeypatch.chdir(tmp_path)
+    workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": "cpu"}}), 1, pytest.fail)
+    worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor terms", None, None))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        worker.receive()
+    assert worker.process.wait() == 0
+    worker.end()
+
+
+def test_a_process_imports_this_package(monkeypatch):
+    """Wherever it was found: on the path, or by the current folder or an import hook."""
+    monkeypatch.setattr("sys.path", ["", "/first", PACKAGE_ROOT, "/last"])
+    assert module_path() == {"PYTHONPATH": os.pathsep.join(["/first", PACKAGE_ROOT, "/last"])}
+    monkeypatch.setattr("sys.path", ["", "/first"])
+    assert module_path() == {"PYTHONPATH": os.pathsep.join([PACKAGE_ROOT, "/first"])}
 
 
 @pytest.mark.parametrize("count", [0, -1])
