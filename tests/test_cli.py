@@ -1,5 +1,6 @@
 """The command line as a user meets it: fast help, one line per error, exit codes."""
 
+import errno
 import json
 import re
 import subprocess
@@ -303,6 +304,21 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "refinement by gold position" in capsys.readouterr().out
+
+
+def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch):
+    """Not even for its lock."""
+    assert main(sweep) == 0
+    (tmp_path / "run" / "depth.png").unlink()
+    capsys.readouterr()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("refinelens.lock.os.pwrite", full)
+    assert main(["show", str(tmp_path / "run")]) == 0
+    assert "refinement by gold position" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "depth.png").exists()
 
 
 def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):
