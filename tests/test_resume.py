@@ -301,12 +301,19 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     assert step > 20
 
 
-def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick):
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RuntimeError("a fault in\na driver"), "RuntimeError: a fault in a driver"),
+        (OSError(errno.EMFILE, "Too many open files"), "OSError: [Errno 24] Too many open files"),
+    ],
+)
+def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick, error, words):
     from refinelens.predict import Predictor
 
     def fault(self, question):
         if question.id == 9:
-            raise RuntimeError("a fault in\na driver")
+            raise error
         return rows(self, question)
 
     rows, path = Predictor.rows, tmp_path / "run"
@@ -314,7 +321,7 @@ def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch,
         patch.setattr(Predictor, "rows", fault)
         assert main([*sweep, "--out", str(path)]) == 1
     line = one_line(capsys.readouterr().err)
-    assert f"question 9: RuntimeError: a fault in a driver; refinelens sweep --resume {path} goes on" in line
+    assert f"refinelens: question 9: {words}; refinelens sweep --resume {path} goes on" in line
     assert open_run(path).manifest["counts"]["done"] == 9
     assert main(["sweep", "--resume", str(path)]) == 0
     assert_lacks_nothing(path, whole[0])

@@ -1,17 +1,20 @@
 """Several processes ask one sweep's questions: the same run, whatever befalls them."""
 
+import errno
 import os
 import re
 import shutil
 import signal
 import time
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from faults import errors_in, wait_for
 from refinelens.cli import main
-from refinelens.errors import InputError
+from refinelens.errors import FaultError, InputError
 from refinelens.options import SweepOptions
 from refinelens.processes import PACKAGE_ROOT, module_path
 from refinelens.results import open_run
@@ -124,6 +127,33 @@ def test_an_exception_in_a_worker(forge, by_workers, finish, tmp_path):
     line = only_error(log)
     assert f"question 9: RuntimeError: a fault in a driver; refinelens sweep --resume {tmp_path}" in line
     finish()
+
+
+def test_no_room_for_a_process(sweep, tmp_path, capfd, monkeypatch):
+    """What is said is about processes, not about the disk, and the one that was started ends."""
+    ended = []
+    first = SimpleNamespace(pid=0, kill=lambda: ended.append(first), wait=lambda: -signal.SIGKILL)
+    answers = iter([first, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")])
+
+    def start(environment, descriptor):
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("refinelens.workers.start_process", start)
+    assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 1
+    said = "--workers 3: expected 3 processes, could not start number 2: Resource temporarily unavailable; use fewer"
+    assert capfd.readouterr().err == f"refinelens: {said}\n"
+    assert ended == [first] and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_a_worker_cannot_use():
+    """It is said to be the worker's, not one of the run's."""
+    ours, theirs = Pipe()
+    theirs.send(OSError(errno.EMFILE, "Too many open files"))
+    with pytest.raises(FaultError, match=r"^worker 7: OSError: \[Errno 24\] Too many open files$"):
+        _Worker(SimpleNamespace(pid=7), ours).receive()
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
