@@ -56,6 +56,6 @@ def sync_folder(path: Path) -> None:
 def disk_error(path: str | Path, error: OSError) -> InputError | FaultError:
     """One line for a failed write: a fault, unless nobody could write there."""
     if error.errno in NO_ROOM:
-        return FaultError(f"--out {path}: no free disk left; parts that were written stay readable; free some")
+        return FaultError(f"--out {path}: no free disk left; what was written stays readable; free some")
     message = f"--out {path}: expected a folder that can be written, got: {error.strerror or error}"
     return InputError(message) if error.errno in NOT_ALLOWED else FaultError(message)

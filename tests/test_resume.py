@@ -266,7 +266,7 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
         patch.setattr(Predictor, "rows", fill)
         assert main([*sweep, "--out", str(path)]) == 1
     line = one_line(capsys.readouterr().err)
-    assert "no free disk left; parts that were written stay readable; free some; refinelens sweep --resume" in line
+    assert "no free disk left; what was written stays readable; free some; refinelens sweep --resume" in line
     assert not list(path.rglob("*.tmp"))
     assert rows_of(open_run(path)) == rows_of(whole[0])[: len(rows_of(open_run(path)))]
     ballast.unlink()

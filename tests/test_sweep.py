@@ -338,7 +338,7 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
         return write_table(table, where, **kwargs)
 
     monkeypatch.setattr(results.pq, "write_table", full)
-    with pytest.raises(FaultError, match="no free disk left; parts that were written stay readable; .* sweep --resume"):
+    with pytest.raises(FaultError, match="no free disk left; what was written stays readable; .* sweep --resume"):
         run_sweep(options, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
