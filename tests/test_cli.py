@@ -1,12 +1,14 @@
 """The command line as a user meets it: fast help, one line per error, exit codes."""
 
 import errno
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import transformers
@@ -38,6 +40,20 @@ def test_version_and_doctor(capsys):
     out = capsys.readouterr().out
     for word in ("backend", "CUDA device", "Triton", "C++ extension", "smollm2"):
         assert word in out
+
+
+def test_doctor_where_another_package_brings_triton(monkeypatch, capsys):
+    """As builds of torch do, pytorch-triton for instance."""
+
+    find_spec = importlib.util.find_spec
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("refinelens.manifest.version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("json" if name == "triton" else name))
+    assert main(["doctor"]) == 0
+    assert lines_of(capsys.readouterr().out)["Triton"] == "installed by a package of another name"
 
 
 def lines_of(out):
