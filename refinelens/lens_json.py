@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .conditions import ORACLE, condition_name
-from .durable import write_whole
+from .durable import write_output
 from .errors import InputError
 from .inputs import SweepInputs
 from .lens_files import Lens
@@ -56,7 +56,9 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     """Run the model on one context of a run again and write what a widget shows; says in words which context.
 
     Raises:
-        InputError: No such context or lens in the run, or a model, task or lens that is no longer the run's.
+        InputError: No such context or lens in the run, or a model, task or lens that is no longer the run's; also a
+            file that cannot be written.
+        FaultError: No free disk.
     """
     terms = Terms(run.path, run.manifest)
     inputs = SweepInputs.load(terms.options, terms)
@@ -68,7 +70,7 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
         **widget(inputs.logit_lens, lens, context, choice.tokens, choice.k, lambda id: tokenizer.decode([id])),
     }
     text = json.dumps(data, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return f"{context.where}, {lens.name}: {len(data['input'])} tokens x {len(data['layers'])} layers"
 
 
