@@ -115,5 +115,5 @@ def test_it_needs_no_luck_with_imports(run):
 
 def test_without_pandas_it_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match="pip install pandas"):
+    with pytest.raises(InputError, match=r"; pip install 'refinelens\[frames\]'$"):
         load_run(run.path)
