@@ -7,7 +7,7 @@ import argparse
 from . import __version__
 from .options import CHOICES
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = CHOICES["dtype"]
 EXAMPLES = """examples:
   refinelens sweep --model tiny --documents 5,10,20
   refinelens sweep --documents 5,10 --examples 20 --out runs/first

@@ -541,6 +541,7 @@ def test_a_resume_keeps_the_analysis(options, tmp_path):
         ({"target": "gold"}, "--target: expected answer, prediction, got 'gold'"),
         ({"positions": "last"}, "--positions: expected answer, all, got 'last'"),
         ({"answer_tokens": "last"}, "--answer-tokens: expected first, all, got 'last'"),
+        ({"dtype": "float64"}, "--dtype: expected auto, float32, float16, bfloat16, got 'float64'"),
     ],
 )
 def test_bad_options(options, change, message):
