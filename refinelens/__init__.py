@@ -23,6 +23,7 @@ _PUBLIC = {
     "kendall_tau_b": "rank_agreement",
     "top_k_overlap": "rank_agreement",
     "between_layers": "rank_agreement",
+    "compare_runs": "run_agreement",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

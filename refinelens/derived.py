@@ -13,7 +13,7 @@ from rich.console import Console
 from .bootstrap import Estimate
 from .conditions import CLOSED_BOOK
 from .durable import write_whole
-from .errors import InputError
+from .errors import FaultError, InputError
 from .figures import draw_figures
 from .inverted_u import InvertedU
 from .layer_profile import layer_profiles
@@ -51,7 +51,7 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
         check_top(tops)
     report = read_report(run, tops)
     if tops is None and not all((run.path / name).exists() for name in DERIVED):
-        with suppress(OSError, InputError), RunLock(run.path):
+        with suppress(OSError, InputError, FaultError), RunLock(run.path):
             write_outputs(run, report)
     print_table(console, report)
 

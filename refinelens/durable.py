@@ -26,6 +26,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary_of(path).unlink(missing_ok=True)
 
 
+def write_output(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_whole` of a file that ``--out`` names.
+
+    Raises:
+        InputError: It cannot be written there.
+        FaultError: No free disk.
+    """
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise disk_error(path, error, "file") from None
+
+
 def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
     """Write and flush the temporary file of ``path`` and return it; a failed one is removed."""
     temporary = temporary_of(path)
@@ -53,9 +66,10 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(path: str | Path, error: OSError) -> InputError | FaultError:
-    """One line for a failed write: a fault, unless nobody could write there."""
+def disk_error(path: str | Path, error: OSError, kind: str = "folder") -> InputError | FaultError:
+    """One line for a failed write to a folder or a single file: a fault, unless nobody could write there."""
     if error.errno in NO_ROOM:
-        return FaultError(f"--out {path}: no free disk left; parts that were written stay readable; free some")
-    message = f"--out {path}: expected a folder that can be written, got: {error.strerror or error}"
+        kept = " what was written stays readable;" if kind == "folder" else ""
+        return FaultError(f"--out {path}: no free disk left;{kept} free some")
+    message = f"--out {path}: expected a {kind} that can be written, got: {error.strerror or error}"
     return InputError(message) if error.errno in NOT_ALLOWED else FaultError(message)

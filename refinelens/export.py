@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from .durable import write_whole
+from .durable import write_output
 from .errors import InputError
 from .results import PREDICTIONS, Run
 
@@ -32,7 +33,7 @@ def long_tables(run: Run) -> Iterator[pa.Table]:
     for part in run.parts(PREDICTIONS.names):
         if not len(part):
             continue
-        lengths = pa.compute.list_value_length(part[LISTS[0]].combine_chunks()).to_numpy()
+        lengths = pc.list_value_length(part[LISTS[0]].combine_chunks()).to_numpy()
         layers = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         rows = np.repeat(np.arange(len(part)), lengths)
         columns = {name: part[name].combine_chunks().take(pa.array(rows)) for name in SCALARS}
@@ -50,6 +51,7 @@ def export_run(run: Run, path: Path, kind: str) -> int:
 
     Raises:
         InputError: The file is there, cannot be written, or the run is damaged.
+        FaultError: No free disk.
     """
     check_new_file(path)
     rows = 0
@@ -61,7 +63,7 @@ def export_run(run: Run, path: Path, kind: str) -> int:
                 add(table)
                 rows += len(table)
 
-    write_whole(path, write)
+    write_output(path, write)
     return rows
 
 

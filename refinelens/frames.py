@@ -93,7 +93,9 @@ def load_run(path: str | Path) -> LoadedRun:
     try:
         import pandas  # noqa: F401
     except ImportError:
-        raise InputError("load_run: expected the package pandas, which is not installed; pip install pandas") from None
+        raise InputError(
+            "load_run: expected the package pandas, which is not installed; pip install 'refinelens[frames]'"
+        ) from None
     return LoadedRun(open_run(path))
 
 

@@ -132,7 +132,7 @@ def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
     return float(result.pvalue), "exact sign-flip" if exact else f"sign-flip, {SIGN_RESAMPLES} patterns, seed {seed}"
 
 
-def paired_differences(cell: Cell, middle: list[int], end: int) -> np.ndarray:
+def differences_to_end(cell: Cell, middle: list[int], end: int) -> np.ndarray:
     """Of every question asked: mean depth in the middle less at the end, NaN where either has no depth."""
     ids, owner = np.unique(cell["question_id"], return_inverse=True)
     means = []
@@ -150,7 +150,7 @@ def _test(lens: str, top: int, documents: int, cell: Cell, blind: bool, seed: in
     middle = [p for p in middle_positions(documents) if p in asked]
     if not middle or not asked.issuperset(ends.values()):
         return None
-    every = {end: paired_differences(cell, middle, position) for end, position in ends.items()}
+    every = {end: differences_to_end(cell, middle, position) for end, position in ends.items()}
     sides = {end: d[~np.isnan(d)] for end, d in every.items()}
     reason = VOID if blind else _no_test(sides)
     found, p, methods = {}, dict.fromkeys(ends, np.nan), []

@@ -18,7 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .durable import write_whole
+from .conditions import ORACLE, condition_name
+from .durable import write_output
 from .errors import InputError
 from .inputs import SweepInputs
 from .lens_files import Lens
@@ -38,8 +39,8 @@ DIGITS = 5  # of a probability
 class Choice:
     """Which context of a run, through which lens, and how much of it; None for the first that the run has."""
 
-    question: int | None = None  # id
-    documents: int | None = None
+    question: int | None = None  # id; None for the first that could be asked at that size
+    documents: int | None = None  # None for the smallest size of 2 or more, else oracle, else closed-book
     gold_position: int | None = None
     lens: str | None = None
     tokens: int = 32  # the last ones of the context
@@ -55,7 +56,9 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     """Run the model on one context of a run again and write what a widget shows; says in words which context.
 
     Raises:
-        InputError: No such context or lens in the run, or a model, task or lens that is no longer the run's.
+        InputError: No such context or lens in the run, or a model, task or lens that is no longer the run's; also a
+            file that cannot be written.
+        FaultError: No free disk.
     """
     terms = Terms(run.path, run.manifest)
     inputs = SweepInputs.load(terms.options, terms)
@@ -67,7 +70,7 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
         **widget(inputs.logit_lens, lens, context, choice.tokens, choice.k, lambda id: tokenizer.decode([id])),
     }
     text = json.dumps(data, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return f"{context.where}, {lens.name}: {len(data['input'])} tokens x {len(data['layers'])} layers"
 
 
@@ -127,13 +130,31 @@ def _names(ids: list[int], text: Callable[[int], str]) -> dict[int, str]:
 
 
 def _choose_context(inputs: SweepInputs, choice: Choice) -> Context:
-    question = _pick("--question", inputs.questions, lambda question: question.id, choice.question)
-    contexts = inputs.builder().build(question).contexts
-    if not contexts:
-        raise InputError(f"--question {question.id}: expected a question that the run could ask, got one left out")
-    chosen = _pick("--documents", contexts, lambda context: context.n_documents, choice.documents)
-    contexts = [context for context in contexts if context.n_documents == chosen.n_documents]
+    contexts = _contexts(inputs, choice)
     return _pick("--gold-position", contexts, lambda context: context.gold_position, choice.gold_position)
+
+
+def _contexts(inputs: SweepInputs, choice: Choice) -> list[Context]:
+    """Those of one question at one size: the size wanted or shown best, the question wanted or the first it has."""
+    questions, sizes = inputs.questions, inputs.options.documents
+    if choice.question is not None:
+        questions = [_pick("--question", questions, lambda question: question.id, choice.question)]
+    if choice.documents is not None:
+        sizes = [_pick("--documents", sizes, lambda size: size, choice.documents)]
+    builder = inputs.builder()
+    for size in sorted(sizes, key=_reluctance):
+        for question in questions:
+            contexts = [context for context in builder.build(question).contexts if context.n_documents == size]
+            if contexts:
+                return contexts
+    where = "" if choice.documents is None else f" with {condition_name(choice.documents)}"
+    got = "none" if choice.question is None else f"question {choice.question}, which was left out"
+    raise InputError(f"--question: expected one that the run could ask{where}, got {got}")
+
+
+def _reluctance(size: int) -> tuple[bool, int]:
+    """Grows from the size that is shown best: the smallest with other documents first, oracle and closed-book last."""
+    return size <= ORACLE, -size if size <= ORACLE else size
 
 
 def _pick(option: str, things: list[Thing], value: Callable[[Thing], object], wanted: object) -> Thing:

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process writes it, and another is told which."""
+"""The lock of the folder of a run, an analysis or a lens: one process writes it, and another is told which."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCK = ".refinelens.lock"
 
 
 class RunLock:
-    """Holds a run folder, made if it is absent, while the block runs.
+    """Holds a folder, made if it is absent, while the block runs.
 
     The kernel lets go of the lock when the process ends, however it ends: a file that was left behind holds nothing.
 
@@ -54,7 +54,7 @@ class RunLock:
                 self._path.unlink()
         os.close(self._descriptor)
         if self._made:
-            with suppress(OSError):  # it holds a run now
+            with suppress(OSError):  # it holds something now
                 self._folder.rmdir()
 
     def _acquire(self) -> int:

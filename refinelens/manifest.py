@@ -123,10 +123,11 @@ def resumed_entry(argv: list[str] | None, device_type: str, workers: int) -> dic
 
 def packages() -> dict[str, str | None]:
     """Versions of Python and of what the numbers of a run depend on."""
-    return {"python": sys.version.split()[0]} | {package: _version(package) for package in PACKAGES}
+    return {"python": sys.version.split()[0]} | {package: package_version(package) for package in PACKAGES}
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None if there is none of that name, also where another one brings the module."""
     try:
         return version(package)
     except PackageNotFoundError:

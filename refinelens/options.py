@@ -14,6 +14,7 @@ CHOICES = {  # words that options take
     "answer_tokens": ("first", "all"),
     "alias": ("first", "best"),
     "reuse_prefix": ("auto", "on", "off"),
+    "dtype": ("auto", "float32", "float16", "bfloat16"),
 }
 
 

@@ -7,7 +7,7 @@ import argparse
 from . import __version__
 from .options import CHOICES
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = CHOICES["dtype"]
 EXAMPLES = """examples:
   refinelens sweep --model tiny --documents 5,10,20
   refinelens sweep --documents 5,10 --examples 20 --out runs/first
@@ -228,12 +228,21 @@ def _add_export(commands) -> None:
     add("folder", metavar="RUN", help="folder of a run")
     add("--format", choices=("csv", "jsonl", "parquet", "lens-json"), default="csv", help="(default: %(default)s)")
     add("--out", required=True, metavar="FILE", help="the file to write")
-    context = export.add_argument_group("of lens-json (default: the first of each that the run has)")
-    add = context.add_argument
-    add("--question", type=int, metavar="ID", help="line of the task file, from 0")
-    add("--documents", type=int, metavar="N", help="context size")
-    add("--gold-position", type=int, metavar="P", help="0-based")
-    add("--lens", metavar="NAME", help="plain, or the name of a lens")
+    add = export.add_argument_group("of lens-json").add_argument
+    add(
+        "--question",
+        type=int,
+        metavar="ID",
+        help="line of the task file, from 0 (default: the first that could be asked with so many documents)",
+    )
+    add(
+        "--documents",
+        type=int,
+        metavar="N",
+        help="context size; 0 closed-book, 1 oracle (default: the run's smallest of 2 or more, else oracle, else 0)",
+    )
+    add("--gold-position", type=int, metavar="P", help="0-based (default: the run's first)")
+    add("--lens", metavar="NAME", help="plain, or the name of a lens (default: the run's first)")
     add("--tokens", type=int, default=32, metavar="N", help="the last ones of the context (default: %(default)s)")
     add("--k", type=int, default=5, metavar="K", help="most likely tokens of every layer (default: %(default)s)")
 

@@ -64,12 +64,11 @@ class Predictor:
 
         Raises:
             FaultError: Names the question, whatever went wrong.
-            OSError: A file could not be used.
         """
         self.counts, self.warnings = Counter(dict.fromkeys(COUNTS, 0)), []
         try:
             rows = self.rows(question)
-        except (InputError, FaultError, OSError):
+        except (InputError, FaultError):
             raise
         except Exception as error:
             raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error

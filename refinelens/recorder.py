@@ -14,8 +14,9 @@ import pyarrow as pa
 from .durable import sync_folder, temporary_of, write_temporary
 from .errors import FaultError
 from .files import sha256_of
+from .layers.folder import LayersFolder
 from .manifest import now
-from .results import DERIVED, MANIFEST, OUTPUTS, Outcome, Part, Run, parts_of, write_rows
+from .results import DERIVED, LAYERS, MANIFEST, OUTPUTS, Outcome, Part, Run, parts_of, write_rows
 
 
 @dataclass
@@ -182,10 +183,12 @@ class Recorder:
             sync_folder(self.run.path.absolute().parent)
             for name in DERIVED:
                 (self.run.path / name).unlink(missing_ok=True)
-            named = {part.file for part in self._parts.values()}
+            named = {part.file for part in self._parts.values() if part.file}
             for path in self.run.parts_path.glob("part-*.parquet"):
                 if path.name not in named:
                     path.unlink()
+            if not named:  # it has just begun: an analysis is that of the run it replaces
+                LayersFolder(self.run.path / LAYERS).clear_unless_of(self._manifest["run_id"])
 
     def _write_manifest(self, status: str) -> None:
         if not self.can_be_resumed:

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 
 from .errors import FaultError, InputError
 from .options import SweepOptions
+from .processes import module_command, module_path
 from .results import Outcome
 from .resume import Terms
 
@@ -44,19 +44,29 @@ class Workers:
         Once ``stopped`` says so no further question is begun. The workers end with the iterator.
 
         Raises:
-            FaultError: What went wrong in a worker, or that none is left.
+            FaultError: What went wrong in a worker, that one could not be started, or that none is left.
             InputError: What a worker could not load.
         """
         gc.collect()
         torch.cuda.empty_cache()  # a model that was loaded here leaves its memory to theirs
         count = min(self._count, len(places))
-        crew = []
+        crew: list[_Worker] = []
         try:
-            crew += (_Worker.start(self._environment(i, count), self._setup) for i in range(count))
+            for index in range(count):
+                crew.append(self._start(index, count))
             yield from self._ask(crew, places, stopped)
         finally:
             for worker in crew:
                 worker.end()
+
+    def _start(self, index: int, count: int) -> _Worker:
+        try:
+            return _Worker.start(self._environment(index, count), self._setup)
+        except OSError as error:
+            raise FaultError(
+                f"--workers {self._count}: expected {count} processes, could not start number {index + 1}: "
+                f"{error.strerror or error}; use fewer"
+            ) from None
 
     def _ask(
         self, crew: list[_Worker], places: list[int], stopped: Callable[[], bool]
@@ -99,10 +109,8 @@ class Workers:
 
     def _environment(self, index: int, count: int) -> dict[str, str]:
         """Variables of a worker: its share of the threads and, of several GPUs, its own."""
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count)),
-        }
+        environment = os.environ | module_path()
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // count))
         if self._on_gpu:
             everyone = ",".join(map(str, range(torch.cuda.device_count())))
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", everyone).split(",")
@@ -113,7 +121,7 @@ class Workers:
 def start_process(environment: dict[str, str], descriptor: int) -> subprocess.Popen:
     """Start a worker that is spoken to over this descriptor of a socket."""
     return subprocess.Popen(
-        [sys.executable, "-m", "refinelens.worker", str(descriptor)],
+        module_command("refinelens.worker", descriptor),
         pass_fds=[descriptor],
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -132,11 +140,15 @@ class _Worker:
 
     @classmethod
     def start(cls, environment: dict[str, str], setup: tuple) -> _Worker:
-        """Start a process and tell it what it will be asked about."""
+        """Start a process and tell it what it will be asked about.
+
+        Raises:
+            OSError: There is no room for one.
+        """
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             process = start_process(environment, theirs.fileno())
-        worker = cls(process, Connection(ours.detach()))
+            worker = cls(process, Connection(ours.detach()))
         with suppress(OSError):  # one that has just died is heard of by `receive`
             worker.connection.send(setup)
         return worker
@@ -161,12 +173,15 @@ class _Worker:
 
         Raises:
             EOFError: It has died.
-            Exception: What it met.
+            FaultError: A file that it could not use.
+            Exception: What else it met.
         """
         try:
             message = self.connection.recv()
         except OSError as error:
             raise EOFError from error
+        if isinstance(message, OSError):  # raised as it is here, it would look like one of the run's own files
+            raise FaultError(f"worker {self.process.pid}: {type(message).__name__}: {message}") from message
         if isinstance(message, Exception):
             raise message
         if isinstance(message, Outcome):

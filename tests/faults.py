@@ -94,7 +94,7 @@ def wait_for(condition):
 
 
 def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None, workers_meet=None, figures=True):
-    """Run the command line with a fault and exit with its code.
+    """Run the command line with a fault and exit with its code; a signal that it has noted it tells by ``LOG.heard``.
 
     Args:
         arguments: Of the command line.
@@ -107,6 +107,7 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
         figures: Whether to draw them, rather than `quick_figures`.
     """
     from refinelens import cli, derived, sweep, workers
+    from refinelens.interrupt import StopSignals
     from refinelens.predict import Predictor
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -120,7 +121,11 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
     if kill_at_step:
         for name, step in at_step(kill_at_step, lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
             setattr(os, name, step)
-    rows, asked = Predictor.rows, [0]
+    rows, asked, take = Predictor.rows, [0], StopSignals._take
+
+    def take_and_tell(self, signum, frame):
+        take(self, signum, frame)
+        Path(f"{log}.heard").touch()
 
     def faulty_rows(self, question):
         asked[0] += 1
@@ -132,7 +137,7 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
             time.sleep(0.01)
         return rows(self, question)
 
-    Predictor.rows = faulty_rows
+    Predictor.rows, StopSignals._take = faulty_rows, take_and_tell
     return cli.main(arguments)
 
 

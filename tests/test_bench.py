@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,15 @@ def test_bench_end_to_end(in_process, tmp_path, capsys):
         assert result.seconds > 0 and result.measured_rows == 33 and result.ratio > 0
         assert (result.verdict is None) == (result.group == "product")
     assert report.threads == 1 and report.rounds == 2 and report.failed == []
+
+
+def test_triton_from_another_package(monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("refinelens.manifest.version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert session._versions("cuda")["Triton"] == "of a package of another name"
 
 
 def test_two_threads_are_timed_by_wall_clock(in_process):

@@ -1,11 +1,14 @@
 """The command line as a user meets it: fast help, one line per error, exit codes."""
 
+import errno
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import transformers
@@ -37,6 +40,20 @@ def test_version_and_doctor(capsys):
     out = capsys.readouterr().out
     for word in ("backend", "CUDA device", "Triton", "C++ extension", "smollm2"):
         assert word in out
+
+
+def test_doctor_where_another_package_brings_triton(monkeypatch, capsys):
+    """As builds of torch do, pytorch-triton for instance."""
+
+    find_spec = importlib.util.find_spec
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("refinelens.manifest.version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("json" if name == "triton" else name))
+    assert main(["doctor"]) == 0
+    assert lines_of(capsys.readouterr().out)["Triton"] == "installed by a package of another name"
 
 
 def lines_of(out):
@@ -303,6 +320,21 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "refinement by gold position" in capsys.readouterr().out
+
+
+def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch):
+    """Not even for its lock."""
+    assert main(sweep) == 0
+    (tmp_path / "run" / "depth.png").unlink()
+    capsys.readouterr()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("refinelens.lock.os.pwrite", full)
+    assert main(["show", str(tmp_path / "run")]) == 0
+    assert "refinement by gold position" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "depth.png").exists()
 
 
 def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,10 @@
 """A run for other programs: long tables in three formats, and data frames."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -84,9 +88,32 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     assert (tmp_path / "there.csv").read_text() == "kept"
 
 
-def test_without_pandas_it_says_what_to_install(run, monkeypatch):
-    import sys
+@pytest.mark.parametrize(
+    "number, code, message",
+    [
+        (errno.EACCES, 2, "expected a file that can be written, got: Permission denied"),
+        (errno.ENOSPC, 1, "no free disk left; free some"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "lens-json"])
+def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys, monkeypatch, kind, number, code, message):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
 
+    monkeypatch.setattr("refinelens.durable.os.fsync", fail)
+    out = tmp_path / "out"
+    assert main(["export", str(run.path), "--format", kind, "--out", str(out)]) == code
+    assert capsys.readouterr().err == f"refinelens: --out {out}: {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_needs_no_luck_with_imports(run):
+    """What it uses of pyarrow it imports, whether or not something else has."""
+    code = "import sys; from refinelens import export; sys.exit('pyarrow.compute' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_pandas_it_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match="pip install pandas"):
+    with pytest.raises(InputError, match=r"; pip install 'refinelens\[frames\]'$"):
         load_run(run.path)

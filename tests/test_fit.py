@@ -17,6 +17,7 @@ from refinelens.fit.states import States
 from refinelens.fit.statistics import Statistics
 from refinelens.fit.text import load_text, sequences
 from refinelens.lens_files import load_lens
+from refinelens.lock import LOCK
 from refinelens.logit_lens import LogitLens
 from refinelens.models import load_model
 from tiny import WORDS, tiny_gpt2, word_tokenizer
@@ -331,7 +332,7 @@ def test_out_of_memory_is_one_line(model, text, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Statistics, "empty", fail)
     assert (
-        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 2
+        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 1
     )
     printed = capsys.readouterr().err
     assert "GB of statistics beside the model, got out of memory" in printed and printed.count("\n") == 1
@@ -343,11 +344,33 @@ def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(session, "save_lens", fail)
     assert (
-        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 2
+        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 1
     )
     printed = capsys.readouterr().err
-    assert "No space left on device; the same command goes on from the last checkpoint" in printed
+    assert "no free disk left; what was written stays readable; free some; the same command goes on from the" in printed
+    assert printed.count("\n") == 1
     assert [path.name for path in (tmp_path / "l").glob("*.safetensors")] == [checkpoint.NAME]
+
+
+def test_two_fits_and_one_folder(model, text, tmp_path):
+    """Whoever comes second is told so, also where nothing is written yet; the lock goes with the fit."""
+    refused = []
+
+    def report(stage, done, total):
+        if not refused:
+            assert {path.name for path in (tmp_path / "lens").iterdir()} == {LOCK}
+            with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
+                session.fit_lens(options(model, text), str(tmp_path / "lens"), overwrite=True)
+            refused.append(stage)
+
+    session.fit_lens(options(model, text), str(tmp_path / "lens"), report=report)
+    assert refused and not (tmp_path / "lens" / LOCK).exists()
+
+
+def test_a_fit_that_cannot_begin_leaves_no_folder(model, text, tmp_path):
+    with pytest.raises(InputError, match="--text: expected builtin, tiny or a file of text"):
+        session.fit_lens(options(model, tmp_path / "nowhere.txt"), str(tmp_path / "lens"))
+    assert not (tmp_path / "lens").exists()
 
 
 def test_a_sample_is_spread_over_its_sequences(model, text, monkeypatch):

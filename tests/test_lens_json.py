@@ -78,6 +78,54 @@ def test_it_agrees_with_the_rows_of_the_run(run, tmp_path):
     assert curves["plain"] != curves["mine"]
 
 
+@pytest.fixture(scope="module")
+def first_is_left_out(tiny_model, question_file, tmp_path_factory):
+    """Runs over questions whose first answer is in every passage: with other documents it cannot be asked."""
+    folder = tmp_path_factory.mktemp("left-out")
+    lines = question_file.read_text().splitlines()
+    (folder / "task.jsonl").write_text("\n".join([lines[0].replace("red", "door"), *lines[1:]]))
+    command = ["sweep", "--model", tiny_model, "--task", folder / "task.jsonl", "--device", "cpu", "--documents"]
+
+    def sweep(documents):
+        path = folder / documents
+        if not path.exists():
+            assert main([*map(str, command), documents, "--out", str(path)]) == 0
+        return open_run(path)
+
+    return sweep
+
+
+@pytest.mark.parametrize(
+    "documents, options, shown",
+    [
+        ("2,3", [], "question 1, 2 documents, gold position 0,"),
+        ("closed-book,oracle,2,3", [], "question 1, 2 documents, gold position 0,"),
+        ("closed-book,oracle,2,3", ["--documents", "3", "--gold-position", "2"], "question 1, 3 documents, gold posit"),
+        ("closed-book,oracle,2,3", ["--question", "0"], "question 0, oracle, gold position 0,"),
+        ("closed-book,oracle,2,3", ["--documents", "0"], "question 0, closed-book,"),
+        ("closed-book,oracle", [], "question 0, oracle, gold position 0,"),
+        ("closed-book", [], "question 0, closed-book,"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_what_is_shown_unless_told_otherwise(first_is_left_out, tmp_path, capsys, documents, options, shown):
+    """The fewest documents among which the gold one may move, and the first question that could be asked so."""
+    run = first_is_left_out(documents)
+    capsys.readouterr()
+    exported(run, tmp_path / "widget.json", *options)
+    assert f": {shown}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_question_that_was_left_out_is_refused(first_is_left_out, tmp_path, capsys):
+    path = str(first_is_left_out("closed-book,oracle,2,3").path)
+    options = ["--question", "0", "--documents", "3"]
+    capsys.readouterr()
+    assert main(["export", path, "--format", "lens-json", "--out", str(tmp_path / "x.json"), *options]) == 2
+    message = "--question: expected one that the run could ask with 3 documents, got question 0, which was left out\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
 def test_texts_that_two_tokens_share_are_told_apart():
     texts = {1: "a", 2: "\ufffd", 3: "\ufffd"}
     assert _names([1, 2, 3], texts.get) == {1: "a", 2: "\ufffd #2", 3: "\ufffd #3"}

@@ -8,23 +8,27 @@ import pytest
 
 from tiny import save_tiny_model
 
-OP = """
-import resource, sys, torch, refinelens
+RESIDENT = """
+import resource, sys
+def resident():  # the largest resident set so far, kB; macOS counts it in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+"""
+
+OP = f"""{RESIDENT}
+import torch, refinelens
 hidden, unembedding = torch.randn(4096, 16), torch.randn(50257, 16)
 refinelens.fused_lens(hidden[:4], unembedding, targets=5, backend=sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = resident()
 refinelens.fused_lens(hidden, unembedding, targets=5, backend=sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(resident() - before)
 """
 
 # Every sweep in turn, [folder, questions per part, options]: the peak of the resident set and that of objects and
 # tables, kB, when an eighth of the questions is asked and when all are; and of the resident set at the end.
-SWEEPS = """
-import json, resource, sys, tracemalloc
+SWEEPS = f"""{RESIDENT}
+import json, tracemalloc
 import pyarrow
 from refinelens import sweep
-def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def report(progress):
     global tables
     tables = max(tables, pyarrow.total_allocated_bytes())

@@ -17,7 +17,7 @@ import pytest
 from faults import at_step, quick_figures, wait_for
 from refinelens.cli import main
 from refinelens.lock import LOCK
-from refinelens.results import DERIVED, MANIFEST, open_run, parts_of
+from refinelens.results import DERIVED, LAYERS, MANIFEST, open_run, parts_of
 from tiny import save_tiny_lens, save_tiny_model
 
 KILLS = 20
@@ -93,6 +93,21 @@ def assert_lacks_nothing(path, whole):
     assert ours == names
 
 
+def write_analysis(folder, run_id):
+    """Files as `refinelens layers` leaves them, not all of them; returns them."""
+    manifest = {"schema_version": 1, "run_id": run_id, "status": "finished", "lens": "plain", "seconds": 0}
+    manifest |= {"arguments": {"interventions": [], "at": "all"}, "resumed": [], "questions": [0], "parts": []}
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts" / "part-00000.parquet").touch()
+    (folder / "layers.csv").write_text("layer")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return files_in(folder)
+
+
+def files_in(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+
+
 def one_line(error):
     assert error.startswith("refinelens: ") and error.count("\n") == 1, error
     return error
@@ -131,6 +146,7 @@ def test_killed_before_every_step_on_the_disk(forge, sweep, tmp_path, overwrite,
     for out, seed in ((old, "1"), (whole, "0")):
         assert forge.run(*small, "--seed", seed, "--out", out, log=log, part=1, figures=False) == 0
     old, whole = open_run(old), open_run(whole)
+    analysis = write_analysis(old.path / LAYERS, old.manifest["run_id"])
     for step in range(1, last + 1):
         command = [*small, "--out", path]
         if overwrite:
@@ -138,12 +154,15 @@ def test_killed_before_every_step_on_the_disk(forge, sweep, tmp_path, overwrite,
             command.append("--overwrite")
         status = forge.run(*command, log=log, part=2, kill_at_step=step, figures=False)
         if status == 0:
+            assert not (path / LAYERS).exists()
             break
         assert status == -signal.SIGKILL, log.read_text()
         if overwrite and open_run(path).manifest["run_id"] == old.manifest["run_id"]:
             assert rows_of(open_run(path)) == rows_of(old)
+            assert files_in(path / LAYERS) == analysis
         elif (path / MANIFEST).exists():
             assert forge.run("sweep", "--resume", path, log=log, figures=False) == 0, log.read_text()
+            assert not (path / LAYERS).exists()
             assert rows_of(open_run(path)) == rows_of(whole)
             assert open_run(path).manifest["counts"] == whole.manifest["counts"]
             hidden = {name for name in os.listdir(path) + os.listdir(path / "predictions") if name[0] == "."}
@@ -266,7 +285,7 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
         patch.setattr(Predictor, "rows", fill)
         assert main([*sweep, "--out", str(path)]) == 1
     line = one_line(capsys.readouterr().err)
-    assert "no free disk left; parts that were written stay readable; free some; refinelens sweep --resume" in line
+    assert "no free disk left; what was written stays readable; free some; refinelens sweep --resume" in line
     assert not list(path.rglob("*.tmp"))
     assert rows_of(open_run(path)) == rows_of(whole[0])[: len(rows_of(open_run(path)))]
     ballast.unlink()
@@ -301,12 +320,19 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     assert step > 20
 
 
-def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick):
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RuntimeError("a fault in\na driver"), "RuntimeError: a fault in a driver"),
+        (OSError(errno.EMFILE, "Too many open files"), "OSError: [Errno 24] Too many open files"),
+    ],
+)
+def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick, error, words):
     from refinelens.predict import Predictor
 
     def fault(self, question):
         if question.id == 9:
-            raise RuntimeError("a fault in\na driver")
+            raise error
         return rows(self, question)
 
     rows, path = Predictor.rows, tmp_path / "run"
@@ -314,7 +340,7 @@ def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch,
         patch.setattr(Predictor, "rows", fault)
         assert main([*sweep, "--out", str(path)]) == 1
     line = one_line(capsys.readouterr().err)
-    assert f"question 9: RuntimeError: a fault in a driver; refinelens sweep --resume {path} goes on" in line
+    assert f"refinelens: question 9: {words}; refinelens sweep --resume {path} goes on" in line
     assert open_run(path).manifest["counts"]["done"] == 9
     assert main(["sweep", "--resume", str(path)]) == 0
     assert_lacks_nothing(path, whole[0])

@@ -5,17 +5,20 @@ from functools import partial
 import numpy as np
 import pytest
 
+import refinelens
 from refinelens.errors import InputError
+from refinelens.options import SweepOptions
 from refinelens.rank_agreement import kendall_tau_b, spearman, top_k_overlap
 from refinelens.results import KEYS, Run
 from refinelens.run_agreement import compare_runs, paired_ranks
+from refinelens.sweep import run_sweep
 from tiny import write_part
 
 N_POINTS = 4  # layers of the runs, the embedding output included
 
 
-def make_run(folder, ranks, task="0" * 64, part_size=5, **arguments):
-    """A run with these target ranks by question, every one at two gold positions."""
+def make_run(folder, ranks, task="0" * 64, part_size=5, text="{documents} {question}", **arguments):
+    """A run with these target ranks by question, every one at two gold positions; ``text`` is its template."""
     run = Run(folder)
     run.parts_path.mkdir(parents=True)
     other_keys = {name: 0 for name, _ in KEYS} | {"lens": "plain"}
@@ -25,7 +28,8 @@ def make_run(folder, ranks, task="0" * 64, part_size=5, **arguments):
         for p in (0, 1)
     ]
     parts = [write_part(run, i, rows[i : i + part_size]) for i in range(0, len(rows), part_size)]
-    run.write_manifest({"task": {"name": "test", "sha256": task}, "arguments": arguments, "parts": parts})
+    manifest = {"task": {"name": "test", "sha256": task}, "arguments": arguments, "template": text, "parts": parts}
+    run.write_manifest(manifest)
     return run
 
 
@@ -71,10 +75,31 @@ def test_refusals(tmp_path):
         assert "\n" not in str(caught.value) and str(other.path) in str(caught.value)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"target": "prediction"}, {"template": "own.txt"}])
-def test_runs_that_ask_different_things_are_refused(tmp_path, changed):
-    same = {"seed": 0, "target": "answer", "template": None}
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"seed": 1}, "--seed, got 0 and 1: their rows"),
+        ({"target": "prediction"}, "--target, got answer and prediction: their rows"),
+        ({"text": "{question} {documents}"}, r"--template, got own.txt \([0-9a-f]{8}\) and own.txt \([0-9a-f]{8}\): "),
+    ],
+)
+def test_runs_that_ask_different_things_are_refused(tmp_path, changed, message):
+    same = {"seed": 0, "target": "answer", "template": "own.txt"}
     ranks = random_ranks(range(4), 0)
     run, other = make_run(tmp_path / "a", ranks, **same), make_run(tmp_path / "b", ranks, **same | changed)
-    with pytest.raises(InputError, match=f"expected runs with the same --{next(iter(changed))}, got"):
+    with pytest.raises(InputError, match=f"expected runs with the same {message}"):
         paired_ranks(run, other)
+
+
+def test_one_template_may_stand_in_two_files(tmp_path):
+    ranks = random_ranks(range(4), 0)
+    runs = [make_run(tmp_path / name, ranks, template=f"{name}/own.txt") for name in "ab"]
+    assert compare_runs(*runs).rows == 8
+
+
+def test_folders_are_opened(tiny_model, question_file, tmp_path, quick):
+    options = SweepOptions(str(tiny_model), str(question_file), documents=(2,), examples=3, device="cpu")
+    path = run_sweep(options, tmp_path / "run").path
+    assert refinelens.compare_runs(path, str(path)).layers.tolist() == [1] * N_POINTS
+    with pytest.raises(InputError, match="expected a run folder with manifest.json, got none"):
+        refinelens.compare_runs(path, tmp_path)

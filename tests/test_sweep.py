@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens import output, results
 from refinelens.errors import FaultError, InputError
-from refinelens.lock import LOCK
+from refinelens.layers.options import LayerOptions
+from refinelens.layers.session import run_layers
+from refinelens.lock import LOCK, RunLock
 from refinelens.options import SweepOptions
 from refinelens.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.results import PREDICTIONS, open_run
 from refinelens.summary import summarise
-from refinelens.sweep import SweepInterrupted, run_sweep
+from refinelens.sweep import SweepInterrupted, resume_sweep, run_sweep
 from refinelens.task import DistractorSource, load_task
 from refinelens.trajectory_table import choose_tokens, read_trajectories
 from tiny import save_tiny_lens, save_tiny_model
@@ -338,7 +340,7 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
         return write_table(table, where, **kwargs)
 
     monkeypatch.setattr(results.pq, "write_table", full)
-    with pytest.raises(FaultError, match="no free disk left; parts that were written stay readable; .* sweep --resume"):
+    with pytest.raises(FaultError, match="no free disk left; what was written stays readable; .* sweep --resume"):
         run_sweep(options, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
@@ -484,6 +486,48 @@ def test_overwrite_replaces_a_run(options, tmp_path):
     assert len({r["question_id"] for r in predictions(run)}) == 1
 
 
+def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
+    """And nothing else: no file that an analysis does not have, none of another program, none that somebody writes."""
+    run = run_sweep(replace(options, examples=2), tmp_path / "run")
+    layers = run.path / "layers"
+
+    def overwritten():
+        return run_sweep(replace(options, examples=2), run.path, overwrite=True)
+
+    run_layers(run.path, LayerOptions(()))
+    (layers / "notes.txt").write_text("precious")
+    before = {file.name for file in layers.iterdir()}
+    run = overwritten()
+    assert {file.name for file in layers.iterdir()} == before
+    (layers / "notes.txt").unlink()
+    with RunLock(layers):
+        run = overwritten()
+    assert {file.name for file in layers.iterdir()} == before - {"notes.txt"}
+    run = overwritten()
+    assert not layers.exists()
+    layers.mkdir()
+    (layers / "manifest.json").write_text('{"name": "an app"}')
+    run = overwritten()
+    assert (layers / "manifest.json").exists()
+    (layers / "manifest.json").unlink()
+    run_layers(run.path, LayerOptions(()))
+    (layers / "parts").mkdir()
+    (layers / "parts" / "notes.txt").write_text("precious")
+    run = overwritten()
+    assert [file.name for file in layers.iterdir()] == ["parts"], "the analysis goes, the notes stay"
+    assert (layers / "parts" / "notes.txt").read_text() == "precious"
+
+
+def test_a_resume_keeps_the_analysis(options, tmp_path):
+    """Also where all of the run's parts were damaged."""
+    run = run_sweep(replace(options, examples=2), tmp_path / "run")
+    run_layers(run.path, LayerOptions(()))
+    before = {file: file.read_bytes() for file in (run.path / "layers").iterdir()}
+    run.part_path(0).unlink()
+    assert resume_sweep(run.path).manifest["status"] == "finished"
+    assert {file: file.read_bytes() for file in (run.path / "layers").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -497,6 +541,7 @@ def test_overwrite_replaces_a_run(options, tmp_path):
         ({"target": "gold"}, "--target: expected answer, prediction, got 'gold'"),
         ({"positions": "last"}, "--positions: expected answer, all, got 'last'"),
         ({"answer_tokens": "last"}, "--answer-tokens: expected first, all, got 'last'"),
+        ({"dtype": "float64"}, "--dtype: expected auto, float32, float16, bfloat16, got 'float64'"),
     ],
 )
 def test_bad_options(options, change, message):

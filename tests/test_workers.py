@@ -1,22 +1,26 @@
 """Several processes ask one sweep's questions: the same run, whatever befalls them."""
 
+import errno
 import os
 import re
 import shutil
 import signal
-import time
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from faults import errors_in, wait_for
 from refinelens.cli import main
-from refinelens.errors import InputError
+from refinelens.errors import FaultError, InputError
 from refinelens.options import SweepOptions
+from refinelens.processes import PACKAGE_ROOT, module_path
 from refinelens.results import open_run
 from refinelens.resume import Terms
-from refinelens.workers import Workers, check_workers
+from refinelens.workers import Workers, _Worker, check_workers
 
+HAS_PROC = Path("/proc/self/stat").exists()
 FAULT_FREE = {"part": 4, "figures": False}
 
 
@@ -125,6 +129,33 @@ def test_an_exception_in_a_worker(forge, by_workers, finish, tmp_path):
     finish()
 
 
+def test_no_room_for_a_process(sweep, tmp_path, capfd, monkeypatch):
+    """What is said is about processes, not about the disk, and the one that was started ends."""
+    ended = []
+    first = SimpleNamespace(pid=0, kill=lambda: ended.append(first), wait=lambda: -signal.SIGKILL)
+    answers = iter([first, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")])
+
+    def start(environment, descriptor):
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("refinelens.workers.start_process", start)
+    assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 1
+    said = "--workers 3: expected 3 processes, could not start number 2: Resource temporarily unavailable; use fewer"
+    assert capfd.readouterr().err == f"refinelens: {said}\n"
+    assert ended == [first] and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_a_worker_cannot_use():
+    """It is said to be the worker's, not one of the run's."""
+    ours, theirs = Pipe()
+    theirs.send(OSError(errno.EMFILE, "Too many open files"))
+    with pytest.raises(FaultError, match=r"^worker 7: OSError: \[Errno 24\] Too many open files$"):
+        _Worker(SimpleNamespace(pid=7), ours).receive()
+
+
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_every_question_finish(forge, by_workers, finish, tmp_path, signum, code):
     """Two are asked when it comes, to the workers too; both are there afterwards, and no worker is."""
@@ -133,7 +164,7 @@ def test_a_signal_lets_every_question_finish(forge, by_workers, finish, tmp_path
     workers = pids_in(faults)
     for each in (*workers, pid):
         os.kill(each, signum)
-    time.sleep(0.1)
+    wait_for((tmp_path / "log.heard").exists)
     for i in (8, 9):
         (faults / f"hold-{i}").unlink()
     assert forge.wait(pid) == code
@@ -143,6 +174,7 @@ def test_a_signal_lets_every_question_finish(forge, by_workers, finish, tmp_path
     finish()
 
 
+@pytest.mark.skipif(not HAS_PROC, reason="the system does not say whether a process runs")
 def test_workers_do_not_outlive_a_killed_sweep(forge, by_workers, finish, tmp_path):
     pid, _, faults = by_workers(2, "hold-9")
     wait_for(lambda: (faults / "holds-9").exists() and open_run(tmp_path / "run").manifest["parts"])
@@ -171,7 +203,7 @@ def pids_in(folder):
 
 
 def is_alive(pid):
-    """Whether a process runs, a zombie not counted."""
+    """Whether a process runs, a zombie not counted; on a system without /proc no process does."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -191,6 +223,27 @@ def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("cuda", 3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("cuda", 2)] == ["3", "GPU-5a"]
+
+
+def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
+    """Started from a folder whose modules have names of the standard library, a real one answers."""
+    for name in ("tempfile", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
+    monkeypatch.chdir(tmp_path)
+    workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": "cpu"}}), 1, pytest.fail)
+    worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor terms", None, None))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        worker.receive()
+    assert worker.process.wait() == 0
+    worker.end()
+
+
+def test_a_process_imports_this_package(monkeypatch):
+    """Wherever it was found: on the path, or by the current folder or an import hook."""
+    monkeypatch.setattr("sys.path", ["", "/first", PACKAGE_ROOT, "/last"])
+    assert module_path() == {"PYTHONPATH": os.pathsep.join(["/first", PACKAGE_ROOT, "/last"])}
+    monkeypatch.setattr("sys.path", ["", "/first"])
+    assert module_path() == {"PYTHONPATH": os.pathsep.join([PACKAGE_ROOT, "/first"])}
 
 
 @pytest.mark.parametrize("count", [0, -1])

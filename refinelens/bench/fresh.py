@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ..processes import module_command, module_path
 from .competitors import COMPETITORS
 from .memory import peak_growth
 from .problem import Problem
 
-PACKAGE_ROOT = Path(__file__).parents[2]
 MINUTES = 10  # after which a process is given up
 
 
@@ -33,10 +33,8 @@ def extra_memory(problem_file: Path, competitor: str, rows: int, threads: int) -
     Raises:
         DoesNotRun: The process failed, was killed or took longer than ``MINUTES``.
     """
-    # -P and the path: the same refinelens as here, whatever the working folder holds.
-    command = [sys.executable, "-P", "-m", __name__, str(problem_file), competitor, str(rows), str(threads)]
-    path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
+    command = module_command(__name__, problem_file, competitor, rows, threads)
+    environment = os.environ | module_path() | {"OMP_WAIT_POLICY": "passive"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60 * MINUTES)
     except subprocess.TimeoutExpired:

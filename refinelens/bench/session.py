@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..backends import instruction_set
-from ..manifest import device_name
+from ..manifest import device_name, package_version
 from .competitors import NAIVE, Competitor, choose
 from .fresh import DoesNotRun, extra_memory
 from .memory import available_memory, can_measure_growth, peak_growth_cuda
@@ -223,7 +222,7 @@ class Session:
 def _versions(device: str) -> dict[str, str]:
     found = {"refinelens": __version__, "torch": torch.__version__, "Python": platform.python_version()}
     if device == "cuda" and importlib.util.find_spec("triton"):
-        found["Triton"] = version("triton")
+        found["Triton"] = package_version("triton") or "of a package of another name"
     return found
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..errors import InputError
+from ..durable import disk_error
+from ..errors import FaultError, InputError
 from ..lens_files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
+from ..lock import RunLock
 from ..logit_lens import LogitLens
 from ..manifest import now, packages
 from ..models import LoadedModel, is_out_of_memory, load_model
@@ -62,49 +64,64 @@ def fit_lens(
         report: Called with a stage, and how much of it is done.
 
     Raises:
-        InputError: Input that does not fit, or no free disk.
+        InputError: Input that does not fit, or another process that writes to the folder.
+        FaultError: No free disk or no memory; the same call goes on from the last checkpoint.
     """
     folder = Path(out)
-    _check_folder(out, folder, overwrite)
-    text = load_text(options.text)
-    loaded = load_model(options.model, options.device, options.dtype)
-    logit_lens = LogitLens.from_model(loaded.model)
-    check_disk(out, 2 * _statistics_bytes(logit_lens))
+    _check_folder(out, folder)
+    with RunLock(folder):
+        if (folder / MANIFEST).exists() and not overwrite:
+            raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
+        text = load_text(options.text)
+        loaded = load_model(options.model, options.device, options.dtype)
+        logit_lens = LogitLens.from_model(loaded.model)
+        check_disk(out, 2 * _statistics_bytes(logit_lens))
+        try:
+            return Fitted(folder, _fit(options, folder, overwrite, argv, text, loaded, logit_lens, report))
+        except OSError as error:
+            fault = disk_error(out, error)
+            raise type(fault)(f"{fault}; the same command goes on from the last checkpoint") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise FaultError(
+                f"--model {options.model}: expected memory for {_statistics_bytes(logit_lens) / 1e9:.1f} GB of "
+                "statistics beside the model, got out of memory; use a larger machine or a smaller model"
+            ) from None
+
+
+def _fit(
+    options: FitOptions,
+    folder: Path,
+    overwrite: bool,
+    argv: list[str] | None,
+    text: Text,
+    loaded: LoadedModel,
+    logit_lens: LogitLens,
+    report: Progress,
+) -> dict:
+    """Fit and write everything; the manifest."""
     started = time.monotonic()
     states = States(options, text, loaded, logit_lens)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        gathered = _gather(folder, _identity(options, text.sha256, loaded), overwrite, states, logit_lens, report)
-        lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
-        quality = measure(logit_lens, _told(states, states.split.report, report), {"plain": None, **lenses})
-        manifest = {
-            **_manifest(options, argv, text, loaded, logit_lens),
-            "tokens": {
-                "fit": states.split.tokens(states.split.fit),
-                "choose": states.split.tokens(states.split.choose),
-                "report": quality["plain"].tokens,
-            },
-            "ridge": strengths,
-            "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_csv(folder, manifest)
-        draw_figure(folder, manifest)
-        manifest = save_lens(folder, lenses[options.objective], manifest)
-        (folder / checkpoint.NAME).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: expected a folder that can be written, got: {error.strerror or error}; the same command "
-            "goes on from the last checkpoint"
-        ) from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"--model {options.model}: expected memory for {_statistics_bytes(logit_lens) / 1e9:.1f} GB of statistics "
-            "beside the model, got out of memory; use a larger machine or a smaller model"
-        ) from None
-    return Fitted(folder, manifest)
+    gathered = _gather(folder, _identity(options, text.sha256, loaded), overwrite, states, logit_lens, report)
+    lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
+    quality = measure(logit_lens, _told(states, states.split.report, report), {"plain": None, **lenses})
+    manifest = {
+        **_manifest(options, argv, text, loaded, logit_lens),
+        "tokens": {
+            "fit": states.split.tokens(states.split.fit),
+            "choose": states.split.tokens(states.split.choose),
+            "report": quality["plain"].tokens,
+        },
+        "ridge": strengths,
+        "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_csv(folder, manifest)
+    draw_figure(folder, manifest)
+    manifest = save_lens(folder, lenses[options.objective], manifest)
+    (folder / checkpoint.NAME).unlink(missing_ok=True)
+    return manifest
 
 
 def _manifest(
@@ -219,7 +236,8 @@ def _statistics_bytes(logit_lens: LogitLens) -> int:
     return 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2
 
 
-def _check_folder(out: str, folder: Path, overwrite: bool) -> None:
+def _check_folder(out: str, folder: Path) -> None:
+    """Refuse a folder that no lens can have, or that holds anything that is not a lens's."""
     if folder.resolve().name in ("", PLAIN) or "," in folder.name or not out.strip():
         raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -227,5 +245,3 @@ def _check_folder(out: str, folder: Path, overwrite: bool) -> None:
     if foreign or (folder.exists() and not folder.is_dir()):
         got = f"other files, such as {foreign[0]}" if foreign else "a file"
         raise InputError(f"--out {folder}: expected a new folder or that of a lens, got {got}")
-    if MANIFEST in names and not overwrite:
-        raise InputError(f"--out {folder}: expected a new folder, got a lens; choose another or pass --overwrite")

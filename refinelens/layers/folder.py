@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ..durable import temporary_of, write_whole
 from ..errors import InputError
 from ..files import check_shape, read_json_object, sha256_of
-from ..lock import LOCK
+from ..lock import LOCK, RunLock
 from .schema import LAYER_ROWS
 
 SCHEMA_VERSION = 1
@@ -64,8 +64,7 @@ class LayersFolder:
         if not (self.path / MANIFEST).exists():
             return None
         try:
-            manifest = read_json_object(self.path / MANIFEST)
-            check_shape(manifest, SHAPE, MANIFEST)
+            manifest = self._read()
         except (InputError, OSError) as error:
             raise InputError(f"{self.path}: {error}; --overwrite makes the analysis again") from None
         if manifest["schema_version"] != SCHEMA_VERSION:
@@ -73,6 +72,11 @@ class LayersFolder:
                 f"{self.path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}; --overwrite "
                 "makes the analysis again"
             )
+        return manifest
+
+    def _read(self) -> dict:
+        manifest = read_json_object(self.path / MANIFEST)
+        check_shape(manifest, SHAPE, MANIFEST)
         return manifest
 
     def write_manifest(self, manifest: dict) -> None:
@@ -110,13 +114,40 @@ class LayersFolder:
 
     def clear(self) -> None:
         """Remove all that an analysis wrote, the manifest first."""
-        for name in (MANIFEST, MEANS, ROWS, *TABLES, FIGURE):
-            (self.path / name).unlink(missing_ok=True)
-            temporary_of(self.path / name).unlink(missing_ok=True)
+        self._remove(MANIFEST)
+        self._clear_results()
+
+    def clear_unless_of(self, run_id: str) -> None:
+        """Remove an analysis of another run with its folder, the manifest last: what is left by a kill can be told.
+
+        What is no analysis stays as it is, and so does one that another process writes.
+        """
+        if self._is_of_another_run(run_id):
+            with suppress(InputError), RunLock(self.path):
+                self._clear_results()
+                self._remove(MANIFEST)
+            with suppress(OSError):  # something is left in it
+                self.path.rmdir()
+
+    def _is_of_another_run(self, run_id: str) -> bool:
+        """Whether it is an analysis of another run, or the last that is left of one."""
+        try:
+            self.check_foreign()
+            return {path.name for path in self.path.iterdir()} <= {LOCK} or self._read()["run_id"] != run_id
+        except (InputError, OSError):
+            return False
+
+    def _clear_results(self) -> None:
+        self._remove(MEANS, ROWS, *TABLES, FIGURE)
         for path in [*(self.path / PARTS).glob("part-*.parquet"), *(self.path / PARTS).glob(".part-*.tmp")]:
             path.unlink()
         with suppress(OSError):  # there is none
             (self.path / PARTS).rmdir()
+
+    def _remove(self, *names: str) -> None:
+        for path in (self.path / name for name in names):
+            path.unlink(missing_ok=True)
+            temporary_of(path).unlink(missing_ok=True)
 
     def check_foreign(self) -> None:
         """Refuse a folder that holds anything that is not an analysis's.
