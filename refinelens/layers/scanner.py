@@ -89,7 +89,7 @@ class Scanner:
             if PATCH in self._options.interventions:
                 tables += self._patch(answered)
             return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
-        except (InputError, FaultError, OSError):
+        except (InputError, FaultError):
             raise
         except Exception as error:
             raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
