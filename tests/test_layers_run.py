@@ -254,7 +254,7 @@ def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
         with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
             run_layers(run.path, LayerOptions())
         killed_in(patch, "_ablate", 2, lambda: open("/nowhere/weights"))
-        with pytest.raises(FaultError, match="question 0: FileNotFoundError: .*; the same command without --overwrite goes on with what"):
+        with pytest.raises(FaultError, match="question 0: FileNotFoundError: .*; the same command without --overwrite"):
             run_layers(run.path, LayerOptions(), overwrite=True)
     folder, _ = run_layers(run.path, LayerOptions())
     assert rows_of(folder).equals(rows_of(finished[0]))
