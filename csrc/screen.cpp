@@ -45,6 +45,14 @@ struct RangeResult {
   }
 };
 
+// Around calls of multiply() on one thread.
+struct Multiplying {
+  const ScreenKernels& kernels;
+
+  explicit Multiplying(const ScreenKernels& kernels_) : kernels(kernels_) { kernels.enter(); }
+  ~Multiplying() { kernels.leave(); }
+};
+
 struct Screen {
   const ScreenIndex& index;
   const HiddenRows& rows;
@@ -73,7 +81,7 @@ struct Screen {
     const int64_t block = std::max<int64_t>(1, kBlockBytes / tile_bytes);
     const int64_t last = std::min(index.tiles(), (range + 1) * kRangeTiles);
     result.allocate(rows);
-    kernels.enter();
+    const Multiplying multiplying(kernels);
     for (int64_t first = range * kRangeTiles; first < last; first += block)
       for (int64_t panel = 0; panel < rows.panels(); ++panel) {
         const ScreenRows hidden = rows.panel(panel);
@@ -85,7 +93,6 @@ struct Screen {
           result.candidates.insert(result.candidates.end(), found.begin(), found.begin() + count);
         }
       }
-    kernels.leave();
   }
 };
 
