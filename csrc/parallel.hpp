@@ -18,7 +18,7 @@ inline int worth_starting(double flops, int n_threads) {
   return static_cast<int>(std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(std::max(n_threads, 1))));
 }
 
-// Whether there is memory for exceptions of this thread. The first one takes a little, and without it the C library ends
+// Whether there is memory for exceptions of this thread. The first one takes a little, without which the C library ends
 // the process; so it is taken here, ahead of all others.
 inline bool may_throw() {
   constexpr size_t kAtLeast = 1024;

@@ -71,10 +71,7 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
                      const CertifiedStats& stats) {
   auto& candidates = screened.candidates;
   // Ranges list what reached their own maximum; here only what reaches that of all counts.
-  const auto too_low = [&](const Candidate& c) {
-    const double window = std::max<double>(c.bound, kHeavyNats / problem.scale);
-    return !c.near_target && c.z + window < screened.reached;
-  };
+  const auto too_low = [&](const Candidate& c) { return is_too_low(problem, c, screened.reached); };
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(), too_low), candidates.end());
   if (candidates.empty()) return false;
   const int64_t count = static_cast<int64_t>(candidates.size());

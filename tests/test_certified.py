@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -328,6 +329,11 @@ def test_opcheck():
     bare = (hidden, unembedding, "none", None, None, 0.0, 0.0, None, None, None, 1.0, "auto")
     for arguments in (full, bare):
         assert set(torch.library.opcheck(op, (*arguments, "certified")).values()) == {"SUCCESS"}
+
+
+def test_more_tokens_than_are_counted_are_refused():
+    with pytest.raises(ValueError, match=r"expected 1 to 2\^31 - 1 tokens.*got \(2147483648, 1\)"):
+        _C.ScreenIndex(numpy.broadcast_to(numpy.float32(0), (2**31, 1)), 1)
 
 
 def test_where_it_cannot_run_it_is_refused(monkeypatch):
