@@ -104,6 +104,15 @@ def test_equal_to_fp64(screen, dtype, norm_name, with_bias, softcap, scale):
     assert (out.entropy - exact.entropy).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e6, 1e30])
+def test_a_cap_of_any_size_is_screened(screen, softcap):
+    hidden, unembedding, targets, _ = make()
+    out = fused_lens_certified(hidden, unembedding, None, targets, softcap=softcap)
+    exact = assert_certified(out, hidden, unembedding, None, targets, softcap=softcap)
+    assert torch.equal(out.argmax, exact.argmax) and torch.equal(out.target_rank, exact.target_rank)
+    assert not out.fell_back.any() and out.logsumexp_bound.max() < 0.02
+
+
 # One of everything; one more than a step of K, than a tile of 96 tokens, than a panel of 32 rows; one more than a
 # range of 32 tiles; an odd number that is none of these.
 @pytest.mark.parametrize(
@@ -172,7 +181,7 @@ def test_no_input_breaks_exactness_or_the_bound(problem, scale, isa):
     spread=st.sampled_from([0.0, 1.0, 6.0]),
     giant=st.sampled_from([1.0, 1e3, 1e7]),
     offset=st.sampled_from([0.0, 100.0]),
-    softcap=st.sampled_from([None, 2.0, 30.0]),
+    softcap=st.sampled_from([None, 2.0, 30.0, 1e4]),
     isa=st.sampled_from(list(SCREENS.values())),
 )
 def test_the_bound_holds_for_heavy_tails(seed, d_model, spread, giant, offset, softcap, isa):
