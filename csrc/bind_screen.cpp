@@ -1,6 +1,8 @@
 // Python bindings of the certified lens: shapes and dtypes are checked here.
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -15,8 +17,9 @@ namespace {
 
 Matrix as_weights(const py::array& unembedding) {
   const Matrix weights = as_matrix(unembedding, "unembedding");
-  if (weights.rows == 0 || weights.columns == 0 || weights.column_stride != 1)
-    throw py::value_error("unembedding: expected at least one token and one dimension, and rows without gaps, got " +
+  if (weights.rows == 0 || weights.rows > std::numeric_limits<int32_t>::max() || weights.columns == 0 ||
+      weights.column_stride != 1)
+    throw py::value_error("unembedding: expected 1 to 2^31 - 1 tokens, any dimensions, and rows without gaps, got " +
                           shape_text(unembedding));
   return weights;
 }
@@ -33,8 +36,9 @@ py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array
                bool exhaustive, int n_threads) {
   const Matrix weights = as_weights(unembedding);
   if (weights.rows != index.tokens() || weights.columns != index.depth() || x.ndim() != 2 ||
-      x.shape(1) != index.depth())
-    throw py::value_error("x and unembedding: expected the d_model and the unembedding of the index, got " +
+      x.shape(1) != index.depth() || x.shape(0) > std::numeric_limits<uint32_t>::max())
+    throw py::value_error("x and unembedding: expected the d_model and the unembedding of the index, and fewer than "
+                          "2^32 rows, got " +
                           shape_text(x) + " and " + shape_text(unembedding));
   const py::ssize_t rows = x.shape(0);
   if (targets) check_targets(*targets, rows, index.tokens());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "dispatch.hpp"
@@ -24,7 +25,8 @@ struct RangeResult {
   Aligned<float> reached, peak;
   Aligned<double> total, weighted, uncertain;
   Aligned<int32_t> above, listed;
-  std::vector<Candidate> candidates;
+  std::vector<Candidate> candidates;  // once sorted, by row, and a row's in the order of tokens
+  std::vector<int64_t> first;         // [rows + 1], of each row in the sorted candidates
 
   void allocate(const HiddenRows& rows) {
     const int64_t n = rows.padded();
@@ -43,17 +45,59 @@ struct RangeResult {
     return {reached.get() + row,   peak.get() + row,  total.get() + row, weighted.get() + row,
             uncertain.get() + row, above.get() + row, listed.get() + row};
   }
+
+  // Whether a row has its list; if not, it is not screened, and needs none of its candidates.
+  bool has_list(int64_t row) const { return listed[row] <= kMaxListed; }
+
+  // Before the candidates grow, those that nothing needs go.
+  void add(const CertifiedProblem& problem, const Candidate* found, int64_t count) {
+    if (candidates.size() + count > candidates.capacity()) {
+      drop_useless(problem);
+      candidates.reserve(2 * (candidates.size() + count));
+    }
+    candidates.insert(candidates.end(), found, found + count);
+  }
+
+  void sort(const CertifiedProblem& problem) {
+    drop_useless(problem);
+    first.assign(problem.rows + 1, 0);
+    for (const Candidate& c : candidates) ++first[c.row + 1];
+    for (int64_t row = 0; row < problem.rows; ++row) first[row + 1] += first[row];
+    std::vector<Candidate> sorted(candidates.size());
+    std::vector<int64_t> at(first.begin(), first.end() - 1);
+    for (const Candidate& c : candidates) sorted[at[c.row]++] = c;
+    candidates = std::move(sorted);
+  }
+
+ private:
+  // What is known to be reached only grows: what is too low now stays so.
+  void drop_useless(const CertifiedProblem& problem) {
+    const auto useless = [&](const Candidate& c) {
+      return !has_list(c.row) || is_too_low(problem, c, reached[c.row]);
+    };
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), useless), candidates.end());
+  }
+};
+
+// Around calls of multiply() on one thread.
+struct Multiplying {
+  const ScreenKernels& kernels;
+
+  explicit Multiplying(const ScreenKernels& kernels_) : kernels(kernels_) { kernels.enter(); }
+  ~Multiplying() { kernels.leave(); }
 };
 
 struct Screen {
   const ScreenIndex& index;
   const HiddenRows& rows;
+  const CertifiedProblem& problem;
   const LogitMap map;
   std::vector<float> offsets, bounds;
 
-  Screen(const ScreenIndex& index_, const HiddenRows& rows_, const CertifiedProblem& problem)
+  Screen(const ScreenIndex& index_, const HiddenRows& rows_, const CertifiedProblem& problem_)
       : index(index_),
         rows(rows_),
+        problem(problem_),
         map{static_cast<float>(problem.scale), static_cast<float>(problem.softcap)},
         offsets(index.tiles() * kTileTokens, -kInfinity),
         bounds(index.bound_terms(problem.bias)) {
@@ -73,7 +117,7 @@ struct Screen {
     const int64_t block = std::max<int64_t>(1, kBlockBytes / tile_bytes);
     const int64_t last = std::min(index.tiles(), (range + 1) * kRangeTiles);
     result.allocate(rows);
-    kernels.enter();
+    const Multiplying multiplying(kernels);
     for (int64_t first = range * kRangeTiles; first < last; first += block)
       for (int64_t panel = 0; panel < rows.panels(); ++panel) {
         const ScreenRows hidden = rows.panel(panel);
@@ -82,39 +126,25 @@ struct Screen {
           const ScreenTile tile = index.tile(i, offsets.data(), bounds.data());
           kernels.multiply(tile, hidden, steps, products.get());
           const int64_t count = kernels.fold(tile, hidden, map, products.get(), state, found.data());
-          result.candidates.insert(result.candidates.end(), found.begin(), found.begin() + count);
+          result.add(problem, found.data(), count);
         }
       }
-    kernels.leave();
+    result.sort(problem);
   }
 };
 
-// The candidates of all rows, sorted by row, in the order of the vocabulary's ranges.
-struct CandidatesByRow {
-  std::vector<Candidate> candidates;
-  std::vector<int64_t> first;  // [rows + 1]
-
-  CandidatesByRow(const std::vector<RangeResult>& results, int64_t rows) : first(rows + 1, 0) {
-    for (const auto& result : results)
-      for (const Candidate& c : result.candidates) ++first[c.row + 1];
-    for (int64_t row = 0; row < rows; ++row) first[row + 1] += first[row];
-    candidates.resize(first[rows]);
-    std::vector<int64_t> at(first.begin(), first.end() - 1);
-    for (const auto& result : results)
-      for (const Candidate& c : result.candidates) candidates[at[c.row]++] = c;
-  }
-};
-
-// The ranges' states of a row in one; false when a range's list is not complete.
+// The ranges' states and candidates of a row in one; false when a range's list is not complete.
 bool gather(const std::vector<RangeResult>& results, int64_t row, ScreenedRow& out) {
   out.reached = out.peak = -kInfinity;
   for (const auto& result : results) {
-    if (result.listed[row] > kMaxListed) return false;
+    if (!result.has_list(row)) return false;
     out.reached = std::max<double>(out.reached, result.reached[row]);
     out.peak = std::max<double>(out.peak, result.peak[row]);
   }
   if (std::isinf(out.peak)) return false;
   for (const auto& result : results) {
+    const auto all = result.candidates.begin();
+    out.candidates.insert(out.candidates.end(), all + result.first[row], all + result.first[row + 1]);
     const double shift = result.peak[row] - out.peak, factor = std::exp(shift);
     out.above += result.above[row];
     if (factor == 0.0) continue;
@@ -144,7 +174,6 @@ void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, c
   const Screen screen(index, rows, problem);
   std::vector<RangeResult> results(screen.ranges());
   parallel_for(screen.ranges(), n_threads, [&](int64_t range, int) { screen.scan(range, results[range]); });
-  const CandidatesByRow by_row(results, problem.rows);
   float largest[kTerms] = {};
   for (int64_t i = 0; i < index.tiles() * kTerms; ++i)
     largest[i % kTerms] = std::max(largest[i % kTerms], screen.bounds[i]);
@@ -157,9 +186,8 @@ void certified_lens(const ScreenIndex& index, const CertifiedProblem& problem, c
     ScreenedRow screened = {};
     screened.shift = rows.shift(row);
     screened.largest_bound = rows.bound(row, largest);
-    const auto listed = by_row.candidates.begin();
-    screened.candidates.assign(listed + by_row.first[row], listed + by_row.first[row + 1]);
-    if (rows.live(row) && gather(results, row, screened) && finish_screened(problem, row, exact, screened, stats)) return;
+    const bool gathered = rows.live(row) && gather(results, row, screened);
+    if (gathered && finish_screened(problem, row, exact, screened, stats)) return;
     if (exhaustive)
       finish_exhaustively(problem, row, exact, stats);
     else

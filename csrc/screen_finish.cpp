@@ -14,7 +14,8 @@ namespace {
 constexpr double kSumError = 1.3e-5;
 constexpr double kLoosestBound = 1.0;  // nats, of a logsumexp that is worth giving
 constexpr double kFp32 = 0x1p-24;
-constexpr double kCapError = 1e-6;  // of a capped logit in fp32, as a share of the cap
+constexpr double kCapError = 1e-6;     // of a capped logit in fp32, as a share of it: soft_cap's own is 2.3e-7
+constexpr double kWeightless = 100.0;  // nats below the largest logit: what lies lower weighs nothing
 
 double capped(const CertifiedProblem& problem, double z) {
   return problem.softcap == 0.0 ? z : problem.softcap * std::tanh(z / problem.softcap);
@@ -30,6 +31,11 @@ double screened_logit(const CertifiedProblem& problem, const ScreenedRow& screen
 double unmatched(const CertifiedProblem& problem, const ScreenedRow& screened, const Candidate& candidate) {
   const double shift = problem.softcap == 0.0 ? 0.0 : screened.shift;
   return 4 * kFp32 * problem.scale * (std::fabs(candidate.z) + std::fabs(shift));
+}
+
+// What the errors of capped logits make of a logsumexp: no more than that of any logit that weighs something.
+double cap_doubt(const CertifiedProblem& problem, const ScreenedRow& screened) {
+  return kCapError * std::min(problem.softcap, std::fabs(screened.peak) + kWeightless);
 }
 
 struct Decision {
@@ -71,10 +77,7 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
                      const CertifiedStats& stats) {
   auto& candidates = screened.candidates;
   // Ranges list what reached their own maximum; here only what reaches that of all counts.
-  const auto too_low = [&](const Candidate& c) {
-    const double window = std::max<double>(c.bound, kHeavyNats / problem.scale);
-    return !c.near_target && c.z + window < screened.reached;
-  };
+  const auto too_low = [&](const Candidate& c) { return is_too_low(problem, c, screened.reached); };
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(), too_low), candidates.end());
   if (candidates.empty()) return false;
   const int64_t count = static_cast<int64_t>(candidates.size());
@@ -104,7 +107,7 @@ bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRo
   const double share = std::max(uncertain, 0.0) / total;
   const double by_mass = share < 0.5 ? -std::log1p(-share) : std::numeric_limits<double>::infinity();
   const double doubt = 4 * problem.scale * exact.doubt(decision.argmax);
-  const double rounding = kSumError + kFp32 * std::fabs(logsumexp) + kCapError * problem.softcap + doubt;
+  const double rounding = kSumError + kFp32 * std::fabs(logsumexp) + cap_doubt(problem, screened) + doubt;
   const double bound = 1.0001 * (std::min(by_mass, problem.scale * screened.largest_bound) + rounding);
   if (!(bound <= kLoosestBound) || !std::isfinite(logsumexp)) return false;
   write_decision(problem, row, exact, decision, stats);

@@ -1,6 +1,7 @@
 // From the candidates of a row to its statistics.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -18,6 +19,13 @@ struct ScreenedRow {
   int64_t above;
   std::vector<Candidate> candidates;
 };
+
+// Whether nothing needs a candidate of a row whose largest z is known to be at least `reached`: it is neither near that
+// nor near the target's, and weighs little in the sums.
+inline bool is_too_low(const CertifiedProblem& problem, const Candidate& candidate, double reached) {
+  const double window = std::max<double>(candidate.bound, kHeavyNats / problem.scale);
+  return !candidate.near_target && candidate.z + window < reached;
+}
 
 // False when the row was not screened well enough: no candidate is left, or the logsumexp has no useful bound.
 bool finish_screened(const CertifiedProblem& problem, int64_t row, const ExactRow& exact, ScreenedRow& screened,

@@ -98,7 +98,8 @@ static int64_t fold_lanes(const ScreenTile& tile, const ScreenRows& rows, const 
         const bool heavy = value >= heavy_limit[i] && listed < kMaxHeavy;
         if (!near_target && !heavy && !(value >= limit[i])) continue;
         ++listed;
-        found[count++] = {rows.first_row + lane + i, tile.first_token + v, value, error[i], near_target};
+        found[count++] = {value, error[i], static_cast<uint32_t>(rows.first_row + lane + i),
+                          static_cast<uint32_t>(tile.first_token + v), near_target};
       }
     }
 

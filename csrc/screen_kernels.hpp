@@ -110,12 +110,14 @@ struct ScreenState {
   int32_t* listed;     // candidates; more than kMaxListed: the list is not complete
 };
 
-// A token that may be the argmax, or that may or may not beat the target, or that weighs much in the sums.
+// A token that may be the argmax, or that may or may not beat the target, or that weighs much in the sums. A call has
+// fewer than 2^32 rows and 2^31 tokens.
 struct Candidate {
-  int64_t row, token;
   float z, bound;
-  int32_t near_target;  // not decided, and not counted in `above`
+  uint32_t row;
+  uint32_t token : 31, near_target : 1;  // near_target: not decided, and not counted in `above`
 };
+static_assert(sizeof(Candidate) == 16);
 
 struct LogitMap {
   float scale;

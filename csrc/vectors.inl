@@ -46,15 +46,28 @@ inline Floats hidden(float x) {
 // e^kExpFloor = 1.6e-38 is nothing beside the 1 of the peak; also for -inf. NaN stays NaN.
 inline Floats clamp_exponent(Floats x, Floats floor = broadcast(kExpFloor)) { return larger(floor, x); }
 
-// cap * tanh(z / cap) of n floats, from tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|). Not inlined, so
-// that equal z have equal logits wherever they are computed. n is a multiple of kLanes.
+// z * tanh(y) / y for |y| <= 1, with t = y^2: the odd polynomial of degree 13 with the term y whose largest relative
+// error there is smallest (5.5e-8, by Remez's algorithm).
+inline Floats small_tanh(Floats z, Floats t) {
+  Floats p = t * 1.0582648e-3f - 6.2593398e-3f;
+  p = p * t + 2.0359760e-2f;
+  p = p * t - 5.3498708e-2f;
+  p = p * t + 1.3326409e-1f;
+  p = p * t - 3.3332987e-1f;
+  return z + z * (t * p);
+}
+
+// cap * tanh(z / cap) of n floats, with a relative error of 3e-7 whatever the cap: small_tanh where |z| < cap, beyond
+// it from tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|), whose difference loses digits before. Not inlined,
+// so that equal z have equal logits wherever they are computed. n is a multiple of kLanes.
 __attribute__((noinline)) static void soft_cap(float* z, int64_t n, float cap) {
+  const float inverse = 1.0f / cap;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Floats v = load(z + i);
-    const Floats magnitude = v < 0.0f ? -v : v;
-    const Floats e = exp_nonpositive(clamp_exponent(magnitude * (-2.0f / cap)));
+    const Floats y = (v < 0.0f ? -v : v) * inverse;
+    const Floats e = exp_nonpositive(clamp_exponent(y * -2.0f));
     const Floats tanh = (1.0f - e) / (1.0f + e);
-    store(z + i, cap * (v < 0.0f ? -tanh : tanh));
+    store(z + i, y < 1.0f ? small_tanh(v, y * y) : cap * (v < 0.0f ? -tanh : tanh));
   }
 }
 

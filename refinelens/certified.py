@@ -53,8 +53,10 @@ def fused_lens_certified(
     that the bound would exceed a nat) fall back: all their logits are computed in fp64, which takes tens of times
     longer; ``fell_back`` tells which.
 
-    Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding, and
-    ``ROW_BLOCK * d_model * 32`` bytes.
+    Memory: the index (2 bytes a weight, 3 with AMX), which lives as long as the unembedding;
+    ``ROW_BLOCK * d_model * 32`` bytes; ``vocab_size * (30 + 20 * threads)`` bytes; and 16 bytes for each token that the
+    bound leaves open. A row has a few of those, and no more than 256 among 3072 tokens, or it falls back and needs
+    none: at the very most they take ``ROW_BLOCK * (vocab_size + 10_000 * threads) * 4 / 3`` bytes.
     """
     index, options = screen_index(unembedding), (bias, softcap, logit_scale)
 

@@ -74,7 +74,8 @@ def fused_lens(
         norm: ``LayerNorm``, ``RMSNorm`` or None; applied in fp32.
         targets: Integer ids in ``[0, vocab_size)``, broadcastable to ``hidden.shape[:-1]``, or None.
         bias: ``[vocab_size]`` floating, or None.
-        softcap: Positive cap of the logits, or None.
+        softcap: Positive cap of the logits, or None. On a GPU the cap's absolute error is up to a few 2^-23 times the
+            cap, which is little under those of models, 15 to 50; on a CPU it is relative to the logit.
         logit_scale: Positive factor of the logits.
         backend: ``"auto"``, ``"triton"`` (CUDA), ``"cpp"`` (CPU) or ``"twin"`` (plain torch).
         precision: ``"fp32"``; ``"certified"`` (CPU, ``"cpp"``) for argmax and ranks that no rounding has touched,

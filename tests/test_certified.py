@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +104,15 @@ def test_equal_to_fp64(screen, dtype, norm_name, with_bias, softcap, scale):
     assert (out.entropy - exact.entropy).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e6, 1e30])
+def test_a_cap_of_any_size_is_screened(screen, softcap):
+    hidden, unembedding, targets, _ = make()
+    out = fused_lens_certified(hidden, unembedding, None, targets, softcap=softcap)
+    exact = assert_certified(out, hidden, unembedding, None, targets, softcap=softcap)
+    assert torch.equal(out.argmax, exact.argmax) and torch.equal(out.target_rank, exact.target_rank)
+    assert not out.fell_back.any() and out.logsumexp_bound.max() < 0.02
+
+
 # One of everything; one more than a step of K, than a tile of 96 tokens, than a panel of 32 rows; one more than a
 # range of 32 tiles; an odd number that is none of these.
 @pytest.mark.parametrize(
@@ -171,7 +181,7 @@ def test_no_input_breaks_exactness_or_the_bound(problem, scale, isa):
     spread=st.sampled_from([0.0, 1.0, 6.0]),
     giant=st.sampled_from([1.0, 1e3, 1e7]),
     offset=st.sampled_from([0.0, 100.0]),
-    softcap=st.sampled_from([None, 2.0, 30.0]),
+    softcap=st.sampled_from([None, 2.0, 30.0, 1e4]),
     isa=st.sampled_from(list(SCREENS.values())),
 )
 def test_the_bound_holds_for_heavy_tails(seed, d_model, spread, giant, offset, softcap, isa):
@@ -328,6 +338,11 @@ def test_opcheck():
     bare = (hidden, unembedding, "none", None, None, 0.0, 0.0, None, None, None, 1.0, "auto")
     for arguments in (full, bare):
         assert set(torch.library.opcheck(op, (*arguments, "certified")).values()) == {"SUCCESS"}
+
+
+def test_more_tokens_than_are_counted_are_refused():
+    with pytest.raises(ValueError, match=r"expected 1 to 2\^31 - 1 tokens.*got \(2147483648, 1\)"):
+        _C.ScreenIndex(numpy.broadcast_to(numpy.float32(0), (2**31, 1)), 1)
 
 
 def test_where_it_cannot_run_it_is_refused(monkeypatch):

@@ -206,6 +206,32 @@ def test_staged_tokens_give_the_bits_of_widened_ones(isa, dtype):
     assert_same_bits(run(hidden, unembedding, targets), run(hidden.float(), unembedding.float(), targets))
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e6, 1e30])
+@pytest.mark.parametrize("scale", [1.0, 1 / 64])
+def test_a_cap_of_any_size_leaves_the_logits_their_digits(isa, softcap, scale):
+    """Products of small integers are exact, so that all error is the cap's."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, unembedding = (torch.randint(-16, 17, (n, 32), generator=generator) / 8 for n in (70, 2003))
+    targets = torch.randint(0, 2003, (70,), generator=generator)
+    ours = run(hidden, unembedding, targets, softcap=softcap, logit_scale=scale)
+    exact = truth(hidden, unembedding, None, targets, softcap=softcap, logit_scale=scale)
+    size = (softcap * torch.tanh(exact["z"] / softcap)).abs().amax(1)
+    for value, name in ((ours.max_logit, "max_logit"), (ours.target_logit, "target_logit")):
+        assert ((value - exact[name]).abs() <= 3e-7 * size).all(), name
+    sums = torch.maximum(size, exact["logsumexp"])
+    assert ((ours.logsumexp - exact["logsumexp"]).abs() <= 3e-7 * sums).all()
+
+
+def test_equal_z_have_equal_logits_under_a_cap(isa):
+    """Rows of three equal logits: that of the largest z, the target's and those in the sums are capped apart."""
+    z = 30 * torch.cat([torch.logspace(-8, 1, 400), torch.linspace(0.9, 1.1, 101)])
+    z = torch.cat([z, -z])
+    for softcap in (30.0, 1e6):
+        stats = run(z[:, None], torch.ones(3, 1), torch.ones(len(z)).long(), softcap=softcap)
+        assert torch.equal(stats.max_logit, stats.target_logit)
+        assert (stats.entropy - torch.tensor(3.0).log()).abs().max() < 3e-7
+
+
 def test_near_constant_rows_are_normed_as_in_fp64(isa):
     hidden, unembedding, _ = problem(rows=9, d_model=96, vocab=50)
     hidden = 1000.0 + hidden * 1e-2

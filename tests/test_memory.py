@@ -23,6 +23,18 @@ refinelens.fused_lens(hidden, unembedding, targets=5, backend=sys.argv[1])
 print(resident() - before)
 """
 
+# First all tokens are equal, and every row falls back; then a row has as many equal tokens as it may without.
+CERTIFIED = """
+import resource, torch, refinelens
+torch.set_num_threads(2)
+hidden, every_12th = torch.rand(1024, 16), (torch.arange(30_000) % 12 == 0).float()[:, None]
+for unembedding in (torch.ones(30_000, 16), every_12th.repeat(1, 16)):
+    refinelens.fused_lens(hidden[:4], unembedding, targets=0, precision="certified")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stats = refinelens.fused_lens(hidden, unembedding, targets=0, precision="certified")
+    print([int(stats.fell_back.sum()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before])
+"""
+
 # Every sweep in turn, [folder, questions per part, options]: the peak of the resident set and that of objects and
 # tables, kB, when an eighth of the questions is asked and when all are; and of the resident set at the end.
 SWEEPS = f"""{RESIDENT}
@@ -57,6 +69,13 @@ def test_op_never_holds_rows_by_vocabulary(backend):
     """Whole logits would be 823 MB."""
     (growth,) = printed(OP, backend)
     assert growth < 40_000
+
+
+def test_certified_ranks_hold_no_tokens_of_rows_that_fall_back():
+    """Lists of all rows would be 161 MB; those of rows that do not fall back are 42, and 4 more of each thread."""
+    (all_equal, equal), (none, most) = printed(CERTIFIED)
+    assert (all_equal, none) == (1024, 0)
+    assert equal < 20_000 and most < 80_000
 
 
 def growths(*sweeps):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +13,27 @@ from refinelens import LayerNorm, fused_lens
 from refinelens.errors import InputError
 from refinelens.lens import LensStats
 from tiny import assert_matches_truth, truth
+
+# Tokens that are all equal: both rows fall back, for which a thread takes 40 MB or more at a time. The first call makes
+# what stays: the index, threads' own memory. The second may take 30 MB: less than that, more than all the rest.
+TOO_LITTLE_MEMORY = """
+import resource, torch, refinelens
+torch.set_num_threads(2)
+hidden, unembedding = torch.ones(2, 1), torch.ones(5_000_000, 1)
+def ranks():
+    return refinelens.fused_lens(hidden, unembedding, targets=7, precision="certified").target_rank.tolist()
+assert ranks() == [7, 7]
+with open("/proc/self/statm") as file:
+    in_use = int(file.read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 30_000_000, before[1]))
+try:
+    print(ranks())
+except MemoryError:
+    print("MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, before)
+print(ranks())
+"""
 
 WAYS = {
     "cpp": dict(backend="cpp", precision="fp32"),
@@ -199,3 +222,16 @@ def test_after_a_fork(way):
             os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs RLIMIT_AS, and to know what is in use")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer would end it")
+def test_too_little_memory_for_a_thread_is_an_exception():
+    """Whichever thread meets it; and the process goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_LITTLE_MEMORY],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"REFINELENS_ISA": "baseline"},  # whose index is the smallest
+    )
+    assert (done.returncode, done.stdout) == (0, "MemoryError\n[7, 7]\n"), done.stderr
