@@ -1,6 +1,6 @@
 #include "dispatch.hpp"
 
-#if REFINELENS_X86_LEVELS && defined(__linux__)
+#if REFINELENS_X86_AMX && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,14 +28,14 @@ constexpr struct {
     {Isa::amx, "amx", "x86-64-v4 (AVX-512) and AMX"},
 };
 
-#if REFINELENS_X86_LEVELS && defined(__linux__)
+#if REFINELENS_X86_AMX && defined(__linux__)
 // Linux saves the state of the tiles only for a process that has asked for it.
 bool may_use_tiles() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-#else
+#elif REFINELENS_X86_LEVELS
 bool may_use_tiles() { return false; }
 #endif
 

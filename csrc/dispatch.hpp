@@ -9,6 +9,13 @@
 #define REFINELENS_X86_LEVELS 0
 #endif
 
+// AMX is known from GCC 11 on.
+#if REFINELENS_X86_LEVELS && __GNUC__ >= 11
+#define REFINELENS_X86_AMX 1
+#else
+#define REFINELENS_X86_AMX 0
+#endif
+
 namespace refinelens {
 
 enum class Isa { baseline, v3, v4, amx };  // in the order of preference

@@ -9,6 +9,8 @@ inline T read(const char* p) {
   return value;
 }
 
+inline float with_bits(uint32_t bits) { return read<float>(reinterpret_cast<const char*>(&bits)); }
+
 struct Fp32 {
   static constexpr int kBytes = 4;
   static float widen(const char* p) { return read<float>(p); }
@@ -16,9 +18,7 @@ struct Fp32 {
 
 struct Bf16 {
   static constexpr int kBytes = 2;
-  static float widen(const char* p) {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(read<uint16_t>(p)) << 16);
-  }
+  static float widen(const char* p) { return with_bits(static_cast<uint32_t>(read<uint16_t>(p)) << 16); }
 };
 
 struct Fp16 {
@@ -27,7 +27,7 @@ struct Fp16 {
   static float widen(const char* p) {
     const uint32_t half = read<uint16_t>(p), magnitude = half & 0x7fffu;
     const uint32_t exponent_shift = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;  // infinity and NaN keep theirs
-    const float normal = __builtin_bit_cast(float, (magnitude << 13) + exponent_shift);
+    const float normal = with_bits((magnitude << 13) + exponent_shift);
     const float f = magnitude < 0x400u ? static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f : normal;
     return half & 0x8000u ? -f : f;
   }

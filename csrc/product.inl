@@ -81,8 +81,9 @@ struct Rows {
   }
 };
 
-template <int N, int kSteps>
-inline void multiply_steps(Rows& rows, const float*& panel, Floats (&sums)[kGroup][N]) {
+// `Sums` is Floats[kGroup][N], which GCC 9 does not take for itself when it is written here.
+template <int N, int kSteps, typename Sums>
+inline void multiply_steps(Rows& rows, const float*& panel, Sums& sums) {
 #pragma GCC unroll 16
   for (int step = 0; step < kSteps; ++step) {
     Floats x[N];

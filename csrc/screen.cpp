@@ -158,12 +158,15 @@ bool gather(const std::vector<RangeResult>& results, int64_t row, ScreenedRow& o
 }  // namespace
 
 const ScreenKernels& screen_kernels(int64_t depth) {
-#if REFINELENS_X86_LEVELS
   const Isa isa = picked_isa();
+#if REFINELENS_X86_AMX
   if (isa == Isa::amx && depth <= kMaxDigitDepth) return kScreenAmx;
+#endif
+#if REFINELENS_X86_LEVELS
   if (isa >= Isa::v4 && __builtin_cpu_supports("avx512vnni")) return kScreenV4;
   if (isa >= Isa::v3) return kScreenV3;
 #endif
+  (void)isa;
   (void)depth;
   return kScreenBaseline;
 }

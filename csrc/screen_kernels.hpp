@@ -153,6 +153,8 @@ extern const ScreenKernels kScreenBaseline;
 #if REFINELENS_X86_LEVELS
 extern const ScreenKernels kScreenV3;
 extern const ScreenKernels kScreenV4;
+#endif
+#if REFINELENS_X86_AMX
 extern const ScreenKernels kScreenAmx;
 #endif
 

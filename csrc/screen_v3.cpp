@@ -1,10 +1,10 @@
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "screen_kernels.hpp"
 
 #if REFINELENS_X86_LEVELS
+
+#include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")

@@ -54,7 +54,7 @@ def _extension() -> str:
     try:
         return f"built; picked {instruction_set()}"
     except ImportError as error:
-        return f"not built ({error}); reinstall with a C++ compiler"
+        return f"not built ({error}); reinstall with a C++ compiler (GCC 9, clang 11 or newer)"
 
 
 def _gguf() -> str:
