@@ -141,7 +141,7 @@ def test_killed_at_random_moments(forge, sweep, whole, tmp_path):
 @pytest.mark.parametrize("overwrite, last", [(False, 10), (True, 100)])
 def test_killed_before_every_step_on_the_disk(forge, sweep, tmp_path, overwrite, last):
     """Before each flush, rename and removal in turn. A run that was to be overwritten is there, or the new one is."""
-    small = [*sweep, "--documents", "2", "--examples", "3"]
+    small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3"]
     log, path, old, whole = (tmp_path / name for name in ("log", "run", "old", "whole"))
     for out, seed in ((old, "1"), (whole, "0")):
         assert forge.run(*small, "--seed", seed, "--out", out, log=log, part=1, figures=False) == 0
@@ -296,7 +296,7 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
 def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
-    small = [*sweep, "--documents", "2", "--examples", "3", "--out"]
+    small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3", "--out"]
     assert main([*small, str(tmp_path / "whole")]) == 0
     whole, path = open_run(tmp_path / "whole"), tmp_path / "run"
 
