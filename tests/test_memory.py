@@ -108,8 +108,8 @@ def test_sweep_does_not_grow_with_questions(options, tmp_path):
 
 
 def test_reading_every_token_does_not_grow_with_questions(options, tmp_path):
-    """From 6 to 48 questions: only the rows of one of them are held."""
-    ((resident, objects),) = growths((str(tmp_path / "run"), 8, options(8, positions="all")))
+    """From 3 to 24 questions: only the rows of one of them are held."""
+    ((resident, objects),) = growths((str(tmp_path / "run"), 8, options(4, positions="all")))
     assert resident < 25_000 and objects < 600
 
 

@@ -138,6 +138,12 @@ def _cast(tensor, dtype):
     return None if tensor is None else tensor.to(dtype)
 
 
+def screening_error(stats):
+    """What logsumexp and entropy of certified statistics may be off by; nothing for others."""
+    bound = getattr(stats, "logsumexp_bound", None)
+    return 0.0 if bound is None else max(0.02, float(bound.max()))
+
+
 FLOATS = ("max_logit", "logsumexp", "entropy", "target_logit")
 
 
@@ -149,6 +155,8 @@ def assert_matches_truth(stats, exact, same_dtype, targets):
     slack = 4 * torch.finfo(torch.float32).eps * exact["z"].abs().amax().clamp(min=1)
     for name in FLOATS:
         allowed = (same_dtype[name] - exact[name]).abs().amax() + slack
+        if name in ("logsumexp", "entropy"):
+            allowed += screening_error(stats)
         error = (getattr(stats, name) - exact[name]).abs().amax()
         assert error <= allowed, f"{name}: error {error:.3g}, torch's own {allowed:.3g}"
     margin = 2 * ((same_dtype["z"] - exact["z"]).abs().amax() + slack)
