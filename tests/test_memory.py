@@ -78,47 +78,45 @@ def test_certified_ranks_hold_no_tokens_of_rows_that_fall_back():
     assert equal < 20_000 and most < 80_000
 
 
-def growths(*sweeps):
-    """Of each sweep, from the first eighth of its questions to all: peak resident set, and objects and tables, kB."""
-    return [
-        [large - small for small, large in zip(*peaks, strict=True)] for peaks, _ in printed(SWEEPS, json.dumps(sweeps))
-    ]
+@pytest.fixture(scope="module")
+def peaks(tiny_model, question_file, tmp_path_factory):
+    """What `SWEEPS` prints of each of these, by name: one process for all, and that which leaks comes last."""
+    folder = tmp_path_factory.mktemp("memory")
 
-
-@pytest.fixture
-def options(tiny_model, question_file, tmp_path):
-    """Of sweeps over so many times six questions."""
-
-    def write(times, **options):
-        path = tmp_path / f"{times}.jsonl"
+    def sweep(times, model=tiny_model, **options):
+        path = folder / f"{times}.jsonl"
         path.write_text("\n".join(question_file.read_text().splitlines() * times))
-        return {"model": str(tiny_model), "task": str(path), "batch_size": "1", **options}
+        return {"model": str(model), "task": str(path), "batch_size": "1", **options}
 
-    return write
+    sweeps = {"questions": (8, sweep(12)), "every token": (8, sweep(4, positions="all"))}
+    for n_layer, contexts in ((2, 1), (12, 3)):
+        model = save_tiny_model(folder / f"model{n_layer}", vocab_size=60_000, n_layer=n_layer, n_embd=8)
+        sweeps[f"{n_layer} layers"] = 8, sweep(1, model, batch_size=str(contexts))
+    sweeps["leak"] = 10**9, sweep(12, batch_size="3", reuse_prefix="off")
+    given = [(str(folder / name), *options) for name, options in sweeps.items()]
+    return dict(zip(sweeps, printed(SWEEPS, json.dumps(given)), strict=True))
 
 
-def test_sweep_does_not_grow_with_questions(options, tmp_path):
+def growth(peaks):
+    """From the first eighth of the questions to all: peak resident set, and objects and tables, kB."""
+    (resident, objects), (last_resident, last_objects) = peaks[0]
+    return last_resident - resident, last_objects - objects
+
+
+def test_sweep_does_not_grow_with_questions(peaks):
     """From 9 to 72: what stays is the normalised text of the passages; holding every row would show."""
-    sweep, quicker = options(12), options(12, batch_size="3", reuse_prefix="off")
-    (resident, objects), (_, leaking) = growths(
-        (str(tmp_path / "run"), 8, sweep), (str(tmp_path / "leak"), 10**9, quicker)
-    )
+    (resident, objects), (_, leaking) = growth(peaks["questions"]), growth(peaks["leak"])
     assert resident < 25_000
     assert objects < 500 < leaking, f"objects grow by {objects} kB, and by {leaking} kB when rows are kept"
 
 
-def test_reading_every_token_does_not_grow_with_questions(options, tmp_path):
+def test_reading_every_token_does_not_grow_with_questions(peaks):
     """From 3 to 24 questions: only the rows of one of them are held."""
-    ((resident, objects),) = growths((str(tmp_path / "run"), 8, options(4, positions="all")))
+    resident, objects = growth(peaks["every token"])
     assert resident < 25_000 and objects < 600
 
 
-def test_sweep_does_not_grow_with_layers_times_positions_times_vocabulary(options, tmp_path):
+def test_sweep_does_not_grow_with_layers_times_positions_times_vocabulary(peaks):
     """All logits of a batch would be 60,000 ids x 4 bytes x (3 or 13 layers) x (1 or 3 contexts) x 3 tokens."""
-    sweeps = []
-    for n_layer, contexts in ((2, 1), (12, 3)):
-        folder = save_tiny_model(tmp_path / f"model{n_layer}", vocab_size=60_000, n_layer=n_layer, n_embd=8)
-        sweep = options(1, model=str(folder), batch_size=str(contexts))
-        sweeps.append((str(tmp_path / f"run{n_layer}"), 8, sweep))
-    peaks = [resident for _, resident in printed(SWEEPS, json.dumps(sweeps))]
-    assert 60_000 * 4 * (13 * 3 - 3 * 1) * 3 / 1024 > 25_000 > peaks[1] - peaks[0], f"{peaks} kB"
+    grown = peaks["12 layers"][1] - peaks["2 layers"][1]
+    assert 60_000 * 4 * (13 * 3 - 3 * 1) * 3 / 1024 > 25_000 > grown
