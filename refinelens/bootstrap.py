@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
-Z = 1.959963984540054  # of the normal distribution at that level
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 DRAWN_VALUES = 1 << 20  # held as fp64 at a time
 
 

@@ -16,6 +16,8 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
+from refinelens.processes import module_path
+
 STEPS = ("fsync", "replace", "unlink")  # all that a write does to the disk once the bytes are handed over
 
 
@@ -26,9 +28,8 @@ class Forge:
         self._command = [sys.executable, __file__, *map(str, arguments)]
 
     def __enter__(self):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | module_path()
         )
         assert self._process.stdout.readline(), "it is ready"
         return self
@@ -194,7 +195,7 @@ def _serve(*arguments):
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            answer = _Forked(request["wait"]).wait()
         else:
             answer = _fork(partial(_child, **request["start"]))
         print(answer, flush=True)

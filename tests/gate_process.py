@@ -6,6 +6,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from refinelens.processes import module_path
+
 SCRIPT = """
 import pickle, sys
 from refinelens.kernels.gate import inspect_variant
@@ -23,8 +25,7 @@ def inspect_all(variants):
 
 
 def _inspect(variants):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | module_path()
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=pickle.dumps(variants), capture_output=True, env=environment
     )
