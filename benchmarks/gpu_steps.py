@@ -12,7 +12,9 @@ import triton
 from gpu_problem import Problem, timed
 from logsumexp_only import launch_logsumexp
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, GPT2Config
 
+from refinelens import LogitLens, fused_lens, kl_to_final, lens_top_k
 from refinelens.bench.memory import peak_growth_cuda
 from refinelens.kernels.configs import generation_of, pinned_config
 from refinelens.kernels.graphs import GraphedLens
@@ -47,6 +49,7 @@ def run_all() -> dict[str, float]:
     steps = [(target_bits,), (few_rows,)]
     steps += [(step, problem) for problem in LARGE for step in (against_product, breakdown)]
     steps += [(step, problem) for problem in (LARGE[0], LARGE[2]) for step in (statistics, against_torch)]
+    steps += [(beside_the_lens, LARGE[0]), (shares_of_a_model,)]
     steps += [(configurations, problem) for problem in LARGE[:3]]
     for step, *problem in steps:
         try:
@@ -162,6 +165,42 @@ def against_torch(problem: Problem, measured: dict[str, float]) -> None:
     for name in ("chunked", "naive"):
         measured[f"{problem.name}/{name}"] = times[name][0] / times["fused"][0]
         print(f"{problem.name}: {name} {times[name][0] * 1e3:.2f} ms ({times[name][1]:.0%})")
+
+
+def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
+    """What is plain torch on a GPU: the divergence to the last layer, lists of tokens, the lens without Triton."""
+    hidden = problem.hidden.view(13, -1, problem.d_model)
+    operands = dict(unembedding=problem.unembedding, norm=problem.norm)
+    stats = fused_lens(hidden, **operands)
+    runs = {
+        "fused": problem.fused,
+        "KL to the last layer": lambda: kl_to_final(hidden, stats, **operands),
+        "10 likeliest tokens": lambda: lens_top_k(hidden, k=10, **operands),
+        "the lens in plain torch": lambda: fused_lens(hidden, targets=problem.targets.view(13, -1), backend="twin",
+                                                      **operands),
+    }  # fmt: skip
+    times = timed(runs)
+    for name, (seconds, spread) in times.items():
+        ratio = seconds / times["fused"][0]
+        print(f"{problem.name}: {name} {seconds * 1e3:.2f} ms ({spread:.0%}), {ratio:.2f} of fused")
+
+
+def shares_of_a_model(measured: dict[str, float]) -> None:
+    """The lens beside the model's own pass: a GPT-2 of random weights in bf16, 8 contexts of 1,024 tokens."""
+    model = AutoModelForCausalLM.from_config(GPT2Config(), dtype=torch.bfloat16).to(DEVICE)
+    lens = LogitLens.from_model(model)
+    ids = torch.randint(0, 50257, (8, 1024), generator=torch.Generator().manual_seed(0))
+    for name, positions in (("the last position", torch.tensor([1023])), ("every position", torch.arange(1024))):
+        hidden = lens.hidden(ids, positions)
+        targets = torch.zeros(hidden.shape[1:-1], dtype=torch.int64, device=DEVICE)
+        times = timed({
+            "model": lambda positions=positions: lens.hidden(ids, positions),
+            "lens": lambda hidden=hidden, targets=targets: lens.read(hidden, targets, kl=False),
+            "lens and KL": lambda hidden=hidden, targets=targets: lens.read(hidden, targets),
+        })  # fmt: skip
+        for part, (seconds, spread) in times.items():
+            share = seconds / times["model"][0]
+            print(f"gpt2, {name}: {part} {seconds * 1e3:.2f} ms ({spread:.0%}), {share:.1%} of the model's pass")
 
 
 def few_rows(measured: dict[str, float]) -> None:

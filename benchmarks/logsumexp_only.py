@@ -55,7 +55,7 @@ def launch_logsumexp(x_hat: Tensor, n_rows: int, unembedding: Tensor, config: Le
     """
     row_blocks = triton.cdiv(n_rows, config.block_m)
     row_bytes = x_hat.shape[1] * x_hat.element_size()
-    tiles = tile_ranges(len(unembedding), row_blocks, row_bytes, config, processor_count(x_hat.device))[0]
+    tiles = tile_ranges(len(unembedding), row_blocks, row_bytes, config, processor_count(x_hat.device), by_tma=False)[0]
     best, total = torch.empty((2, tiles.splits, n_rows), dtype=torch.float32, device=x_hat.device)
     flags = LensOptions(unembedding, None, None, 1.0, config).product_flags()
     _logsumexp_kernel[(row_blocks * tiles.splits,)](

@@ -57,12 +57,15 @@ _SINGLE_BLACKWELL = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 # One warp group's 64 rows would stand mostly empty: the tokens take their place.
-_FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=3, kind="few_rows")
+_FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=6, kind="few_rows")
 _FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
-_SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=8, num_stages=4, kind="few_rows")
+_SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=4, num_stages=8, kind="tma")
 _SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
 # One row block: narrower tiles, so that the processors end at about the same time.
-_ONE_BLOCK_HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=4)
+_ONE_BLOCK_HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=6, kind="tma")
+# Few row blocks, of which half a one would be padding.
+_HALF_BLOCKS_HALF = LensConfig(64, 256, 128, 64, num_warps=4, num_stages=5, kind="tma")
+_FEW_BLOCKS = 4 * 128
 # Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
 _UNALIGNED_HALF = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
 _UNALIGNED_SINGLE = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
@@ -102,6 +105,8 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
         return _SOME_SINGLE if single else _SOME_HALF
     if n_rows <= _ONE_BLOCK_HALF.block_m and not single:
         return _ONE_BLOCK_HALF
+    if n_rows <= _FEW_BLOCKS and -(-n_rows // _HALF_BLOCKS_HALF.block_m) % 2 and not single:
+        return _HALF_BLOCKS_HALF
     return _SINGLE_HOPPER if single else _HALF_HOPPER
 
 

@@ -13,7 +13,7 @@ from . import lens_kernel, lens_tma, norms_triton, running_sums, target_logits, 
 from .configs import HOPPER, LensConfig, pinned_config
 from .launch import LensOptions
 from .machine_code import KernelReport, read_kernel
-from .norms_triton import norm_warps, padded_width
+from .norms_triton import norm_launch, padded_width
 from .schedule import tile_ranges
 
 # Per generation: PTX target, the product its tensor cores take, bytes of shared memory of a block.
@@ -25,7 +25,7 @@ GENERATIONS = {
 MERGED_SPLITS = 200  # more than processors, so that a program holds the most rows times splits
 PRODUCTS = ("main", "tail", "targets", "ties")  # the kernels that multiply
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_FLOATS = {"logit_scale", "softcap", "eps", "offset"}
+_FLOATS = {"zero", "logit_scale", "softcap", "eps", "offset"}
 _INTS = {"targets_ptr": "*i64", "parts_argmax_ptr": "*i32", "parts_rank_ptr": "*i32"}
 
 
@@ -34,8 +34,8 @@ class LensVariant:
     """One launchable specialisation of a kernel.
 
     Args:
-        kernel: ``"main"`` (whole tiles), ``"tail"`` (the rest of the vocabulary), ``"targets"``, ``"ties"``,
-            ``"norm"`` or ``"merge"``.
+        kernel: ``"main"`` (whole tiles), ``"tail"`` (the rest of the vocabulary; by TMA both), ``"targets"``,
+            ``"ties"``, ``"norm"`` or ``"merge"``.
         n_rows: Rows of the call, which decide the pinned configuration.
         aligned: ``configs.is_aligned`` of the unembedding.
         same_bits: ``target_bits.has_same_bits`` of the call.
@@ -69,7 +69,7 @@ class LensVariant:
     @property
     def by_tma(self) -> bool:
         """Whether the kernel is that of ``lens_tma``."""
-        return self.kernel == "main" and self.options.by_tma(self.targets, self.same_bits)
+        return self.kernel in ("main", "tail") and self.options.by_tma(self.targets, self.same_bits)
 
 
 def inspect_variant(variant: LensVariant) -> KernelReport:
@@ -84,10 +84,11 @@ def inspect_variant(variant: LensVariant) -> KernelReport:
         signature[name] = "constexpr" if name in constants else _type_of(name, variant)
         if name in vectors and name not in constants:
             attrs[(position,)] = [["tt.divisibility", 16]]
+    is_tma = kernel is lens_tma._tma_kernel
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", GENERATIONS[variant.generation][0], 32),
-        options=dict(num_warps=num_warps, num_stages=num_stages),
+        options=dict(num_warps=num_warps, num_stages=num_stages, maxnreg=lens_tma.MAX_REGISTERS if is_tma else None),
     )
     has_tiles = variant.kernel in ("main", "tail")
     logits = config.block_m * constants["BLOCK_V"] // (32 * num_warps) if has_tiles else None
@@ -121,9 +122,9 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
     """Kernel, compile-time arguments, warps and stages, as the launchers pass them."""
     options, config = variant.options, variant.options.config
     if variant.kernel == "norm":
-        block_d = triton.next_power_of_2(padded_width(variant.d_model))
-        flags = dict(HAS_NORM=True, HAS_MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True, BLOCK_D=block_d, stride_hd=1)
-        return norms_triton._norm_kernel, flags | dict(stride_w=1, stride_b=1), norm_warps(block_d), config.num_stages
+        block_m, block_d, warps = norm_launch(padded_width(variant.d_model))
+        flags = dict(HAS_NORM=True, HAS_MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True, BLOCK_M=block_m, BLOCK_D=block_d)
+        return norms_triton._norm_kernel, flags | dict(stride_hd=1, stride_w=1, stride_b=1), warps, config.num_stages
     if variant.kernel == "merge":
         block_s, block_m = running_sums.merge_blocks(MERGED_SPLITS)
         flags = options.row_flags(variant.targets) | dict(BLOCK_S=block_s, BLOCK_M=block_m, stride_t=1)
@@ -142,7 +143,8 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
     if variant.kernel == "ties":
         constants |= dict(BLOCK_M=target_logits.TARGET_ROWS, TILE=config.block_v)
         return _with_known(ties._ties_kernel, constants, target_logits.TARGET_WARPS, config.num_stages)
-    tiles = tile_ranges(2 * config.block_v - 1, 2, 2, config, processors=1)[variant.kernel == "tail"]
+    is_tail = variant.kernel == "tail"
+    tiles = tile_ranges(2 * config.block_v - is_tail, 2, 2, config, processors=1, by_tma=variant.by_tma)[-1]
     constants |= options.row_flags(variant.targets)
     constants |= dict(
         MASKED=tiles.masked,
@@ -150,11 +152,12 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int
         SAME_BITS=variant.same_bits,
         BLOCK_M=config.block_m,
         BLOCK_V=tiles.width,
+        TAIL_V=config.tail_v,
     )
     if not variant.targets:
         constants |= dict(targets_ptr=None, t_ptr=None)
     kernel = lens_tma._tma_kernel if variant.by_tma else lens_kernel._lens_kernel
-    return _with_known(kernel, constants, tiles.num_warps, tiles.num_stages)
+    return _with_known(kernel, constants, config.num_warps, config.num_stages)
 
 
 def _with_known(kernel, constants: dict, num_warps: int, num_stages: int) -> tuple[triton.JITFunction, dict, int, int]:

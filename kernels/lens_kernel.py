@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LensOptions, LensRows, stride_of
-from .lens_tile import add_best, add_exponentials, add_product, count_better
+from .lens_tile import add_product, add_tile
 from .schedule import TileRange, block_and_split
 
 UNALIGNED = ["bias_ptr", "targets_ptr", "t_ptr", "best_ptr", "argmax_ptr", "rank_ptr", "total_ptr", "weighted_ptr"]
@@ -64,19 +64,15 @@ def _lens_kernel(
             z = tl.trans(z)
         if HAS_SCALE:
             z *= logit_scale
-        col_ok = (ids < n_vocab - first_id)[None, :]
-        if MASKED:
-            z = tl.where(col_ok, z, float("-inf"))
-        old_best = best
-        best, argmax = add_best(best, argmax, z, ids[None, :], first_id)
+        target, t = offs_m, total  # read with targets only
         if HAS_TARGETS:
             # Loaded again for every tile: registers that stay occupied over the K loop would spill.
             target = tl.load(targets_ptr + offs_m.to(tl.int64) * stride_t, mask=row_ok, other=-1).to(tl.int32)
             t = tl.load(t_ptr + offs_m, mask=row_ok, other=0.0)
-            rank += count_better(z, ids[None, :], target - first_id, t, SAME_BITS).to(tl.int32)
-        total, weighted = add_exponentials(
-            total, weighted, old_best, best, z, col_ok, softcap, HAS_SOFTCAP, MASKED, HAS_BIAS or MASKED
-        )
+        best, argmax, rank, total, weighted = add_tile(
+            best, argmax, rank, total, weighted, z, ids, first_id, n_vocab, target, t, softcap,
+            HAS_TARGETS, HAS_SOFTCAP, MASKED, HAS_BIAS or MASKED, SAME_BITS,
+        )  # fmt: skip
     out = split.to(tl.int64) * n_rows + offs_m
     tl.store(best_ptr + out, best, mask=row_ok)
     tl.store(argmax_ptr + out, argmax, mask=row_ok)
@@ -98,6 +94,6 @@ def launch_tiles(
         rows.x_hat.shape[1], *weight.stride(), stride_of(options.bias), stride_of(rows.targets),
         options.logit_scale, options.cap, MASKED=tiles.masked, SWAPPED=config.kind == "few_rows",
         SAME_BITS=same_bits, BLOCK_M=config.block_m, BLOCK_V=tiles.width,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
         **options.row_flags(rows.targets is not None), **options.product_flags(),
     )  # fmt: skip

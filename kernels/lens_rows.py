@@ -23,16 +23,16 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
     config, device = options.config, rows.x_hat.device
     row_blocks = triton.cdiv(rows.count, config.block_m)
     row_bytes = rows.x_hat.shape[1] * rows.x_hat.element_size()
-    ranges = tile_ranges(len(options.unembedding), row_blocks, row_bytes, config, processor_count(device))
+    by_tma = options.by_tma(rows.targets is not None, same_bits)
+    ranges = tile_ranges(len(options.unembedding), row_blocks, row_bytes, config, processor_count(device), by_tma)
     n_parts = sum(tiles.splits for tiles in ranges)
     best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
     parts = (best, argmax, rank, total, weighted)
-    by_tma = options.by_tma(rows.targets is not None, same_bits)
     first = 0
     for tiles in ranges:
         own_parts = tuple(part[first : first + tiles.splits] for part in parts)
-        if by_tma and not tiles.masked:
+        if by_tma:
             launch_tma(rows, own_parts, options, tiles)
         else:
             launch_tiles(rows, own_parts, options, tiles, same_bits)

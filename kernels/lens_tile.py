@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .running_sums import log2_logits, peak_of, rescale
+from .running_sums import NO_ID, log2_logits, peak_of, rescale
 
 _LOWEST = tl.constexpr(-3.0e38)
-_NO_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -51,15 +50,15 @@ def _next_up(t):
 
 
 @triton.jit
-def add_best(best, argmax, z, ids, first_id):
+def _add_best(best, argmax, z, ids, first_id):
     """The largest logit of each row and its lowest id, with those of ``z``, whose first column is ``first_id``."""
     tile_best = tl.max(z, 1)
-    tile_argmax = tl.min(tl.where(z == tile_best[:, None], ids, _NO_ID), 1) + first_id
+    tile_argmax = tl.min(tl.where(z == tile_best[:, None], ids, NO_ID), 1) + first_id
     return tl.maximum(best, tile_best), tl.where(tile_best > best, tile_argmax, argmax)
 
 
 @triton.jit
-def count_better(z, ids, own, t, SAME_BITS: tl.constexpr):
+def _count_better(z, ids, own, t, SAME_BITS: tl.constexpr):
     """Tokens of each row of ``z`` that beat its target, which has the column ``own`` and the logit ``t``.
 
     An equal logit beats the target from a lower id only: ``t`` is the bar before the target's column and the
@@ -76,7 +75,7 @@ def count_better(z, ids, own, t, SAME_BITS: tl.constexpr):
 
 
 @triton.jit
-def add_exponentials(
+def _add_exponentials(
     total, weighted, old_best, best, z, col_ok, softcap,
     HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MAY_LACK: tl.constexpr,
 ):  # fmt: skip
@@ -95,3 +94,27 @@ def add_exponentials(
         # A logit of -inf has to add 0 to the entropy: keep it finite, 0 * -inf is NaN.
         shifted = tl.maximum(shifted, _LOWEST)
     return total + tl.sum(p, 1), weighted + tl.sum(p * shifted, 1)
+
+
+@triton.jit
+def add_tile(
+    best, argmax, rank, total, weighted, z, ids, first_id, n_vocab, target, t, softcap,
+    HAS_TARGETS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MAY_LACK: tl.constexpr,
+    SAME_BITS: tl.constexpr,
+):  # fmt: skip
+    """The statistics of rows with those of a tile ``z`` ``[rows, tokens]``, whose columns are ``first_id + ids``.
+
+    With ``MASKED`` columns past the vocabulary are struck out; ``MAY_LACK`` says that a logit may be -inf. ``target``
+    and ``t``, its logit, are read with ``HAS_TARGETS``.
+    """
+    col_ok = (ids < n_vocab - first_id)[None, :]
+    if MASKED:
+        z = tl.where(col_ok, z, float("-inf"))
+    old_best = best
+    best, argmax = _add_best(best, argmax, z, ids[None, :], first_id)
+    if HAS_TARGETS:
+        rank += _count_better(z, ids[None, :], target - first_id, t, SAME_BITS).to(tl.int32)
+    total, weighted = _add_exponentials(
+        total, weighted, old_best, best, z, col_ok, softcap, HAS_SOFTCAP, MASKED, MAY_LACK
+    )
+    return best, argmax, rank, total, weighted

@@ -1,12 +1,13 @@
 """The main kernel on Hopper for plain logits: tiles by TMA, and one loop over all of a program's tiles.
 
-Two things make it faster than `lens_kernel`. Its loops over tiles and over K are one, so that the loads of a tile
-begin while the statistics of the tile before are still being formed. And those statistics are formed in two passes over
+Three things make it faster than `lens_kernel`. Its loops over tiles and over K are one, so that the loads of a tile
+begin while the statistics of the tile before are still being formed. Those statistics are formed in two passes over
 the registers, each of which keeps several of a processor's pipes busy: comparisons and maxima run on one at half the
-rate, sums and products on another, exponentials on a third at a quarter of it.
+rate, sums and products on another, exponentials on a third at a quarter of it. And the four threads that share a row of
+the product keep statistics of their own, merged once at the end, so that a tile needs no exchange between threads.
 
-Only for operands of half precision in rows that TMA can read, whole tiles, no bias, scale or softcap, and, with
-targets, only where a target's own product has the bits of its column (`target_bits`).
+Only for operands of half precision in rows that TMA can read, no bias, scale or softcap, and, with targets, only where
+a target's own product has the bits of its column (`target_bits`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,26 @@ from torch import Tensor
 
 from .launch import LensOptions, LensRows, stride_of
 from .lens_kernel import UNALIGNED
-from .running_sums import log2_logits, peak_of, rescale
+from .lens_tile import add_tile
+from .running_sums import NO_ID, log2_logits, peak_of, rescale
 from .schedule import TileRange, block_and_split
 from .ties import TIED
 
-_NO_ID = tl.constexpr(2**31 - 1)
+# Asked for, although there are no more: the compiler then mixes the statistics' instructions by the pipe they run on;
+# left to itself it takes 172 registers and makes one kind after the other.
+MAX_REGISTERS = 255
+_LANES = tl.constexpr(4)  # threads that share a row of a product on Hopper
+_OWN = tl.constexpr(2**26)  # in a rank: one logit equal to the target's in its own tile; more than there are tokens
+
+
+@triton.jit
+def _by_lane(z):
+    """``[rows, columns]`` as ``[rows, 4, columns / 4]``, so that no thread gives anything away.
+
+    Thread ``l`` of the four that share a row holds columns ``8 i + 2 l`` and ``8 i + 2 l + 1``.
+    """
+    z = tl.reshape(z, [z.shape[0], z.shape[1] // 8, _LANES, 2])
+    return tl.reshape(tl.permute(z, [0, 2, 1, 3]), [z.shape[0], _LANES, z.shape[1] * 2])
 
 
 @triton.jit
@@ -41,44 +57,54 @@ def _above_or_equal(difference, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _max_and_sum(best, total, other_best, other_total):
-    return tl.maximum(best, other_best), total + other_total
-
-
-@triton.jit
-def _min_and_sums(low, total, weighted, other_low, other_total, other_weighted):
-    return tl.minimum(low, other_low), total + other_total, weighted + other_weighted
+def _merge_lanes(best, argmax, rank, total, weighted):
+    """The statistics of rows from those of their lanes, ``[rows, 4]``."""
+    top = tl.max(best, 1)
+    argmax = tl.min(tl.where(best == top[:, None], argmax, NO_ID), 1)
+    shift = peak_of(best, 0.0, False) - peak_of(top, 0.0, False)[:, None]
+    total, weighted = rescale(total, weighted, shift)
+    rank = tl.sum(rank, 1)
+    # The target's own logit equals itself; where others of its tile do too, `ties` counts them.
+    rank = rank % _OWN + tl.where(rank >= 2 * _OWN, TIED, 0)
+    return top, argmax, rank, tl.sum(total, 1), tl.sum(weighted, 1)
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_vocab", "row_blocks", "n_tiles", "n_splits", "group"],
+    do_not_specialize=["n_rows", "n_vocab", "row_blocks", "n_tiles", "n_splits", "group", "zero"],
     do_not_specialize_on_alignment=[*UNALIGNED[1:], "stride_t"],
 )
 def _tma_kernel(
     x_ptr, w_ptr, targets_ptr, t_ptr,
     best_ptr, argmax_ptr, rank_ptr, total_ptr, weighted_ptr,
-    n_rows, n_vocab, d_model, row_blocks, n_tiles, n_splits, group, width, stride_wv, stride_t,
-    HAS_TARGETS: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    n_rows, n_vocab, d_model, row_blocks, n_tiles, n_splits, group, width, stride_wv, stride_t, zero,
+    HAS_TARGETS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, TAIL_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, split = block_and_split(tl.program_id(0), row_blocks, n_splits, group)
     first_row = block * BLOCK_M
     offs_m = first_row + tl.arange(0, BLOCK_M)
-    ids = tl.arange(0, BLOCK_V)
     row_ok = offs_m < n_rows
+    lane = tl.arange(0, _LANES)
+    of_lane = tl.arange(0, BLOCK_V // _LANES)
+    ids = of_lane // 2 * 8 + of_lane % 2  # and 2 * lane
     x_tiles = tl.make_tensor_descriptor(x_ptr, [row_blocks * BLOCK_M, width], [width, 1], [BLOCK_M, BLOCK_K])
     w_tiles = tl.make_tensor_descriptor(w_ptr, [n_vocab, d_model], [stride_wv, 1], [BLOCK_V, BLOCK_K])
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    argmax = tl.zeros([BLOCK_M], tl.int32)
-    rank = tl.zeros([BLOCK_M], tl.int32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M], tl.float32)
+    best = tl.full([BLOCK_M, _LANES], float("-inf"), tl.float32)
+    argmax = tl.zeros([BLOCK_M, _LANES], tl.int32)
+    rank = tl.zeros([BLOCK_M, _LANES], tl.int32)
+    total = tl.zeros([BLOCK_M, _LANES], tl.float32)
+    weighted = tl.zeros([BLOCK_M, _LANES], tl.float32)
+    target = tl.zeros([BLOCK_M], tl.int32)
+    t = tl.zeros([BLOCK_M], tl.float32)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + offs_m.to(tl.int64) * stride_t, mask=row_ok, other=-1).to(tl.int32)
         t = tl.load(t_ptr + offs_m, mask=row_ok, other=0.0)
-    for tile in tl.range(split * n_tiles // n_splits, (split + 1) * n_tiles // n_splits, flatten=True):
+    end = (split + 1) * n_tiles // n_splits
+    whole = n_vocab // BLOCK_V
+    for tile in tl.range(split * n_tiles // n_splits, tl.minimum(end, whole), flatten=True):
         first_id = tile * BLOCK_V
-        z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        # From an argument: for a constant the compiler takes two instructions a logit to clear the registers.
+        z = tl.full([BLOCK_M, BLOCK_V], zero, tl.float32)
         for k in range(0, d_model, BLOCK_K):
             x = x_tiles.load([first_row, k])
             w = w_tiles.load([first_id, k])
@@ -86,30 +112,45 @@ def _tma_kernel(
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             z = tl.dot(x, w.T, z)
-        # First pass: the largest logit, and how many lie above the target's (1 each) or equal it (2**-10 each).
+        z = _by_lane(z)
         if HAS_TARGETS:
-            tile_best, both = tl.reduce((z, _above_or_equal(z - t[:, None], UPCAST)), 1, _max_and_sum)
-            above = both.to(tl.int32)  # exact: a tile has at most 512 columns
+            # Logits above the target's count 1 each, equal ones 2**-10 each.
+            both = tl.sum(_above_or_equal(z - t[:, None, None], UPCAST), 2)
+            above = both.to(tl.int32)  # exact: a lane has at most 128 columns of a tile
             equal = ((both - above.to(tl.float32)) * 1024.0).to(tl.int32)
-            own = target - first_id
-            # An equal logit beats the target from a lower id only. In its own tile the target equals itself; where
-            # others do too, `ties` counts them.
+            own = (target - first_id)[:, None]
+            # An equal logit beats the target from a lower id only.
             rank += above + tl.where(own >= BLOCK_V, equal, 0)
-            rank += tl.where((own >= 0) & (own < BLOCK_V) & (equal > 1), TIED, 0)
-        else:
-            tile_best = tl.max(z, 1)
-        # Second pass: the column of the largest logit, and the exponentials.
+            rank += tl.where((own >= 0) & (own < BLOCK_V), tl.minimum(equal, 2) * _OWN, 0)
+        tile_best = tl.max(z, 2)
         old_best = best
         best = tl.maximum(best, tile_best)
         peak = peak_of(best, 0.0, False)
         total, weighted = rescale(total, weighted, peak_of(old_best, 0.0, False) - peak)
-        shifted = log2_logits(z, 0.0, False) - peak[:, None]
+        shifted = log2_logits(z, 0.0, False) - peak[:, :, None]
         p = tl.exp2(shifted)
-        column = tl.where(z == tile_best[:, None], ids[None, :], _NO_ID)
-        low, tile_total, tile_weighted = tl.reduce((column, p, p * shifted), 1, _min_and_sums)
+        total += tl.sum(p, 2)
+        weighted += tl.sum(p * shifted, 2)
+        low = tl.min(tl.where(z == tile_best[:, :, None], ids[None, None, :], NO_ID), 2)
         argmax = tl.where(tile_best > old_best, low + first_id, argmax)
-        total += tile_total
-        weighted += tile_weighted
+    best, argmax, rank, total, weighted = _merge_lanes(best, argmax + 2 * lane[None, :], rank, total, weighted)
+    if MASKED:
+        # The last split ends with the rest of the vocabulary, in smaller tiles: masks need registers.
+        w_rest = tl.make_tensor_descriptor(w_ptr, [n_vocab, d_model], [stride_wv, 1], [TAIL_V, BLOCK_K])
+        rest_ids = tl.arange(0, TAIL_V)
+        for first_id in range(tl.where(end > whole, whole * BLOCK_V, n_vocab), n_vocab, TAIL_V):
+            z = tl.zeros([BLOCK_M, TAIL_V], tl.float32)
+            for k in range(0, d_model, BLOCK_K):
+                x = x_tiles.load([first_row, k])
+                w = w_rest.load([first_id, k])
+                if UPCAST:
+                    x = x.to(tl.float32)
+                    w = w.to(tl.float32)
+                z = tl.dot(x, w.T, z)
+            best, argmax, rank, total, weighted = add_tile(
+                best, argmax, rank, total, weighted, z, rest_ids, first_id, n_vocab, target, t, 0.0,
+                HAS_TARGETS, False, True, True, True,
+            )  # fmt: skip
     out = split.to(tl.int64) * n_rows + offs_m
     tl.store(best_ptr + out, best, mask=row_ok)
     tl.store(argmax_ptr + out, argmax, mask=row_ok)
@@ -120,7 +161,7 @@ def _tma_kernel(
 
 
 def launch_tma(rows: LensRows, parts: tuple[Tensor, ...], options: LensOptions, tiles: TileRange) -> None:
-    """As ``lens_kernel.launch_tiles``, for whole tiles; ranks may carry the mark that ``ties.add_ties`` resolves."""
+    """As ``lens_kernel.launch_tiles``, for a whole vocabulary; ranks may carry the mark that ``ties`` resolves."""
     config, weight = options.config, options.unembedding
     row_blocks = triton.cdiv(rows.count, config.block_m)
 
@@ -129,10 +170,10 @@ def launch_tma(rows: LensRows, parts: tuple[Tensor, ...], options: LensOptions, 
         _tma_kernel[(row_blocks * tiles.splits,)](
             rows.x_hat, weight, rows.targets, rows.target_z, *parts,
             rows.count, *weight.shape, row_blocks, tiles.count, tiles.splits, tiles.group,
-            rows.x_hat.shape[1], weight.stride(0), stride_of(rows.targets),
-            HAS_TARGETS=rows.targets is not None, UPCAST=options.interpreted,
-            BLOCK_M=config.block_m, BLOCK_V=tiles.width, BLOCK_K=config.block_k,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            rows.x_hat.shape[1], weight.stride(0), stride_of(rows.targets), 0.0,
+            HAS_TARGETS=rows.targets is not None, MASKED=tiles.masked, UPCAST=options.interpreted,
+            BLOCK_M=config.block_m, BLOCK_V=tiles.width, TAIL_V=config.tail_v, BLOCK_K=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
     # In a context of its own: the allocator of the caller's other kernels stays theirs.

@@ -10,31 +10,36 @@ from torch import Tensor
 from .configs import WIDTH_MULTIPLE
 from .norms import LayerNorm, Norm
 
+PROGRAM_ELEMENTS = 2048  # of a program, unless a row has more
 
-@triton.jit(do_not_specialize=["n_rows"])
+
+@triton.jit(do_not_specialize=["n_rows", "padded_rows"])
 def _norm_kernel(
     hidden_ptr, weight_ptr, bias_ptr, x_ptr,
-    n_rows, d_model, width, stride_hr, stride_hd, stride_w, stride_b, eps, offset,
+    n_rows, padded_rows, d_model, width, stride_hr, stride_hd, stride_w, stride_b, eps, offset,
     HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    col_ok = offs_d < d_model
-    ptrs = hidden_ptr + row.to(tl.int64) * stride_hr + offs_d.to(tl.int64) * stride_hd
-    x = tl.load(ptrs, mask=col_ok & (row < n_rows), other=0.0).to(tl.float32)
+    col_ok = (offs_d < d_model)[None, :]
+    ok = (rows < n_rows)[:, None] & col_ok
+    ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hr + offs_d.to(tl.int64)[None, :] * stride_hd
+    x = tl.load(ptrs, mask=ok, other=0.0).to(tl.float32)
     if HAS_MEAN:
-        x = tl.where(col_ok, x - tl.sum(x, 0) / d_model, 0.0)
+        x = tl.where(col_ok, x - (tl.sum(x, 1) / d_model)[:, None], 0.0)
     if HAS_NORM:
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / d_model + eps)
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / d_model + eps)[:, None]
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + offs_d.to(tl.int64) * stride_w, mask=col_ok, other=0.0)
-        x = x * (weight.to(tl.float32) + offset)
+        weight = tl.load(weight_ptr + offs_d.to(tl.int64) * stride_w, mask=offs_d < d_model, other=0.0)
+        x = x * (weight.to(tl.float32) + offset)[None, :]
     if HAS_BIAS:
-        x = x + tl.load(bias_ptr + offs_d.to(tl.int64) * stride_b, mask=col_ok, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_d.to(tl.int64) * stride_b, mask=offs_d < d_model, other=0.0)
+        x = x + bias.to(tl.float32)[None, :]
     # Rows and columns of the padding become zeros, so that the products need no mask on this operand.
-    x = tl.where(col_ok & (row < n_rows), x, 0.0)
-    tl.store(x_ptr + row.to(tl.int64) * width + offs_d, x.to(x_ptr.dtype.element_ty), mask=offs_d < width)
+    x = tl.where(ok, x, 0.0)
+    out = x_ptr + rows.to(tl.int64)[:, None] * width + offs_d[None, :]
+    tl.store(out, x.to(x_ptr.dtype.element_ty), mask=(rows < padded_rows)[:, None] & (offs_d < width)[None, :])
 
 
 def padded_width(d_model: int) -> int:
@@ -42,9 +47,13 @@ def padded_width(d_model: int) -> int:
     return triton.cdiv(d_model, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def norm_warps(block_d: int) -> int:
-    """Warps of a program that holds ``block_d`` columns: 8 elements a thread, as long as there are warps."""
-    return min(16, max(1, block_d // 256))
+def norm_launch(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a program for padded rows of ``width``, and its warps: 8 elements a thread, as far as there
+    are warps.
+    """
+    block_d = triton.next_power_of_2(width)
+    block_m = max(1, PROGRAM_ELEMENTS // block_d)
+    return block_m, block_d, min(16, block_m * block_d // 256)
 
 
 def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | None = None) -> Tensor:
@@ -67,13 +76,13 @@ def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | Non
     x_hat = out[: shape[0]] if is_fit else torch.empty(shape, dtype=stored, device=hidden.device)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
-    block_d = triton.next_power_of_2(shape[1])
-    _norm_kernel[(shape[0],)](
+    block_m, block_d, warps = norm_launch(shape[1])
+    _norm_kernel[(triton.cdiv(shape[0], block_m),)](
         hidden, weight, bias, x_hat,
-        n_rows, d_model, shape[1], *hidden.stride(),
+        n_rows, shape[0], d_model, shape[1], *hidden.stride(),
         0 if weight is None else weight.stride(0), 0 if bias is None else bias.stride(0), eps, offset,
         HAS_NORM=norm is not None, HAS_MEAN=isinstance(norm, LayerNorm),
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_D=block_d, num_warps=norm_warps(block_d),
+        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return x_hat.to(hidden.dtype)

@@ -15,7 +15,7 @@ from .launch import LensRows, stride_of
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_NO_ID = tl.constexpr(2**31 - 1)
+NO_ID = tl.constexpr(2**30)  # above any token
 MERGE_ELEMENTS = 1024  # of a program: rows times splits
 _PARTS = ["parts_best_ptr", "parts_argmax_ptr", "parts_rank_ptr", "parts_total_ptr", "parts_weighted_ptr"]
 _MERGED = ["targets_ptr", "t_ptr", "best_ptr", "argmax_ptr", "rank_ptr", "logsumexp_ptr", "entropy_ptr"]
@@ -61,8 +61,8 @@ def _merge_kernel(
     part_total = tl.load(parts_total_ptr + part, mask=ok, other=0.0)
     part_weighted = tl.load(parts_weighted_ptr + part, mask=ok, other=0.0)
     best = tl.maximum(tl.max(part_best, 0), float("-inf"))
-    argmax = tl.min(tl.where(part_best == best[None, :], part_argmax, _NO_ID), 0)
-    argmax = tl.where(argmax == _NO_ID, 0, argmax)  # no logit is a number
+    argmax = tl.min(tl.where(part_best == best[None, :], part_argmax, NO_ID), 0)
+    argmax = tl.where(argmax == NO_ID, 0, argmax)  # no logit is a number
     peak = peak_of(best, softcap, HAS_SOFTCAP)
     shift = tl.where(ok, peak_of(part_best, softcap, HAS_SOFTCAP) - peak[None, :], 0.0)
     part_total, part_weighted = rescale(part_total, part_weighted, shift)

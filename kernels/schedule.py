@@ -17,7 +17,6 @@ MAX_SPLITS = 32
 GROUP_BYTES = 12 * 2**20  # of normed states, a part of L2
 MAX_GROUP = 24
 START = 0.25  # what a program takes to begin, in tiles
-TAIL_STAGES = 2  # more than elsewhere, where registers allow: one tile a program, and nothing else hides latency
 
 
 def chunk_blocks(n_rows: int, row_bytes: int, block_m: int, processors: int) -> int:
@@ -56,36 +55,33 @@ class TileRange:
     count: int
     splits: int
     group: int  # row blocks that are neighbours
-    num_warps: int
-    num_stages: int
-    masked: bool = False  # whether the last tile reaches past the vocabulary
+    masked: bool  # whether the last tile reaches past the vocabulary
 
 
 @lru_cache
 def tile_ranges(
-    n_vocab: int, row_blocks: int, row_bytes: int, config: LensConfig, processors: int
+    n_vocab: int, row_blocks: int, row_bytes: int, config: LensConfig, processors: int, by_tma: bool
 ) -> tuple[TileRange, ...]:
     """The whole tiles of a vocabulary, then the rest in smaller tiles; either may be missing.
 
     ``row_bytes`` are those of a row of the normed states.
 
-    Two launches: a kernel without masks takes fewer instructions a logit and no branch. But one row block is over so
-    soon that a second launch would cost more than masks, where tiles of one width can do both.
+    Two launches: a kernel without masks takes fewer instructions a logit and no branch. But the kernel of ``lens_tma``
+    takes the rest in a loop of its own, and one row block is over so soon that a second launch would cost more than
+    masks, where tiles of one width can do both.
     """
     ranges = []
     whole, rest = divmod(n_vocab, config.block_v)
-    with_masks = bool(rest) and row_blocks == 1 and config.tail_v == config.block_v
+    with_masks = bool(rest) and (by_tma or row_blocks == 1 and config.tail_v == config.block_v)
     count = whole + with_masks
     if count:
         splits = config.splits or choose_splits(row_blocks, count, processors)
         group = config.group or choose_group(config.block_m * row_bytes)
-        launch = (config.num_warps, config.num_stages)
-        ranges.append(TileRange(config.block_v, 0, count, splits, group, *launch, masked=with_masks))
+        ranges.append(TileRange(config.block_v, 0, count, splits, group, masked=with_masks))
     begin = count * config.block_v
     if begin < n_vocab:
         count = -(-(n_vocab - begin) // config.tail_v)
-        launch = (config.num_warps, config.num_stages + (TAIL_STAGES if config.kind == "tma" else 0))
-        ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, 1, 1, *launch, masked=True))
+        ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, splits=1, group=1, masked=True))
     return tuple(ranges)
 
 

@@ -16,6 +16,7 @@ from .schedule import choose_splits, processor_count
 
 ROUNDS = 7
 GROUPS = (4, 8, 12)
+SHARED_BYTES = 225 * 2**10  # of a processor on Hopper, less what is not operands
 MARGIN = 0.98  # a candidate has to beat the pinned configuration by more than the clock's noise
 
 
@@ -84,7 +85,10 @@ def candidate_configs(shape: ShapeClass, n_rows: int, processors: int) -> list[L
     pinned = pinned_config(shape.dtype, shape.aligned, n_rows, generation)
     bases = [pinned]
     if pinned.kind == "tma":
-        bases += [replace(pinned, num_stages=pinned.num_stages + 1), replace(pinned, kind="plain")]
+        stage = (pinned.block_m + pinned.block_v) * pinned.block_k * shape.dtype.itemsize
+        bases += [replace(pinned, num_stages=stages) for stages in range(3, SHARED_BYTES // stage + 1)
+                  if abs(stages - pinned.num_stages) == 1]  # fmt: skip
+        bases.append(replace(pinned, kind="plain"))
     found = []
     for base in bases:
         row_blocks = -(-n_rows // base.block_m)

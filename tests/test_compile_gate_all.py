@@ -33,8 +33,8 @@ def with_same_bits(variants):
 
 
 def main_kernels(dtype, generation):
-    # Four tile sizes by row count, and the unaligned one.
-    for aligned, n_rows in ((True, 1024), (True, 100), (True, 60), (True, 5), (False, 1024)):
+    # Five tile sizes by row count, and the unaligned one.
+    for aligned, n_rows in ((True, 1024), (True, 264), (True, 100), (True, 60), (True, 5), (False, 1024)):
         for kernel, on in itertools.product(("main", "tail"), FLAGS):
             yield LensVariant(kernel, dtype, generation, n_rows, aligned=aligned, **on)
 

@@ -72,11 +72,19 @@ def _mapping_kernel(out_ptr, row_blocks, n_splits, group):
 def test_tiles_cover_the_vocabulary_once(kind, n_vocab):
     config = LensConfig(16, 32, 16, 32, num_warps=4, num_stages=2, kind=kind)
     end = 0
-    for tiles in schedule.tile_ranges(n_vocab, 2, 64, config, processors=132):
+    for tiles in schedule.tile_ranges(n_vocab, 2, 64, config, 132, by_tma=False):
         assert tiles.first * tiles.width == end and tiles.count > 0
         end += tiles.count * tiles.width
         assert tiles.masked == (end > n_vocab or tiles.width == 16)
     assert n_vocab <= end < n_vocab + 16
+
+
+def test_the_tma_kernel_takes_the_rest_along():
+    config = LensConfig(16, 32, 16, 32, num_warps=4, num_stages=2, kind="tma")
+    for n_vocab in (1, 32, 70):
+        (tiles,) = schedule.tile_ranges(n_vocab, 2, 64, config, 132, by_tma=True)
+        assert tiles.count == -(-n_vocab // 32) and tiles.width == 32
+        assert tiles.masked == (n_vocab != 32)
 
 
 def test_unfit_configurations_are_refused():
@@ -89,6 +97,6 @@ def test_unfit_configurations_are_refused():
 def test_one_row_block_takes_one_launch():
     config = LensConfig(16, 32, 32, 32, num_warps=4, num_stages=2)
     for n_vocab, masked in ((70, True), (64, False), (5, True)):
-        (tiles,) = schedule.tile_ranges(n_vocab, 1, 64, config, processors=132)
+        (tiles,) = schedule.tile_ranges(n_vocab, 1, 64, config, 132, by_tma=False)
         assert tiles.count == -(-n_vocab // 32) and tiles.masked == masked
-    assert len(schedule.tile_ranges(70, 2, 64, config, processors=132)) == 2
+    assert len(schedule.tile_ranges(70, 2, 64, config, 132, by_tma=False)) == 2
