@@ -16,7 +16,7 @@ parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)  # most of the time compiles kernels
 status=0
 timeout 180 "$python" -P -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} tests/test_lens.py tests/test_lens_*.py \
-    tests/test_families.py tests/test_sweep.py -rs -s \
+    tests/test_families.py tests/test_layers.py tests/test_sweep.py tests/test_whole_program_gpu.py -rs -s \
     2>&1 | tee "$out/tests.txt" || status=$?
 timeout 180 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?
 for positions in 1024 16384; do

@@ -1,10 +1,10 @@
 """The main kernel on Hopper for plain logits: tiles by TMA, and one loop over all of a program's tiles.
 
-Three things make it faster than `lens_kernel`. Its loops over tiles and over K are one, so that the loads of a tile
-begin while the statistics of the tile before are still being formed. Those statistics are formed in two passes over
-the registers, each of which keeps several of a processor's pipes busy: comparisons and maxima run on one at half the
-rate, sums and products on another, exponentials on a third at a quarter of it. And the four threads that share a row of
-the product keep statistics of their own, merged once at the end, so that a tile needs no exchange between threads.
+Two things make it faster than `lens_kernel`. Its loops over tiles and over K are one, so that the loads of a tile begin
+while the statistics of the tile before are still being formed. And the four threads that share a row of the product
+keep statistics of their own, merged once at the end: a tile needs no exchange between threads, its columns are numbers
+known to the compiler, and registers stay free for it to mix what runs on a processor's different pipes (comparisons
+and maxima on one at half the rate, sums and products on another, exponentials on a third at a quarter of it).
 
 Only for operands of half precision in rows that TMA can read, no bias, scale or softcap, and, with targets, only where
 a target's own product has the bits of its column (`target_bits`).

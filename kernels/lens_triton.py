@@ -1,8 +1,8 @@
 """The fused lens on a GPU: every statistic of every row in one pass over the vocabulary.
 
 A chunk of rows goes through four kernels: the final norm, the targets' own logits, the main product with
-its running reductions (a second launch takes the last, partial tiles), and the merge over vocabulary splits. On Hopper
-a fifth counts the rare ties that the main one left open.
+its running reductions (where the kernel of `lens_tma` cannot run, a second launch takes the last, partial tiles), and
+the merge over vocabulary splits. On Hopper a fifth counts the rare ties that the main one left open.
 Logits only ever exist as tiles in registers.
 """
 

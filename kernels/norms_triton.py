@@ -10,7 +10,7 @@ from torch import Tensor
 from .configs import WIDTH_MULTIPLE
 from .norms import LayerNorm, Norm
 
-PROGRAM_ELEMENTS = 2048  # of a program, unless a row has more
+PROGRAM_ELEMENTS = 1024  # of a program, unless a row has more
 
 
 @triton.jit(do_not_specialize=["n_rows", "padded_rows"])
