@@ -61,6 +61,7 @@ def fused_lens(
     logit_scale: float = 1.0,
     backend: str = "auto",
     precision: str = "auto",
+    check_values: bool = True,
 ) -> LensStats:
     """Norm and unembedding of every hidden row, reduced over the vocabulary without storing the logits.
 
@@ -83,6 +84,8 @@ def fused_lens(
             the unembedding (`refinelens.certified`); or ``"auto"``, the former but where the latter is never slower
             and, but for the last places of the entropy, more exact: processors with AMX, and many rows
             (`refinelens.backends`).
+        check_values: False spares a call by Triton the wait for its own result: an id outside the vocabulary then has
+            a rank without meaning and a row that is not finite a logsumexp that is not. Other backends check anyway.
 
     Returns:
         LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one
@@ -114,6 +117,7 @@ def fused_lens(
         logit_scale,
         backend,
         precision,
+        check_values,
     )
     given = {"target_logit": targets is not None, "target_rank": targets is not None}
     given |= dict.fromkeys(("logsumexp_bound", "fell_back"), precision == "certified")
@@ -167,21 +171,30 @@ def _fused_lens_op(
     logit_scale: float,
     backend: str,
     precision: str = "auto",
+    check_values: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     specs = {
         "none": lambda: None,
         "layer": lambda: LayerNorm(norm_weight, norm_bias, norm_eps),
         "rms": lambda: RMSNorm(norm_weight, norm_eps, norm_offset),
     }
-    _check_targets(targets, unembedding.shape[0])
     chosen = choose_backend(hidden.device.type, backend)[0]
     chosen_precision = choose_precision(chosen, hidden.device.type, precision, *hidden.shape)[0]
+    # Triton reads no id outside the vocabulary, so that one wait for the device tells of ids and results.
+    at_once = chosen == "triton"
+    if not at_once:
+        _check_targets(targets, unembedding.shape[0])
     run = fused_lens_twin
     if hidden.shape[0]:
         run = backend_function(chosen, chosen_precision, asked=precision == "certified")
     with torch.no_grad():
         out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
-    _check_finite(out, hidden, saturates=norm == "none" and softcap is not None)
+    saturates = norm == "none" and softcap is not None
+    if not at_once:
+        _check_finite(out, hidden, saturates)
+    elif check_values and not values_fit(out, hidden, targets, unembedding.shape[0], saturates):
+        _check_targets(targets, unembedding.shape[0])
+        _check_finite(out, hidden, saturates)
     values = out._asdict()
     if precision != "certified":
         values |= {"logsumexp_bound": None, "fell_back": None}
@@ -194,7 +207,7 @@ def _fused_lens_op(
 @_fused_lens_op.register_fake
 def _(
     hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
-    backend, precision="auto",
+    backend, precision="auto", check_values=True,
 ):  # fmt: skip
     rows, absent = hidden.shape[0], {"target_logit", "target_rank"} if targets is None else set()
     if precision != "certified":
@@ -207,24 +220,50 @@ def _is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def values_fit(
+    out: LensOutput | LensStats, hidden: Tensor, targets: Tensor | None, n_vocab: int, saturates: bool
+) -> bool:
+    """Whether no id lies outside the vocabulary and no row is broken, in one wait for the device.
+
+    Args:
+        out: Of ``hidden`` and ``targets``.
+        hidden: ``[..., d_model]``.
+        targets: Integer ids or None.
+        saturates: Whether an infinity may leave no trace in ``out``: without a norm the softcap makes it finite.
+    """
+    if out.logsumexp.numel() == 0 or _is_capturing(hidden):
+        return True
+    wrong = _broken(out, hidden, saturates).any()
+    if targets is not None:
+        wrong |= _outside(targets, n_vocab).any()
+    return not wrong
+
+
+def _outside(targets: Tensor, n_vocab: int) -> Tensor:
+    return (targets < 0) | (targets >= n_vocab)
+
+
+def _broken(out: LensOutput | LensStats, hidden: Tensor, saturates: bool) -> Tensor:
+    # A NaN or infinity anywhere in a row reaches its logsumexp, so the statistics are checked, not the
+    # inputs; but for an infinity that no norm turns into NaN and that the softcap makes finite again.
+    # An infinite weight may make a logit -inf, which the sums take; not every backend's entropy does.
+    broken = ~out.logsumexp.isfinite() | out.entropy.isnan()
+    return broken | ~hidden.isfinite().all(-1) if saturates else broken
+
+
 def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
     if targets is None or targets.numel() == 0 or _is_capturing(targets):
         return
-    outside = (targets < 0) | (targets >= n_vocab)
+    outside = _outside(targets, n_vocab)
     if outside.any():
         row = int(outside.nonzero()[0])
         raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
 
 
 def _check_finite(out: LensOutput, hidden: Tensor, saturates: bool) -> None:
-    # A NaN or infinity anywhere in a row reaches its logsumexp, so the statistics are checked, not the
-    # inputs; but for an infinity that no norm turns into NaN and that the softcap makes finite again.
     if out.logsumexp.numel() == 0 or _is_capturing(hidden):
         return
-    # An infinite weight may make a logit -inf, which the sums take; not every backend's entropy does.
-    broken = ~out.logsumexp.isfinite() | out.entropy.isnan()
-    if saturates:
-        broken |= ~hidden.isfinite().all(-1)
+    broken = _broken(out, hidden, saturates)
     if not broken.any():
         return
     row = int(broken.nonzero()[0])

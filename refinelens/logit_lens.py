@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 from .capture import keep_positions, probe_ids, run_base
 from .errors import InputError, UnsupportedModelError
 from .kl import kl_to_final
-from .lens import LensStats, fused_lens
+from .lens import LensStats, fused_lens, values_fit
 from .parts import LensParts, check_widths, find_parts
 from .translators import Translators
 
@@ -19,7 +19,8 @@ from .translators import Translators
 # in half precision rounds its normed states and its logits, so there the share is a multiple of epsilon.
 FP32_PARITY = 1e-4
 ROUNDINGS = 2
-TRANSLATED_ROWS = 4096  # held at a time where one layer has fewer
+TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
+TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class LayerReading:
         values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
         stats = {name: None if value is None else value[:, 0, start:end] for name, value in values.items()}
         return LayerReading(LensStats(**stats), None if self.kl is None else self.kl[:, 0, start:end])
+
+    def view(self, shape: torch.Size) -> LayerReading:
+        """The same reading in another shape."""
+        values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
+        stats = {name: None if value is None else value.view(shape) for name, value in values.items()}
+        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl.view(shape))
 
     def to(self, device: torch.device | str) -> LayerReading:
         """The same reading on another device."""
@@ -100,9 +107,9 @@ class LogitLens:
         """Width of the residual stream."""
         return self.parts.d_model
 
-    def stats(self, hidden: Tensor, targets: Tensor | int | None = None) -> LensStats:
+    def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
-        return _apply(self.parts, hidden, targets, self.backend)
+        return _apply(self.parts, hidden, targets, self.backend, check_values)
 
     def hidden(
         self,
@@ -165,7 +172,7 @@ class LogitLens:
     ) -> LayerReading:
         """Statistics of every layer and its KL divergence to the last one.
 
-        Translated states are held for as many rows as one layer has, `TRANSLATED_ROWS` if it has fewer.
+        Translated states are held for as many rows as one layer has, or `TRANSLATED_BYTES` if those are fewer.
 
         Args:
             hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
@@ -178,20 +185,34 @@ class LogitLens:
         """
         if hidden.dim() < 3:
             raise InputError(f"hidden: expected [n_layers + 1, batch, n_positions, d_model], got {list(hidden.shape)}")
-        states = hidden.flatten(1, -2)  # [n_layers + 1, N, d_model]
+        states = hidden.flatten(1, -2).to(self.parts.unembedding.device)  # [n_layers + 1, N, d_model]
         if targets is not None:
-            targets = _spread(torch.as_tensor(targets, device=hidden.device), hidden.shape[1:-1])
+            targets = _spread(torch.as_tensor(targets, device=states.device), hidden.shape[1:-1])
+        at_once = self._checks_at_once(states)
+        reading = self._read_blocks(states, targets, translators, kl, check_values=not at_once)
+        if at_once and not values_fit(reading.stats, states, targets, len(self.parts.unembedding), saturates=False):
+            self._read_blocks(states, targets, translators, kl, check_values=True)  # says what is wrong
+        return reading.view(hidden.shape[:-1])
+
+    def _checks_at_once(self, states: Tensor) -> bool:
+        """A GPU is waited for once, not after every block, unless an infinity could leave no trace in the results."""
+        return states.is_cuda and not (self.parts.norm is None and self.parts.softcap is not None)
+
+    def _read_blocks(
+        self, states: Tensor, targets: Tensor | None, translators: Translators | None, kl: bool, check_values: bool
+    ) -> LayerReading:
+        """`read` of states ``[n_layers + 1, N, d_model]``, block by block."""
         n = states.shape[1]
-        step = max(1, n if translators is None else max(n, TRANSLATED_ROWS) // len(states))
+        step = n if translators is None else _rows_at_a_time(states)
         blocks = []
-        for start in range(0, max(1, n), step):
+        for start in range(0, max(1, n), max(1, step)):
             block = states[:, start : start + step]
             block = block if translators is None else translators(block)
-            if translators is not None and not torch.isfinite(block).all():
+            if check_values and translators is not None and not torch.isfinite(block).all():
                 raise InputError(f"lens: expected translated states that fit {block.dtype}; use --dtype float32")
-            stats = self.stats(block, None if targets is None else targets[start : start + step])
+            stats = self.stats(block, None if targets is None else targets[start : start + step], check_values)
             blocks.append(LayerReading(stats, _kl(self.parts, block, stats) if kl else None))
-        return _joined(blocks, hidden.shape[:-1])
+        return _joined(blocks)
 
     def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         if input_ids.dim() != 2 or input_ids.is_floating_point():
@@ -228,11 +249,21 @@ def _spread(targets: Tensor, shape: torch.Size) -> Tensor:
         raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
 
 
-def _joined(blocks: list[LayerReading], shape: torch.Size) -> LayerReading:
-    """Readings of neighbouring rows as one of ``shape``."""
+def _rows_at_a_time(states: Tensor) -> int:
+    """Positions whose translated states are held at a time."""
+    n_layers, n, d_model = states.shape
+    most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES
+    rows = max(n, most // (d_model * states.element_size()))
+    return max(1, rows // n_layers)
+
+
+def _joined(blocks: list[LayerReading]) -> LayerReading:
+    """Readings of neighbouring rows as one."""
+    if len(blocks) == 1:
+        return blocks[0]
 
     def join(columns: list[Tensor | None]) -> Tensor | None:
-        return None if columns[0] is None else torch.cat(columns, 1).view(shape)
+        return None if columns[0] is None else torch.cat(columns, 1)
 
     names = [field.name for field in fields(LensStats)]
     stats = LensStats(**{name: join([getattr(block.stats, name) for block in blocks]) for name in names})
@@ -244,7 +275,9 @@ def _kl(parts: LensParts, hidden: Tensor, stats: LensStats) -> Tensor:
     return kl_to_final(states, stats, parts.unembedding, norm, parts.bias, parts.softcap, parts.logit_scale)
 
 
-def _apply(parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backend: str) -> LensStats:
+def _apply(
+    parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backend: str, check_values: bool = True
+) -> LensStats:
     with torch.no_grad():
         states, norm = parts.project(hidden.to(parts.unembedding.device))
         return fused_lens(
@@ -256,6 +289,7 @@ def _apply(parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backe
             softcap=parts.softcap,
             logit_scale=parts.logit_scale,
             backend=backend,
+            check_values=check_values,
         )
 
 

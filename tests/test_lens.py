@@ -240,6 +240,14 @@ def test_triton_through_the_public_op(monkeypatch):
         for d in (torch.float64, torch.float32)
     )
     assert_matches_truth(stats, exact, same, targets)
+    # Ids and results are checked together, or not at all.
+    with pytest.raises(InputError, match="targets: expected ids from 0 to 39, got 40 at row 2"):
+        fused_lens(*moved, targets=torch.tensor([0, 1, 40, 2, 3]), backend="triton")
+    moved[0][3, 7] = float("nan")
+    with pytest.raises(InputError, match="hidden: expected finite values, got NaN in row 3 of 5"):
+        fused_lens(*moved, targets=targets.to(device), backend="triton")
+    unchecked = fused_lens(*moved, targets=torch.tensor([0, 1, 40, 2, 3]), backend="triton", check_values=False)
+    assert unchecked.logsumexp.isnan().tolist() == [False, False, False, True, False]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="expected CUDA tensors for 'triton', got device 'cpu'"):
         fused_lens(hidden, unembedding, backend="triton")

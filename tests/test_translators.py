@@ -1,5 +1,7 @@
 """Reading the layers through translators, against the formula in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,7 +90,7 @@ def test_the_output_is_the_models_own_prediction_through_any_lens(lens):
 def test_blocks_of_rows_give_the_numbers_of_one_call(lens, rows, monkeypatch):
     hidden, targets = hidden_and_targets(lens)
     whole = fields(lens.read(hidden, targets, random_translators()))
-    monkeypatch.setattr(logit_lens, "TRANSLATED_ROWS", rows)
+    monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", rows * D_MODEL * 4)
     blocks = fields(lens.read(hidden, targets, random_translators()))
     for name, value in whole.items():
         assert blocks[name].shape == hidden.shape[:-1]
@@ -139,6 +141,40 @@ def test_translators_that_do_not_fit_are_one_line(lens):
         moved = object.__new__(Translators)  # their numbers cannot be looked at there
         vars(moved).update(weight=weight.to("meta"), bias=bias.to("meta"))
         lens.read(hidden, targets, moved)
+
+
+@pytest.fixture
+def ahead(lens, monkeypatch):
+    """The lens as on a GPU, by Triton and checked at the end; here in its interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(LogitLens, "_checks_at_once", lambda self, states: True)
+    monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", 20 * D_MODEL * 4)
+    return replace(lens, backend="triton")
+
+
+def test_values_checked_at_the_end_are_those_checked_at_once(lens, ahead):
+    hidden, targets = hidden_and_targets(lens)
+    ours, theirs = (fields(each.read(hidden, targets, random_translators())) for each in (ahead, lens))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
+@pytest.mark.parametrize("row", [0, -1], ids=["first-block", "last-block"])
+def test_what_is_wrong_is_said_at_the_end_too(lens, ahead, row):
+    hidden, targets = hidden_and_targets(lens)
+    outside = targets.flatten().clone()
+    outside[row] = 10**6
+    with pytest.raises(InputError, match="targets: expected ids from 0 to .*, got 1000000 at row"):
+        ahead.read(hidden, outside.view_as(targets), random_translators())
+    broken = hidden.clone()
+    broken.flatten(1, -2)[1, row, 3] = torch.nan
+    with pytest.raises(InputError, match="hidden: expected finite values, got NaN in row"):
+        ahead.read(broken, targets)
+    huge = random_translators()
+    huge.weight[1] = 1e38
+    with pytest.raises(InputError, match="lens: expected translated states that fit torch.float32"):
+        ahead.read(hidden, targets, huge)
 
 
 def test_input_of_another_shape_is_one_line(lens):
