@@ -12,12 +12,31 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+CORES = torch.get_num_threads()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is such a process per core already, and threads of all would wait for each other
+
 import json
 
 import pytest
 
 # A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests need the forge come first: one process has them all, as others take over from the end."""
+    forging = {item.path for item in items if "forge" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in forging)
+
+
+@pytest.fixture(scope="module")
+def every_core():
+    """For what is about the op, which starts as many threads as torch has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

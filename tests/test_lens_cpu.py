@@ -14,6 +14,8 @@ from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.lens_cpu import fused_lens_cpu, product_only
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 
 @pytest.fixture(params=["v4", "v3", "baseline"])
 def isa(request, monkeypatch):

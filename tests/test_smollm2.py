@@ -41,6 +41,7 @@ def test_parity_and_ranks_on_real_states(load_once):
     assert ((stats.target_rank == 0) == (stats.argmax == targets)).all()
 
 
+@pytest.mark.usefixtures("every_core")
 @pytest.mark.parametrize("isa", ["amx", "v4", "v3"])
 def test_certified_is_fp64_on_real_states(load_once, monkeypatch, isa):
     """All layers at 24 positions; benchmarks/certify.py does more than 10,000 rows."""
