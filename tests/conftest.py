@@ -12,13 +12,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-CORES = torch.get_num_threads()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there is such a process per core already, and threads of all would wait for each other
-
 import json
 
 import pytest
+
+CORES = torch.get_num_threads()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is such a process per core already, and threads of all would wait for each other
 
 # A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,6 +77,16 @@ def quick(monkeypatch):
     from faults import quick_figures
 
     monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
+
+
+@pytest.fixture(scope="module")
+def quick_file():
+    """`quick` for a whole file, with the sweeps that its tests share."""
+    from faults import quick_figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refinelens.derived.draw_figures", quick_figures)
+        yield
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def _exact(parts, hidden, targets):
     return [value.view(hidden.shape[:-1]) for value in out]
 
 
-def test_builtin_questions(tmp_path):
+def test_builtin_questions(tmp_path, quick):
     options = SweepOptions(documents=(2,), examples=4, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = pq.read_table(run.path / "predictions").to_pylist()
