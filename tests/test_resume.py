@@ -185,7 +185,6 @@ def test_killed_before_every_step_on_the_disk(forge, sweep, tmp_path, overwrite,
     assert step == last or 20 < step
 
 
-
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys, quick):
