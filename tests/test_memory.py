@@ -43,8 +43,9 @@ for unembedding in (torch.ones(30_000, 16), every_12th.repeat(1, 16)):
 # end.
 SWEEPS = f"""{RESIDENT}
 import json, tracemalloc
-import pyarrow
+import pyarrow, torch
 from refinelens import derived, sweep
+torch.set_num_threads(1)  # models so small gain nothing from more
 derived.draw_figures = lambda *drawn: None
 def report(progress):
     global tables
