@@ -7,6 +7,7 @@ import sys
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def resumed_entry(argv: list[str] | None, device_type: str, workers: int) -> dic
     }
 
 
+@cache
 def packages() -> dict[str, str | None]:
     """Versions of Python and of what the numbers of a run depend on."""
     return {"python": sys.version.split()[0]} | {package: package_version(package) for package in PACKAGES}

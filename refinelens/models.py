@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -148,14 +149,17 @@ def _gguf_read_once() -> Iterator[None]:
     """
     import gguf
 
-    asked = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in asked.items():
-        setattr(gguf, name, cache(function))
+    class PlainReader(gguf.GGUFReader):
+        """Every number and word of the metadata is a slice of the file, and slices of a `numpy.memmap` are slow."""
+
+        data = property(lambda self: self._data, lambda self, file: setattr(self, "_data", file.view(np.ndarray)))
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(PlainReader), cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
-        for name, function in asked.items():
-            setattr(gguf, name, function)
+        gguf.GGUFReader, gguf.get_tensor_name_map = own
 
 
 def _hub_is_out_of_reach() -> bool:

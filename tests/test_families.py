@@ -212,7 +212,7 @@ def test_longest_context():
     assert limits == {"gptj": 64, "mpt": 64, "bloom": None, "llama": SIZES["max_position_embeddings"]}
 
 
-def test_sweep_and_bench_on_a_projection(tmp_path, question_file):
+def test_sweep_and_bench_on_a_projection(tmp_path, question_file, quick):
     """The sweep runs without a final norm; the benchmark says that its competitors know no projection."""
     folder, template = save("opt-350m", tmp_path / "model"), tmp_path / "template.txt"
     template.write_text("{documents}\n{question}\n")

@@ -18,6 +18,8 @@ from refinelens.scoring import best_subspan_em, first_line
 from refinelens.sweep import run_sweep
 from tiny import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_file")
+
 N = 5
 
 

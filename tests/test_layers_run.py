@@ -221,8 +221,9 @@ def killed_in(monkeypatch, method, call, act):
     monkeypatch.setattr(Scanner, method, faulty)
 
 
-@pytest.mark.parametrize("method, call, kept", [("rows", 3, 3), ("add_to_means", 5, 0)])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "method, call, kept, signum", [("rows", 3, 3, signal.SIGINT), ("add_to_means", 5, 0, signal.SIGTERM)]
+)
 def test_interrupted_and_gone_on_with(finished, run, quick, method, call, kept, signum):
     with pytest.MonkeyPatch.context() as patch:
         killed_in(patch, method, call, lambda: os.kill(os.getpid(), signum))

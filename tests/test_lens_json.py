@@ -13,6 +13,8 @@ from refinelens.results import open_run
 from refinelens.resume import Terms
 from tiny import save_tiny_lens
 
+pytestmark = pytest.mark.usefixtures("quick_file")
+
 
 @pytest.fixture(scope="module")
 def run(tiny_model, question_file, tmp_path_factory):
@@ -107,7 +109,6 @@ def first_is_left_out(tiny_model, question_file, tmp_path_factory):
         ("closed-book", [], "question 0, closed-book,"),
     ],
 )
-@pytest.mark.usefixtures("quick")
 def test_what_is_shown_unless_told_otherwise(first_is_left_out, tmp_path, capsys, documents, options, shown):
     """The fewest documents among which the gold one may move, and the first question that could be asked so."""
     run = first_is_left_out(documents)
@@ -116,7 +117,6 @@ def test_what_is_shown_unless_told_otherwise(first_is_left_out, tmp_path, capsys
     assert f": {shown}" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_question_that_was_left_out_is_refused(first_is_left_out, tmp_path, capsys):
     path = str(first_is_left_out("closed-book,oracle,2,3").path)
     options = ["--question", "0", "--documents", "3"]

@@ -11,6 +11,7 @@ from refinelens.kernels.lens_triton import fused_lens_triton
 from refinelens.kernels.norms import apply_norm
 from refinelens.kernels.norms_triton import normed_rows
 
+SLOW = pytest.mark.slow  # minutes in the interpreter
 SIZES = [
     pytest.param(1, 1, 1, id="all-one"),  # every dimension far below its block, more splits than tiles
     pytest.param(2, 17, 2, id="prime-width"),  # d_model divides nothing: the unaligned loads
@@ -44,12 +45,24 @@ OPTIONS = {
 }
 
 
-# No whole tile, exactly one, one and one token more, several and an odd rest; all options with the last.
-@pytest.mark.parametrize(
-    "n_vocab, names", [(31, ["plain"]), (32, ["plain"]), (33, ["plain", "bias-softcap"]), (70, OPTIONS)]
-)
 @pytest.mark.parametrize("config, dtype", KINDS)
-def test_kinds(config, dtype, n_vocab, names):
+def test_kinds(config, dtype):
+    """Several tiles and an odd rest, with all options."""
+    check_kind(config, dtype, 70, OPTIONS)
+
+
+# How a vocabulary is cut is the same in every dtype.
+@pytest.mark.parametrize("n_vocab, names", [(31, ["plain"]), (32, ["plain"]), (33, ["plain", "bias-softcap"])])
+@pytest.mark.parametrize(
+    "config, dtype",
+    [pytest.param(*kind.values, id=kind.id, marks=[] if BF16 in kind.values else SLOW) for kind in KINDS],
+)
+def test_kinds_at_the_border_of_a_tile(config, dtype, n_vocab, names):
+    """No whole tile, exactly one, one and one token more."""
+    check_kind(config, dtype, n_vocab, names)
+
+
+def check_kind(config, dtype, n_vocab, names):
     hidden, unembedding, ids = operands(17, 80, n_vocab, dtype)  # a row more than a block of 16
     for name in names:
         options = OPTIONS[name]
@@ -60,7 +73,8 @@ def test_kinds(config, dtype, n_vocab, names):
             assert left_open <= 1, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# What a norm does in each dtype the test of the pre-pass has.
+@pytest.mark.parametrize("dtype", [BF16, *(pytest.param(dtype, marks=SLOW) for dtype in DTYPES if dtype != BF16)])
 @pytest.mark.parametrize("norm", [name for name in NORMS if name != "none"])
 def test_norms(norm, dtype):
     hidden, unembedding, targets = operands(5, 17, 33, dtype)

@@ -32,10 +32,15 @@ def poisoned_buffers(monkeypatch):
     poison_buffers(monkeypatch)
 
 
-@pytest.mark.parametrize("splits", [1, 5])
+# Every kind with one split and with more than there are tiles, which is the same in every dtype.
 @pytest.mark.parametrize("same_bits", [True, False])
 @pytest.mark.parametrize(
-    "config, dtype", [*((SMALL, dtype) for dtype in DTYPES), (FEW_ROWS, BF16), (TMA, BF16)]
+    "config, dtype, splits",
+    [
+        *((config, BF16, splits) for config in (SMALL, FEW_ROWS, TMA) for splits in (1, 5)),
+        *((SMALL, dtype, 5) for dtype in DTYPES if dtype != BF16),
+        *(pytest.param(SMALL, dtype, 1, marks=pytest.mark.slow) for dtype in DTYPES if dtype != BF16),
+    ],
 )
 def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits, monkeypatch):
     monkeypatch.setattr(lens_triton, "has_same_bits", lambda options: same_bits)

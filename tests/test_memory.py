@@ -35,12 +35,15 @@ for unembedding in (torch.ones(30_000, 16), every_12th.repeat(1, 16)):
     print([int(stats.fell_back.sum()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before])
 """
 
-# Every sweep in turn, [folder, questions per part, options]: the peak of the resident set and that of objects and
-# tables, kB, when an eighth of the questions is asked and when all are; and of the resident set at the end.
+# Every sweep in turn but for its figures, [folder, questions per part, options]: the peak of the resident set and that
+# of objects and tables, kB, when an eighth of the questions is asked and when all are; and of the resident set at the
+# end.
 SWEEPS = f"""{RESIDENT}
 import json, tracemalloc
-import pyarrow
-from refinelens import sweep
+import pyarrow, torch
+from refinelens import derived, sweep
+torch.set_num_threads(1)  # models so small gain nothing from more
+derived.draw_figures = lambda *drawn: None
 def report(progress):
     global tables
     tables = max(tables, pyarrow.total_allocated_bytes())

@@ -21,6 +21,8 @@ from refinelens.prefix import Branches, branch_order, check_branching, differenc
 from refinelens.sweep import run_sweep
 from tiny import shake
 
+pytestmark = pytest.mark.usefixtures("quick_file")
+
 FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
 WINDOWS = ["mistral", "gemma2", "gemma3", "gpt_oss", "phi3-tied", "starcoder2-no-bias", "gpt_neo", "falcon-alibi"]
 EXACT = dict.fromkeys([*FAMILIES, *WINDOWS])
@@ -180,6 +182,11 @@ def ran_whole(options, tmp_path_factory):
     return run_sweep(replace(options, reuse_prefix="off"), tmp_path_factory.mktemp("runs") / "run")
 
 
+@pytest.fixture(scope="module")
+def branched(options, tmp_path_factory):
+    return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
+
+
 def predictions(run):
     return pq.read_table(run.path / "predictions").to_pylist()
 
@@ -192,35 +199,33 @@ def assert_same(run, other):
             np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
 
 
-def test_a_sweep_with_reuse_is_the_sweep_without(options, ran_whole, tmp_path):
-    run = run_sweep(options, tmp_path / "run")
-    assert_same(run, ran_whole)
-    reused, plain = run.manifest, ran_whole.manifest
+def test_a_sweep_with_reuse_is_the_sweep_without(branched, ran_whole):
+    assert_same(branched, ran_whole)
+    reused, plain = branched.manifest, ran_whole.manifest
     assert reused["prefix_reuse"]["used"] and "argmax equal" in reused["prefix_reuse"]["why"]
     assert plain["prefix_reuse"] == {"used": False, "why": "--reuse-prefix off"}
-    tokens = {(r["question_id"], r["documents"], r["gold_position"]): r["n_tokens"] for r in predictions(run)}
+    tokens = {(r["question_id"], r["documents"], r["gold_position"]): r["n_tokens"] for r in predictions(branched)}
     assert plain["counts"]["tokens_computed"] == sum(tokens.values()) and plain["counts"]["tokens_saved"] == 0
     assert sum(reused["counts"][f"tokens_{what}"] for what in ("computed", "saved")) == sum(tokens.values())
     assert reused["counts"]["tokens_saved"] > 0.2 * sum(tokens.values())
 
 
-def test_one_question_gives_the_same_rows_alone(options, tmp_path):
+def test_one_question_gives_the_same_rows_alone(options, branched, tmp_path):
     """Nothing is shared between questions, so that which others were asked before changes no bit."""
-    every = predictions(run_sweep(options, tmp_path / "every"))
+    every = predictions(branched)
     alone = predictions(run_sweep(replace(options, examples=1), tmp_path / "alone"))
     asked = {row["question_id"] for row in alone}
     assert len(asked) == 1 and asked != {every[0]["question_id"]}
     assert alone == [row for row in every if row["question_id"] in asked]
 
 
-def test_the_table_counts_tokens(options, ran_whole, tmp_path):
+def test_the_table_counts_tokens(branched, ran_whole):
     from refinelens.table import notes
 
-    run = run_sweep(options, tmp_path / "run")
-    counts = run.manifest["counts"]
+    counts = branched.manifest["counts"]
     computed, saved = counts["tokens_computed"], counts["tokens_saved"]
     line = f"{computed} tokens computed, {saved} saved by shared prefixes ({(computed + saved) / computed:.2f} times)."
-    assert line in notes(run.manifest)
+    assert line in notes(branched.manifest)
     computed = ran_whole.manifest["counts"]["tokens_computed"]
     line = f"{computed} tokens computed, 0 saved by shared prefixes; contexts ran whole: --reuse-prefix off."
     assert line in notes(ran_whole.manifest)

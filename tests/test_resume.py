@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from faults import at_step, quick_figures, wait_for
+from refinelens import inputs
 from refinelens.cli import main
 from refinelens.lock import LOCK
+from refinelens.models import load_model
 from refinelens.results import DERIVED, LAYERS, MANIFEST, open_run, parts_of
 from tiny import save_tiny_lens, save_tiny_model
 
 KILLS = 20
-PART = 4  # questions per part, of 22
+PART = 4  # questions per part, of 14
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +32,26 @@ def small_parts(monkeypatch):
     monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", PART)
 
 
+@pytest.fixture(autouse=True)
+def load_once(loaded, monkeypatch):
+    """For the sweeps in this process, as the forge does for its own: only those of another model load it."""
+    load, name = inputs.load_model, loaded.name
+    monkeypatch.setattr(inputs, "load_model", lambda *model: loaded if model[0] == name else load(*model))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model):
+    return load_model(str(tiny_model), "cpu")
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """22 questions: the last part is a short one; every seventh cannot be asked, all passages have its answer."""
+    """14 questions: the last part is a short one; every seventh cannot be asked, all passages have its answer."""
     path = tmp_path_factory.mktemp("task") / "questions.jsonl"
     places = ["arven", "brosk", "calmi", "dorra", "elska", "fenta"]
     answers = ["red", "blue stone", "green", "black iron gate"]
     lines = []
-    for i in range(22):
+    for i in range(14):
         place, answer = places[i % 6], "door" if i % 7 == 5 else answers[i // 6]
         gold = {"title": place, "text": f"the door of {place} is {answer} .", "isgold": True}
         record = {"question": f"what is the door of {place} ?", "answers": [answer], "ctxs": [gold]}
@@ -61,9 +75,9 @@ def whole(forge, sweep, tmp_path_factory):
     seconds = time.monotonic() - start
     run = open_run(folder / "run")
     assert run.manifest["counts"]["left_out"] == {
-        f"{n} documents: too few passages without an answer": [5, 12, 19] for n in (2, 3)
+        f"{n} documents: too few passages without an answer": [5, 12] for n in (2, 3)
     }
-    assert [part.questions for part in parts_of(run.manifest)][-2:] == [(16, 20), (20, 22)]
+    assert [part.questions for part in parts_of(run.manifest)][-2:] == [(8, 12), (12, 14)]
     return run, seconds
 
 
@@ -204,7 +218,7 @@ def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
         (stopped.path / f".{name}.tmp").write_bytes(b"{")
     (stopped.path / LOCK).write_text('{"pid": 1')
     assert main(["show", str(stopped.path)]) == 0
-    assert "10 of 22 questions" in capsys.readouterr().out
+    assert "10 of 14 questions" in capsys.readouterr().out
     assert main(["sweep", "--resume", str(stopped.path)]) == 0
     assert_lacks_nothing(stopped.path, whole)
 
@@ -221,7 +235,7 @@ def test_a_signal_lets_the_question_finish(forge, sweep, whole, tmp_path, capsys
         assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == done
         assert rows_of(run) == rows_of(whole)[: len(rows_of(run))]
         assert main(["show", str(path)]) == 0
-        assert f"{done} of 22 questions; refinelens sweep --resume goes on with it" in capsys.readouterr().out
+        assert f"{done} of 14 questions; refinelens sweep --resume goes on with it" in capsys.readouterr().out
     assert main(["sweep", "--resume", str(path)]) == 0
     assert_lacks_nothing(path, whole)
     assert len(open_run(path).manifest["resumed"]) == 3
@@ -245,7 +259,7 @@ def test_two_processes_and_one_folder(forge, sweep, whole, tmp_path, capsys, qui
         assert main([*command, str(path)]) == 2
         assert f"held by process {pid} on {os.uname().nodename} since 20" in one_line(capsys.readouterr().err)
     assert main(["show", str(path)]) == 0
-    assert "4 of 22 questions" in capsys.readouterr().out and not (path / "summary.csv").exists()
+    assert "4 of 14 questions" in capsys.readouterr().out and not (path / "summary.csv").exists()
     os.kill(pid, signal.SIGKILL)
     assert forge.wait(pid) == -signal.SIGKILL and (path / LOCK).exists()
     assert main(["sweep", "--resume", str(path)]) == 0

@@ -14,6 +14,8 @@ from refinelens.errors import InputError
 from refinelens.lens import LensStats
 from tiny import assert_matches_truth, screening_error, truth
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 # Tokens that are all equal: both rows fall back, for which a thread takes 40 MB or more at a time. The first call makes
 # what stays: the index, threads' own memory. The second may take 30 MB: less than that, more than all the rest.
 TOO_LITTLE_MEMORY = """

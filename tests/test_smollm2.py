@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from refinelens import LogitLens, fused_lens
+from refinelens.lens import LensStats
 from refinelens.models import find_smollm2, load_model
 from refinelens.options import SweepOptions
 from refinelens.sweep import run_sweep
@@ -41,17 +42,24 @@ def test_parity_and_ranks_on_real_states(load_once):
     assert ((stats.target_rank == 0) == (stats.argmax == targets)).all()
 
 
-@pytest.mark.parametrize("isa", ["amx", "v4", "v3"])
-def test_certified_is_fp64_on_real_states(load_once, monkeypatch, isa):
-    """All layers at 24 positions; benchmarks/certify.py does more than 10,000 rows."""
-    monkeypatch.setenv("REFINELENS_ISA", isa)
-    skip_unless_isa_runs()
+@pytest.fixture(scope="module")
+def states(load_once):
+    """Of all layers at 24 positions, what they are to predict, and their statistics in fp64."""
     lens = LogitLens.from_model(load_once.model)
     text = "The bridge over the river was built in the year 1873 by an engineer who had never seen the sea before."
     ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :25]
     hidden, targets = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)), ids[:, 1:]
-    stats = fused_lens(hidden, lens.parts.unembedding, lens.parts.norm, targets, precision="certified")
-    exact = type(stats)(*_exact(lens.parts, hidden, targets))
+    return lens.parts, hidden, targets, LensStats(*_exact(lens.parts, hidden, targets))
+
+
+@pytest.mark.usefixtures("every_core")
+@pytest.mark.parametrize("isa", ["amx", "v4", "v3"])
+def test_certified_is_fp64_on_real_states(states, monkeypatch, isa):
+    """On this many rows; benchmarks/certify.py does more than 10,000."""
+    monkeypatch.setenv("REFINELENS_ISA", isa)
+    skip_unless_isa_runs()
+    parts, hidden, targets, exact = states
+    stats = fused_lens(hidden, parts.unembedding, parts.norm, targets, precision="certified")
     assert torch.equal(stats.argmax, exact.argmax) and torch.equal(stats.target_rank, exact.target_rank)
     assert ((stats.logsumexp - exact.logsumexp).abs() <= stats.logsumexp_bound).all()
     assert stats.logsumexp_bound.max() < 0.1 and not stats.fell_back.any()
@@ -67,7 +75,7 @@ def _exact(parts, hidden, targets):
     return [value.view(hidden.shape[:-1]) for value in out]
 
 
-def test_builtin_questions(tmp_path):
+def test_builtin_questions(tmp_path, quick):
     options = SweepOptions(documents=(2,), examples=4, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = pq.read_table(run.path / "predictions").to_pylist()

@@ -95,7 +95,7 @@ def test_a_sweep_needs_no_more_than_its_name(tmp_path, capsys):
         assert all(float(line["accuracy"]) >= 0.75 for line in csv.DictReader(file))
 
 
-def test_every_document_size_it_was_trained_on_fits(tmp_path):
+def test_every_document_size_it_was_trained_on_fits(tmp_path, quick):
     options = SweepOptions(
         "tiny", "tiny", (0, 1, 20, 30, 45), gold_positions="ends-middle", examples=2, device="cpu", positions="answer"
     )
@@ -117,7 +117,7 @@ def whole(tmp_path_factory):
     return options, run_sweep(options, tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path):
+def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path, quick):
     options, run = whole
     branched = run_sweep(replace(options, reuse_prefix="on"), tmp_path / "run")
     assert branched.manifest["counts"]["tokens_computed"] < run.manifest["counts"]["tokens_computed"]
@@ -126,7 +126,7 @@ def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path):
         assert ours["target_logprob"] == pytest.approx(alone["target_logprob"], abs=1e-4)
 
 
-def test_a_killed_sweep_goes_on_to_the_same_rows(whole, tmp_path, forge):
+def test_a_killed_sweep_goes_on_to_the_same_rows(whole, tmp_path, forge, quick):
     """SIGKILL in the third question, when two are written."""
     options, run = whole
     arguments = ["--documents", "6", "--examples", str(options.examples), "--device", "cpu", "--reuse-prefix", "off"]
@@ -154,7 +154,7 @@ def fitted(tmp_path_factory):
     return folder
 
 
-def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path):
+def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path, quick):
     """At every layer below the output its report says so, of held-out text, and a sweep does of the answers."""
     quality = json.loads((fitted / "manifest.json").read_text())["quality"]
     for layer in range(8):
