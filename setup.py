@@ -17,8 +17,10 @@ extension = Pybind11Extension(
     optional=True,
 )
 
+ROOMS = "bench data fit kernels layers lenses model op prompts report runs sweep tasks".split()
+
 setup(
-    packages=["refinelens", *(f"refinelens.{name}" for name in ("bench", "data", "fit", "kernels", "layers"))],
+    packages=["refinelens", *(f"refinelens.{room}" for room in ROOMS)],
     # The folder stands at the top of the repository; installed, it is a part of refinelens, so that it
     # cannot be taken for the package `kernels` that Transformers looks for.
     package_dir={"refinelens.kernels": "kernels"},

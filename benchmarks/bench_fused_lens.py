@@ -10,11 +10,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from refinelens.backends import instruction_set
 from refinelens.bench.options import BenchOptions
 from refinelens.bench.session import open_session
 from refinelens.errors import InputError
-from refinelens.models import find_smollm2
+from refinelens.model.loading import find_smollm2
+from refinelens.op.backends import instruction_set
 
 # Rows are layers x positions.
 CPU_CASES = {

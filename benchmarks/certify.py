@@ -18,7 +18,7 @@ from refinelens.bench.options import BenchOptions
 from refinelens.bench.sources import make_problem
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import apply_norm
-from refinelens.lens import LensStats
+from refinelens.op.lens import LensStats
 
 ROWS = 1024  # at a time
 

@@ -19,17 +19,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from refinelens.capture import first_state
 from refinelens.layers.clean_run import CleanRun
 from refinelens.layers.interventions import EVERY, LAST, Intervention
 from refinelens.layers.means import MeanContributions
 from refinelens.layers.restarts import Restarts, check_restarts
 from refinelens.layers.scan import scan
-from refinelens.logit_lens import LogitLens
-from refinelens.manifest import device_name
-from refinelens.models import LoadedModel, load_model
-from refinelens.prompts import DEFAULT_TEMPLATE, build_context
-from refinelens.task import DistractorSource, choose_questions, load_task
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.model.capture import first_state
+from refinelens.model.loading import LoadedModel, load_model
+from refinelens.prompts.context import DEFAULT_TEMPLATE, build_context
+from refinelens.sweep.manifest import device_name
+from refinelens.tasks.task import DistractorSource, choose_questions, load_task
 
 GOAL = 0.6  # forward passes a layer
 CHECKED = 3  # blocks whose skip is compared with the whole model

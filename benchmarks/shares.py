@@ -15,8 +15,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from refinelens import cli, contexts, inputs, logit_lens, predict, recorder, sweep
-from refinelens.manifest import device_name
+from refinelens import cli
+from refinelens.lenses import logit_lens
+from refinelens.sweep import contexts, inputs, predict, recorder
+from refinelens.sweep import session as sweep
+from refinelens.sweep.manifest import device_name
 
 DEFAULT = ("--documents", "5,10", "--examples", "8", "--reuse-prefix", "off")
 STAGES = {

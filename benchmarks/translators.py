@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from refinelens.logit_lens import LogitLens
-from refinelens.parts import LensParts
-from refinelens.translators import Translators
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.lenses.translators import Translators
+from refinelens.model.parts import LensParts
 
 D_MODEL, VOCAB, N_LAYERS = 768, 50257, 12
 

@@ -8,22 +8,22 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "fused_lens": "lens",
-    "LensStats": "lens",
+    "fused_lens": "op.lens",
+    "LensStats": "op.lens",
     "LayerNorm": "kernels.norms",
     "RMSNorm": "kernels.norms",
-    "lens_top_k": "top_k",
-    "TopK": "top_k",
-    "kl_to_final": "kl",
-    "LogitLens": "logit_lens",
-    "Translators": "translators",
-    "load_lens": "lens_files",
-    "load_run": "frames",
-    "spearman": "rank_agreement",
-    "kendall_tau_b": "rank_agreement",
-    "top_k_overlap": "rank_agreement",
-    "between_layers": "rank_agreement",
-    "compare_runs": "run_agreement",
+    "lens_top_k": "op.top_k",
+    "TopK": "op.top_k",
+    "kl_to_final": "op.kl",
+    "LogitLens": "lenses.logit_lens",
+    "Translators": "lenses.translators",
+    "load_lens": "lenses.lens_files",
+    "load_run": "runs.frames",
+    "spearman": "op.rank_agreement",
+    "kendall_tau_b": "op.rank_agreement",
+    "top_k_overlap": "op.rank_agreement",
+    "between_layers": "op.rank_agreement",
+    "compare_runs": "report.run_agreement",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -19,7 +19,7 @@ from .errors import FaultError, InputError
 from .parser import build_parser
 
 if TYPE_CHECKING:
-    from .results import Run
+    from .runs.results import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
     _calm_libraries()
-    from .sweep import run_sweep
+    from .sweep.session import run_sweep
 
     return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
 
@@ -75,19 +75,19 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers"))]
     if others:
         raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
-    from .resume import Unfinished
+    from .sweep.resume import Unfinished
 
     if Unfinished.read(path).is_finished:
         from rich.console import Console
 
-        from .derived import show_run
-        from .results import open_run
+        from .report.derived import show_run
+        from .runs.results import open_run
 
         print(f"{path}: finished already\n")
         show_run(open_run(path), Console())
         return 0
     _calm_libraries()
-    from .sweep import resume_sweep
+    from .sweep.session import resume_sweep
 
     return _watch(partial(resume_sweep, path, ["refinelens", *argv], arguments.workers))
 
@@ -96,9 +96,9 @@ def _watch(sweep: Callable[..., Run]) -> int:
     """Run a sweep with its progress on the terminal, then print its table."""
     from rich.console import Console
 
-    from .interrupt import SweepInterrupted
     from .progress import sweep_progress
-    from .table import print_table
+    from .report.table import print_table
+    from .sweep.interrupt import SweepInterrupted
 
     code, summary = 0, []
     try:
@@ -124,10 +124,10 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     names = parse_interventions(arguments.interventions)
     options = LayerOptions(names, arguments.at, arguments.examples, arguments.lens)
     _calm_libraries()
-    from .interrupt import SweepInterrupted
     from .layers.session import how_it_goes_on, run_layers
     from .layers.table import print_layers
     from .progress import fit_progress
+    from .sweep.interrupt import SweepInterrupted
 
     given = (arguments.folder, options, arguments.out, arguments.overwrite, ["refinelens", *argv])
     try:
@@ -173,8 +173,8 @@ def _calm_libraries() -> None:
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .derived import show_run
-    from .results import open_run
+    from .report.derived import show_run
+    from .runs.results import open_run
 
     top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     show_run(open_run(arguments.folder), Console(), top)
@@ -182,8 +182,8 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from .export import check_new_file, export_run
-    from .results import open_run
+    from .runs.export import check_new_file, export_run
+    from .runs.results import open_run
 
     run, out = open_run(arguments.folder), Path(arguments.out)
     if arguments.format != "lens-json":
@@ -206,7 +206,7 @@ def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
         print(f"{name:<16} {value}")
     if arguments.model is not None:
         from .describe import model_findings
-        from .models import load_model
+        from .model.loading import load_model
 
         for name, value in model_findings(load_model(arguments.model, arguments.device, arguments.dtype)):
             print(f"{name:<16} {value}", flush=True)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedModelError
 from .kernels.norms import Norm
 from .layers.restarts import check_restarts
-from .logit_lens import LogitLens
-from .models import LoadedModel
-from .parts import find_parts
-from .prefix import check_branching
+from .lenses.logit_lens import LogitLens
+from .lenses.prefix import check_branching
+from .model.loading import LoadedModel
+from .model.parts import find_parts
 
 
 def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:

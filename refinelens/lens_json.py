@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from .conditions import ORACLE, condition_name
-from .durable import write_output
 from .errors import InputError
-from .inputs import SweepInputs
-from .lens_files import Lens
-from .logit_lens import LogitLens
-from .manifest import now
-from .prompts import Context
-from .results import Run
-from .resume import Terms
-from .top_k import lens_top_k
+from .lenses.lens_files import Lens
+from .lenses.logit_lens import LogitLens
+from .op.top_k import lens_top_k
+from .prompts.context import Context
+from .runs.durable import write_output
+from .runs.results import Run
+from .sweep.inputs import SweepInputs
+from .sweep.manifest import now
+from .sweep.resume import Terms
 
 Thing = TypeVar("Thing")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from .conditions import gold_positions
 from .errors import InputError
-from .formats import DEFAULT
+from .tasks.formats import DEFAULT
 
 CHOICES = {  # words that options take
     "target": ("answer", "prediction"),

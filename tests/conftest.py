@@ -76,7 +76,7 @@ def quick(monkeypatch):
     """For what is not about figures."""
     from faults import quick_figures
 
-    monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
+    monkeypatch.setattr("refinelens.report.derived.draw_figures", quick_figures)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def quick_file():
     from faults import quick_figures
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("refinelens.derived.draw_figures", quick_figures)
+        patch.setattr("refinelens.report.derived.draw_figures", quick_figures)
         yield
 
 
@@ -109,4 +109,4 @@ def refused_sweep(question_file, tmp_path, capfd):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails the test if a sweep loads its model."""
-    monkeypatch.setattr("refinelens.inputs.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("refinelens.sweep.inputs.load_model", lambda *_: pytest.fail("the model was loaded"))

@@ -74,8 +74,8 @@ def at_step(number, act):
 
 def quick_figures(run, *drawn):
     """In place of `draw_figures`, which takes as long as all the rest of a tiny sweep: the files without figures."""
-    from refinelens.durable import write_whole
-    from refinelens.results import FIGURES
+    from refinelens.runs.durable import write_whole
+    from refinelens.runs.results import FIGURES
 
     for name in FIGURES:
         write_whole(run.path / name, lambda path: path.write_bytes(b"figure"))
@@ -107,9 +107,12 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
         workers_meet: Folder of `faulty_worker` for the workers of the sweep, which are forked too.
         figures: Whether to draw them, rather than `quick_figures`.
     """
-    from refinelens import cli, derived, sweep, workers
-    from refinelens.interrupt import StopSignals
-    from refinelens.predict import Predictor
+    from refinelens import cli
+    from refinelens.report import derived
+    from refinelens.sweep import session as sweep
+    from refinelens.sweep import workers
+    from refinelens.sweep.interrupt import StopSignals
+    from refinelens.sweep.predict import Predictor
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -186,7 +189,8 @@ def _fork(work):
 def _serve(*arguments):
     import torch
 
-    from refinelens import cli, inputs
+    from refinelens import cli
+    from refinelens.sweep import inputs
 
     torch.set_num_threads(1)  # threads do not survive a fork
     load, loaded = inputs.load_model, {}

@@ -10,12 +10,12 @@ import signal
 import sys
 import time
 
-from refinelens import worker
-from refinelens.predict import Predictor
+from refinelens.sweep import worker
+from refinelens.sweep.predict import Predictor
 
 
 def run_worker(folder, descriptor):
-    """What ``python -m refinelens.worker`` runs, with faults; its exit code."""
+    """What ``python -m refinelens.sweep.worker`` runs, with faults; its exit code."""
     (folder / f"pid-{os.getpid()}").touch()
     rows = Predictor.rows
 

@@ -5,10 +5,10 @@ import json
 import torch
 import transformers as tf
 
-from refinelens.lens_files import model_entry, save_lens
-from refinelens.logit_lens import LogitLens
-from refinelens.models import load_model
-from refinelens.translators import Translators
+from refinelens.lenses.lens_files import model_entry, save_lens
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.lenses.translators import Translators
+from refinelens.model.loading import load_model
 from tiny import shake, word_tokenizer
 
 VOCAB = 211  # a prime

@@ -157,7 +157,7 @@ def test_answers_stand_in_no_order(group):
 @pytest.fixture(scope="module")
 def tokenizer():
     transformers = pytest.importorskip("transformers", reason="needs the transformers tokenizer")
-    from refinelens.models import _gguf_read_once, find_smollm2
+    from refinelens.model.loading import _gguf_read_once, find_smollm2
 
     path = find_smollm2()
     if path is None or importlib.util.find_spec("gguf") is None:

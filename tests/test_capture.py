@@ -5,9 +5,9 @@ import torch
 
 from families import VOCAB, build
 from refinelens import LogitLens
-from refinelens.capture import keep_positions, run_base
 from refinelens.errors import InputError
-from refinelens.parts import find_parts
+from refinelens.model.capture import keep_positions, run_base
+from refinelens.model.parts import find_parts
 
 
 def test_padding_on_the_right_changes_nothing():

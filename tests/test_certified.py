@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refinelens import _C, LayerNorm, RMSNorm, certified, fused_lens
-from refinelens.backends import CERTIFIED_ROWS, choose_precision
-from refinelens.certified import fused_lens_certified, fused_lens_screened, screen_index
+from refinelens import _C, LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
 from refinelens.kernels.lens_common import LensOutput
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import apply_norm
+from refinelens.op import certified
+from refinelens.op.backends import CERTIFIED_ROWS, choose_precision
+from refinelens.op.certified import fused_lens_certified, fused_lens_screened, screen_index
 
 pytestmark = pytest.mark.usefixtures("every_core")
 
@@ -358,7 +359,7 @@ def test_where_it_cannot_run_it_is_refused(monkeypatch):
 
 
 def test_auto_runs_what_it_says(screen, monkeypatch):
-    monkeypatch.setattr("refinelens.backends.CERTIFIED_ROWS", 8)
+    monkeypatch.setattr("refinelens.op.backends.CERTIFIED_ROWS", 8)
     hidden, unembedding, targets, _ = make(8, 64, 2000)
     auto, few = (fused_lens(hidden[:n], unembedding, None, targets[:n]) for n in (8, 7))
     chosen = choose_precision("cpp", "cpu", rows=8, d_model=64)[0]

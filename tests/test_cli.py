@@ -15,7 +15,7 @@ import transformers
 
 from families import save
 from refinelens.cli import main
-from refinelens.parts import find_parts
+from refinelens.model.parts import find_parts
 from tiny import save_tiny_model, word_tokenizer
 
 
@@ -50,7 +50,7 @@ def test_doctor_where_another_package_brings_triton(monkeypatch, capsys):
     def version(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("refinelens.manifest.version", version)
+    monkeypatch.setattr("refinelens.sweep.manifest.version", version)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("json" if name == "triton" else name))
     assert main(["doctor"]) == 0
     assert lines_of(capsys.readouterr().out)["Triton"] == "installed by a package of another name"
@@ -117,7 +117,7 @@ def test_doctor_refuses_a_model(tmp_path, capsys, monkeypatch):
     assert captured.err.endswith("got Linear, GELUActivation, LayerNorm\n")
     assert "BertLMHeadModel on" in captured.out and "parity" not in captured.out
     folder = save("gptj", tmp_path / "gptj")
-    monkeypatch.setattr("refinelens.logit_lens.find_parts", lambda model: replace(find_parts(model), bias=None))
+    monkeypatch.setattr("refinelens.lenses.logit_lens.find_parts", lambda model: replace(find_parts(model), bias=None))
     assert main(["doctor", "--model", folder]) == 2
     captured = capsys.readouterr()
     assert_one_line(captured.err, "GPTJForCausalLM: expected the lens at the last layer to equal the model's logits")
@@ -314,9 +314,9 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
     def read_only(path, write):
         raise PermissionError(13, "Read-only file system")
 
-    monkeypatch.setattr("refinelens.results.write_whole", read_only)
-    monkeypatch.setattr("refinelens.derived.write_whole", read_only)
-    monkeypatch.setattr("refinelens.figures.write_whole", read_only)
+    monkeypatch.setattr("refinelens.runs.results.write_whole", read_only)
+    monkeypatch.setattr("refinelens.report.derived.write_whole", read_only)
+    monkeypatch.setattr("refinelens.report.figures.write_whole", read_only)
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "refinement by gold position" in capsys.readouterr().out
@@ -331,14 +331,14 @@ def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch, quick):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("refinelens.lock.os.pwrite", full)
+    monkeypatch.setattr("refinelens.runs.lock.os.pwrite", full)
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "refinement by gold position" in capsys.readouterr().out
     assert not (tmp_path / "run" / "depth.png").exists()
 
 
 def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch, quick):
-    from refinelens.predict import Predictor
+    from refinelens.sweep.predict import Predictor
 
     run_question, calls = Predictor.rows, []
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refinelens.chat import Chat, render_chat
 from refinelens.cli import main
 from refinelens.conditions import condition_name, gold_positions, parse_documents
 from refinelens.errors import InputError
-from refinelens.formats import QA, QUERY_AWARE
 from refinelens.options import SweepOptions
-from refinelens.prompts import DEFAULT_TEMPLATE, Template, build_context
-from refinelens.question import Document, Question
-from refinelens.results import open_run
-from refinelens.sweep import run_sweep
+from refinelens.prompts.chat import Chat, render_chat
+from refinelens.prompts.context import DEFAULT_TEMPLATE, Template, build_context
+from refinelens.runs.results import open_run
+from refinelens.sweep.session import run_sweep
+from refinelens.tasks.formats import QA, QUERY_AWARE
+from refinelens.tasks.question import Document, Question
 from tiny import save_tiny_model, word_tokenizer
 
 GOLD, OTHER = Document("arven", "the door of arven is red ."), Document("brosk", "white .")

@@ -13,7 +13,7 @@ import pytest
 from refinelens import load_run
 from refinelens.cli import main
 from refinelens.errors import InputError
-from refinelens.results import open_run
+from refinelens.runs.results import open_run
 from tiny import byte_tokenizer, save_tiny_model
 
 
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys, monkey
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("refinelens.durable.os.fsync", fail)
+    monkeypatch.setattr("refinelens.runs.durable.os.fsync", fail)
     out = tmp_path / "out"
     assert main(["export", str(run.path), "--format", kind, "--out", str(out)]) == code
     assert capsys.readouterr().err == f"refinelens: --out {out}: {message}\n"

@@ -14,11 +14,11 @@ from refinelens.bench.options import BenchOptions
 from refinelens.bench.sources import make_problem
 from refinelens.describe import describe_norm
 from refinelens.errors import InputError, UnsupportedModelError
-from refinelens.logit_lens import check_parity
-from refinelens.models import LoadedModel
+from refinelens.lenses.logit_lens import check_parity
+from refinelens.model.loading import LoadedModel
+from refinelens.model.parts import find_parts
 from refinelens.options import SweepOptions
-from refinelens.parts import find_parts
-from refinelens.sweep import run_sweep
+from refinelens.sweep.session import run_sweep
 from tiny import tiny_gpt2
 
 FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
@@ -114,7 +114,7 @@ def test_gate_refuses_what_is_not_the_model(name, wrong, monkeypatch):
     model = build(name)
     parts = WRONG[wrong][1](find_parts(model))
     assert not check_parity(model, parts).passed
-    monkeypatch.setattr("refinelens.logit_lens.find_parts", lambda model: parts)
+    monkeypatch.setattr("refinelens.lenses.logit_lens.find_parts", lambda model: parts)
     with pytest.raises(UnsupportedModelError, match=rf"{type(model).__name__}: expected .* maximum difference of \d"):
         LogitLens.from_model(model)
 

@@ -16,10 +16,10 @@ from refinelens.fit.quality import measure
 from refinelens.fit.states import States
 from refinelens.fit.statistics import Statistics
 from refinelens.fit.text import load_text, sequences
-from refinelens.lens_files import load_lens
-from refinelens.lock import LOCK
-from refinelens.logit_lens import LogitLens
-from refinelens.models import load_model
+from refinelens.lenses.lens_files import load_lens
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.model.loading import load_model
+from refinelens.runs.lock import LOCK
 from tiny import WORDS, tiny_gpt2, word_tokenizer
 
 

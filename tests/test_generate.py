@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refinelens.capture import keep_positions
 from refinelens.cli import main
-from refinelens.generate import Generator
-from refinelens.inputs import SweepInputs
-from refinelens.logit_lens import LogitLens
-from refinelens.models import load_model
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.model.capture import keep_positions
+from refinelens.model.loading import load_model
 from refinelens.options import SweepOptions
-from refinelens.scoring import best_subspan_em, first_line
-from refinelens.sweep import run_sweep
+from refinelens.sweep.generate import Generator
+from refinelens.sweep.inputs import SweepInputs
+from refinelens.sweep.session import run_sweep
+from refinelens.tasks.scoring import best_subspan_em, first_line
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("quick_file")
@@ -121,7 +121,7 @@ def test_a_sweep_goes_on_from_the_prefix(options, tmp_path, monkeypatch):
         ran.append(positions)
         return keep_positions(blocks, positions)
 
-    monkeypatch.setattr("refinelens.logit_lens.keep_positions", spy)
+    monkeypatch.setattr("refinelens.lenses.logit_lens.keep_positions", spy)
     one = replace(options, examples=1)
     passes = []
     for generate in (0, N):

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from refinelens import LayerNorm, RMSNorm
 from refinelens.errors import UnsupportedModelError
-from refinelens.identify import identify_norm, identify_projection
 from refinelens.kernels.norms import apply_norm
+from refinelens.model.identify import identify_norm, identify_projection
 
 WIDTH = 33  # no multiple of anything
 

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refinelens import inverted_u
-from refinelens.inverted_u import VOID, holm, inverted_u_tests, middle_positions, sign_flip
+from refinelens.report import inverted_u
+from refinelens.report.inverted_u import VOID, holm, inverted_u_tests, middle_positions, sign_flip
 
 
 def trajectories(depths, documents=3, lens="plain", top=1):

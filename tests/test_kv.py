@@ -10,11 +10,11 @@ import pytest
 
 from refinelens.cli import main
 from refinelens.errors import InputError
-from refinelens.formats import DEFAULT, KV, QUERY_AWARE
-from refinelens.kv import generate_task
-from refinelens.prompts import Template
-from refinelens.results import open_run
-from refinelens.task import GENERATED, DistractorSource, load_task
+from refinelens.prompts.context import Template
+from refinelens.runs.results import open_run
+from refinelens.tasks.formats import DEFAULT, KV, QUERY_AWARE
+from refinelens.tasks.kv import generate_task
+from refinelens.tasks.task import GENERATED, DistractorSource, load_task
 from tiny import byte_tokenizer, save_tiny_model
 
 PAIRS = [["key1", "value1"], ["key2", "value2"], ["key3", "value3"]]
@@ -98,7 +98,7 @@ def test_generated_questions_depend_on_seed_and_number_alone():
 
 def test_a_generated_task_is_that_of_a_file_with_its_lines(tmp_path):
     """Its hash is the file's, so that it can be written out and given to others."""
-    from refinelens.kv import _line
+    from refinelens.tasks.kv import _line
 
     task = generate_task(4, 5, seed=3)
     path = tmp_path / "task.jsonl"

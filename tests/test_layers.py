@@ -18,8 +18,8 @@ from refinelens.layers.interventions import EVERY, LAST, Intervention, carried
 from refinelens.layers.means import MeanContributions, contribution
 from refinelens.layers.restarts import check_restarts
 from refinelens.layers.scan import scan
-from refinelens.models import LoadedModel
-from refinelens.prefix import Branches
+from refinelens.lenses.prefix import Branches
+from refinelens.model.loading import LoadedModel
 from tiny import tiny_gpt2
 
 HALVES = ("attn", "mlp")

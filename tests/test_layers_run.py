@@ -15,22 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import save
 from refinelens.cli import main
-from refinelens.durable import write_whole
 from refinelens.errors import FaultError, InputError, UnsupportedModelError
-from refinelens.frames import load_run
-from refinelens.interrupt import SweepInterrupted
-from refinelens.layers import folder as folder_module
-from refinelens.layers.folder import FIGURE, MEANS, PARTS, ROWS, TABLES
 from refinelens.layers.options import LayerOptions
 from refinelens.layers.scanner import Scanner
-from refinelens.layers.schema import LAYER_ROWS
 from refinelens.layers.session import run_layers
-from refinelens.lock import RunLock
 from refinelens.options import SweepOptions
-from refinelens.output import check_folder
-from refinelens.prompts import DEFAULT_TEMPLATE, build_context
-from refinelens.sweep import run_sweep
-from refinelens.task import DistractorSource, load_task
+from refinelens.prompts.context import DEFAULT_TEMPLATE, build_context
+from refinelens.runs import layers_folder as folder_module
+from refinelens.runs.durable import write_whole
+from refinelens.runs.frames import load_run
+from refinelens.runs.layers_folder import FIGURE, MEANS, PARTS, ROWS, TABLES
+from refinelens.runs.layers_schema import LAYER_ROWS
+from refinelens.runs.lock import RunLock
+from refinelens.runs.output import check_folder
+from refinelens.sweep.interrupt import SweepInterrupted
+from refinelens.sweep.session import run_sweep
+from refinelens.tasks.task import DistractorSource, load_task
 from tiny import save_tiny_lens, save_tiny_model
 
 ABLATIONS = ("skip", "mean", "attn", "mlp")

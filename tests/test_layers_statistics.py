@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from refinelens.bootstrap import Estimate
 from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers, essential_threshold
 from refinelens.layers.early_exit import EarlyExit, early_exits
 from refinelens.layers.examples import RunExamples
@@ -18,7 +17,6 @@ from refinelens.layers.figure import draw_layers
 from refinelens.layers.patching import patchings
 from refinelens.layers.report import LayersReport
 from refinelens.layers.scanned import Scanned
-from refinelens.layers.schema import LAYER_ROWS
 from refinelens.layers.statistics import (
     LENS,
     LayerStatistic,
@@ -28,6 +26,8 @@ from refinelens.layers.statistics import (
     measure_scanned,
 )
 from refinelens.layers.table import print_layers
+from refinelens.report.bootstrap import Estimate
+from refinelens.runs.layers_schema import LAYER_ROWS
 
 RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
 # Two questions, gold first and last. Ranks over layers 0 .. 3; argmax 7 is the answer.

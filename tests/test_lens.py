@@ -5,9 +5,9 @@ import torch
 
 import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
-from refinelens.backends import choose_backend
 from refinelens.errors import InputError
 from refinelens.kernels import lens_common
+from refinelens.op.backends import choose_backend
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
 BACKENDS = ("cpp", "twin")
@@ -254,7 +254,7 @@ def test_triton_through_the_public_op(monkeypatch):
 
 
 def test_without_extension_the_twin_runs(monkeypatch):
-    from refinelens import backends
+    from refinelens.op import backends
 
     monkeypatch.setattr(backends, "_is_installed", lambda module: False)
     assert choose_backend("cpu") == ("twin", "the C++ extension was not built: plain torch")

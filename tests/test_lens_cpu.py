@@ -11,7 +11,7 @@ import torch
 
 from refinelens import _C, LayerNorm, RMSNorm, fused_lens
 from refinelens.kernels.lens_twin import fused_lens_twin
-from refinelens.lens_cpu import fused_lens_cpu, product_only
+from refinelens.op.lens_cpu import fused_lens_cpu, product_only
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
 pytestmark = pytest.mark.usefixtures("every_core")

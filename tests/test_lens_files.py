@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from lens_folders import N_LAYERS, random_translators, save_linear, save_model, save_tuned, tiny
 from refinelens.errors import InputError
-from refinelens.inputs import SweepInputs
-from refinelens.lens_files import fit_to_model, load_lens, load_lenses
-from refinelens.logit_lens import LogitLens
-from refinelens.models import load_model
+from refinelens.lenses.lens_files import fit_to_model, load_lens, load_lenses
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.lenses.translators import Translators
+from refinelens.model.loading import load_model
 from refinelens.options import SweepOptions
-from refinelens.translators import Translators
+from refinelens.sweep.inputs import SweepInputs
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens.cli import main
-from refinelens.inputs import SweepInputs
 from refinelens.lens_json import DIGITS, _names
-from refinelens.results import open_run
-from refinelens.resume import Terms
+from refinelens.runs.results import open_run
+from refinelens.sweep.inputs import SweepInputs
+from refinelens.sweep.resume import Terms
 from tiny import save_tiny_lens
 
 pytestmark = pytest.mark.usefixtures("quick_file")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from refinelens.masked_attention import BLOCK, SkipHiddenKeys, _SeenMask
+from refinelens.model.masked_attention import BLOCK, SkipHiddenKeys, _SeenMask
 
 
 def operands(n_queries, n_keys, heads=2, batch=1):

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from refinelens.cli import main
-from refinelens.paired import paired_differences, paired_line
-from refinelens.results import open_run
+from refinelens.report.paired import paired_differences, paired_line
+from refinelens.runs.results import open_run
 
 # question: gold position: (first token right, all right, generated right, depth or None where censored)
 EXAMPLES = {

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from refinelens.cli import main
-from refinelens.models import load_model
+from refinelens.model.loading import load_model
 from refinelens.options import SweepOptions
-from refinelens.results import DERIVED, open_run
-from refinelens.run_agreement import paired_ranks
-from refinelens.sweep import run_sweep
+from refinelens.report.run_agreement import paired_ranks
+from refinelens.runs.results import DERIVED, open_run
+from refinelens.sweep.session import run_sweep
 from tiny import save_tiny_lens
 
 LISTS = ("target_rank", "argmax", "target_logprob", "max_logprob", "entropy", "kl")

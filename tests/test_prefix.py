@@ -14,11 +14,11 @@ from families import CASES, GROUPED, ROPE, TOKENS, VOCAB, build
 from refinelens import LogitLens
 from refinelens.describe import model_findings
 from refinelens.errors import FaultError, InputError
-from refinelens.models import LoadedModel
+from refinelens.lenses.prefix import Branches, branch_order, check_branching, difference, shared_length
+from refinelens.model.loading import LoadedModel
 from refinelens.options import SweepOptions
-from refinelens.predict import Predictor
-from refinelens.prefix import Branches, branch_order, check_branching, difference, shared_length
-from refinelens.sweep import run_sweep
+from refinelens.sweep.predict import Predictor
+from refinelens.sweep.session import run_sweep
 from tiny import shake
 
 pytestmark = pytest.mark.usefixtures("quick_file")
@@ -220,7 +220,7 @@ def test_one_question_gives_the_same_rows_alone(options, branched, tmp_path):
 
 
 def test_the_table_counts_tokens(branched, ran_whole):
-    from refinelens.table import notes
+    from refinelens.report.table import notes
 
     counts = branched.manifest["counts"]
     computed, saved = counts["tokens_computed"], counts["tokens_saved"]

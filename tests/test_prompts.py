@@ -4,9 +4,9 @@ import pytest
 
 from refinelens.conditions import gold_positions
 from refinelens.errors import InputError
-from refinelens.formats import QA
-from refinelens.prompts import DEFAULT_TEMPLATE, Template, build_context, load_template
-from refinelens.question import Document, Question
+from refinelens.prompts.context import DEFAULT_TEMPLATE, Template, build_context, load_template
+from refinelens.tasks.formats import QA
+from refinelens.tasks.question import Document, Question
 from tiny import word_tokenizer
 
 GOLD = Document("arven", "the door is black iron gate .")

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from refinelens import _C, rank_agreement, rank_agreement_twin
+from refinelens import _C
 from refinelens.errors import InputError
-from refinelens.rank_agreement import between_layers, kendall_tau_b, spearman, top_k_overlap
-from refinelens.trajectory import trajectories
+from refinelens.op import rank_agreement, rank_agreement_twin
+from refinelens.op.rank_agreement import between_layers, kendall_tau_b, spearman, top_k_overlap
+from refinelens.runs.trajectory import trajectories
 
 BIG = 2**53
 INT64 = np.iinfo(np.int64)

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from faults import at_step, quick_figures, wait_for
-from refinelens import inputs
 from refinelens.cli import main
-from refinelens.lock import LOCK
-from refinelens.models import load_model
-from refinelens.results import DERIVED, LAYERS, MANIFEST, open_run, parts_of
+from refinelens.model.loading import load_model
+from refinelens.runs.lock import LOCK
+from refinelens.runs.results import DERIVED, LAYERS, MANIFEST, open_run, parts_of
+from refinelens.sweep import inputs
 from tiny import save_tiny_lens, save_tiny_model
 
 KILLS = 20
@@ -29,7 +29,7 @@ PART = 4  # questions per part, of 14
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """For the sweeps in this process; those of the forge are told theirs."""
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", PART)
+    monkeypatch.setattr("refinelens.sweep.session.QUESTIONS_PER_PART", PART)
 
 
 @pytest.fixture(autouse=True)
@@ -282,10 +282,10 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
 def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pages):
     """A real one, filled by somebody else while the tenth question is asked."""
-    from refinelens.predict import Predictor
+    from refinelens.sweep.predict import Predictor
 
     if pages < 20:  # no figure is reached
-        monkeypatch.setattr("refinelens.derived.draw_figures", quick_figures)
+        monkeypatch.setattr("refinelens.report.derived.draw_figures", quick_figures)
     rows, path, ballast = Predictor.rows, small_disk / "run", small_disk / "ballast"
 
     def fill(self, question):
@@ -309,7 +309,7 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
 
 def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
+    monkeypatch.setattr("refinelens.sweep.session.QUESTIONS_PER_PART", 2)
     small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3", "--out"]
     assert main([*small, str(tmp_path / "whole")]) == 0
     whole, path = open_run(tmp_path / "whole"), tmp_path / "run"
@@ -342,7 +342,7 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     ],
 )
 def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick, error, words):
-    from refinelens.predict import Predictor
+    from refinelens.sweep.predict import Predictor
 
     def fault(self, question):
         if question.id == 9:

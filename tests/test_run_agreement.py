@@ -7,11 +7,11 @@ import pytest
 
 import refinelens
 from refinelens.errors import InputError
+from refinelens.op.rank_agreement import kendall_tau_b, spearman, top_k_overlap
 from refinelens.options import SweepOptions
-from refinelens.rank_agreement import kendall_tau_b, spearman, top_k_overlap
-from refinelens.results import KEYS, Run
-from refinelens.run_agreement import compare_runs, paired_ranks
-from refinelens.sweep import run_sweep
+from refinelens.report.run_agreement import compare_runs, paired_ranks
+from refinelens.runs.results import KEYS, Run
+from refinelens.sweep.session import run_sweep
 from tiny import write_part
 
 N_POINTS = 4  # layers of the runs, the embedding output included

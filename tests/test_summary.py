@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 from scipy.stats import binomtest
 
-from refinelens.bootstrap import mean_estimates, median_estimate, share_estimate
-from refinelens.derived import write_outputs
 from refinelens.errors import InputError
-from refinelens.report import read_report
-from refinelens.results import FIGURES, PREDICTIONS, SCHEMA_VERSION, Run, open_run
-from refinelens.table import print_table
-from refinelens.trajectory_table import trajectory_tables
+from refinelens.report.bootstrap import mean_estimates, median_estimate, share_estimate
+from refinelens.report.derived import write_outputs
+from refinelens.report.report import read_report
+from refinelens.report.table import print_table
+from refinelens.runs.results import FIGURES, PREDICTIONS, SCHEMA_VERSION, Run, open_run
+from refinelens.runs.trajectory_table import trajectory_tables
 from tiny import write_part
 
 SEEN_EARLY = [9, 0, 3, 0, 0]  # first 1, settle 3
@@ -167,7 +167,7 @@ def test_figures(tmp_path, cells, lenses):
 
 
 def test_layer_profiles(tmp_path):
-    from refinelens.layer_profile import layer_profiles
+    from refinelens.report.layer_profile import layer_profiles
 
     run = make_run(tmp_path / "run", {0: [SEEN_EARLY, FIRST_THEN_LOST, UNSEEN]}, ("plain", "linear"))
     rows = pq.read_table(run.part_path(0)).to_pylist()

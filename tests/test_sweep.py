@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refinelens import output, results
 from refinelens.errors import FaultError, InputError
 from refinelens.layers.options import LayerOptions
 from refinelens.layers.session import run_layers
-from refinelens.lock import LOCK, RunLock
 from refinelens.options import SweepOptions
-from refinelens.prompts import DEFAULT_TEMPLATE, build_context
-from refinelens.results import PREDICTIONS, open_run
-from refinelens.summary import summarise
-from refinelens.sweep import SweepInterrupted, resume_sweep, run_sweep
-from refinelens.task import DistractorSource, load_task
-from refinelens.trajectory_table import choose_tokens, read_trajectories
+from refinelens.prompts.context import DEFAULT_TEMPLATE, build_context
+from refinelens.report.summary import summarise
+from refinelens.runs import output, results
+from refinelens.runs.lock import LOCK, RunLock
+from refinelens.runs.results import PREDICTIONS, open_run
+from refinelens.runs.trajectory_table import choose_tokens, read_trajectories
+from refinelens.sweep.session import SweepInterrupted, resume_sweep, run_sweep
+from refinelens.tasks.task import DistractorSource, load_task
 from tiny import save_tiny_lens, save_tiny_model
 
 TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
@@ -146,7 +146,7 @@ def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_s
 
 def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_path, monkeypatch):
     """However many that are, the rows are the same; with few at a time a context is not divided."""
-    from refinelens.logit_lens import LogitLens
+    from refinelens.lenses.logit_lens import LogitLens
 
     read, calls = LogitLens.read, []
 
@@ -159,7 +159,7 @@ def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_
     tokens = [1, 2, 1, 3, 1, 1]  # answers of one, two and three words
     assert calls == [n * (2 + 4) for n in tokens]
     calls.clear()
-    monkeypatch.setattr("refinelens.predict.ROWS_AT_A_TIME", 1)
+    monkeypatch.setattr("refinelens.sweep.predict.ROWS_AT_A_TIME", 1)
     single = run_sweep(options, tmp_path / "single")
     assert calls == [n for n in tokens for _ in range(2 + 4)]
     for ours, theirs in zip(predictions(finished), predictions(single), strict=True):
@@ -289,7 +289,7 @@ def test_interrupt_before_anything_is_finished(options, tmp_path):
 
 
 def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
-    from refinelens.logit_lens import LogitLens
+    from refinelens.lenses.logit_lens import LogitLens
 
     hidden, calls = LogitLens.hidden, []
 
@@ -312,7 +312,7 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("generate", [0, 3])
 def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, generate):
     """Whether the lens finds it, which reads all contexts of a question at once, or generation before."""
-    from refinelens.logit_lens import LogitLens
+    from refinelens.lenses.logit_lens import LogitLens
 
     hidden, broken = LogitLens.hidden, []
 
@@ -330,7 +330,7 @@ def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, 
 
 
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
+    monkeypatch.setattr("refinelens.sweep.session.QUESTIONS_PER_PART", 2)
     write_table, calls = pq.write_table, []
 
     def full(table, where, **kwargs):
@@ -365,7 +365,7 @@ def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkey
 
 def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
     """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 2)
+    monkeypatch.setattr("refinelens.sweep.session.QUESTIONS_PER_PART", 2)
     other = replace(options, seed=7, examples=1)
 
     def start_another(progress):
@@ -389,7 +389,7 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
-    from refinelens.predict import Predictor
+    from refinelens.sweep.predict import Predictor
 
     read, sizes = Predictor._states, []
 
@@ -414,7 +414,7 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
 
 def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
     """Else a GPU would try the smaller batch beside the tensors of the larger one."""
-    from refinelens.predict import Predictor
+    from refinelens.sweep.predict import Predictor
 
     read, held = Predictor._states, []
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from refinelens.errors import InputError
-from refinelens.task import DistractorSource, choose_questions, load_task, normalise_answer
+from refinelens.tasks.task import DistractorSource, choose_questions, load_task, normalise_answer
 
 
 def passage(title, text, gold=False):

@@ -22,12 +22,12 @@ from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import LayerNorm
 from refinelens.layers.options import LayerOptions
 from refinelens.layers.session import run_layers
-from refinelens.logit_lens import LogitLens
-from refinelens.models import TINY, load_model
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.model.loading import TINY, load_model
 from refinelens.options import SweepOptions
-from refinelens.results import open_run
-from refinelens.sweep import resume_sweep, run_sweep
-from refinelens.tiny_task import HELD_OUT, context_text, generate_task, vocabulary
+from refinelens.runs.results import open_run
+from refinelens.sweep.session import resume_sweep, run_sweep
+from refinelens.tasks.tiny_task import HELD_OUT, context_text, generate_task, vocabulary
 from tiny_card import measure
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from refinelens.errors import InputError
 from refinelens.fit.text import load_text
-from refinelens.task import DistractorSource
-from refinelens.tiny_task import (
+from refinelens.tasks.task import DistractorSource
+from refinelens.tasks.tiny_task import (
     HELD_OUT,
     RELATIONS,
     TRAINED,

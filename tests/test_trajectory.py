@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refinelens import trajectory
-from refinelens.trajectory import INT64_MAX, NONE, Trajectories, summarise_numpy, trajectories
+from refinelens.runs import trajectory
+from refinelens.runs.trajectory import INT64_MAX, NONE, Trajectories, summarise_numpy, trajectories
 
 CASES = [
     # ranks by layer, first-correct, settle, depth, flips, largest gain

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lens_folders import D_MODEL, N_LAYERS, VOCAB, random_translators, tiny
-from refinelens import LogitLens, logit_lens
+from refinelens import LogitLens
 from refinelens.errors import InputError
-from refinelens.translators import Translators
+from refinelens.lenses import logit_lens
+from refinelens.lenses.translators import Translators
 from tiny import assert_matches_truth, truth
 
 POSITIONS = torch.tensor([0, 3, 4, 7, 8, 9, 10])

@@ -13,10 +13,10 @@ import torch
 
 from lens_folders import D_MODEL, N_LAYERS, VOCAB, random_translators, save_model, save_tuned, state_dict, tiny
 from refinelens.errors import InputError
-from refinelens.lens_files import fit_to_model, load_lens
-from refinelens.logit_lens import LogitLens
-from refinelens.models import load_model
-from refinelens.tuned_lens import compare_unembedding, unembed_hash
+from refinelens.lenses.lens_files import fit_to_model, load_lens
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.lenses.tuned_lens import compare_unembedding, unembed_hash
+from refinelens.model.loading import load_model
 from tiny import assert_matches_truth, truth
 
 REASON = "the package tuned-lens is not installed; pip install 'refinelens[test]'"

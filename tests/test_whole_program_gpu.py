@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refinelens.cli import main
-from refinelens.results import PREDICTIONS, open_run
+from refinelens.runs.results import PREDICTIONS, open_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 MEGABYTE = 2**20

@@ -16,9 +16,9 @@ from refinelens.cli import main
 from refinelens.errors import FaultError, InputError
 from refinelens.options import SweepOptions
 from refinelens.processes import PACKAGE_ROOT, module_path
-from refinelens.results import open_run
-from refinelens.resume import Terms
-from refinelens.workers import Workers, _Worker, check_workers
+from refinelens.runs.results import open_run
+from refinelens.sweep.resume import Terms
+from refinelens.sweep.workers import Workers, _Worker, check_workers
 
 HAS_PROC = Path("/proc/self/stat").exists()
 FAULT_FREE = {"part": 4, "figures": False}
@@ -91,7 +91,7 @@ def only_error(log):
 
 def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch, quick):
     """Started as they are for users; the last part is short."""
-    monkeypatch.setattr("refinelens.sweep.QUESTIONS_PER_PART", 4)
+    monkeypatch.setattr("refinelens.sweep.session.QUESTIONS_PER_PART", 4)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # as the run they are compared with has
     assert main([*sweep, "--workers", "2", "--out", str(tmp_path / "run")]) == 0
     assert_same(tmp_path / "run", whole)
@@ -141,7 +141,7 @@ def test_no_room_for_a_process(sweep, tmp_path, capfd, monkeypatch):
             raise answer
         return answer
 
-    monkeypatch.setattr("refinelens.workers.start_process", start)
+    monkeypatch.setattr("refinelens.sweep.workers.start_process", start)
     assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 1
     said = "--workers 3: expected 3 processes, could not start number 2: Resource temporarily unavailable; use fewer"
     assert capfd.readouterr().err == f"refinelens: {said}\n"

@@ -67,10 +67,10 @@ def save_tiny_model(folder, vocab_size=None, tokenizer=None, **sizes):
 
 def save_tiny_lens(folder, model_folder, scale, seed=0):
     """Save a lens for the model of `save_tiny_model`: random translators, the identity with ``scale`` 0."""
-    from refinelens.lens_files import model_entry, save_lens
-    from refinelens.logit_lens import LogitLens
-    from refinelens.models import load_model
-    from refinelens.translators import Translators
+    from refinelens.lenses.lens_files import model_entry, save_lens
+    from refinelens.lenses.logit_lens import LogitLens
+    from refinelens.lenses.translators import Translators
+    from refinelens.model.loading import load_model
 
     loaded = load_model(str(model_folder), "cpu")
     lens = LogitLens.from_model(loaded.model)
@@ -85,8 +85,8 @@ def write_part(run, index, rows):
     """Write one part of a run and return its entry in a manifest."""
     from dataclasses import asdict
 
-    from refinelens.files import sha256_of
-    from refinelens.results import PREDICTIONS, Part, write_rows
+    from refinelens.runs.files import sha256_of
+    from refinelens.runs.results import PREDICTIONS, Part, write_rows
 
     path = run.part_path(index)
     write_rows([pa.Table.from_pylist(rows, schema=PREDICTIONS)], path)

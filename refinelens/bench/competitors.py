@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .. import backends
 from ..errors import InputError
-from ..lens import LensStats, fused_lens
+from ..op import backends
+from ..op.lens import LensStats, fused_lens
 from . import peers
 from .peers import Statistics
 from .problem import Problem
@@ -47,7 +47,7 @@ def _torch_product(problem: Problem) -> Statistics:
 
 
 def _own_product(problem: Problem) -> Statistics:
-    from ..lens_cpu import product_only
+    from ..op.lens_cpu import product_only
 
     product_only(problem.hidden, problem.unembedding)
     return {}

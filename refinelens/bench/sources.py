@@ -8,9 +8,9 @@ import torch
 
 from ..errors import InputError
 from ..kernels.norms import LayerNorm
-from ..logit_lens import LogitLens
-from ..models import DTYPES, load_model, resolve_device
-from ..task import load_task
+from ..lenses.logit_lens import LogitLens
+from ..model.loading import DTYPES, load_model, resolve_device
+from ..tasks.task import load_task
 from .memory import available_memory
 from .options import BenchOptions
 from .problem import Problem

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..durable import write_whole
 from ..errors import InputError
+from ..runs.durable import write_whole
 from .statistics import Statistics
 
 NAME = "statistics.safetensors"

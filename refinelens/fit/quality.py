@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..logit_lens import LogitLens
-from ..translators import Translators
+from ..lenses.logit_lens import LogitLens
+from ..lenses.translators import Translators
 
 NEGLIGIBLE = 1e-12  # variance as a share of the mean square: rounding
 

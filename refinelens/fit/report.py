@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..durable import write_whole
-from ..table import WIDTH
+from ..report.table import WIDTH
+from ..runs.durable import write_whole
 
 TABLE = "quality.csv"
 FIGURE = "quality.png"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..translators import Translators
+from ..lenses.translators import Translators
 from .statistics import Statistics
 
 STRENGTHS = tuple(10.0**power for power in range(-8, 2))  # as shares of the mean variance of a layer's states

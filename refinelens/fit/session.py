@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..durable import disk_error
 from ..errors import FaultError, InputError
-from ..lens_files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
-from ..lock import RunLock
-from ..logit_lens import LogitLens
-from ..manifest import now, packages
-from ..models import LoadedModel, is_out_of_memory, load_model
-from ..output import check_disk
-from ..translators import Translators
+from ..lenses.lens_files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
+from ..lenses.logit_lens import LogitLens
+from ..lenses.translators import Translators
+from ..model.loading import LoadedModel, is_out_of_memory, load_model
+from ..runs.durable import disk_error
+from ..runs.lock import RunLock
+from ..runs.output import check_disk
+from ..sweep.manifest import now, packages
 from . import checkpoint, ridge
 from .options import FitOptions
 from .quality import measure

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..logit_lens import LogitLens
-from ..models import LoadedModel
+from ..lenses.logit_lens import LogitLens
+from ..model.loading import LoadedModel
 from .options import SEQUENCES, SHORTEST, FitOptions
 from .text import Text, sequences
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..tiny_task import TINY, training_texts
+from ..tasks.tiny_task import TINY, training_texts
 
 BUILTIN = "builtin"
 PIECE = 1 << 14  # characters that are tokenized at a time

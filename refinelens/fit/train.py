@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..logit_lens import LogitLens
-from ..parts import LensParts
-from ..translators import Translators
+from ..lenses.logit_lens import LogitLens
+from ..lenses.translators import Translators
+from ..model.parts import LensParts
 from .statistics import Statistics
 
 ROWS = 128  # tokens of a step, drawn from one sequence

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bootstrap import Estimate, estimate, resampled_means
-from ..rank_agreement import kendall_tau_b, spearman
+from ..op.rank_agreement import kendall_tau_b, spearman
+from ..report.bootstrap import Estimate, estimate, resampled_means
 from .statistics import GAINS, LENS, LayerStatistic, Measured
 
 COST = "logprob_cost"

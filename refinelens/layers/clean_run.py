@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..capture import run_base
-from ..logit_lens import LogitLens
+from ..lenses.logit_lens import LogitLens
+from ..model.capture import run_base
 from .frozen_cache import FrozenCache
 
 

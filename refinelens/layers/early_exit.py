@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..bootstrap import Estimate
+from ..report.bootstrap import Estimate
 from .statistics import LENS, LayerStatistic
 
 NOWHERE = Estimate(math.nan, math.nan, math.nan)

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError
-from ..report import lens_names
-from ..results import Run
-from ..trajectory_table import choose_tokens, list_matrix
-from .schema import KEYS
+from ..report.report import lens_names
+from ..runs.layers_schema import KEYS
+from ..runs.results import Run
+from ..runs.trajectory_table import choose_tokens, list_matrix
 
 COLUMNS = (*KEYS, "lens", "answer_token", "answer_id", "target_id")
 LISTS = ("argmax", "target_rank", "target_logprob", "entropy")

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from ..conditions import NO_POSITION, condition_name
-from ..durable import write_whole
-from ..figures import COLOURS, MARKERS
-from ..table import title
+from ..report.figures import COLOURS, MARKERS
+from ..report.table import title
+from ..runs.durable import write_whole
+from ..runs.layers_schema import DESTROY, RESTORE
 from .agreement import COST, GAIN
 from .report import LayersReport
-from .schema import DESTROY, RESTORE
 from .statistics import EVERY_POSITION, LENS, LayerStatistic
 
 WORDS = {

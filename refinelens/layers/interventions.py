@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..runs.layers_schema import CONTROL
 from .clean_run import CleanRun
 from .means import MeanContributions, contribution
-from .schema import CONTROL
 from .sublayers import Sublayers, silenced
 
 LAST = slice(-1, None)

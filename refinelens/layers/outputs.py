@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ..derived import write_csv
-from ..durable import write_whole
+from ..report.derived import write_csv
+from ..runs.durable import write_whole
+from ..runs.layers_folder import FIGURE, ROWS, LayersFolder
+from ..runs.layers_schema import LAYER_ROWS
 from .agreement import Agreement, Essential
 from .early_exit import EarlyExit
 from .figure import draw_layers
-from .folder import FIGURE, ROWS, LayersFolder
 from .patching import Patching
 from .report import LayersReport
-from .schema import LAYER_ROWS
 from .statistics import LayerStatistic
 
 

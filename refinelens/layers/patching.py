@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bootstrap import Estimate, mean_estimates
+from ..report.bootstrap import Estimate, mean_estimates
+from ..runs.layers_schema import RESTORE
 from .scanned import Scanned
-from .schema import RESTORE
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def patchings(scanned: Scanned, seed: int) -> list[Patching]:
     """All pairs together first, then each.
 
     Args:
-        scanned: Of `schema.RESTORE` or `schema.DESTROY`.
+        scanned: Of `layers_schema.RESTORE` or `schema.DESTROY`.
         seed: Seed of the bootstrap over questions.
     """
     done = scanned["correct"] == (1.0 if scanned.intervention == RESTORE else 0.0)

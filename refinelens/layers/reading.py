@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lens_files import Lens
-from ..logit_lens import LogitLens
+from ..lenses.lens_files import Lens
+from ..lenses.logit_lens import LogitLens
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from ..runs.layers_folder import LayersFolder
+from ..runs.layers_schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 from .agreement import Agreement, Essential, agreements, essential_layers, essential_threshold
 from .early_exit import EarlyExit, early_exits
 from .examples import RunExamples
-from .folder import LayersFolder
 from .options import PATCH
 from .patching import Patching, patchings
 from .scanned import COLUMNS, Scanned
-from .schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 from .statistics import LayerStatistic, layer_statistics, measure_lens, measure_scanned
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..capture import probe_ids
 from ..errors import UnsupportedModelError
-from ..logit_lens import LogitLens
-from ..prefix import check_branching, difference
+from ..lenses.logit_lens import LogitLens
+from ..lenses.prefix import check_branching, difference
+from ..model.capture import probe_ids
 from .clean_run import CleanRun
 from .sublayers import Sublayers, find_sublayers
 

@@ -1,4 +1,4 @@
-"""Rows of `schema.LAYER_ROWS` from what was read of one context."""
+"""Rows of `layers_schema.LAYER_ROWS` from what was read of one context."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ..trajectory import NONE, trajectories
+from ..runs.layers_schema import LAYER_ROWS
+from ..runs.trajectory import NONE, trajectories
 from .reading import Reading
-from .schema import LAYER_ROWS
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..contexts import ContextBuilder
 from ..errors import FaultError, InputError
-from ..lens_files import Lens
-from ..logit_lens import LogitLens
-from ..models import is_out_of_memory
-from ..prefix import difference
-from ..prompts import Context
-from ..question import Question
+from ..lenses.lens_files import Lens
+from ..lenses.logit_lens import LogitLens
+from ..lenses.prefix import difference
+from ..model.loading import is_out_of_memory
+from ..prompts.context import Context
+from ..runs.layers_schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
+from ..sweep.contexts import ContextBuilder
+from ..tasks.question import Question
 from .clean_run import CleanRun
 from .interventions import EVERY, LAST, Intervention, carried
 from .means import MeanContributions
@@ -24,7 +25,6 @@ from .reading import read_output, read_scan
 from .restarts import Restarts
 from .rows import Asked, ablation_rows, patch_rows
 from .scan import scan
-from .schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 
 
 @dataclass(frozen=True)

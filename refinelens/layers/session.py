@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..durable import disk_error
 from ..errors import FaultError
-from ..interrupt import StopSignals, SweepInterrupted
-from ..lock import RunLock
-from ..results import LAYERS, Run, open_run
+from ..runs.durable import disk_error
+from ..runs.layers_folder import LayersFolder, QuestionPart, entries_of, parts_of
+from ..runs.lock import RunLock
+from ..runs.results import LAYERS, Run, open_run
+from ..sweep.interrupt import StopSignals, SweepInterrupted
 from .examples import RunExamples
-from .folder import LayersFolder, QuestionPart, entries_of, parts_of
 from .manifest import begin
 from .options import LayerOptions
 from .outputs import write_outputs

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bootstrap import Estimate, mean_estimates
-from ..trajectory import trajectories
+from ..report.bootstrap import Estimate, mean_estimates
+from ..runs.trajectory import trajectories
 from .examples import RunExamples
 from .scanned import Scanned
 

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from ..capture import first_state
+from ..model.capture import first_state
 from .clean_run import CleanRun, stream_of
 
 

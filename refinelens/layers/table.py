@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conditions import NO_POSITION, ORACLE, condition_name
-from ..table import WIDTH, format_estimate, title
+from ..report.table import WIDTH, format_estimate, title
+from ..runs.layers_schema import DESTROY, RESTORE
 from .agreement import COST, GAIN, Essential
 from .early_exit import KEPT, EarlyExit
 from .options import PATCH
 from .patching import Patching
 from .report import LayersReport
-from .schema import DESTROY, RESTORE
 from .statistics import LENS, LayerStatistic
 
 SHOWN_PAIRS = 6

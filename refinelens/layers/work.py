@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..durable import write_whole
 from ..errors import UnsupportedModelError
-from ..files import sha256_of
-from ..inputs import SweepInputs
-from ..question import Question
-from ..results import Run
-from ..resume import Terms
+from ..runs.durable import write_whole
+from ..runs.files import sha256_of
+from ..runs.layers_folder import MEANS, LayersFolder
+from ..runs.results import Run
+from ..sweep.inputs import SweepInputs
+from ..sweep.resume import Terms
+from ..tasks.question import Question
 from .examples import RunExamples
-from .folder import MEANS, LayersFolder
 from .means import MeanContributions
 from .options import LayerOptions
 from .restarts import Restarts, check_restarts

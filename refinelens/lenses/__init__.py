@@ -1,0 +1,1 @@
+"""Reading a model by the plain lens or a fitted one."""

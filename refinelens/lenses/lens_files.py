@@ -1,0 +1,197 @@
+"""Lenses on disk: translators with the manifest that says which model they were made for."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import InputError
+from ..model.loading import LoadedModel
+from ..runs.durable import write_whole
+from ..runs.files import check_entries, read_json_object, sha256_of
+from .logit_lens import LogitLens
+from .translators import Translators
+from .tuned_lens import CONFIG, KIND, PARAMS, compare_unembedding, read_tuned_lens
+
+PLAIN = "plain"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TENSORS = "lens.safetensors"
+MODEL_KEYS = {
+    "name": str,
+    "class": str,
+    "config_sha256": str,
+    "weights_sample_sha256": str,
+    "n_layers": int,
+    "d_model": int,
+}
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What a sweep reads the layers with."""
+
+    name: str  # plain, or the name of the lens's folder
+    translators: Translators | None = None  # None for the plain logit lens
+    manifest: dict = field(default_factory=dict)  # of the lens's folder
+    sha256: str | None = None  # of the file with its tensors
+    note: str | None = None  # what could not be checked of it
+
+    @property
+    def kind(self) -> str:
+        """``plain``, or how the translators were made, such as ``linear``."""
+        return self.manifest.get("kind", PLAIN)
+
+    def entry(self) -> dict:
+        """The lens as the manifest of a run holds it."""
+        return {"name": self.name, "kind": self.kind, "sha256": self.sha256, "note": self.note}
+
+
+def load_lenses(names: tuple[str, ...]) -> list[Lens]:
+    """The lenses that ``--lens`` names, checked as far as is possible without their model.
+
+    Raises:
+        InputError: A folder that does not hold a whole lens, or two of one name.
+    """
+    lenses = [Lens(PLAIN) if name == PLAIN else load_lens(name) for name in names]
+    for name, count in Counter(lens.name for lens in lenses).items():
+        if count > 1:
+            raise InputError(f"--lens: expected folders of different names, got {count} called {name}; rename one")
+    return lenses
+
+
+def load_lens(path: str | Path) -> Lens:
+    """Read a lens that `save_lens` wrote, or a tuned lens of the package tuned-lens.
+
+    Raises:
+        InputError: No lens there, a manifest or tensors of another format, wrong shapes, NaN or infinity.
+    """
+    path = Path(path)
+    try:
+        if (path / MANIFEST).exists():
+            (translators, manifest), tensors = _read_lens(path), path / TENSORS
+        elif (path / CONFIG).exists() or (path / PARAMS).exists():
+            (translators, manifest), tensors = read_tuned_lens(path), path / PARAMS
+        else:
+            got = "a file" if path.is_file() else "neither" if path.is_dir() else "no folder"
+            raise InputError(
+                f"expected plain or the folder of a lens ({MANIFEST}, or {CONFIG} and {PARAMS}), got {got} there"
+            )
+        name = path.resolve().name
+        if name == PLAIN:
+            raise InputError(f"expected another name than {PLAIN}, which means the plain logit lens; rename the folder")
+        sha256 = sha256_of(tensors)
+        if manifest.get("tensors_sha256", sha256) != sha256:
+            raise InputError("expected the tensors that its manifest was written for, got others; fit the lens again")
+        return Lens(name, translators, manifest, sha256)
+    except InputError as error:
+        raise InputError(f"--lens {path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"--lens {path}: expected files that can be read, got: {error.strerror or error}") from None
+
+
+def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
+    """Write a lens: tensors first, then the manifest with their hash, which is returned; each whole or not at all."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {"weight": translators.weight.contiguous(), "bias": translators.bias.contiguous()}
+    write_whole(path / TENSORS, lambda temporary: save_file(tensors, temporary))
+    manifest = manifest | {"tensors_sha256": sha256_of(path / TENSORS)}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return manifest
+
+
+def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict:
+    """What the manifest of a lens says of its model."""
+    values = (loaded.name, type(loaded.model).__name__, loaded.config_sha256, loaded.weights_sample_sha256)
+    return dict(zip(MODEL_KEYS, (*values, logit_lens.n_layers, logit_lens.d_model), strict=True))
+
+
+def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens:
+    """The lens with its translators on the model's device and in its dtype.
+
+    The name of the model is not compared: the same model may lie in another folder.
+
+    Raises:
+        InputError: It was made for another model, or another revision of this one.
+    """
+    if lens.translators is None:
+        return lens
+    _check_model(lens, model_entry(loaded, logit_lens), loaded.model.dtype)
+    note = None
+    if lens.kind == KIND:
+        try:
+            note = compare_unembedding(lens.manifest["model"], logit_lens.parts.unembedding)
+        except InputError as error:
+            raise _made_for_another(lens, loaded.name, f"another model or revision ({error})") from None
+    dtype = loaded.model.dtype
+    try:
+        translators = lens.translators.to(loaded.model.device, dtype)
+    except InputError as error:
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"--lens {lens.name}: {error} once in {name}; use --dtype float32") from None
+    return replace(lens, translators=translators, note=note)
+
+
+def _check_model(lens: Lens, here: dict, dtype: torch.dtype) -> None:
+    """Hold what the manifest says of the model, which of a tuned lens is less, against the model's own entry."""
+    made_for = lens.manifest["model"]
+    for key in ("class", "n_layers", "d_model", "config_sha256", "weights_sample_sha256"):
+        if key not in made_for or made_for[key] == here[key]:
+            continue
+        what = "another model"
+        if key == "weights_sample_sha256":  # of numbers rounded to bf16, so that fp32 and bf16 agree but not fp16
+            what = "another revision of it" + (" or one in another dtype" if dtype == torch.float16 else "")
+        there, own = (str(entry[key])[:12] if "sha256" in key else entry[key] for entry in (made_for, here))
+        raise _made_for_another(lens, here["name"], f"{what} ({key} {there} there, {own} here)")
+
+
+def _made_for_another(lens: Lens, here: str, difference: str) -> InputError:
+    made_for = lens.manifest["model"]
+    name = made_for["name"] + (f" at {made_for['revision']}" if made_for.get("revision") else "")
+    return InputError(
+        f"--lens {lens.name}: expected a lens made for {here}, got one for {name}, {difference}; fit one with "
+        "refinelens fit"
+    )
+
+
+def _read_lens(path: Path) -> tuple[Translators, dict]:
+    manifest = _read_manifest(path / MANIFEST)
+    n_layers, d_model = manifest["model"]["n_layers"], manifest["model"]["d_model"]
+    wanted = {"weight": [n_layers, d_model, d_model], "bias": [n_layers, d_model]}
+    try:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            found = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            if found != wanted:
+                raise InputError(
+                    f"expected the tensors {_shapes(wanted)} that its manifest names, got {_shapes(found) or 'none'}"
+                )
+            return Translators(file.get_tensor("weight"), file.get_tensor("bias")), manifest
+    except FileNotFoundError:
+        raise InputError(f"expected {TENSORS} beside the manifest, got none; fit the lens again") from None
+    except SafetensorError as error:
+        raise InputError(f"expected a whole {TENSORS}, got: {error}") from None
+
+
+def _shapes(shapes: dict[str, list[int]]) -> str:
+    names = sorted(shapes, reverse=True)[:4]  # of a foreign file perhaps hundreds
+    return ", ".join(f"{name} {shapes[name]}" for name in names) + (" ..." if len(shapes) > len(names) else "")
+
+
+def _read_manifest(path: Path) -> dict:
+    manifest = read_json_object(path)
+    version = manifest.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InputError(f"expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}")
+    check_entries(manifest, {"format_version": int, "kind": str, "model": dict}, path.name)
+    check_entries(manifest["model"], MODEL_KEYS, f"model of {path.name}")
+    if manifest["kind"] in (PLAIN, KIND):
+        raise InputError(f"expected the kind of a fitted lens in {path.name}, got {manifest['kind']}")
+    return manifest

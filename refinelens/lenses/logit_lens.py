@@ -1,0 +1,329 @@
+"""`LogitLens`: the fused lens with everything it needs of a model, proven against the model's own logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from ..errors import InputError, UnsupportedModelError
+from ..model.capture import keep_positions, probe_ids, run_base
+from ..model.parts import LensParts, check_widths, find_parts
+from ..op.kl import kl_to_final
+from ..op.lens import LensStats, fused_lens, values_fit
+from .translators import Translators
+
+# Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
+# in half precision rounds its normed states and its logits, so there the share is a multiple of epsilon.
+FP32_PARITY = 1e-4
+ROUNDINGS = 2
+TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
+TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How well the lens at the last layer reproduces the model's own logits."""
+
+    max_difference: float  # largest absolute difference of a logit
+    logit_range: float  # largest minus smallest logit
+    tolerance: float  # allowed share of the range
+    argmax_equal: bool  # same prediction at every position, or one that rounding cannot tell apart
+    op_agrees: bool  # the op's argmax, maximum and logsumexp agree with the model's logits
+
+    @property
+    def passed(self) -> bool:
+        """Whether the lens may be used."""
+        within = self.max_difference <= self.tolerance * self.logit_range
+        return within and self.argmax_equal and self.op_agrees
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What a lens reads at every layer, fields of shape ``[n_layers + 1, batch, n_positions]``."""
+
+    stats: LensStats
+    kl: Tensor | None  # fp32, nats, KL(p_final || p_layer); None if it was not asked for
+
+    def of(self, start: int, end: int) -> LayerReading:
+        """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
+        values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
+        stats = {name: None if value is None else value[:, 0, start:end] for name, value in values.items()}
+        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl[:, 0, start:end])
+
+    def view(self, shape: torch.Size) -> LayerReading:
+        """The same reading in another shape."""
+        values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
+        stats = {name: None if value is None else value.view(shape) for name, value in values.items()}
+        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl.view(shape))
+
+    def to(self, device: torch.device | str) -> LayerReading:
+        """The same reading on another device."""
+        return LayerReading(self.stats.to(device), None if self.kl is None else self.kl.to(device))
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """A model with the parts of its logit lens; make one with `LogitLens.from_model`."""
+
+    model: PreTrainedModel
+    parts: LensParts
+    backend: str
+    parity: ParityReport
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, backend: str = "auto") -> LogitLens:
+        """Find the parts of a Hugging Face causal LM and prove them by the parity gate.
+
+        Args:
+            model: A causal LM on one device; set to evaluation mode.
+            backend: Backend of `fused_lens`.
+
+        Raises:
+            UnsupportedModelError: A part was not found, or the lens at the last layer is not the model's
+                own prediction; the class and the difference are named.
+        """
+        model.eval()
+        parts = find_parts(model)
+        parity = check_parity(model, parts, backend)
+        if not parity.passed:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "
+                f"{parity.tolerance:.1e} of their range {parity.logit_range:.4g}, got a maximum difference of "
+                f"{parity.max_difference:.4g}, argmax {'equal' if parity.argmax_equal else 'different'}, "
+                f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
+            )
+        return cls(model, parts, backend, parity)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks; layers run from 0 (embedding output) to this."""
+        return len(self.parts.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.parts.d_model
+
+    def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
+        """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
+        return _apply(self.parts, hidden, targets, self.backend, check_values)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Residual stream at chosen positions, ``[n_layers + 1, batch, n_positions, d_model]``.
+
+        Args:
+            input_ids: ``[batch, token]`` int64. Shorter contexts of a batch are padded on the right.
+            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64, in ``[0, token)``.
+            attention_mask: ``[batch, token]``, 1 for real tokens, or None for all ones.
+            cache: Keys and values of the tokens before ``input_ids``, which are added to it, or None. Positions
+                count from the first of ``input_ids``.
+
+        Raises:
+            InputError: Shapes that do not fit, or a position or token id out of range (both are shown).
+        """
+        positions = self._check_inputs(input_ids, positions)
+        with keep_positions(self.parts.blocks, positions) as kept:
+            device = self.model.device
+            mask = None if attention_mask is None else attention_mask.to(device)
+            run_base(self.model, input_ids.to(device), mask, cache)
+        return torch.stack(kept)
+
+    def trajectory(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        translators: Translators | None = None,
+    ) -> LensStats:
+        """Run the model once and read every layer at the chosen positions.
+
+        Args:
+            input_ids: ``[batch, token]`` int64.
+            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64. Position p predicts token p + 1.
+            targets: Ids broadcastable to ``[batch, n_positions]``, the same for every layer, or None.
+            attention_mask: ``[batch, token]``, or None.
+            translators: Applied before the norm, or None for the plain logit lens.
+
+        Returns:
+            LensStats with fields ``[n_layers + 1, batch, n_positions]``. Layer 0 is the embedding output,
+            layer i the output of block i, layer ``n_layers`` the model's own prediction.
+
+        Raises:
+            InputError: Shapes, positions, token ids or targets that do not fit.
+        """
+        return self.read(self.hidden(input_ids, positions, attention_mask), targets, translators, kl=False).stats
+
+    def read(
+        self,
+        hidden: Tensor,
+        targets: Tensor | int | None = None,
+        translators: Translators | None = None,
+        kl: bool = True,
+    ) -> LayerReading:
+        """Statistics of every layer and its KL divergence to the last one.
+
+        Translated states are held for as many rows as one layer has, or `TRANSLATED_BYTES` if those are fewer.
+
+        Args:
+            hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
+            targets: Ids broadcastable to ``[batch, n_positions]``, or None.
+            translators: In the dtype and on the device of ``hidden``, or None for the plain logit lens.
+            kl: Whether to compute the divergence: two more products over the rows of the last layer.
+
+        Raises:
+            InputError: As `fused_lens`, and translators that do not fit.
+        """
+        if hidden.dim() < 3:
+            raise InputError(f"hidden: expected [n_layers + 1, batch, n_positions, d_model], got {list(hidden.shape)}")
+        states = hidden.flatten(1, -2).to(self.parts.unembedding.device)  # [n_layers + 1, N, d_model]
+        if targets is not None:
+            targets = _spread(torch.as_tensor(targets, device=states.device), hidden.shape[1:-1])
+        at_once = self._checks_at_once(states)
+        reading = self._read_blocks(states, targets, translators, kl, check_values=not at_once)
+        if at_once and not values_fit(reading.stats, states, targets, len(self.parts.unembedding), saturates=False):
+            self._read_blocks(states, targets, translators, kl, check_values=True)  # says what is wrong
+        return reading.view(hidden.shape[:-1])
+
+    def _checks_at_once(self, states: Tensor) -> bool:
+        """A GPU is waited for once, not after every block, unless an infinity could leave no trace in the results."""
+        return states.is_cuda and not (self.parts.norm is None and self.parts.softcap is not None)
+
+    def _read_blocks(
+        self, states: Tensor, targets: Tensor | None, translators: Translators | None, kl: bool, check_values: bool
+    ) -> LayerReading:
+        """`read` of states ``[n_layers + 1, N, d_model]``, block by block."""
+        n = states.shape[1]
+        step = n if translators is None else _rows_at_a_time(states)
+        blocks = []
+        for start in range(0, max(1, n), max(1, step)):
+            block = states[:, start : start + step]
+            block = block if translators is None else translators(block)
+            if check_values and translators is not None and not torch.isfinite(block).all():
+                raise InputError(f"lens: expected translated states that fit {block.dtype}; use --dtype float32")
+            stats = self.stats(block, None if targets is None else targets[start : start + step], check_values)
+            blocks.append(LayerReading(stats, _kl(self.parts, block, stats) if kl else None))
+        return _joined(blocks)
+
+    def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise InputError(
+                f"input_ids: expected integer ids of shape [batch, token], got {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
+        n_vocab = self.model.get_input_embeddings().weight.shape[0]
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < n_vocab:
+            raise InputError(
+                f"input_ids: expected ids from 0 to {n_vocab - 1}, got {int(input_ids.min())} to {int(input_ids.max())}"
+            )
+        positions = torch.as_tensor(positions)
+        if positions.dim() == 1:
+            positions = positions.expand(len(input_ids), -1)
+        n_tokens = input_ids.shape[1]
+        if positions.dim() != 2 or len(positions) != len(input_ids):
+            raise InputError(
+                f"positions: expected shape [n_positions] or [{len(input_ids)}, n_positions], got "
+                f"{list(positions.shape)}"
+            )
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
+            raise InputError(
+                f"positions: expected 0 to {n_tokens - 1}, got {int(positions.min())} to {int(positions.max())}"
+            )
+        return positions
+
+
+def _spread(targets: Tensor, shape: torch.Size) -> Tensor:
+    """Targets broadcast to every position, ``[N]``."""
+    try:
+        return targets.expand(shape).flatten()
+    except RuntimeError:
+        raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
+
+
+def _rows_at_a_time(states: Tensor) -> int:
+    """Positions whose translated states are held at a time."""
+    n_layers, n, d_model = states.shape
+    most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES
+    rows = max(n, most // (d_model * states.element_size()))
+    return max(1, rows // n_layers)
+
+
+def _joined(blocks: list[LayerReading]) -> LayerReading:
+    """Readings of neighbouring rows as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+
+    def join(columns: list[Tensor | None]) -> Tensor | None:
+        return None if columns[0] is None else torch.cat(columns, 1)
+
+    names = [field.name for field in fields(LensStats)]
+    stats = LensStats(**{name: join([getattr(block.stats, name) for block in blocks]) for name in names})
+    return LayerReading(stats, join([block.kl for block in blocks]))
+
+
+def _kl(parts: LensParts, hidden: Tensor, stats: LensStats) -> Tensor:
+    states, norm = parts.project(hidden)
+    return kl_to_final(states, stats, parts.unembedding, norm, parts.bias, parts.softcap, parts.logit_scale)
+
+
+def _apply(
+    parts: LensParts, hidden: Tensor, targets: Tensor | int | None, backend: str, check_values: bool = True
+) -> LensStats:
+    with torch.no_grad():
+        states, norm = parts.project(hidden.to(parts.unembedding.device))
+        return fused_lens(
+            states,
+            parts.unembedding,
+            norm=norm,
+            targets=targets,
+            bias=parts.bias,
+            softcap=parts.softcap,
+            logit_scale=parts.logit_scale,
+            backend=backend,
+            check_values=check_values,
+        )
+
+
+def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto") -> ParityReport:
+    """Compare the lens at the last layer with the model's own logits on a few tokens.
+
+    Both the formula (every logit) and the op (argmax, maximum, logsumexp) are compared; the only place
+    beside `find_parts` where logits of all tokens are held, for 8 positions.
+    """
+    ids = probe_ids(model)
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad(), keep_positions(parts.blocks, positions) as kept:
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+    last = kept[-1][0]
+    check_widths(model, parts, last, own)
+    lens = parts.logits(last).to(own.device)
+    logit_range = float(own.max() - own.min())
+    eps = torch.finfo(parts.unembedding.dtype).eps
+    tolerance = FP32_PARITY if parts.unembedding.dtype == torch.float32 else ROUNDINGS * eps
+    allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
+    stats = _apply(parts, last, None, backend).to(own.device)
+    close = [
+        (stats.max_logit - own.amax(-1)).abs().max() <= allowed,
+        (stats.logsumexp - own.logsumexp(-1)).abs().max() <= allowed,
+    ]
+    return ParityReport(
+        max_difference=float((lens - own).abs().max()),
+        logit_range=logit_range,
+        tolerance=tolerance,
+        argmax_equal=_same_argmax(own, lens.argmax(-1), tie),
+        op_agrees=all(close) and _same_argmax(own, stats.argmax, tie),
+    )
+
+
+def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:
+    margin = own.amax(-1) - own.gather(1, predicted[:, None])[:, 0]
+    return bool((margin <= tie).all())

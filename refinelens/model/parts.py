@@ -1,0 +1,225 @@
+"""The parts of a Hugging Face causal LM that a logit lens uses, and how they are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..kernels.lens_common import linear_logits, soft_cap
+from ..kernels.norms import Norm, apply_norm
+from .capture import first_state, keep_positions, probe_ids, text_config
+from .identify import identify_norm, identify_projection
+
+# Names that configurations use; what a name states is tried and need not be true.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling",)
+
+
+@dataclass(frozen=True)
+class LensParts:
+    """The parts of a causal LM that a logit lens uses; tensors are the model's own, not copies.
+
+    From the residual stream to the logits: norm, projection, unembedding and bias, logit scale, softcap.
+    """
+
+    blocks: nn.ModuleList  # n_layers blocks; a block's output is the residual stream [batch, token, d_model]
+    norm: Norm  # what the model's final norm computes, None without one
+    unembedding: Tensor  # [vocab_size, d_embed]
+    bias: Tensor | None  # [vocab_size]
+    softcap: float | None
+    logit_scale: float
+    projection: Tensor | None = None  # [d_embed, d_model], None where d_embed is d_model
+
+    def __post_init__(self):
+        if self.unembedding.dim() != 2:
+            raise UnsupportedModelError(
+                f"unembedding: expected shape [vocab_size, d_model], got {list(self.unembedding.shape)}"
+            )
+        if self.projection is not None and self.projection.shape[:-1] != self.unembedding.shape[1:]:
+            raise UnsupportedModelError(
+                f"projection: expected shape [{self.unembedding.shape[1]}, d_model], got {list(self.projection.shape)}"
+            )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return (self.unembedding if self.projection is None else self.projection).shape[1]
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Norm]:
+        """States ``[..., d_embed]`` and norm for the op, which knows no projection.
+
+        Without projection these are ``hidden`` and the norm. With one, ``hidden`` is normed and projected
+        in fp32, whatever the model's dtype, and rounded once, to the dtype that the op asks for: what the
+        model itself rounds between norm and projection is an error, not a part of its prediction.
+        """
+        if self.projection is None:
+            return hidden, self.norm
+        states = apply_norm(hidden, self.norm) @ self.projection.float().T
+        return states.to(self.unembedding.dtype), None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of a few rows ``[rows, d_model]`` as plain formulas in fp32, ``[rows, vocab_size]``."""
+        states, norm = self.project(hidden)
+        z = linear_logits(apply_norm(states, norm), self.unembedding, self.bias, self.logit_scale)
+        return soft_cap(z, self.softcap)
+
+
+def find_parts(model: PreTrainedModel) -> LensParts:
+    """Find blocks, final norm, projection, unembedding, softcap and logit scale of any causal LM.
+
+    Nothing is looked up by architecture: the blocks are the module list of ``num_hidden_layers`` entries
+    that runs, norm and projection are what runs between the last of them and the output embedding, what
+    they compute is found by asking them, and softcap and logit scale are those numbers of the
+    configuration that lead to the model's logits. The parity gate of `LogitLens.from_model` then proves
+    the result.
+
+    Raises:
+        UnsupportedModelError: A part is missing or ambiguous; the model's class is named.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
+    blocks = _find_blocks(model)
+    last, tail, logits = _run_tail(model, blocks, head)
+    norm, projection = _read_tail(model, tail)
+    parts = LensParts(
+        blocks=blocks,
+        norm=norm,
+        unembedding=head.weight.detach(),
+        bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        softcap=None,
+        logit_scale=1.0,
+        projection=projection,
+    )
+    check_widths(model, parts, last, logits)
+    return _with_logit_transform(parts, text_config(model), last, logits)
+
+
+def check_widths(model: PreTrainedModel, parts: LensParts, states: Tensor, logits: Tensor) -> None:
+    """Raise ``UnsupportedModelError`` unless states and logits of the model fit the parts."""
+    wanted = (parts.d_model, parts.unembedding.dtype)
+    if (states.shape[-1], states.dtype) != wanted:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a residual stream of width {wanted[0]} and {wanted[1]} like the "
+            f"unembedding, got width {states.shape[-1]} and {states.dtype}"
+        )
+    if logits.shape[-1] != len(parts.unembedding):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected {len(parts.unembedding)} logits like the rows of the unembedding, "
+            f"got {logits.shape[-1]}"
+        )
+
+
+def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    n_layers = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    found = [blocks for _, blocks in outer]
+    if len(found) > 1:
+        ran = _modules_that_run(model, [block for blocks in found for block in blocks])
+        found = [blocks for blocks in found if ran.issuperset(blocks)]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected one list of {n_layers} transformer blocks, got {len(found)}"
+        )
+    return found[0]
+
+
+def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Module]:
+    """Those that a text runs through: a second tower, for images say, has blocks too."""
+    ran: set[nn.Module] = set()
+    _run(model, [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in modules])
+    return ran
+
+
+def _run_tail(
+    model: PreTrainedModel, blocks: nn.ModuleList, head: nn.Module
+) -> tuple[Tensor, list[tuple[nn.Module, int]], Tensor]:
+    """One pass over a few tokens: output of the last block, what ran after it before the head, logits.
+
+    Returns:
+        ``[token, d_model]`` states; innermost modules that changed their input, each with its width;
+        ``[token, vocab_size]`` logits.
+    """
+    tail: list[tuple[nn.Module, int]] = []
+    reached: list[nn.Module] = []
+
+    def after_step(module, args, kwargs, output):
+        state = first_state(args, kwargs)
+        if state is not None and not _same(state, output) and not reached:  # dropout, say, changes nothing
+            tail.append((module, state.shape[-1]))
+
+    inside = set(blocks.modules())
+    steps = [m for m in model.modules() if m not in inside and m is not head and not any(m.children())]
+    handles = [m.register_forward_hook(after_step, with_kwargs=True) for m in steps]
+    handles.append(blocks[-1].register_forward_hook(lambda *_: tail.clear()))
+    handles.append(head.register_forward_pre_hook(lambda *_: reached.append(head)))
+    positions = torch.arange(probe_ids(model).shape[1])[None]
+    with keep_positions(blocks, positions) as kept:
+        logits = _run(model, handles)
+    return kept[-1][0], tail, logits[0]
+
+
+def _run(model: PreTrainedModel, handles: list) -> Tensor:
+    """Logits of `probe_ids`; removes the hooks, whatever happens."""
+    try:
+        with torch.no_grad():
+            return model(input_ids=probe_ids(model), use_cache=False).logits
+    except Exception as error:  # anything can come out of a model's own code
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected logits for a text of {probe_ids(model).shape[1]} tokens, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(state: Tensor, output: object) -> bool:
+    return isinstance(output, Tensor) and state.shape == output.shape and torch.equal(state, output)
+
+
+def _read_tail(model: PreTrainedModel, tail: list[tuple[nn.Module, int]]) -> tuple[Norm, Tensor | None]:
+    """Final norm and projection, either of which a model may lack."""
+    kinds = [_is_matrix(module) for module, _ in tail]
+    if kinds not in ([], [False], [True], [False, True]):
+        names = ", ".join(type(module).__name__ for module, _ in tail)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a norm, a projection or both between the last block and the output "
+            f"embedding, got {names}"
+        )
+    try:
+        norm = identify_norm(*tail[0]) if False in kinds else None
+        projection = identify_projection(*tail[-1]) if True in kinds else None
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from None
+    return norm, projection
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() == 2 for parameter in module.parameters())
+
+
+def _with_logit_transform(parts: LensParts, config, states: Tensor, logits: Tensor) -> LensParts:
+    """The parts with those of the configuration's numbers that lead to the model's own logits.
+
+    A number can be stated and not used, as MPT's ``logit_scale``. What is stated comes first among those
+    that rounding cannot tell apart; where nothing fits, the parity gate says so.
+    """
+    softcaps = [*_numbers(config, SOFTCAPS), None]
+    scales = [*_numbers(config, FACTORS), *(1.0 / d for d in _numbers(config, DIVISORS)), 1.0]
+    candidates = [replace(parts, softcap=c, logit_scale=s) for c, s in product(softcaps, scales)]
+    differences = [float((p.logits(states).to(logits.device) - logits).abs().max()) for p in candidates]
+    close = (p for p, d in zip(candidates, differences, strict=True) if d <= 2 * min(differences))
+    return next(close, candidates[0])
+
+
+def _numbers(config, names: tuple[str, ...]) -> list[float]:
+    values = (getattr(config, name, None) for name in names)
+    return [float(v) for v in values if isinstance(v, int | float) and v > 0]

@@ -1,0 +1,1 @@
+"""Contexts: documents and question as the tokens of a model."""

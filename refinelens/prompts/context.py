@@ -1,0 +1,159 @@
+"""Prompts: templates, and the token ids of a context with its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..conditions import NO_POSITION, condition_name
+from ..errors import InputError
+from ..tasks.formats import DEFAULT, QA, Format
+from ..tasks.question import Document, Question
+from .answer_tokens import joint, token_span, tokenise
+from .chat import Chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS, QUESTION = "{documents}", "{question}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question and its documents become a prompt."""
+
+    format: Format
+    text: str  # with {documents} once and {question}
+    chat: Chat | None = None  # around the prompt, or None
+
+    def fill(self, question: Question, documents: list[Document], gold_position: int) -> tuple[str, int, int]:
+        """The prompt up to the answer prefix, and where the gold document's line starts and ends in it.
+
+        Without documents it is the format's closed-book prompt, and both are 0. In a chat it is the user's turn,
+        without white space around it, which templates treat differently.
+        """
+        lines = self.format.lines(documents)
+        parts = (self.text if documents else self.format.closed_book).partition(DOCUMENTS)
+        before, _, after = (part.replace(QUESTION, question.question) for part in parts)
+        prompt = before + "\n".join(lines) + after
+        start = len(before) + sum(len(line) + 1 for line in lines[: max(0, gold_position)])
+        length = len(lines[gold_position]) if lines else 0
+        if self.chat is not None:
+            opening, closing = self.chat.around()
+            start += len(opening) - (len(prompt) - len(prompt.lstrip()))
+            prompt = opening + prompt.strip() + closing
+        return prompt, start, start + length
+
+
+DEFAULT_TEMPLATE = Template(QA, QA.templates[DEFAULT])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring positions of a context, and the token ids that follow each."""
+
+    positions: range
+    next_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One prompt with its answer, as token ids."""
+
+    question: Question
+    n_documents: int
+    gold_position: int  # 0-based; NO_POSITION without documents
+    input_ids: tuple[int, ...]  # prompt, then all answer tokens but the last
+    prompt_length: int  # tokens of the prompt
+    answer_ids: tuple[int, ...]  # teacher-forced; token i is predicted at position prompt_length - 1 + i
+    gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown or there is none
+
+    def __post_init__(self):
+        if len(self.input_ids) != self.prompt_length + len(self.answer_ids) - 1:
+            raise ValueError(
+                f"input_ids: expected {self.prompt_length + len(self.answer_ids) - 1} ids, got {len(self.input_ids)}"
+            )
+
+    @property
+    def where(self) -> str:
+        """The context in words."""
+        position = f", gold position {self.gold_position}" if self.n_documents else ""
+        return f"question {self.question.id}, {condition_name(self.n_documents)}{position}"
+
+    @property
+    def answer_span(self) -> Span:
+        """The positions that an answer token follows."""
+        return Span(range(self.prompt_length - 1, len(self.input_ids)), self.answer_ids)
+
+    @property
+    def positions(self) -> list[int]:
+        """Those of `answer_span`."""
+        return list(self.answer_span.positions)
+
+    @property
+    def whole_span(self) -> Span:
+        """Every position."""
+        return Span(range(len(self.input_ids)), (*self.input_ids[1:], self.answer_ids[-1]))
+
+
+def load_template(name: str, format: Format = QA) -> str:
+    """The template that a word names, or that of a file, whose one newline at the end is not part of it.
+
+    Raises:
+        InputError: No such file, or not one field ``{documents}`` and at least one ``{question}``.
+    """
+    if name in format.templates:
+        return format.templates[name]
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        words = ", ".join(format.templates)
+        raise InputError(f"--template {name}: expected {words} or a readable text file, got {error}") from None
+    text = text.removesuffix("\n")
+    found = [text.count(field) for field in (DOCUMENTS, QUESTION)]
+    if found[0] != 1 or found[1] < 1:
+        raise InputError(
+            f"--template {name}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
+            f"{found[1]}"
+        )
+    return text
+
+
+def build_context(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    question: Question,
+    distractors: list[Document],
+    gold_position: int,
+    alias: int = 0,
+) -> Context:
+    """Put the gold document among the distractors, fill the template and tokenise.
+
+    Args:
+        tokenizer: The model's.
+        template: What the prompt looks like.
+        question: What is asked.
+        distractors: The other documents, in order.
+        gold_position: 0-based, or `NO_POSITION` for a prompt without documents.
+        alias: Which of the question's answers goes on with the prompt.
+
+    Raises:
+        InputError: An answer without a token.
+    """
+    documents = [*distractors[:gold_position], question.gold, *distractors[gold_position:]]
+    documents = [] if gold_position == NO_POSITION else documents
+    prompt, start, end = template.fill(question, documents, gold_position)
+    # A reply begins with the prefix; a prompt goes on with it.
+    prefix = question.answer_prefix.lstrip() if template.chat else question.answer_prefix
+    answer = joint(prefix if template.chat else prompt + prefix) + question.answers[alias]
+    prompt_ids, answer_ids, encoded = tokenise(tokenizer, prompt + prefix, answer, template.chat is None)
+    return Context(
+        question=question,
+        n_documents=len(documents),
+        gold_position=gold_position,
+        input_ids=(*prompt_ids, *answer_ids[:-1]),
+        prompt_length=len(prompt_ids),
+        answer_ids=tuple(answer_ids),
+        gold_span=token_span(encoded, start, end),
+    )

@@ -1,0 +1,119 @@
+"""How far two runs agree on the order of their rows, layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import InputError
+from ..op.rank_agreement import kendall_tau_b
+from ..runs.results import KEYS, Run, open_run
+from ..runs.trajectory_table import choose_tokens, list_matrix
+
+NAMES = [name for name, _ in KEYS]
+
+
+@dataclass(frozen=True)
+class RunAgreement:
+    """Agreement of two runs at every layer, fp64 ``[n_layers + 1]``, over so many shared rows."""
+
+    rows: int
+    layers: np.ndarray
+
+
+def compare_runs(
+    run_a: Run | str | Path,
+    run_b: Run | str | Path,
+    compare: Callable[[np.ndarray, np.ndarray], np.ndarray] = kendall_tau_b,
+) -> RunAgreement:
+    """Agreement of the target ranks of two runs over the rows both have, layer by layer.
+
+    Args:
+        run_a: One run, or its folder.
+        run_b: Another over the same task, for instance of another model with as many layers.
+        compare: `kendall_tau_b`, `spearman`, or for instance ``functools.partial(top_k_overlap, k=10)``.
+
+    Raises:
+        InputError: Different numbers of layers, or what `paired_ranks` or ``compare`` refuses.
+    """
+    run_a, run_b = _opened(run_a), _opened(run_b)
+    ranks_a, ranks_b = paired_ranks(run_a, run_b)
+    if ranks_a.shape[1] != ranks_b.shape[1]:
+        raise InputError(
+            f"{run_a.path} and {run_b.path}: expected models with the same number of layers, got "
+            f"{ranks_a.shape[1] - 1} and {ranks_b.shape[1] - 1}; choose layers from the arrays of paired_ranks instead"
+        )
+    return RunAgreement(len(ranks_a), compare(ranks_a.T, ranks_b.T))
+
+
+def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Target ranks of the rows that two runs share, int64 ``[rows, n_layers + 1]`` each, in the order of ``run_a``.
+
+    Rows, one per answer token, are the same if all of `refinelens.runs.results.KEYS` are equal.
+
+    Args:
+        run_a: One run, or its folder.
+        run_b: Another.
+
+    Raises:
+        InputError: No run in a folder; runs of different tasks, seeds, targets, templates, aliases or chats, or without
+            a shared row.
+    """
+    run_a, run_b = _opened(run_a), _opened(run_b)
+    if run_a.manifest["task"].get("sha256") != run_b.manifest["task"].get("sha256"):
+        raise InputError(
+            f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
+            "sweep both over one task file"
+        )
+    for name in ("seed", "target", "template", "alias", "chat"):
+        if _asked(run_a, name) != _asked(run_b, name):
+            given = " and ".join(_given(run, name) for run in (run_a, run_b))
+            raise InputError(
+                f"{run_a.path} and {run_b.path}: expected runs with the same --{name}, got {given}: their rows ask "
+                "different things"
+            )
+    (keys_a, ranks_a), (keys_b, ranks_b) = _read(run_a, "row_a"), _read(run_b, "row_b")
+    shared = keys_a.join(keys_b, keys=NAMES, join_type="inner").sort_by("row_a")
+    if not len(shared):
+        raise InputError(
+            f"{run_a.path} and {run_b.path}: expected rows with equal {', '.join(NAMES)}, got none among "
+            f"{len(keys_a)} and {len(keys_b)} rows; sweep both with the same --documents and --gold-positions"
+        )
+    return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()]
+
+
+def _opened(run: Run | str | Path) -> Run:
+    return run if isinstance(run, Run) else open_run(run)
+
+
+def _asked(run: Run, option: str) -> object:
+    """What a run was told by an option; of a template the text, whatever file it stood in."""
+    return run.manifest["template"] if option == "template" else run.manifest["arguments"].get(option)
+
+
+def _given(run: Run, option: str) -> str:
+    """The same in a few words."""
+    given = str(run.manifest["arguments"].get(option))
+    if option != "template":
+        return given
+    return f"{given} ({hashlib.sha256(run.manifest['template'].encode()).hexdigest()[:8]})"
+
+
+def _read(run: Run, number: str) -> tuple[pa.Table, np.ndarray]:
+    """Keys with a column of row numbers, because lists cannot be joined, and target ranks by layer."""
+    parts = [choose_tokens(part, "all") for part in run.parts([*NAMES, "target_rank"])]
+    if not sum(map(len, parts)):
+        raise InputError(f"{run.path}: expected a run with rows, got none; finish its sweep first")
+    table = pa.concat_tables(parts)
+    keys = table.select(NAMES).append_column(number, pa.array(np.arange(len(table))))
+    return keys, list_matrix(table["target_rank"])
+
+
+def _task(run: Run) -> str:
+    task = run.manifest["task"]
+    return f"{task.get('name')} ({str(task.get('sha256'))[:8]})"

@@ -1,0 +1,105 @@
+"""A run's predictions for other programs: one row per prediction and layer, as CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from ..errors import InputError
+from .durable import write_output
+from .results import PREDICTIONS, Run
+
+LISTS = [field.name for field in PREDICTIONS if pa.types.is_list(field.type)]
+SCALARS = [field.name for field in PREDICTIONS if field.name not in LISTS]
+LONG = pa.schema(
+    [
+        *(PREDICTIONS.field(name) for name in SCALARS),
+        ("layer", pa.int32()),  # 0 .. n_layers
+        *((name, PREDICTIONS.field(name).type.value_type) for name in LISTS),
+    ]
+)
+
+
+def long_tables(run: Run) -> Iterator[pa.Table]:
+    """The predictions part by part with a row for every layer; columns as in `LONG`."""
+    for part in run.parts(PREDICTIONS.names):
+        if not len(part):
+            continue
+        lengths = pc.list_value_length(part[LISTS[0]].combine_chunks()).to_numpy()
+        layers = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        rows = np.repeat(np.arange(len(part)), lengths)
+        columns = {name: part[name].combine_chunks().take(pa.array(rows)) for name in SCALARS}
+        columns |= {"layer": layers} | {name: part[name].combine_chunks().flatten() for name in LISTS}
+        yield pa.table([columns[name] for name in LONG.names], LONG.names).cast(LONG)
+
+
+def export_run(run: Run, path: Path, kind: str) -> int:
+    """Write the predictions to a file, whole or not at all, a part in memory at a time; the number of rows.
+
+    Args:
+        run: The run.
+        path: The file, which must not be there.
+        kind: ``csv``, ``jsonl`` or ``parquet``.
+
+    Raises:
+        InputError: The file is there, cannot be written, or the run is damaged.
+        FaultError: No free disk.
+    """
+    check_new_file(path)
+    rows = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal rows
+        with FORMATS[kind](temporary) as add:
+            for table in long_tables(run):
+                add(table)
+                rows += len(table)
+
+    write_output(path, write)
+    return rows
+
+
+def check_new_file(path: Path) -> None:
+    """Refuse to write over a file, or into no folder.
+
+    Raises:
+        InputError: Says which.
+    """
+    if path.exists():
+        raise InputError(f"--out {path}: expected a new file, got one that is there; choose another")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: expected a file in a folder that is there")
+
+
+@contextmanager
+def _csv(path: Path) -> Iterator[Callable[[pa.Table], object]]:
+    with pyarrow.csv.CSVWriter(path, LONG) as writer:
+        yield writer.write_table
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Callable[[pa.Table], object]]:
+    with pq.ParquetWriter(path, LONG, compression="zstd") as writer:
+        yield writer.write_table
+
+
+@contextmanager
+def _jsonl(path: Path) -> Iterator[Callable[[pa.Table], object]]:
+    with path.open("w", encoding="utf-8") as file:
+
+        def add(table: pa.Table) -> None:
+            for batch in table.to_batches(max_chunksize=4096):
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+
+        yield add
+
+
+FORMATS = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}

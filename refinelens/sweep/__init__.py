@@ -1,0 +1,1 @@
+"""Asking a model all questions at all positions."""

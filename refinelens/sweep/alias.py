@@ -1,0 +1,34 @@
+"""Which of a question's answers is its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..lenses.logit_lens import LogitLens
+from ..prompts.context import Context
+from ..tasks.question import Alias, Question
+
+
+def first_alias(question: Question) -> Alias:
+    """The first answer."""
+    return Alias(0, "first" if len(question.answers) > 1 else "only")
+
+
+def best_alias(scores: Sequence[float]) -> Alias:
+    """The answer of the highest score, of equal ones the first.
+
+    Args:
+        scores: Of every answer, in their order, the mean log-probability of its tokens, nats.
+    """
+    index = max(range(len(scores)), key=scores.__getitem__)
+    others = max(score for place, score in enumerate(scores) if place != index)
+    return Alias(index, f"best of {len(scores)}: {scores[index]:.2f} against {others:.2f} nats a token")
+
+
+def alias_score(lens: LogitLens, context: Context) -> float:
+    """Mean log-probability per token, nats, that the model gives the teacher-forced answer of a context."""
+    hidden = lens.hidden(torch.tensor([context.input_ids]), torch.tensor([context.positions]))
+    targets = torch.tensor([context.answer_ids], device=hidden.device)
+    return float(lens.stats(hidden[-1], targets).target_logprob.double().mean())

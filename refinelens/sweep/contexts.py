@@ -1,0 +1,82 @@
+"""The contexts a question is asked in: every size and gold position, or the reason why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from ..conditions import CLOSED_BOOK, condition_name, gold_positions
+from ..errors import FaultError, InputError
+from ..lenses.logit_lens import LogitLens
+from ..model.loading import LoadedModel
+from ..options import SweepOptions
+from ..prompts.context import Context, Template, build_context
+from ..tasks.question import Alias, Question
+from ..tasks.task import DistractorSource, Task
+from .alias import alias_score, best_alias, first_alias
+
+CONTEXT_TOO_LONG = "a context longer than the model's positions"
+TOO_FEW_DISTRACTORS = "too few passages without an answer"
+
+
+@dataclass(frozen=True)
+class QuestionContexts:
+    """All contexts of one question, for one of its answers."""
+
+    alias: Alias
+    contexts: list[Context]
+    left_out: dict[str, list[int]]  # context size and reason: the question's id
+    n_tokens: int  # computed to choose the answer
+
+
+class ContextBuilder:
+    """Builds the contexts of questions: always the same for one task, template, model and seed."""
+
+    def __init__(
+        self, options: SweepOptions, task: Task, template: Template, loaded: LoadedModel, logit_lens: LogitLens
+    ):
+        self._options = options
+        self._build = partial(build_context, loaded.tokenizer, template)
+        self._limit = loaded.max_tokens
+        self._logit_lens = logit_lens
+        self._distractors = DistractorSource(task, options.seed)
+
+    def build(self, question: Question) -> QuestionContexts:
+        """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        alias, n_tokens = self._alias(question)
+        contexts, left_out = [], {}
+        for size in self._options.documents:
+            found = self._of_size(question, size, alias.index)
+            if isinstance(found, str):
+                left_out[f"{condition_name(size)}: {found}"] = [question.id]
+            else:
+                contexts += found
+        return QuestionContexts(alias, contexts, left_out, n_tokens)
+
+    def _of_size(self, question: Question, size: int, alias: int) -> list[Context] | str:
+        """The contexts, or why there are none."""
+        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
+        if distractors is None:
+            return TOO_FEW_DISTRACTORS
+        positions = gold_positions(self._options.gold_positions, size)
+        contexts = [self._build(question, distractors, position, alias) for position in positions]
+        return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
+
+    def _alias(self, question: Question) -> tuple[Alias, int]:
+        """The answer that is the target everywhere, so that contexts can be compared, and the tokens this took."""
+        if self._options.alias == "first" or len(question.answers) == 1:
+            return first_alias(question), 0
+        contexts = [self._build(question, [], 0, alias) for alias in range(len(question.answers))]
+        if self._any_too_long(contexts):
+            return Alias(0, f"first: {CONTEXT_TOO_LONG}"), 0
+        n_tokens = sum(len(context.input_ids) for context in contexts)
+        return best_alias([self._score(context) for context in contexts]), n_tokens
+
+    def _score(self, context: Context) -> float:
+        try:
+            return alias_score(self._logit_lens, context)
+        except InputError as error:
+            raise FaultError(f"{context.where}: {error}") from None
+
+    def _any_too_long(self, contexts: list[Context]) -> bool:
+        return self._limit is not None and any(len(context.input_ids) > self._limit for context in contexts)

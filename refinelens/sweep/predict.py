@@ -1,0 +1,215 @@
+"""Prediction rows of a question: contexts, one forward pass per batch, every layer through every lens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import cache
+
+import pyarrow as pa
+import torch
+from transformers import Cache, DynamicCache
+
+from ..errors import FaultError, InputError
+from ..lenses.lens_files import Lens
+from ..lenses.logit_lens import LogitLens
+from ..lenses.prefix import Branches, branch_order, choose_reuse, compare
+from ..model.loading import LoadedModel, is_out_of_memory
+from ..options import SweepOptions
+from ..prompts.context import Context, Span
+from ..runs.results import PREDICTIONS, Outcome
+from ..tasks.question import Question
+from .batching import Batching
+from .contexts import ContextBuilder
+from .generate import Generation, Generator, check_cache
+from .readings import ContextReading, ContextStates, read_contexts
+from .rows import prediction_table
+
+COUNTS = ("contexts", "positions_read", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
+ROWS_AT_A_TIME = 4096  # of one call of a lens, layers times positions, unless one context has more
+SPANS = {"answer": "answer_span", "all": "whole_span"}
+
+
+class Predictor:
+    """Asks questions and turns the answers into rows; counts what it did and what it had to leave out."""
+
+    def __init__(
+        self,
+        options: SweepOptions,
+        builder: ContextBuilder,
+        loaded: LoadedModel,
+        logit_lens: LogitLens,
+        lenses: list[Lens],
+    ):
+        self.options = options
+        self.counts: Counter[str] = Counter()  # of the question that is asked
+        self.warnings: list[str] = []
+        self.reuse = choose_reuse(options, logit_lens)
+        self.left_out: dict[str, list[int]] = {}  # reason: question ids, of the question that is asked
+        self._loaded = loaded
+        self._logit_lens = logit_lens
+        self._lenses = lenses
+        self._branches: Branches | None = None  # of the question that is asked, while its contexts branch off
+        self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
+        # Whether the pass that the lens reads keeps a cache for generation to go on from.
+        self._cached = bool(options.generate) and (self.reuse.used or check_cache(logit_lens).used)
+        self._proven = False  # a real context that branched off was compared with itself run whole
+        self._builder = builder
+        self._batching = Batching(options, loaded.model.device.type)
+        self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
+
+    def ask(self, question: Question) -> Outcome:
+        """All that comes of one question, at every context size and gold position it can be asked at.
+
+        Raises:
+            FaultError: Names the question, whatever went wrong.
+        """
+        self.counts, self.warnings = Counter(dict.fromkeys(COUNTS, 0)), []
+        try:
+            rows = self.rows(question)
+        except (InputError, FaultError):
+            raise
+        except Exception as error:
+            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
+        notes = {"prefix_reuse": asdict(self.reuse), "contexts_at_a_time_at_most": self._batching.at_most}
+        return Outcome(rows, dict(self.counts), self.left_out, notes, tuple(self.warnings))
+
+    def rows(self, question: Question) -> pa.Table:
+        """Prediction rows of one question."""
+        found = self._builder.build(question)
+        self.counts.update(contexts=len(found.contexts), tokens_computed=found.n_tokens)
+        self.left_out = found.left_out
+        read = self._ask(found.contexts)
+        tables = {reading.context: prediction_table(reading, found.alias, self._text) for reading in read}
+        return pa.concat_tables([PREDICTIONS.empty_table(), *(tables[context] for context in found.contexts)])
+
+    def _ask(self, contexts: list[Context]) -> Iterator[ContextReading]:
+        """Run all contexts of a question and read them, as many at a time as `ROWS_AT_A_TIME` allows, in any order."""
+        batches = self._batching.split(contexts)
+        if self.reuse.used:
+            self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same by itself
+            batches = ([contexts[index]] for index in branch_order([c.input_ids for c in contexts]))
+        ran: list[ContextStates] = []
+        for batch in batches:
+            ran += self._run(batch)
+            if sum(one.n_rows for one in ran) >= ROWS_AT_A_TIME:
+                yield from self._read(ran)
+                ran = []
+        yield from self._read(ran)
+
+    def _run(self, batch: list[Context]) -> list[ContextStates]:
+        try:
+            ran = self._states(batch)
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)  # or its frames would hold the tensors that there was no room for
+        else:
+            saved = 0 if self._branches is None else self._branches.shared
+            self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
+            self.counts["tokens_saved"] += saved
+            self.counts["tokens_generated"] += sum(one.generation.n_tokens for one in ran if one.generation)
+            return ran
+        return [one for part in self._after(failure, batch) for one in self._run(part)]
+
+    def _after(self, failure: Exception, batch: list[Context]) -> Iterable[list[Context]]:
+        """What to run in place of a batch that failed: smaller ones, or the same without a cache.
+
+        Raises:
+            FaultError: Names the context at fault.
+        """
+        torch.cuda.empty_cache()
+        out_of_memory = not isinstance(failure, InputError)
+        if out_of_memory and self._branches is not None:
+            self._branches = None  # without a cache it may fit
+            return [batch]
+        if len(batch) == 1:
+            raise _name_context(batch[0], failure)
+        if out_of_memory:
+            self.warnings.append(self._batching.shrink(batch))
+            return self._batching.split(batch)
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]  # the one at fault is found and named
+
+    def _states(self, batch: list[Context]) -> list[ContextStates]:
+        """Run contexts together, padded on the right, their spans by repeating the last token; padding is not kept."""
+        spans = [getattr(context, SPANS[self.options.positions]) for context in batch]
+        n_tokens = max(len(c.input_ids) for c in batch)
+        n_read = max(len(span.next_ids) for span in spans)
+        ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch])
+        mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
+        positions = torch.tensor([_pad(span.positions, n_read, span.positions[-1]) for span in spans])
+        hidden, cache = self._hidden(ids, positions, mask)
+        generations = self._generate(batch, spans, hidden, cache)
+        return [
+            ContextStates(context, span, hidden[:, index, : len(span.next_ids)], generation)
+            for index, (context, span, generation) in enumerate(zip(batch, spans, generations, strict=True))
+        ]
+
+    def _generate(
+        self, batch: list[Context], spans: list[Span], hidden: torch.Tensor, cache: Cache | None
+    ) -> list[Generation] | list[None]:
+        """A text per context, from the state at the end of its prompt on."""
+        if self._generator is None:
+            return [None] * len(batch)
+        ends = [c.prompt_length - 1 - span.positions[0] for c, span in zip(batch, spans, strict=True)]
+        first_ids = self._logit_lens.stats(hidden[-1, list(range(len(batch))), ends]).argmax.tolist()
+        return self._generator.generate([c.input_ids[: c.prompt_length] for c in batch], first_ids, cache)
+
+    def _read(self, ran: list[ContextStates]) -> Iterator[ContextReading]:
+        """Read contexts that were run, together unless something is wrong with one of them."""
+        if not ran:
+            return
+        try:
+            read = read_contexts(ran, self._logit_lens, self._lenses, self.options.target)
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)
+        else:
+            self.counts["positions_read"] += sum(len(one.span.positions) for one in ran)
+            self.counts["lens_rows"] += sum(one.n_rows for one in ran) * len(self._lenses)
+            yield from read
+            return
+        if len(ran) == 1:
+            raise _name_context(ran[0].context, failure)
+        torch.cuda.empty_cache()
+        for half in (ran[: len(ran) // 2], ran[len(ran) // 2 :]):
+            yield from self._read(half)
+
+    def _hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, Cache | None]:
+        """``[n_layers + 1, batch, answer tokens, d_model]``, and a cache for generation to go on from, if there is one.
+
+        The first context that branches off also runs whole.
+
+        The gate has seen a few tokens; a real context is longer, than a sliding window say. That one run is not
+        counted.
+        """
+        if self._branches is None:
+            cache = DynamicCache() if self._cached else None
+            return self._logit_lens.hidden(ids, positions, mask, cache), cache
+        branched = self._branches.hidden(ids, positions)
+        if self._branches.shared == 0 or self._proven:
+            return branched, self._branches.cache
+        whole = self._logit_lens.hidden(ids, positions, mask)
+        self.reuse, self._proven = compare(self._logit_lens, [(branched, whole)]), True
+        if self.reuse.used:
+            return branched, self._branches.cache
+        self._branches, self._cached = None, False
+        return whole, None
+
+
+def _name_context(context: Context, error: Exception) -> FaultError:
+    what = str(error)
+    if not isinstance(error, InputError):
+        what = (
+            f"--device: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
+            "fewer documents, a smaller model or --dtype bfloat16"
+        )
+    return FaultError(f"{context.where}: {what}")
+
+
+def _pad(values, length: int, value: int) -> list[int]:
+    return [*values, *[value] * (length - len(values))]

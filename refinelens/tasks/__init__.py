@@ -1,0 +1,1 @@
+"""Questions and documents, and what counts as an answer."""

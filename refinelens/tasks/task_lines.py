@@ -1,0 +1,103 @@
+"""Lines of a task file, in one of the formats of Lost in the Middle, read and checked."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InputError
+from .formats import KV, QA, Format
+from .question import Document, Question
+
+KV_FIELD = "ordered_kv_records"
+
+
+def parse_lines(path: Path, raw: bytes) -> tuple[Format, tuple[Question, ...]]:
+    """The questions of a file and their format, which the fields of the first line tell.
+
+    Raises:
+        InputError: Malformed; file and line are named.
+    """
+    try:
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: expected UTF-8 lines of JSON (gzip if it ends in .gz), got {error}") from None
+    format, questions = QA, []
+    for number, line in enumerate(text.split("\n")):
+        if line.strip():
+            where = f"{path}, line {number + 1}"
+            record = _parse_record(where, line)
+            format = KV if not questions and KV_FIELD in record else format
+            questions.append(_PARSERS[format.name](where, number, record))
+    return format, tuple(questions)
+
+
+def kv_question(number: int, gold: Document, distractors: Sequence[Document]) -> Question:
+    """The question for the value of a key; the prompt ends in the value's opening quote."""
+    return Question(number, gold.title, (gold.text,), ' "', "", gold, tuple(distractors))
+
+
+def _parse_record(where: str, line: str) -> dict:
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected a JSON object of valid text, got {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _parse_qa(where: str, number: int, record: dict) -> Question:
+    question, answers = record.get("question"), record.get("answers")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: expected a non-empty string 'question', got {question!r}")
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise InputError(f"{where}: expected a non-empty list of strings 'answers', got {answers!r}")
+    ctxs = record.get("ctxs")
+    if not isinstance(ctxs, list) or not all(_is_passage(c) for c in ctxs):
+        raise InputError(f"{where}: expected a list 'ctxs' of objects with strings 'title' and 'text'")
+    gold = [c for c in ctxs if c.get("isgold") is True]
+    if len(gold) != 1:
+        raise InputError(f"{where}: expected one passage with isgold true, got {len(gold)}")
+    for field in ("answer_prefix", "group"):
+        if not isinstance(record.get(field, ""), str):
+            raise InputError(f"{where}: expected a string {field!r}, got {record[field]!r}")
+    return Question(
+        id=number,
+        question=question.strip(),
+        answers=tuple(a.strip() for a in answers),
+        answer_prefix=record.get("answer_prefix", ""),
+        group=record.get("group", ""),
+        gold=_document(gold[0]),
+        distractors=tuple(_document(c) for c in ctxs if c is not gold[0] and c.get("hasanswer") is not True),
+    )
+
+
+def _parse_kv(where: str, number: int, record: dict) -> Question:
+    pairs, key, value = (record.get(field) for field in (KV_FIELD, "key", "value"))
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise InputError(f"{where}: expected a list {KV_FIELD!r} of pairs of non-empty strings")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise InputError(f"{where}: expected every key in {KV_FIELD!r} once, got one twice")
+    if [key, value] not in pairs:
+        raise InputError(f"{where}: expected 'key' and 'value' of a pair in {KV_FIELD!r}, got {key!r} and {value!r}")
+    return kv_question(number, Document(key, value), [Document(*pair) for pair in pairs if pair[0] != key])
+
+
+def _is_passage(ctx: object) -> bool:
+    return isinstance(ctx, dict) and isinstance(ctx.get("title"), str) and isinstance(ctx.get("text"), str)
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+
+
+def _document(ctx: dict) -> Document:
+    return Document(ctx["title"].strip(), ctx["text"].strip())
+
+
+_PARSERS = {QA.name: _parse_qa, KV.name: _parse_kv}
