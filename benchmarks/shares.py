@@ -17,8 +17,7 @@ from pathlib import Path
 
 from refinelens import cli
 from refinelens.lenses import logit_lens
-from refinelens.sweep import contexts, inputs, predict, recorder
-from refinelens.sweep import session as sweep
+from refinelens.sweep import contexts, inputs, predict, recorder, session
 from refinelens.sweep.manifest import device_name
 
 DEFAULT = ("--documents", "5,10", "--examples", "8", "--reuse-prefix", "off")
@@ -29,8 +28,8 @@ STAGES = {
     "rows": (predict, "prediction_table"),
     "writing": (recorder.Recorder, "add"),
     "last part and manifest": (recorder.Recorder, "close"),
-    "tables and figures, once": (sweep, "write_outputs"),
-    "summary, once": (sweep, "read_report"),
+    "tables and figures, once": (session, "write_outputs"),
+    "summary, once": (session, "read_report"),
 }
 BOOKKEEPING = ("contexts: documents, prompt, tokens", "rows", "writing", "last part and manifest")
 

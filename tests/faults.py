@@ -109,15 +109,14 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
     """
     from refinelens import cli
     from refinelens.report import derived
-    from refinelens.sweep import session as sweep
-    from refinelens.sweep import workers
+    from refinelens.sweep import session, workers
     from refinelens.sweep.interrupt import StopSignals
     from refinelens.sweep.predict import Predictor
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sweep.QUESTIONS_PER_PART = part
+    session.QUESTIONS_PER_PART = part
     if not figures:
         derived.draw_figures = quick_figures
     if workers_meet:

@@ -41,7 +41,8 @@ for unembedding in (torch.ones(30_000, 16), every_12th.repeat(1, 16)):
 SWEEPS = f"""{RESIDENT}
 import json, tracemalloc
 import pyarrow, torch
-from refinelens import derived, sweep
+from refinelens.report import derived
+from refinelens.sweep import session
 torch.set_num_threads(1)  # models so small gain nothing from more
 derived.draw_figures = lambda *drawn: None
 def report(progress):
@@ -54,9 +55,9 @@ def report(progress):
     if progress.done == progress.questions:
         tracemalloc.stop()
 for folder, questions_per_part, options in json.loads(sys.argv[1]):
-    sweep.QUESTIONS_PER_PART = questions_per_part
+    session.QUESTIONS_PER_PART = questions_per_part
     peaks, tables = [], 0
-    sweep.run_sweep(sweep.SweepOptions(documents=(3,), device="cpu", **options), folder, report=report)
+    session.run_sweep(session.SweepOptions(documents=(3,), device="cpu", **options), folder, report=report)
     print(json.dumps([peaks, resident()]))
 """
 
