@@ -25,10 +25,10 @@ from refinelens.layers.means import MeanContributions
 from refinelens.layers.restarts import Restarts, check_restarts
 from refinelens.layers.scan import scan
 from refinelens.lenses.logit_lens import LogitLens
+from refinelens.machine import device_name
 from refinelens.model.capture import first_state
 from refinelens.model.loading import LoadedModel, load_model
 from refinelens.prompts.context import DEFAULT_TEMPLATE, build_context
-from refinelens.sweep.manifest import device_name
 from refinelens.tasks.task import DistractorSource, choose_questions, load_task
 
 GOAL = 0.6  # forward passes a layer

@@ -134,7 +134,7 @@ def _resident_mb() -> float:
 
 
 def _print(samples: list, stopped: list[float]) -> None:
-    from refinelens.sweep.manifest import device_name
+    from refinelens.machine import device_name
 
     n = len(samples)
     print(f"{samples[-1][0]} contexts of {DOCUMENTS} documents, {device_name('cpu')}, 1 thread\n")

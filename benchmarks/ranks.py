@@ -19,10 +19,10 @@ from scipy import stats
 
 from refinelens import __version__
 from refinelens.bench.race import Race, torch_threads
+from refinelens.machine import device_name
 from refinelens.op.rank_agreement import between_layers, kendall_tau_b, spearman, top_k_overlap
 from refinelens.op.rank_agreement_twin import top_k_overlap_numpy
 from refinelens.runs.trajectory import summarise_numpy, trajectories
-from refinelens.sweep.manifest import device_name
 
 ROUNDS = 7
 PAIRS, LENGTH = 1000, 1000

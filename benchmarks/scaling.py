@@ -25,7 +25,7 @@ from refinelens.bench.competitors import COMPETITORS
 from refinelens.bench.problem import Problem
 from refinelens.bench.race import Race, torch_threads
 from refinelens.bench.sources import random_problem
-from refinelens.sweep.manifest import device_name
+from refinelens.machine import device_name
 
 NAMES = ("fp32", "certified", "naive")
 ROWS, D_MODEL, VOCAB = 416, 768, 50257

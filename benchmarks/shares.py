@@ -17,8 +17,8 @@ from pathlib import Path
 
 from refinelens import cli
 from refinelens.lenses import logit_lens
+from refinelens.machine import device_name
 from refinelens.sweep import contexts, inputs, predict, recorder, session
-from refinelens.sweep.manifest import device_name
 
 DEFAULT = ("--documents", "5,10", "--examples", "8", "--reuse-prefix", "off")
 STAGES = {

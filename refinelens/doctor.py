@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from . import __version__
+from .machine import package_version
 from .model.loading import find_smollm2, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
-from .sweep.manifest import package_version
 
 
 def findings() -> list[tuple[str, str]]:

@@ -22,12 +22,12 @@ from .conditions import ORACLE, condition_name
 from .errors import InputError
 from .lenses.lens_files import Lens
 from .lenses.logit_lens import LogitLens
+from .machine import now
 from .op.top_k import lens_top_k
 from .prompts.context import Context
 from .runs.durable import write_output
 from .runs.results import Run
 from .sweep.inputs import SweepInputs
-from .sweep.manifest import now
 from .sweep.resume import Terms
 
 Thing = TypeVar("Thing")

@@ -171,7 +171,7 @@ def test_triton_from_another_package(monkeypatch):
     def version(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("refinelens.sweep.manifest.version", version)
+    monkeypatch.setattr("refinelens.machine.version", version)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert session._versions("cuda")["Triton"] == "of a package of another name"
 

@@ -50,7 +50,7 @@ def test_doctor_where_another_package_brings_triton(monkeypatch, capsys):
     def version(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("refinelens.sweep.manifest.version", version)
+    monkeypatch.setattr("refinelens.machine.version", version)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("json" if name == "triton" else name))
     assert main(["doctor"]) == 0
     assert lines_of(capsys.readouterr().out)["Triton"] == "installed by a package of another name"

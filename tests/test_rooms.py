@@ -18,12 +18,12 @@ MAY_IMPORT = {
     "lenses": {"model", "op", "runs"},
     "report": {"op", "runs"},
     "sweep": {"lenses", "model", "op", "prompts", "report", "runs", "tasks"},
-    "fit": {"lenses", "model", "report", "runs", "sweep", "tasks"},
+    "fit": {"lenses", "model", "report", "runs", "tasks"},
     "layers": {"lenses", "model", "op", "prompts", "report", "runs", "sweep", "tasks"},
-    "bench": {"kernels", "lenses", "model", "op", "sweep", "tasks"},
+    "bench": {"kernels", "lenses", "model", "op", "tasks"},
     "data": set(),
 }
-ANYWHERE = {"errors", "conditions", "options", "processes", "progress", "_C", "__version__"}
+ANYWHERE = {"errors", "conditions", "options", "machine", "processes", "progress", "_C", "__version__"}
 
 
 def imported_rooms(path, room):

@@ -17,8 +17,8 @@ from statistics import median
 import torch
 
 from .. import __version__
+from ..machine import device_name, package_version
 from ..op.backends import instruction_set
-from ..sweep.manifest import device_name, package_version
 from .competitors import NAIVE, Competitor, choose
 from .fresh import DoesNotRun, extra_memory
 from .memory import available_memory, can_measure_growth, peak_growth_cuda

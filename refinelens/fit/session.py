@@ -15,11 +15,11 @@ from ..errors import FaultError, InputError
 from ..lenses.lens_files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
 from ..lenses.logit_lens import LogitLens
 from ..lenses.translators import Translators
+from ..machine import now, packages
 from ..model.loading import LoadedModel, is_out_of_memory, load_model
 from ..runs.durable import disk_error
 from ..runs.lock import RunLock
 from ..runs.output import check_disk
-from ..sweep.manifest import now, packages
 from . import checkpoint, ridge
 from .options import FitOptions
 from .quality import measure

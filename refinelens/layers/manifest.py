@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from .. import __version__
 from ..errors import InputError
+from ..machine import now, packages
 from ..runs.layers_folder import SCHEMA_VERSION, LayersFolder, entries_of, parts_of
-from ..sweep.manifest import now, packages
 from .examples import RunExamples
 from .options import LayerOptions
 

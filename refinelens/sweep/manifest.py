@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import platform
-import sys
 import uuid
 from dataclasses import asdict
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-import torch
 
 from .. import __version__
 from ..lenses.lens_files import Lens
 from ..lenses.logit_lens import LogitLens
+from ..machine import device_name, now, packages
 from ..model.loading import LoadedModel
 from ..op.backends import choose_backend
 from ..prompts.context import Template
 from ..runs.results import SCHEMA_VERSION
 from ..tasks.task import Task
-
-PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "pyarrow", "matplotlib", "gguf")
-
-
-def now() -> str:
-    """Current time, UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def device_name(device_type: str) -> str:
-    """The name of the GPU or of the processor."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def make_manifest(
@@ -120,17 +95,3 @@ def resumed_entry(argv: list[str] | None, device_type: str, workers: int) -> dic
         "packages": packages(),
         "device_name": device_name(device_type),
     }
-
-
-@cache
-def packages() -> dict[str, str | None]:
-    """Versions of Python and of what the numbers of a run depend on."""
-    return {"python": sys.version.split()[0]} | {package: package_version(package) for package in PACKAGES}
-
-
-def package_version(package: str) -> str | None:
-    """Of an installed package; None if there is none of that name, also where another one brings the module."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

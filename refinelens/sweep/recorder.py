@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from ..errors import FaultError
+from ..machine import now
 from ..runs.durable import sync_folder, temporary_of, write_temporary
 from ..runs.files import sha256_of
 from ..runs.layers_folder import LayersFolder
 from ..runs.results import DERIVED, LAYERS, MANIFEST, OUTPUTS, Outcome, Part, Run, parts_of, write_rows
-from .manifest import now
 
 
 @dataclass
