@@ -1,4 +1,8 @@
-"""Set-up shared by all tests; the environment comes before the first import of torch and Triton."""
+"""Set-up shared by all tests; the environment comes before the first import of torch and Triton.
+
+What is slow to make has session scope also where one file alone needs it: a process that gave tests of a file away may
+come back to it.
+"""
 
 import os
 import signal

@@ -74,7 +74,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reports():
     return inspect_all({name: variant for name, (variant, _) in SHIPPED.items()} | REJECTED)
 

@@ -38,7 +38,7 @@ N_LAYERS, TOP = 3, 23  # a threshold that the target passes at some gold positio
 CONTEXTS = 6 * (2 + 4)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """Weights so large that where the gold document stands makes a difference."""
     folder = save_tiny_model(tmp_path_factory.mktemp("model"))
@@ -51,7 +51,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def swept(model, question_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     lens = save_tiny_lens(folder / "lens", model, 0.05)
@@ -59,7 +59,7 @@ def swept(model, question_file, tmp_path_factory):
     return run_sweep(options, folder / "run")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(swept):
     return run_layers(swept.path, LayerOptions())
 

@@ -82,7 +82,7 @@ def test_certified_ranks_hold_no_tokens_of_rows_that_fall_back():
     assert equal < 20_000 and most < 80_000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def peaks(tiny_model, question_file, tmp_path_factory):
     """What `SWEEPS` prints of each of these, by name: one process for all, and that which leaks comes last."""
     folder = tmp_path_factory.mktemp("memory")

@@ -31,7 +31,7 @@ from refinelens.tasks.tiny_task import HELD_OUT, context_text, generate_task, vo
 from tiny_card import measure
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loaded():
     return load_model("tiny", "cpu")
 
@@ -110,7 +110,7 @@ def rows_of(run):
     return pq.read_table(run.path / "predictions").to_pylist()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A sweep of six documents without prefixes in common."""
     options = SweepOptions("tiny", "tiny", (6,), examples=4, device="cpu", reuse_prefix="off")
@@ -146,7 +146,7 @@ def test_words_that_it_does_not_know_are_one_line(tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fitted(tmp_path_factory):
     """The folder of a lens fitted to the model's own text."""
     folder = tmp_path_factory.mktemp("fitted") / "lens"
@@ -169,7 +169,7 @@ def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path, quick):
         assert one["target_rank"][-1] == other["target_rank"][-1] == 0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def layers(tmp_path_factory):
     """Mean statistics over the layers, from 0 or from 1, by what was done and their names."""
     options = SweepOptions("tiny", "tiny", (5,), examples=4, device="cpu")
