@@ -1,6 +1,8 @@
 """Which folder of the package may import which: questions and models below, what asks and draws above, no way back."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,10 @@ def test_every_folder_is_a_room_and_no_arrow_leads_back():
         assert ready, f"a circle among {sorted(rooms)}"
         below |= ready
         rooms = {room: needs for room, needs in rooms.items() if room not in ready}
+
+
+def test_runs_and_reports_need_no_torch():
+    modules = [f"refinelens.{room}.{path.stem}" for room in ("runs", "report") for path in (PACKAGE / room).glob("*.py")]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "torch was imported"
