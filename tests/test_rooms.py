@@ -66,7 +66,8 @@ def test_every_folder_is_a_room_and_no_arrow_leads_back():
 
 
 def test_runs_and_reports_need_no_torch():
-    modules = [f"refinelens.{room}.{path.stem}" for room in ("runs", "report") for path in (PACKAGE / room).glob("*.py")]
+    files = [path for room in ("runs", "report") for path in (PACKAGE / room).glob("*.py")]
+    modules = [f"refinelens.{path.parent.name}.{path.stem}" for path in files]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "torch was imported"
