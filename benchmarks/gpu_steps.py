@@ -85,7 +85,7 @@ def correctness(problem: Problem, measured: dict[str, float]) -> None:
 def target_bits(measured: dict[str, float]) -> None:
     """Whether every kind of kernel forms a target's logit with the bits of its own product."""
     generation = generation_of(DEVICE)
-    configs = [pinned_config(torch.bfloat16, True, rows, generation) for rows in (1024, 60, 5)]
+    configs = [pinned_config(torch.bfloat16, True, rows, generation) for rows in (1024, 264, 100, 60, 5)]
     configs.append(replace(configs[0], kind="plain"))
     weight = torch.empty(0, device="cuda", dtype=torch.bfloat16)
     for config in configs:

@@ -1,6 +1,7 @@
 """The lens's own product with a logsumexp alone: what argmax, rank and entropy are held against on a GPU.
 
-The loop, the tiles and the order of programs are the main kernel's; only whole tiles are read, by both sides.
+The tiles and the order of programs are the main kernel's, the loop is that of `lens_kernel`: on Hopper, where the main
+kernel loads by TMA and hides the start of a tile, this one does not. Only whole tiles are read, by both sides.
 """
 
 from __future__ import annotations

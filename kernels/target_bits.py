@@ -38,7 +38,7 @@ def _try(device: torch.device, dtype: torch.dtype, config: LensConfig) -> bool:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     n_rows = max(TARGET_ROWS, config.block_m)
-    options = LensOptions(randn(2 * config.block_v + 1, _D_MODEL), None, None, 1.0, config)
+    options = LensOptions(randn(2 * config.block_v - 1, _D_MODEL), None, None, 1.0, config)
     best, t, logsumexp, entropy = torch.empty((4, n_rows), device=device)
     argmax, rank = torch.empty((2, n_rows), dtype=torch.int64, device=device)
     x_hat = randn(n_rows, _D_MODEL)

@@ -16,7 +16,7 @@ from tiny import save_tiny_lens
 pytestmark = pytest.mark.usefixtures("quick_file")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(tiny_model, question_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lens-json")
     lens = save_tiny_lens(folder / "mine", tiny_model, scale=0.1)
@@ -80,7 +80,7 @@ def test_it_agrees_with_the_rows_of_the_run(run, tmp_path):
     assert curves["plain"] != curves["mine"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def first_is_left_out(tiny_model, question_file, tmp_path_factory):
     """Runs over questions whose first answer is in every passage: with other documents it cannot be asked."""
     folder = tmp_path_factory.mktemp("left-out")

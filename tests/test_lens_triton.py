@@ -115,11 +115,19 @@ def test_options(options, with_targets):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d_model", [64, 65], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("n_rows", [3, 17, 65])  # the three tile sizes by row count
+@pytest.mark.parametrize("n_rows", [3, 17, 65])
 def test_pinned_configuration(n_rows, d_model, dtype):
     hidden, unembedding, targets = operands(n_rows, d_model, 257, dtype)
     assert is_aligned(unembedding) == (d_model == 64)
     check(hidden, unembedding, targets=targets, bias=randn(257, seed=4), config=None)
+
+
+# The five tile sizes by row count, all but the first by TMA where there are no targets (or a device has the same bits).
+@pytest.mark.parametrize("n_rows", [3, 17, 65, 129, 200])
+def test_pinned_configuration_of_plain_logits(n_rows):
+    hidden, unembedding, targets = operands(n_rows, 64, 300, BF16)
+    for given in (targets, None):
+        check(hidden, unembedding, targets=given, config=None)
 
 
 def test_no_rows():

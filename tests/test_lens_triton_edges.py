@@ -189,3 +189,44 @@ def test_target_outside_the_vocabulary_is_not_read():
     targets[1] = 2**40
     out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
     assert out.target_rank[[0, 2]].tolist() == expected.target_rank[[0, 2]].tolist()
+
+
+@pytest.fixture
+def whole_operands(monkeypatch):
+    """Small integers: a target's logit then has the bits of its column, as the kernel by TMA is told here."""
+    monkeypatch.setattr(lens_triton, "has_same_bits", lambda options: True)
+
+    def make(n_vocab):
+        hidden, unembedding = (randint(-2, 3, (rows, 80), seed=rows).to(BF16) for rows in (35, n_vocab))
+        return hidden, unembedding, randint(0, n_vocab, (35,), seed=3)
+
+    return make
+
+
+# No whole tile, exactly one, one and one token more, several and a rest; more splits than tiles with the first ones.
+@pytest.mark.parametrize("n_vocab", [31, 32, 33, 70])
+def test_tma_with_targets(n_vocab, whole_operands):
+    hidden, unembedding, targets = whole_operands(n_vocab)
+    targets[:3] = torch.tensor([0, n_vocab - 1, n_vocab - 1])  # the last ones lie in the rest
+    truth = fused_lens_twin(hidden, unembedding, targets=targets, dtype=torch.float64)
+    for splits in (1, 3):
+        out = fused_lens_triton(hidden, unembedding, targets=targets, config=replace(TMA, splits=splits))
+        plain = fused_lens_triton(hidden, unembedding, config=replace(TMA, splits=splits))
+        for name in ("argmax", "target_rank", "max_logit", "target_logit"):
+            assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
+        assert torch.equal(out.argmax, plain.argmax) and torch.equal(out.logsumexp, plain.logsumexp)
+        torch.testing.assert_close(out.logsumexp.double(), truth.logsumexp, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
+def test_tma_keeps_what_is_wrong_in_its_row(whole_operands):
+    hidden, unembedding, targets = whole_operands(70)
+    clean = fused_lens_triton(hidden, unembedding, None, targets, config=TMA)
+    hidden[3, 5] = float("nan")
+    targets[7], targets[8] = 2**40, -1
+    out = fused_lens_triton(hidden, unembedding, None, targets, config=TMA)
+    assert out.logsumexp.isnan().nonzero().tolist() == [[3]] and 0 <= out.argmax[3] < 70
+    others = torch.tensor([row not in (3, 7, 8) for row in range(35)], device=DEVICE)
+    for got, expected in zip(out, clean, strict=True):
+        assert torch.equal(got[others], expected[others])
+    assert torch.equal(out.argmax[7:9], clean.argmax[7:9]) and torch.equal(out.entropy[7:9], clean.entropy[7:9])

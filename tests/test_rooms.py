@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "bench": {"kernels", "lenses", "model", "op", "tasks"},
     "data": set(),
 }
+SETUP = PACKAGE.parent / "setup.py"
 ANYWHERE = {"errors", "conditions", "options", "machine", "processes", "progress", "_C", "__version__"}
 
 
-def imported_rooms(path, room):
-    """Rooms and top modules of refinelens that a file imports; its own left out."""
-    package = ["refinelens", room]
+def imported_rooms(path, own, room):
+    """Rooms and top modules of refinelens that a file in ``room`` (none at the top) imports, its ``own`` left out."""
+    package = ["refinelens", *room]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
@@ -43,20 +44,29 @@ def imported_rooms(path, room):
         else:
             continue
         rooms = {name.split(".")[1] for name in found if name.startswith("refinelens.")}
-        yield from rooms - {room}
+        yield from rooms - {own}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_what_stands_below_it(room):
     files = sorted((KERNELS if room == "kernels" else PACKAGE / room).glob("*.py"))
     assert files
-    found = {other for path in files for other in imported_rooms(path, room)}
+    found = {other for path in files for other in imported_rooms(path, room, [room])}
     assert found - ANYWHERE == MAY_IMPORT[room]
+
+
+def test_what_any_room_imports_imports_no_room():
+    for name in ANYWHERE - {"_C", "__version__"}:
+        found = set(imported_rooms(PACKAGE / f"{name}.py", name, [])) - ANYWHERE
+        assert found == ({"tasks"} if name == "options" else set()), name  # the templates' names
 
 
 def test_every_folder_is_a_room_and_no_arrow_leads_back():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(MAY_IMPORT)
+    (installed,) = [ast.literal_eval(node.value.func.value) for node in ast.parse(SETUP.read_text()).body
+                    if isinstance(node, ast.Assign) and node.targets[0].id == "ROOMS"]  # fmt: skip
+    assert set(installed.split()) == folders
     below, rooms = set(), dict(MAY_IMPORT)
     while rooms:
         ready = {room for room, needs in rooms.items() if needs <= below}

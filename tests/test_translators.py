@@ -148,9 +148,10 @@ def test_translators_that_do_not_fit_are_one_line(lens):
 def ahead(lens, monkeypatch):
     """The lens as on a GPU, by Triton and checked at the end; here in its interpreter."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(LogitLens, "_checks_at_once", lambda self, states: True)
     monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", 20 * D_MODEL * 4)
-    return replace(lens, backend="triton")
+    ahead = replace(lens, backend="triton")
+    assert ahead._checks_at_once(ahead.parts.unembedding) and not lens._checks_at_once(lens.parts.unembedding)
+    return ahead
 
 
 def test_values_checked_at_the_end_are_those_checked_at_once(lens, ahead):

@@ -29,7 +29,7 @@ def patchings(scanned: Scanned, seed: int) -> list[Patching]:
     """All pairs together first, then each.
 
     Args:
-        scanned: Of `layers_schema.RESTORE` or `schema.DESTROY`.
+        scanned: Of `layers_schema.RESTORE` or `layers_schema.DESTROY`.
         seed: Seed of the bootstrap over questions.
     """
     done = scanned["correct"] == (1.0 if scanned.intervention == RESTORE else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from ..errors import InputError, UnsupportedModelError
 from ..model.capture import keep_positions, probe_ids, run_base
 from ..model.parts import LensParts, check_widths, find_parts
+from ..op.backends import choose_backend
 from ..op.kl import kl_to_final
 from ..op.lens import LensStats, fused_lens, values_fit
 from .translators import Translators
@@ -49,19 +51,18 @@ class LayerReading:
 
     def of(self, start: int, end: int) -> LayerReading:
         """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
-        values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
-        stats = {name: None if value is None else value[:, 0, start:end] for name, value in values.items()}
-        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl[:, 0, start:end])
+        return self._map(lambda value: value[:, 0, start:end])
 
     def view(self, shape: torch.Size) -> LayerReading:
         """The same reading in another shape."""
-        values = {field.name: getattr(self.stats, field.name) for field in fields(LensStats)}
-        stats = {name: None if value is None else value.view(shape) for name, value in values.items()}
-        return LayerReading(LensStats(**stats), None if self.kl is None else self.kl.view(shape))
+        return self._map(lambda value: value.view(shape))
 
     def to(self, device: torch.device | str) -> LayerReading:
         """The same reading on another device."""
-        return LayerReading(self.stats.to(device), None if self.kl is None else self.kl.to(device))
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> LayerReading:
+        return LayerReading(self.stats.map(function), None if self.kl is None else function(self.kl))
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,13 @@ class LogitLens:
     ) -> LayerReading:
         """Statistics of every layer and its KL divergence to the last one.
 
-        Translated states are held for as many rows as one layer has, or `TRANSLATED_BYTES` if those are fewer.
+        Translated states are held for as many rows as one layer has, or `TRANSLATED_BYTES` (on a GPU
+        `TRANSLATED_BYTES_CUDA`) if those are fewer.
 
         Args:
             hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
             targets: Ids broadcastable to ``[batch, n_positions]``, or None.
-            translators: In the dtype and on the device of ``hidden``, or None for the plain logit lens.
+            translators: In the dtype of ``hidden``, on the device of the unembedding, or None for the plain logit lens.
             kl: Whether to compute the divergence: two more products over the rows of the last layer.
 
         Raises:
@@ -195,8 +197,9 @@ class LogitLens:
         return reading.view(hidden.shape[:-1])
 
     def _checks_at_once(self, states: Tensor) -> bool:
-        """A GPU is waited for once, not after every block, unless an infinity could leave no trace in the results."""
-        return states.is_cuda and not (self.parts.norm is None and self.parts.softcap is not None)
+        """Triton is waited for once, not after every block, unless an infinity could leave no trace in the results."""
+        leaves_trace = self.parts.norm is not None or self.parts.softcap is None
+        return leaves_trace and choose_backend(states.device.type, self.backend)[0] == "triton"
 
     def _read_blocks(
         self, states: Tensor, targets: Tensor | None, translators: Translators | None, kl: bool, check_values: bool

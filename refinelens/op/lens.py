@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Optional
 
@@ -47,8 +48,12 @@ class LensStats:
 
     def to(self, device: torch.device | str) -> LensStats:
         """The same statistics on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return LensStats(**{name: None if v is None else v.to(device) for name, v in values.items()})
+        return self.map(lambda value: value.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LensStats:
+        """``function`` of every statistic that is there."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return LensStats(**{name: None if value is None else function(value) for name, value in values.items()})
 
 
 def fused_lens(
