@@ -76,7 +76,7 @@ def test_valgrind_sees_an_overread(for_valgrind):
 def test_extension_under_sanitizers(tmp_path):
     """The whole extension, built with both sanitizers, through the tests of the op."""
     source = tmp_path / "source"
-    skipped = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "runs", "__pycache__")
+    skipped = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=skipped)
     flags = " ".join(SANITIZE)
     build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
