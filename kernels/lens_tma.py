@@ -34,6 +34,17 @@ _OWN = tl.constexpr(2**26)  # in a rank: one logit equal to the target's in its 
 
 
 @triton.jit
+def _add_step(z, x_tiles, w_tiles, first_row, first_id, k, UPCAST: tl.constexpr):
+    """``z`` ``[rows, tokens]`` plus one step of the product, over the columns from ``k`` on."""
+    x = x_tiles.load([first_row, k])
+    w = w_tiles.load([first_id, k])
+    if UPCAST:
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w.T, z)
+
+
+@triton.jit
 def _by_lane(z):
     """``[rows, columns]`` as ``[rows, 4, columns / 4]``, so that no thread gives anything away.
 
@@ -106,12 +117,7 @@ def _tma_kernel(
         # From an argument: for a constant the compiler takes two instructions a logit to clear the registers.
         z = tl.full([BLOCK_M, BLOCK_V], zero, tl.float32)
         for k in range(0, d_model, BLOCK_K):
-            x = x_tiles.load([first_row, k])
-            w = w_tiles.load([first_id, k])
-            if UPCAST:
-                x = x.to(tl.float32)
-                w = w.to(tl.float32)
-            z = tl.dot(x, w.T, z)
+            z = _add_step(z, x_tiles, w_tiles, first_row, first_id, k, UPCAST)
         z = _by_lane(z)
         if HAS_TARGETS:
             # Logits above the target's count 1 each, equal ones 2**-10 each.
@@ -141,12 +147,7 @@ def _tma_kernel(
         for first_id in range(tl.where(end > whole, whole * BLOCK_V, n_vocab), n_vocab, TAIL_V):
             z = tl.zeros([BLOCK_M, TAIL_V], tl.float32)
             for k in range(0, d_model, BLOCK_K):
-                x = x_tiles.load([first_row, k])
-                w = w_rest.load([first_id, k])
-                if UPCAST:
-                    x = x.to(tl.float32)
-                    w = w.to(tl.float32)
-                z = tl.dot(x, w.T, z)
+                z = _add_step(z, x_tiles, w_rest, first_row, first_id, k, UPCAST)
             best, argmax, rank, total, weighted = add_tile(
                 best, argmax, rank, total, weighted, z, rest_ids, first_id, n_vocab, target, t, 0.0,
                 HAS_TARGETS, False, True, True, True,

@@ -86,8 +86,8 @@ def candidate_configs(shape: ShapeClass, n_rows: int, processors: int) -> list[L
     bases = [pinned]
     if pinned.kind == "tma":
         stage = (pinned.block_m + pinned.block_v) * pinned.block_k * shape.dtype.itemsize
-        bases += [replace(pinned, num_stages=stages) for stages in range(3, SHARED_BYTES // stage + 1)
-                  if abs(stages - pinned.num_stages) == 1]  # fmt: skip
+        near = (pinned.num_stages - 1, pinned.num_stages + 1)
+        bases += [replace(pinned, num_stages=stages) for stages in near if 3 <= stages <= SHARED_BYTES // stage]
         bases.append(replace(pinned, kind="plain"))
     found = []
     for base in bases:

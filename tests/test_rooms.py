@@ -29,9 +29,9 @@ SETUP = PACKAGE.parent / "setup.py"
 ANYWHERE = {"errors", "conditions", "options", "machine", "processes", "progress", "_C", "__version__"}
 
 
-def imported_rooms(path, own, room):
-    """Rooms and top modules of refinelens that a file in ``room`` (none at the top) imports, its ``own`` left out."""
-    package = ["refinelens", *room]
+def imported_rooms(path):
+    """Rooms and top modules of refinelens that a file imports, its own room left out."""
+    package = ["refinelens"] if path.parent == PACKAGE else ["refinelens", path.parent.name]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
@@ -44,20 +44,20 @@ def imported_rooms(path, own, room):
         else:
             continue
         rooms = {name.split(".")[1] for name in found if name.startswith("refinelens.")}
-        yield from rooms - {own}
+        yield from rooms - set(package)
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_what_stands_below_it(room):
     files = sorted((KERNELS if room == "kernels" else PACKAGE / room).glob("*.py"))
     assert files
-    found = {other for path in files for other in imported_rooms(path, room, [room])}
+    found = {other for path in files for other in imported_rooms(path)}
     assert found - ANYWHERE == MAY_IMPORT[room]
 
 
 def test_what_any_room_imports_imports_no_room():
     for name in ANYWHERE - {"_C", "__version__"}:
-        found = set(imported_rooms(PACKAGE / f"{name}.py", name, [])) - ANYWHERE
+        found = set(imported_rooms(PACKAGE / f"{name}.py")) - ANYWHERE
         assert found == ({"tasks"} if name == "options" else set()), name  # the templates' names
 
 
