@@ -94,7 +94,17 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None, workers_meet=None, figures=True):
+def _child(
+    arguments,
+    log,
+    part=8,
+    kill_at_step=None,
+    kill_after=(),
+    signal_at=(),
+    hold_at=None,
+    workers_meet=None,
+    figures=True,
+):
     """Run the command line with a fault and exit with its code; a signal that it has noted it tells by ``LOG.heard``.
 
     Args:
@@ -102,6 +112,8 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
         log: File for stdout and stderr.
         part: Questions per part.
         kill_at_step: Number of the step on the disk before which the process kills itself.
+        kill_after: ``(question, seconds)``: the process ends so long after that question, counted from 1, was asked
+            (0: after the start), wherever it is then: by SIGALRM, whose default is SIGKILL's.
         signal_at: ``(question, signal)`` pairs: signals that arrive while a question, counted from 1, is asked.
         hold_at: Question, counted from 1, that is not asked before the file ``LOG.go`` is there.
         workers_meet: Folder of `faulty_worker` for the workers of the sweep, which are forked too.
@@ -130,8 +142,14 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
         take(self, signum, frame)
         Path(f"{log}.heard").touch()
 
+    def arm():
+        if kill_after and kill_after[0] == asked[0]:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, kill_after[1])
+
     def faulty_rows(self, question):
         asked[0] += 1
+        arm()
         for place, signum in signal_at:
             if asked[0] == place:
                 os.kill(os.getpid(), signum)
@@ -141,6 +159,7 @@ def _child(arguments, log, part=8, kill_at_step=None, signal_at=(), hold_at=None
         return rows(self, question)
 
     Predictor.rows, StopSignals._take = faulty_rows, take_and_tell
+    arm()
     return cli.main(arguments)
 
 

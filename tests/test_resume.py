@@ -128,17 +128,15 @@ def one_line(error):
 
 
 def test_killed_at_random_moments(forge, sweep, whole, tmp_path):
-    """SIGKILL after seeded random times, to sweeps and to the resumes of killed ones; then resumed to the end."""
+    """Killed random times after random questions, and so are resumes of killed ones; then resumed to the end."""
     whole, seconds = whole
     moments, kills, places = random.Random(0), 0, set()
     for number in range(2 * KILLS):
         path, log = tmp_path / f"run{number}", tmp_path / "log"
         for _ in range(2):
             command = ["sweep", "--resume"] if (path / MANIFEST).exists() else [*sweep, "--out"]
-            pid = forge.start(*command, path, log=log, part=PART, figures=False)
-            time.sleep(moments.uniform(0.02, 0.9) * seconds)
-            os.kill(pid, signal.SIGKILL)
-            if forge.wait(pid) != -signal.SIGKILL:
+            moment = moments.randint(0, 12), max(1e-6, moments.uniform(0, 0.2) * seconds)
+            if forge.run(*command, path, log=log, part=PART, figures=False, kill_after=moment) != -signal.SIGALRM:
                 break
             kills += 1
             places.add(len(open_run(path).manifest["parts"]) if (path / MANIFEST).exists() else None)
