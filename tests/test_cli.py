@@ -3,10 +3,10 @@
 import errno
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
@@ -27,9 +27,10 @@ def test_help_is_fast_and_imports_no_torch():
     code = "import sys; from refinelens.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()  # of the processor: a busy machine does not count
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "sweep" in done.stdout and done.stdout.endswith("False\n")
     assert min(seconds) < 0.3
 
