@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings.hpp"
+#include "checksum.hpp"
 #include "screen.hpp"
 
 namespace py = pybind11;
@@ -18,7 +19,7 @@ namespace {
 Matrix as_weights(const py::array& unembedding) {
   const Matrix weights = as_matrix(unembedding, "unembedding");
   if (weights.rows == 0 || weights.rows > std::numeric_limits<int32_t>::max() || weights.columns == 0 ||
-      weights.column_stride != 1)
+      (weights.column_stride != 1 && weights.columns != 1))
     throw py::value_error("unembedding: expected 1 to 2^31 - 1 tokens, any dimensions, and rows without gaps, got " +
                           shape_text(unembedding));
   return weights;
@@ -29,6 +30,12 @@ std::unique_ptr<ScreenIndex> make_index(const py::array& unembedding, int n_thre
   const ScreenKernels& kernels = screen_kernels(weights.columns);
   py::gil_scoped_release release;
   return std::make_unique<ScreenIndex>(weights, kernels, n_threads);
+}
+
+uint64_t checksum_of(const py::array& unembedding, int n_threads) {
+  const Matrix weights = as_weights(unembedding);
+  py::gil_scoped_release release;
+  return checksum(weights, n_threads);
 }
 
 py::tuple lens(const ScreenIndex& index, const Array<double>& x, const py::array& unembedding,
@@ -76,6 +83,8 @@ void bind_screen(py::module_& m) {
            py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),
            py::arg("softcap"), py::arg("exhaustive"), py::arg("n_threads"),
            "argmax, z of argmax, logsumexp, entropy, target z, rank, logsumexp bound, fell back; [rows] each.");
+  m.def("checksum", &checksum_of, py::arg("unembedding"), py::arg("n_threads"),
+        "64 bits that nearly every change of the weights changes, the order of rows included.");
   m.def(
       "screen_kernels",
       [](int64_t depth) {

@@ -69,9 +69,9 @@ void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t 
   int64_t argmax = 0, rank = 0;
   for (int64_t i = 0; i < ranges.count; ++i) {
     const RangeState state = accumulators.of(i);
+    peak = std::max(peak, state.peak[row]);  // a softcap leaves one where all z are -inf
     if (state.best[row] > best) {
       best = state.best[row];
-      peak = state.peak[row];
       argmax = ranges.start(i) + state.argmax[row];
     }
     rank += state.rank[row];
@@ -79,8 +79,8 @@ void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t 
   double total = 0.0, weighted = 0.0;
   for (int64_t i = 0; i < ranges.count; ++i) {
     const RangeState state = accumulators.of(i);
-    // A range that has seen nothing but -inf has sums of 0 (or NaN, which must come through).
-    const double shift = state.best[row] == -kInfinity ? 0.0 : static_cast<double>(state.peak[row]) - peak;
+    // A range that has seen no logit but -inf has sums of 0 (or NaN, which must come through).
+    const double shift = state.peak[row] == -kInfinity ? 0.0 : static_cast<double>(state.peak[row]) - peak;
     const double factor = std::exp(shift);
     total += state.total[row] * factor;
     weighted += (state.weighted[row] + shift * state.total[row]) * factor;

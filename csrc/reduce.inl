@@ -119,8 +119,10 @@ inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float
   });
   const Floats shift = clamp_exponent(old_peak == -kInfinity ? Floats{} : old_peak - base);
   const Floats factor = exp_nonpositive(shift);
-  // Tokens of nothing but -inf add nothing; a product, not a choice, so that nothing but NaN adds NaN.
-  const Floats any_finite = tile_best == -kInfinity ? Floats{} : broadcast(1.0f);
+  // Tokens of no logit but -inf add nothing; a product, not a choice, so that nothing but NaN adds NaN. A softcap makes
+  // -inf finite.
+  Floats any_finite = broadcast(1.0f);
+  if (softcap == 0.0f) any_finite = tile_best == -kInfinity ? Floats{} : any_finite;
   const Floats sum = (sums[0] + sums[1]) * any_finite, moment = (moments[0] + moments[1]) * any_finite;
   double* total = state.total + row;
   double* weighted = state.weighted + row;

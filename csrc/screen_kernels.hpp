@@ -30,8 +30,8 @@
 // tile of kTileTokens tokens stand for all of them.
 //
 // Assumptions: IEEE 754 arithmetic with round to nearest; subnormal numbers are not flushed in fp64; x, w and b are
-// finite (or b = -inf: such a token has probability 0 and beats nobody); |x| |w| + |b| and |w| are at most
-// kLargestLogit. Rows for which the last does not hold are not screened.
+// finite (or b = -inf: such a token beats nobody, and without a softcap it has probability 0); |x| |w| + |b| and |w| are
+// at most kLargestLogit. Rows for which the last does not hold are not screened.
 #pragma once
 
 #include <cstdint>

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class LayerNorm:
     """Layer normalisation: ``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``.
 
@@ -20,6 +21,7 @@ class LayerNorm:
     Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450, equation 4.
     """
 
+    kind: ClassVar[str] = "layer"
     weight: Tensor | None
     bias: Tensor | None = None
     eps: float = 1e-5
@@ -30,7 +32,7 @@ class LayerNorm:
         return 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RMSNorm:
     """Root-mean-square normalisation: ``x / sqrt(mean(x^2) + eps) * (offset + weight)``.
 
@@ -42,6 +44,7 @@ class RMSNorm:
     Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
     """
 
+    kind: ClassVar[str] = "rms"
     weight: Tensor | None
     eps: float = 1e-6
     offset: float = 0.0
@@ -53,6 +56,18 @@ class RMSNorm:
 
 
 Norm = LayerNorm | RMSNorm | None
+
+
+def kind_of(norm: Norm) -> str:
+    """``"layer"``, ``"rms"`` or ``"none"``: a norm's name where only numbers and tensors can be handed on."""
+    return "none" if norm is None else norm.kind
+
+
+def norm_from(kind: str, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float) -> Norm:
+    """The norm of a name from `kind_of` and its fields."""
+    if kind == "none":
+        return None
+    return LayerNorm(weight, bias, eps) if kind == "layer" else RMSNorm(weight, eps, offset)
 
 
 def apply_norm(hidden: Tensor, norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -39,7 +39,7 @@ def _try(device: torch.device, dtype: torch.dtype, config: LensConfig) -> bool:
 
     n_rows = max(TARGET_ROWS, config.block_m)
     options = LensOptions(randn(2 * config.block_v - 1, _D_MODEL), None, None, 1.0, config)
-    best, t, logsumexp, entropy = torch.empty((4, n_rows), device=device)
+    best, t, logsumexp, entropy = torch.empty((4, n_rows), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_rows), dtype=torch.int64, device=device)
     x_hat = randn(n_rows, _D_MODEL)
     reduce_rows(LensRows(x_hat, None, None, n_rows), (best, argmax, rank, logsumexp, entropy), options, False)

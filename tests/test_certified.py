@@ -1,6 +1,8 @@
 """The certified lens against exact integer arithmetic and the fp64 twin; every screen that this processor runs."""
 
 import gc
+import os
+import signal
 
 import numpy
 import pytest
@@ -14,8 +16,9 @@ from refinelens.kernels.lens_common import LensOutput
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms import apply_norm
 from refinelens.op import certified
-from refinelens.op.backends import CERTIFIED_ROWS, choose_precision
+from refinelens.op.backends import CERTIFIED_ROWS, CERTIFIED_WIDTH, choose_precision
 from refinelens.op.certified import fused_lens_certified, fused_lens_screened, screen_index
+from tiny import truth
 
 pytestmark = pytest.mark.usefixtures("every_core")
 
@@ -80,8 +83,8 @@ def assert_certified(out, hidden, unembedding, norm, targets, bias=None, softcap
     size += 0.0 if bias is None else bias.double().nan_to_num(neginf=0.0).abs().max()
     slack = 1e-12 + (hidden.shape[-1] + 4) * 2**-51 * scale * size
     assert ((out.logsumexp - exact.logsumexp).abs() <= out.logsumexp_bound + slack).all()
-    for value, truth in ((out.max_logit, exact.max_logit), (out.target_logit, exact.target_logit)):
-        assert ((value - truth).abs() <= 2**-23 * truth.abs() + slack).all(), "logits are fp64, rounded once"
+    for value, true in ((out.max_logit, exact.max_logit), (out.target_logit, exact.target_logit)):
+        assert ((value - true).abs() <= 2**-23 * true.abs() + slack).all(), "logits are fp64, rounded once"
     assert torch.equal(out.target_rank == 0, out.argmax == targets)
     return exact
 
@@ -303,6 +306,65 @@ def test_the_index_is_kept_and_follows_the_weights():
     assert key not in certified._indexes
 
 
+def step_of_a_fused_optimizer(parameter):
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.5, fused=True).step()
+
+
+def swap_rows(parameter):
+    parameter.data[[3, 200]] = parameter.data[[200, 3]]
+
+
+def fewer_tokens(parameter):
+    parameter.data = parameter.data[:200]
+
+
+CHANGES = {
+    "fused optimizer": step_of_a_fused_optimizer,
+    "sign": lambda parameter: parameter.data.neg_(),
+    "one weight": lambda parameter: parameter.data[299, 7:].mul_(1.01),
+    "order of rows": swap_rows,
+    "fewer tokens": fewer_tokens,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changes_that_torch_does_not_record_are_seen(change, dtype):
+    hidden, unembedding, _, _ = make(64, 8, 300)
+    hidden, parameter = hidden.to(dtype), torch.nn.Parameter(unembedding.to(dtype))
+    index = screen_index(parameter)
+    change(parameter)
+    stats = fused_lens(hidden, parameter, precision="certified")
+    assert screen_index(parameter) is not index
+    assert torch.equal(stats.argmax, truth(hidden, parameter, None, stats.argmax)["argmax"])
+
+
+def test_the_index_of_a_tensor_of_inference_mode_is_kept():
+    with torch.inference_mode():
+        unembedding = torch.randn(300, 8)
+        assert screen_index(unembedding) is screen_index(unembedding)
+
+
+def test_a_process_forked_while_an_index_is_made():
+    hidden, unembedding, targets, _ = make(3, 8, 300)
+    with certified._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a deadlock must not outlive the test
+            torch.set_num_threads(1)
+            stats = fused_lens(hidden, unembedding, None, targets, precision="certified")
+            os._exit(int(not torch.isfinite(stats.logsumexp).all()))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_width_of_one(screen):
+    """A column of a wider tensor: as torch says, contiguous whatever its stride."""
+    unembedding = torch.randn(1, 50).T
+    stats = fused_lens(torch.ones(1, 1), unembedding, precision="certified")
+    assert int(stats.argmax) == int(unembedding.argmax())
+
+
 def test_an_index_of_two_or_three_bytes_a_weight(screen):
     index = screen_index(torch.randn(9600, 640))
     assert index.nbytes / (9600 * 640) == pytest.approx({1: 2, 3: 3}[_C.screen_kernels(640)[1]], rel=0.01)
@@ -360,6 +422,7 @@ def test_where_it_cannot_run_it_is_refused(monkeypatch):
 
 def test_auto_runs_what_it_says(screen, monkeypatch):
     monkeypatch.setattr("refinelens.op.backends.CERTIFIED_ROWS", 8)
+    monkeypatch.setattr("refinelens.op.backends.CERTIFIED_WIDTH", 64)
     hidden, unembedding, targets, _ = make(8, 64, 2000)
     auto, few = (fused_lens(hidden[:n], unembedding, None, targets[:n]) for n in (8, 7))
     chosen = choose_precision("cpp", "cpu", rows=8, d_model=64)[0]
@@ -373,8 +436,10 @@ def test_auto_runs_what_it_says(screen, monkeypatch):
 def test_what_auto_means(screen):
     digits = _C.screen_kernels(64)[1]
     expected = "certified" if digits == 3 else "fp32"
-    assert choose_precision("cpp", "cpu", rows=CERTIFIED_ROWS, d_model=64)[0] == expected
-    assert choose_precision("cpp", "cpu", rows=CERTIFIED_ROWS - 1, d_model=64)[0] == "fp32"
+    rows, width = CERTIFIED_ROWS, CERTIFIED_WIDTH
+    assert choose_precision("cpp", "cpu", rows=rows, d_model=width)[0] == expected
+    assert choose_precision("cpp", "cpu", rows=rows - 1, d_model=width)[0] == "fp32"
+    assert choose_precision("cpp", "cpu", rows=rows, d_model=width - 1)[0] == "fp32"
     assert choose_precision("twin", "cpu")[0] == "fp32"
 
 

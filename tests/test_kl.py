@@ -68,3 +68,25 @@ def test_statistics_of_other_rows_are_refused():
     stats = fused_lens(hidden[:, :1], unembedding)
     with pytest.raises(InputError, match=r"got \[4, 2, 5, 24\] and statistics of \[4, 1, 5\]"):
         kl_to_final(hidden, stats, unembedding)
+
+
+def test_layers_are_at_least_one():
+    hidden, unembedding, _ = problem()
+    with pytest.raises(InputError, match=r"expected hidden \[n_layers \+ 1, .*got \[0, 2, 5, 24\]"):
+        kl_to_final(hidden[:0], fused_lens(hidden[:0], unembedding), unembedding)
+
+
+@pytest.mark.parametrize("softcap", [None, 12.0])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_dtypes_that_hold_elsewhere_change_nothing(softcap, default):
+    """The default dtype, and autocast."""
+    hidden, unembedding, bias = problem()
+    stats = fused_lens(hidden, unembedding, bias=bias, softcap=softcap)
+    expected = kl_to_final(hidden, stats, unembedding, bias=bias, softcap=softcap)
+    torch.set_default_dtype(default)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = kl_to_final(hidden, stats, unembedding, bias=bias, softcap=softcap)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, expected)

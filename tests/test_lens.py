@@ -1,5 +1,7 @@
 """The fused lens on the CPU backends, against whole logits in fp64."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
 from refinelens.kernels import lens_common
+from refinelens.op import backends
 from refinelens.op.backends import choose_backend
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
@@ -50,7 +53,7 @@ def test_agrees_with_fp64(backend, norm_name, with_bias, softcap, scale):
     stats = fused_lens(hidden, unembedding, *options, backend=backend)
     exact, same = (truth(hidden, unembedding, *options, dtype=d) for d in (torch.float64, torch.float32))
     assert assert_matches_truth(stats, exact, same, targets) <= 1
-    assert torch.equal(stats.target_logprob, stats.target_logit - stats.logsumexp)
+    assert torch.equal(stats.target_logprob, (stats.target_logit - stats.logsumexp).clamp(max=0.0))
 
 
 # One row and one token; a prime; one more than a vector's 16 lanes; one more than the twin's chunk of 2048 and
@@ -108,6 +111,41 @@ def test_tokens_masked_by_a_bias_of_minus_infinity(backend):
     assert torch.equal(stats.argmax, rest.argmax + 8500) and torch.equal(stats.target_rank, rest.target_rank)
     torch.testing.assert_close(stats.logsumexp, rest.logsumexp)
     torch.testing.assert_close(stats.entropy, rest.entropy)
+
+
+@pytest.mark.parametrize("masked", [2000, 9000])
+def test_a_softcap_makes_a_bias_of_minus_infinity_finite(backend, masked):
+    """The logit of such tokens is minus the cap, so that they weigh something; more of them than a tile, or all."""
+    hidden, unembedding, targets, _ = make(5, 8, 9000)
+    bias = torch.zeros(9000)
+    bias[9000 - masked :] = float("-inf")
+    options = (None, targets % 1000, bias, 2.0)
+    stats = fused_lens(hidden, unembedding, *options, backend=backend)
+    exact = truth(hidden, unembedding, *options)
+    for name in ("max_logit", "logsumexp", "entropy"):
+        torch.testing.assert_close(getattr(stats, name).double(), exact[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_of_a_class_of_ones_own(backend):
+    class Own(RMSNorm):
+        pass
+
+    hidden, unembedding, _, randn = make()
+    weight = randn(24)
+    own, same = (fused_lens(hidden, unembedding, norm(weight), backend=backend) for norm in (Own, RMSNorm))
+    assert torch.equal(own.logsumexp, same.logsumexp)
+
+
+def test_parameters_that_are_trained_leave_no_graph():
+    hidden, unembedding, targets, _ = make(12, 8, 50)
+    weight = torch.nn.Parameter(unembedding)
+    stats = fused_lens(hidden.requires_grad_(), weight, RMSNorm(torch.nn.Parameter(torch.ones(8))), targets)
+    assert len(stats.target_logprob.numpy()) == 12
+    compiled = torch.compile(
+        lambda x: fused_lens(x, weight, None, 3).entropy * 2, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(hidden), fused_lens(hidden, weight, None, 3).entropy * 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,10 +219,12 @@ def bad_calls():
     yield "target shape", (hidden, unembedding), {"targets": targets[:3]}, r"broadcasts to \[10\], got \[3\]"
     yield "target dtype", (hidden, unembedding), {"targets": targets.float()}, "integer ids, got torch.float32"
     yield "norm weight", (hidden, unembedding, LayerNorm(weight[:5])), {}, r"norm.weight: .*\[8\], got .*\[5\]"
-    yield "norm type", (hidden, unembedding, torch.nn.LayerNorm(8)), {}, "norm: expected"
+    yield "norm type", (hidden, unembedding, torch.nn.LayerNorm(8)), {}, "norm: expected.*got torch.nn.*LayerNorm; make"
     yield "bias", (hidden, unembedding), {"bias": torch.ones(99)}, r"bias: .*\[100\], got .*\[99\]"
     yield "no tensor", ([[1.0]], unembedding), {}, "hidden: expected a tensor, got list"
     yield "infinite softcap", (hidden, unembedding), {"softcap": float("inf")}, "softcap: expected a positive"
+    yield "softcap beyond fp32", (hidden, unembedding), {"softcap": 1e39}, "softcap: expected a positive"
+    yield "scale of 0 in fp32", (hidden, unembedding), {"logit_scale": 1e-46}, "logit_scale: expected a positive"
     yield "target overflow", (hidden, unembedding), {"targets": 2**70}, "targets: expected integer ids, got"
     yield "backend of no rows", (hidden[:0], unembedding), {"backend": "gpu"}, "backend: expected one of"
     yield "softcap", (hidden, unembedding), {"softcap": 0.0}, "softcap: expected a positive"
@@ -253,9 +293,30 @@ def test_triton_through_the_public_op(monkeypatch):
         fused_lens(hidden, unembedding, backend="triton")
 
 
-def test_without_extension_the_twin_runs(monkeypatch):
-    from refinelens.op import backends
+@pytest.mark.parametrize("error", [None, ImportError("invalid ELF header")])
+def test_without_extension_the_twin_runs(monkeypatch, error):
+    """Not built, or damaged."""
 
-    monkeypatch.setattr(backends, "_is_installed", lambda module: False)
-    assert choose_backend("cpu") == ("twin", "the C++ extension was not built: plain torch")
-    assert choose_backend("cuda") == ("twin", "Triton is not installed: plain torch")
+    def import_module(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    if error is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for function in (backends._no_extension, backends._no_triton):
+        monkeypatch.setattr(backends, function.__name__, function.__wrapped__)
+    why = "cannot be loaded (invalid ELF header)" if error else "was not built"
+    assert choose_backend("cpu") == ("twin", f"the C++ extension {why}: plain torch")
+    with pytest.raises(InputError, match="expected CPU tensors and the C.. extension for 'cpp', got"):
+        choose_backend("cpu", "cpp")
+    if error is None:
+        assert choose_backend("cuda") == ("twin", "Triton is not installed: plain torch")
+
+
+def test_on_a_gpu_of_amd_the_twin_runs(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(backends, "_no_triton", backends._no_triton.__wrapped__)
+    chosen, why = choose_backend("cuda")
+    assert chosen == "twin" and "for NVIDIA" in why
+    with pytest.raises(InputError, match="for NVIDIA, this torch is for AMD; use auto"):
+        choose_backend("cuda", "triton")

@@ -7,19 +7,37 @@ import os
 from collections.abc import Callable
 from functools import cache
 
+import torch
+
 from ..errors import InputError
 from ..kernels.lens_common import LensOutput
 from ..kernels.lens_twin import fused_lens_twin
 
 BACKENDS = ("auto", "triton", "cpp", "twin")
 PRECISIONS = ("auto", "fp32", "certified")
-# From so many rows on, a call of the certified lens with AMX repays the making of the index within itself.
-CERTIFIED_ROWS = 2048
+# From so many rows and such a width on, a call of the certified lens with AMX repays the making of the index within
+# itself.
+CERTIFIED_ROWS, CERTIFIED_WIDTH = 2048, 512
 
 
 @cache
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _no_triton() -> str | None:
+    """Why the Triton kernels cannot run, in words, None where they can."""
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA, this torch is for AMD"
+    return "Triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+
+@cache
+def _no_extension() -> str | None:
+    """Why the C++ extension cannot run, in words, None where it can."""
+    if importlib.util.find_spec("refinelens._C") is None:
+        return "the C++ extension was not built"
+    try:
+        importlib.import_module("refinelens._C")
+    except ImportError as error:
+        return f"the C++ extension cannot be loaded ({error})"
+    return None
 
 
 def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
@@ -30,25 +48,25 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     """
     if backend not in BACKENDS:
         raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    has_cpp, has_triton = _is_installed("refinelens._C"), _is_installed("triton")
-    if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
-        if not has_triton:
-            raise InputError("backend: expected Triton to be installed for 'triton', got none; pip install triton")
+    no_cpp, no_triton = _no_extension(), _no_triton()
+    if backend == "triton" or (backend == "auto" and device_type == "cuda" and no_triton is None):
+        if no_triton is not None:
+            raise InputError(f"backend: expected kernels that run for 'triton', got: {no_triton}; use auto")
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError(f"backend: expected CUDA tensors for 'triton', got device {device_type!r}; use auto")
         return "triton", "asked for" if backend == "triton" else "CUDA device and Triton are present"
-    if backend == "cpp" and (device_type != "cpu" or not has_cpp):
+    if backend == "cpp" and (device_type != "cpu" or no_cpp is not None):
         raise InputError(
             f"backend: expected CPU tensors and the C++ extension for 'cpp', got device {device_type!r} and "
-            f"{'an' if has_cpp else 'no'} extension"
+            f"{no_cpp or 'an extension'}"
         )
-    if backend == "cpp" or (backend == "auto" and device_type == "cpu" and has_cpp):
+    if backend == "cpp" or (backend == "auto" and device_type == "cpu" and no_cpp is None):
         instruction_set()
         return "cpp", "asked for" if backend == "cpp" else "CPU device and the C++ extension are present"
     if backend == "twin":
         return "twin", "asked for"
-    missing = {"cuda": "Triton is not installed", "cpu": "the C++ extension was not built"}
-    return "twin", missing.get(device_type, f"no kernel for device {device_type!r}") + ": plain torch"
+    missing = {"cuda": no_triton, "cpu": no_cpp}
+    return "twin", (missing.get(device_type) or f"no kernel for device {device_type!r}") + ": plain torch"
 
 
 def instruction_set() -> str:
@@ -67,7 +85,7 @@ def instruction_set() -> str:
 
 
 def choose_precision(
-    backend: str, device_type: str, precision: str = "auto", rows: int = CERTIFIED_ROWS, d_model: int = 1
+    backend: str, device_type: str, precision: str = "auto", rows: int = CERTIFIED_ROWS, d_model: int = CERTIFIED_WIDTH
 ) -> tuple[str, str]:
     """``"fp32"`` or ``"certified"`` for a backend that was chosen, and the reason in words.
 
@@ -90,9 +108,10 @@ def choose_precision(
     kernels, digits = screen_kernels(d_model)
     if digits == 1:
         return "fp32", f"'certified' ({kernels}) is exact in argmax and rank, but less so in logsumexp"
-    if rows < CERTIFIED_ROWS:
-        return "fp32", f"'certified' ({kernels}) repays its index from {CERTIFIED_ROWS} rows on"
-    return "certified", f"from {CERTIFIED_ROWS} rows on ({kernels}: faster, logsumexp nearer to fp64); below, fp32"
+    least = f"{CERTIFIED_ROWS} rows and a width of {CERTIFIED_WIDTH} on"
+    if rows < CERTIFIED_ROWS or d_model < CERTIFIED_WIDTH:
+        return "fp32", f"'certified' ({kernels}) repays its index from {least}"
+    return "certified", f"from {least} ({kernels}: faster, logsumexp nearer to fp64); below, fp32"
 
 
 def backend_function(name: str, precision: str = "fp32", asked: bool = True) -> Callable[..., LensOutput]:

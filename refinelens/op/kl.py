@@ -43,7 +43,7 @@ def kl_to_final(
     Plain torch on every device, in fp32.
     """
     check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
-    if hidden.dim() < 2 or stats.logsumexp.shape != hidden.shape[:-1]:
+    if hidden.dim() < 2 or hidden.shape[0] == 0 or stats.logsumexp.shape != hidden.shape[:-1]:
         raise InputError(
             f"hidden and stats: expected hidden [n_layers + 1, ..., d_model] and its own statistics, got "
             f"{list(hidden.shape)} and statistics of {list(stats.logsumexp.shape)}"
@@ -54,10 +54,11 @@ def kl_to_final(
         rows, expect = row_chunk(hidden.device), _expected_linear
     else:
         rows, expect = max(1, row_chunk(hidden.device) // len(hidden)), _expected_capped
-    expected = [
-        expect(apply_norm(block, norm), lse, unembedding, bias, softcap, logit_scale)
-        for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)
-    ]
+    with torch.autocast(hidden.device.type, enabled=False):  # the products are fp32
+        expected = [
+            expect(apply_norm(block, norm), lse, unembedding, bias, softcap, logit_scale)
+            for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)
+        ]
     # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
     log_p = torch.cat(expected, 1).view_as(stats.logsumexp) - stats.logsumexp
     return (log_p[-1] - log_p).clamp(min=0.0)
@@ -66,7 +67,7 @@ def kl_to_final(
 def _expected_linear(x_hat, final_logsumexp, unembedding, bias, _softcap, logit_scale) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
     mean_weights = torch.zeros_like(x_hat[-1])
-    mass, mean_bias = torch.zeros(2, *final_logsumexp.shape, device=x_hat.device)
+    mass, mean_bias = x_hat.new_zeros(2, *final_logsumexp.shape)
     for first, weights, z in z_chunks(x_hat[-1], unembedding, bias, logit_scale):
         p = z.sub_(final_logsumexp).exp_()
         mean_weights.addmm_(p, weights)

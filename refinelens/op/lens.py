@@ -12,12 +12,12 @@ from torch import Tensor
 from ..errors import InputError
 from ..kernels.lens_common import LensOutput
 from ..kernels.lens_twin import fused_lens_twin
-from ..kernels.norms import LayerNorm, Norm, RMSNorm
+from ..kernels.norms import Norm, kind_of, norm_from
 from .backends import backend_function, choose_backend, choose_precision
 from .operands import check_operands
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LensStats:
     """Statistics of every hidden row over the whole vocabulary, each of shape ``hidden.shape[:-1]``.
 
@@ -43,8 +43,8 @@ class LensStats:
 
     @property
     def max_logprob(self) -> Tensor:
-        """Log-probability of the argmax, fp32."""
-        return self.max_logit - self.logsumexp
+        """Log-probability of the argmax, fp32, not above 0."""
+        return _logprob(self.max_logit, self.logsumexp)
 
     def to(self, device: torch.device | str) -> LensStats:
         """The same statistics on another device."""
@@ -56,6 +56,7 @@ class LensStats:
         return LensStats(**{name: None if value is None else function(value) for name, value in values.items()})
 
 
+@torch.no_grad()
 def fused_lens(
     hidden: Tensor,
     unembedding: Tensor,
@@ -75,7 +76,9 @@ def fused_lens(
     lens (nostalgebraist 2020, "interpreting GPT: the logit lens") when ``hidden`` is the residual stream.
 
     Args:
-        hidden: ``[..., d_model]``, fp32, fp16 or bf16, CPU or CUDA.
+        hidden: ``[..., d_model]``, fp32, fp16 or bf16, CPU or CUDA: states between blocks. The last of the
+            ``hidden_states`` that Transformers returns is behind the final norm already: to read it too, take
+            `LogitLens`, or that one state without a norm.
         unembedding: ``[vocab_size, d_model]``, dtype and device of ``hidden``.
         norm: ``LayerNorm``, ``RMSNorm`` or None; applied in fp32.
         targets: Integer ids in ``[0, vocab_size)``, broadcastable to ``hidden.shape[:-1]``, or None.
@@ -87,8 +90,8 @@ def fused_lens(
         precision: ``"fp32"``; ``"certified"`` (CPU, ``"cpp"``) for argmax and ranks that no rounding has touched,
             with a bound on the error of ``logsumexp`` and an index of 2 or 3 bytes a weight that lives as long as
             the unembedding (`refinelens.op.certified`); or ``"auto"``, the former but where the latter is never slower
-            and, but for the last places of the entropy, more exact: processors with AMX, and many rows
-            (`refinelens.op.backends`).
+            and, but for the last places of the entropy, more exact: processors with AMX, from 2048 rows and a width of
+            512 on (`refinelens.op.backends`). So the last bits may differ between fewer rows and more.
         check_values: False spares a call by Triton the wait for its own result: an id outside the vocabulary then has
             a rank without meaning and a row that is not finite a logsumexp that is not. Other backends check anyway.
 
@@ -106,12 +109,11 @@ def fused_lens(
     check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     shape = hidden.shape[:-1]
     flat_targets = None if targets is None else _flatten_targets(targets, hidden)
-    kind = {LayerNorm: "layer", RMSNorm: "rms"}.get(type(norm), "none")
     weight, norm_bias, eps, offset = (norm.weight, norm.bias, norm.eps, norm.offset) if norm else (None, None, 0.0, 0.0)
     out = torch.ops.refinelens.fused_lens(
         hidden.reshape(-1, hidden.shape[-1]),
         unembedding,
-        kind,
+        kind_of(norm),
         weight,
         norm_bias,
         eps,
@@ -128,8 +130,13 @@ def fused_lens(
     given |= dict.fromkeys(("logsumexp_bound", "fell_back"), precision == "certified")
     stats = {name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if given.get(name, True)}
     if targets is not None:
-        stats["target_logprob"] = stats["target_logit"] - stats["logsumexp"]
+        stats["target_logprob"] = _logprob(stats["target_logit"], stats["logsumexp"])
     return LensStats(**stats)
+
+
+def _logprob(logit: Tensor, logsumexp: Tensor) -> Tensor:
+    """Both are rounded, so that their difference could be above 0."""
+    return (logit - logsumexp).clamp(max=0.0)
 
 
 def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
@@ -178,11 +185,6 @@ def _fused_lens_op(
     precision: str = "auto",
     check_values: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    specs = {
-        "none": lambda: None,
-        "layer": lambda: LayerNorm(norm_weight, norm_bias, norm_eps),
-        "rms": lambda: RMSNorm(norm_weight, norm_eps, norm_offset),
-    }
     chosen = choose_backend(hidden.device.type, backend)[0]
     chosen_precision = choose_precision(chosen, hidden.device.type, precision, *hidden.shape)[0]
     # Triton reads no id outside the vocabulary, so that one wait for the device tells of ids and results.
@@ -192,14 +194,13 @@ def _fused_lens_op(
     run = fused_lens_twin
     if hidden.shape[0]:
         run = backend_function(chosen, chosen_precision, asked=precision == "certified")
+    spec = norm_from(norm, norm_weight, norm_bias, norm_eps, norm_offset)
     with torch.no_grad():
-        out = run(hidden, unembedding, specs[norm](), targets, bias, softcap, logit_scale)
-    saturates = norm == "none" and softcap is not None
-    if not at_once:
-        _check_finite(out, hidden, saturates)
-    elif check_values and not values_fit(out, hidden, targets, unembedding.shape[0], saturates):
+        out = run(hidden, unembedding, spec, targets, bias, softcap, logit_scale)
+    saturates = spec is None and softcap is not None
+    if (check_values or not at_once) and not values_fit(out, hidden, targets, unembedding.shape[0], saturates):
         _check_targets(targets, unembedding.shape[0])
-        _check_finite(out, hidden, saturates)
+        raise _broken_row(out, hidden, saturates)
     values = out._asdict()
     if precision != "certified":
         values |= {"logsumexp_bound": None, "fell_back": None}
@@ -265,20 +266,19 @@ def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
         raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
 
 
-def _check_finite(out: LensOutput, hidden: Tensor, saturates: bool) -> None:
-    if out.logsumexp.numel() == 0 or _is_capturing(hidden):
-        return
+def _broken_row(out: LensOutput, hidden: Tensor, saturates: bool) -> InputError:
+    """What is wrong with the first broken row, in words."""
     broken = _broken(out, hidden, saturates)
-    if not broken.any():
-        return
     row = int(broken.nonzero()[0])
     value = "NaN" if hidden[row].isnan().any() else "infinity"
     if hidden[row].isfinite().all():
-        raise InputError(
-            f"logits of hidden row {row} are not finite although the row is: expected finite norm and "
-            f"unembedding weights, got logsumexp {float(out.logsumexp[row])} and entropy {float(out.entropy[row])}"
+        half = ", and normed rows that fit float16" if hidden.dtype == torch.float16 else ""
+        return InputError(
+            f"logits of hidden row {row} are not finite although the row is: expected finite weights of norm and "
+            f"unembedding and a finite bias{half}, got logsumexp {float(out.logsumexp[row])} and entropy "
+            f"{float(out.entropy[row])}"
         )
-    raise InputError(
+    return InputError(
         f"hidden: expected finite values, got {value} in row {row} of {len(hidden)} (hidden as [rows, d_model]); "
         f"{int(broken.sum())} rows are affected"
     )

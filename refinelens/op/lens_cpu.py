@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _C
 from ..kernels.lens_common import LensOutput
-from ..kernels.norms import LayerNorm, Norm
+from ..kernels.norms import Norm, kind_of
 
 
 def fused_lens_cpu(
@@ -33,7 +33,7 @@ def fused_lens_cpu(
     out = _C.fused_lens(
         _matrix(hidden),
         _matrix(unembedding),
-        "none" if norm is None else "layer" if isinstance(norm, LayerNorm) else "rms",
+        kind_of(norm),
         weight,
         norm_bias,
         0.0 if norm is None else norm.eps,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,10 @@ def check_operands(
             f"{hidden.dtype} and {unembedding.dtype}"
         )
     if not isinstance(norm, LayerNorm | RMSNorm | None):
-        raise InputError(f"norm: expected LayerNorm, RMSNorm or None, got {type(norm).__name__}")
+        raise InputError(
+            "norm: expected refinelens.LayerNorm, refinelens.RMSNorm or None, got "
+            f"{type(norm).__module__}.{type(norm).__qualname__}; make one of its weight, bias and eps"
+        )
     vectors = {"bias": (bias, unembedding.shape[0])}
     if norm is not None:
         vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
@@ -53,7 +54,13 @@ def check_operands(
     for name, tensor in tensors.items():
         if tensor.device != hidden.device:
             raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"softcap: expected a positive number or None, got {softcap}")
-    if not 0 < logit_scale < math.inf:
-        raise InputError(f"logit_scale: expected a positive number, got {logit_scale}")
+    if softcap is not None and not _is_positive(softcap):
+        raise InputError(f"softcap: expected a positive number of float32 or None, got {softcap}")
+    if not _is_positive(logit_scale):
+        raise InputError(f"logit_scale: expected a positive number of float32, got {logit_scale}")
+
+
+def _is_positive(number: float) -> bool:
+    """Also once it is rounded to float32, in which the kernels have it."""
+    limits = torch.finfo(torch.float32)
+    return limits.smallest_normal <= number <= limits.max
