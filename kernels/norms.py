@@ -18,7 +18,8 @@ class LayerNorm:
         bias: ``[d_model]`` floating, or None for zeros.
         eps: Added to the (biased) variance.
 
-    Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450, equation 4.
+    Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450, equation 4. Squares are fp32 in plain torch and Triton, as in
+    models themselves: they overflow beyond 1.8e19, and such a row becomes zeros.
     """
 
     kind: ClassVar[str] = "layer"
@@ -41,7 +42,7 @@ class RMSNorm:
         eps: Added to the mean square.
         offset: Added to the stored weight: 0 for Llama, 1 for Gemma.
 
-    Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4. For squares see `LayerNorm`.
     """
 
     kind: ClassVar[str] = "rms"
