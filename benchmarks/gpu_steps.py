@@ -22,6 +22,7 @@ from refinelens.kernels.launch import LensOptions, LensRows
 from refinelens.kernels.lens_rows import reduce_rows
 from refinelens.kernels.lens_twin import fused_lens_twin
 from refinelens.kernels.norms_triton import normed_rows
+from refinelens.kernels.running_sums import Merged
 from refinelens.kernels.schedule import choose_splits, processor_count
 from refinelens.kernels.search import outputs_agree
 from refinelens.kernels.target_bits import has_same_bits
@@ -127,7 +128,7 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
 
     def everything():
         launch_targets(rows, options)
-        reduce_rows(rows, (floats[0], ids[0], ids[1], floats[1], floats[2]), options, same_bits)
+        reduce_rows(rows, Merged(floats[0], ids[0], ids[1], floats[1], floats[2]), options, same_bits)
 
     def alone():
         return launch_logsumexp(rows.x_hat, n_rows, weight, config)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .launch import LensOptions, LensRows, stride_of
 from .lens_tile import add_product, add_tile
+from .running_sums import Parts
 from .schedule import TileRange, block_and_split
 
 UNALIGNED = ["bias_ptr", "targets_ptr", "t_ptr", "best_ptr", "argmax_ptr", "rank_ptr", "total_ptr", "weighted_ptr"]
@@ -82,10 +82,8 @@ def _lens_kernel(
         tl.store(rank_ptr + out, rank, mask=row_ok)
 
 
-def launch_tiles(
-    rows: LensRows, parts: tuple[Tensor, ...], options: LensOptions, tiles: TileRange, same_bits: bool
-) -> None:
-    """Write the statistics of every split of ``tiles`` into ``parts``, each ``[splits, R]``; see ``merge_splits``."""
+def launch_tiles(rows: LensRows, parts: Parts, options: LensOptions, tiles: TileRange, same_bits: bool) -> None:
+    """Write the statistics of every split of ``tiles`` into ``parts``."""
     config, weight = options.config, options.unembedding
     row_blocks = triton.cdiv(rows.count, config.block_m)
     _lens_kernel[(row_blocks * tiles.splits,)](

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
 
 from .launch import LensOptions, LensRows
 from .lens_kernel import launch_tiles
 from .lens_tma import launch_tma
-from .running_sums import merge_splits
+from .running_sums import Merged, Parts, merge_splits
 from .schedule import processor_count, tile_ranges
 from .ties import add_ties
 
 
-def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions, same_bits: bool) -> None:
-    """Write best, argmax, rank, logsumexp and entropy of ``rows`` into ``merged``; see ``merge_splits``.
+def reduce_rows(rows: LensRows, merged: Merged, options: LensOptions, same_bits: bool) -> None:
+    """Write the statistics of ``rows`` into ``merged``.
 
     ``same_bits`` says that ``rows.target_z`` has the bits of the main product. Rank is 0 exactly where the argmax is
     the target, whose logit then is the largest.
@@ -28,10 +27,10 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
     n_parts = sum(tiles.splits for tiles in ranges)
     best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
-    parts = (best, argmax, rank, total, weighted)
+    parts = Parts(best, argmax, rank, total, weighted)
     first = 0
     for tiles in ranges:
-        own_parts = tuple(part[first : first + tiles.splits] for part in parts)
+        own_parts = Parts(*(part[first : first + tiles.splits] for part in parts))
         if by_tma:
             launch_tma(rows, own_parts, options, tiles)
         else:
@@ -39,4 +38,4 @@ def reduce_rows(rows: LensRows, merged: tuple[Tensor, ...], options: LensOptions
         first += tiles.splits
     merge_splits(parts, merged, rows, options.cap, options.row_flags(rows.targets is not None))
     if by_tma and rows.targets is not None:
-        add_ties(rows, merged[2], options)
+        add_ties(rows, merged.rank, options)

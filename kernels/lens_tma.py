@@ -22,7 +22,7 @@ from torch import Tensor
 from .launch import LensOptions, LensRows, stride_of
 from .lens_kernel import UNALIGNED
 from .lens_tile import add_tile
-from .running_sums import NO_ID, log2_logits, peak_of, rescale
+from .running_sums import NO_ID, Parts, log2_logits, peak_of, rescale
 from .schedule import TileRange, block_and_split
 from .ties import TIED
 
@@ -161,7 +161,7 @@ def _tma_kernel(
         tl.store(rank_ptr + out, rank, mask=row_ok)
 
 
-def launch_tma(rows: LensRows, parts: tuple[Tensor, ...], options: LensOptions, tiles: TileRange) -> None:
+def launch_tma(rows: LensRows, parts: Parts, options: LensOptions, tiles: TileRange) -> None:
     """As ``lens_kernel.launch_tiles``, for a whole vocabulary; ranks may carry the mark that ``ties`` resolves."""
     config, weight = options.config, options.unembedding
     row_blocks = triton.cdiv(rows.count, config.block_m)

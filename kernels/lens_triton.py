@@ -17,6 +17,7 @@ from .lens_common import LensOutput, soft_cap
 from .lens_rows import reduce_rows
 from .norms import Norm
 from .norms_triton import normed_rows, padded_width
+from .running_sums import Merged
 from .schedule import chunk_blocks, processor_count
 from .target_bits import has_same_bits
 from .target_logits import TARGET_ROWS, launch_targets
@@ -78,8 +79,8 @@ def fused_lens_triton(
             rows = LensRows(x_hat, part_targets, part_z, len(best[part]))
             if targets is not None:
                 launch_targets(rows, options)
-            merged = (best[part], argmax[part], rank[part], logsumexp[part], entropy[part])
-            reduce_rows(rows, merged, options, same_bits)
+            merged = Merged(best, argmax, rank, logsumexp, entropy)
+            reduce_rows(rows, Merged(*(field[part] for field in merged)), options, same_bits)
     max_logit = soft_cap(best, softcap)
     if targets is None:
         return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)

@@ -7,6 +7,8 @@ A row is a peak, ``total``, the sum of ``2 ** (l - peak)``, and ``weighted``, th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +21,26 @@ NO_ID = tl.constexpr(2**30)  # above any token
 MERGE_ELEMENTS = 1024  # of a program: rows times splits
 _PARTS = ["parts_best_ptr", "parts_argmax_ptr", "parts_rank_ptr", "parts_total_ptr", "parts_weighted_ptr"]
 _MERGED = ["targets_ptr", "t_ptr", "best_ptr", "argmax_ptr", "rank_ptr", "logsumexp_ptr", "entropy_ptr"]
+
+
+class Parts(NamedTuple):
+    """Statistics of every row over each split of the vocabulary, ``[splits, R]``, as kernels take them."""
+
+    best: Tensor  # fp32, largest uncapped logit
+    argmax: Tensor  # int32
+    rank: Tensor  # int32; not written without targets
+    total: Tensor  # fp32
+    weighted: Tensor  # fp32
+
+
+class Merged(NamedTuple):
+    """Statistics of every row, ``[R]``, as the merging kernel takes them."""
+
+    best: Tensor  # fp32, largest uncapped logit
+    argmax: Tensor  # int64
+    rank: Tensor  # int64; not written without targets
+    logsumexp: Tensor  # fp32, nats
+    entropy: Tensor  # fp32, nats
 
 
 @triton.jit
@@ -81,17 +103,17 @@ def _merge_kernel(
         tl.store(rank_ptr + offs_m, tl.where(is_top, 0, tl.maximum(rank, 1)).to(tl.int64), mask=row_ok)
 
 
-def merge_splits(parts: tuple[Tensor, ...], merged: tuple[Tensor, ...], rows: LensRows, softcap: float, flags: dict):
+def merge_splits(parts: Parts, merged: Merged, rows: LensRows, softcap: float, flags: dict) -> None:
     """Write the statistics of every row from the partial ones of its splits, always in the same order.
 
     Args:
-        parts: best, argmax, rank, total, weighted, each ``[splits, R]``; fp32, int32, int32, fp32, fp32.
-        merged: best, argmax, rank, logsumexp, entropy, each ``[R]``; fp32, int64, int64, fp32, fp32.
+        parts: What is merged.
+        merged: What is written.
         rows: Their targets and the targets' logits, which become the largest logit where the target has it.
         softcap: Cap of the logits; not used unless ``flags`` has it.
         flags: ``HAS_TARGETS`` and ``HAS_SOFTCAP``; without targets neither rank is touched.
     """
-    splits, n_rows = parts[0].shape
+    splits, n_rows = parts.best.shape
     block_s, block_m = merge_blocks(splits)
     _merge_kernel[(triton.cdiv(n_rows, block_m),)](
         *parts, rows.targets, rows.target_z, *merged, n_rows, splits, stride_of(rows.targets), softcap,

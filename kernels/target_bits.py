@@ -7,6 +7,7 @@ import torch
 from .configs import LensConfig
 from .launch import LensOptions, LensRows
 from .lens_rows import reduce_rows
+from .running_sums import Merged
 from .target_logits import TARGET_ROWS, launch_targets
 
 _known: dict[tuple, bool] = {}
@@ -42,6 +43,6 @@ def _try(device: torch.device, dtype: torch.dtype, config: LensConfig) -> bool:
     best, t, logsumexp, entropy = torch.empty((4, n_rows), dtype=torch.float32, device=device)
     argmax, rank = torch.empty((2, n_rows), dtype=torch.int64, device=device)
     x_hat = randn(n_rows, _D_MODEL)
-    reduce_rows(LensRows(x_hat, None, None, n_rows), (best, argmax, rank, logsumexp, entropy), options, False)
+    reduce_rows(LensRows(x_hat, None, None, n_rows), Merged(best, argmax, rank, logsumexp, entropy), options, False)
     launch_targets(LensRows(x_hat, argmax, t, n_rows), options)
     return torch.equal(best, t)
