@@ -13,7 +13,7 @@ from . import lens_kernel, lens_tma, norms_triton, running_sums, target_logits, 
 from .configs import HOPPER, LensConfig, pinned_config
 from .launch import LensOptions
 from .machine_code import KernelReport, read_kernel
-from .norms_triton import norm_launch, padded_width
+from .norms import LayerNorm
 from .schedule import tile_ranges
 
 # Per generation: PTX target, the product its tensor cores take, bytes of shared memory of a block.
@@ -23,6 +23,7 @@ GENERATIONS = {
     10: (100, "sm_100a", "UTCHMMA", 232_448),
 }
 MERGED_SPLITS = 200  # more than processors, so that a program holds the most rows times splits
+LAUNCH = ("num_warps", "num_stages", "maxnreg")  # arguments of a launch that no kernel sees
 PRODUCTS = ("main", "tail", "targets", "ties")  # the kernels that multiply
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FLOATS = {"zero", "logit_scale", "softcap", "eps", "offset"}
@@ -75,7 +76,9 @@ class LensVariant:
 def inspect_variant(variant: LensVariant) -> KernelReport:
     """Compile ``variant`` and report on it; not possible under ``TRITON_INTERPRET=1``."""
     config = variant.options.config
-    kernel, constants, num_warps, num_stages = _specialisation(variant)
+    kernel, passed = _specialisation(variant)
+    constants = {name: value for name, value in passed.items() if name in kernel.arg_names}
+    launch = {name: passed[name] for name in LAUNCH if name in passed}
     vectors = {"width"} if variant.kernel == "norm" else {"x_ptr", "width"}
     if variant.aligned and variant.kernel in PRODUCTS:
         vectors |= {"w_ptr", "d_model", "stride_wv"}
@@ -84,14 +87,13 @@ def inspect_variant(variant: LensVariant) -> KernelReport:
         signature[name] = "constexpr" if name in constants else _type_of(name, variant)
         if name in vectors and name not in constants:
             attrs[(position,)] = [["tt.divisibility", 16]]
-    is_tma = kernel is lens_tma._tma_kernel
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", GENERATIONS[variant.generation][0], 32),
-        options=dict(num_warps=num_warps, num_stages=num_stages, maxnreg=lens_tma.MAX_REGISTERS if is_tma else None),
+        options=launch,
     )
     has_tiles = variant.kernel in ("main", "tail")
-    logits = config.block_m * constants["BLOCK_V"] // (32 * num_warps) if has_tiles else None
+    logits = config.block_m * constants["BLOCK_V"] // (32 * launch["num_warps"]) if has_tiles else None
     return read_kernel(compiled, logits)
 
 
@@ -118,51 +120,30 @@ def violations(variant: LensVariant, report: KernelReport, ceiling: float | None
     return found
 
 
-def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict, int, int]:
-    """Kernel, compile-time arguments, warps and stages, as the launchers pass them."""
+def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict]:
+    """The kernel, and its compile-time arguments as the launcher passes them."""
     options, config = variant.options, variant.options.config
+    strides = dict(stride_b=1, stride_t=1) | (dict(stride_wd=1) if variant.aligned else {})
+    absent = dict(bias_ptr=None) if not variant.bias else {}
+    if not variant.targets:
+        absent |= dict(targets_ptr=None, t_ptr=None)
     if variant.kernel == "norm":
-        block_m, block_d, warps = norm_launch(padded_width(variant.d_model))
-        flags = dict(HAS_NORM=True, HAS_MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True, BLOCK_M=block_m, BLOCK_D=block_d)
-        return norms_triton._norm_kernel, flags | dict(stride_hd=1, stride_w=1, stride_b=1), warps, config.num_stages
+        vector = torch.empty(variant.d_model)
+        flags = norms_triton.norm_flags(LayerNorm(vector, vector), norms_triton.padded_width(variant.d_model))
+        return norms_triton._norm_kernel, flags | dict(stride_hd=1, stride_w=1, stride_b=1)
     if variant.kernel == "merge":
-        block_s, block_m = running_sums.merge_blocks(MERGED_SPLITS)
-        flags = options.row_flags(variant.targets) | dict(BLOCK_S=block_s, BLOCK_M=block_m, stride_t=1)
-        if not variant.targets:
-            flags |= dict(targets_ptr=None, t_ptr=None)
-        return running_sums._merge_kernel, flags, 4, config.num_stages
-    constants = options.product_flags() | dict(stride_b=1, stride_t=1)
-    if not variant.bias:
-        constants["bias_ptr"] = None
-    if variant.aligned:
-        constants["stride_wd"] = 1
+        flags = running_sums.merge_flags(MERGED_SPLITS, options.row_flags(variant.targets))
+        return running_sums._merge_kernel, flags | strides | absent
     if variant.kernel == "targets":
-        constants |= dict(BLOCK_M=target_logits.TARGET_ROWS)
-        launch = (target_logits.TARGET_WARPS, target_logits.TARGET_STAGES)
-        return _with_known(target_logits._target_kernel, constants, *launch)
+        return target_logits._target_kernel, target_logits.target_flags(options) | strides | absent
     if variant.kernel == "ties":
-        constants |= dict(BLOCK_M=target_logits.TARGET_ROWS, TILE=config.block_v)
-        return _with_known(ties._ties_kernel, constants, target_logits.TARGET_WARPS, config.num_stages)
+        return ties._ties_kernel, ties.tie_flags(options) | strides
     is_tail = variant.kernel == "tail"
     tiles = tile_ranges(2 * config.block_v - is_tail, 2, 2, config, processors=1, by_tma=variant.by_tma)[-1]
-    constants |= options.row_flags(variant.targets)
-    constants |= dict(
-        MASKED=tiles.masked,
-        SWAPPED=config.kind == "few_rows",
-        SAME_BITS=variant.same_bits,
-        BLOCK_M=config.block_m,
-        BLOCK_V=tiles.width,
-        TAIL_V=config.tail_v,
-    )
-    if not variant.targets:
-        constants |= dict(targets_ptr=None, t_ptr=None)
-    kernel = lens_tma._tma_kernel if variant.by_tma else lens_kernel._lens_kernel
-    return _with_known(kernel, constants, config.num_warps, config.num_stages)
-
-
-def _with_known(kernel, constants: dict, num_warps: int, num_stages: int) -> tuple[triton.JITFunction, dict, int, int]:
-    known = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return kernel, known, num_warps, num_stages
+    if variant.by_tma:
+        return lens_tma._tma_kernel, lens_tma.tma_flags(options, tiles, variant.targets) | strides | absent
+    flags = lens_kernel.tile_flags(options, tiles, variant.targets, variant.same_bits)
+    return lens_kernel._lens_kernel, flags | strides | absent
 
 
 def _type_of(name: str, variant: LensVariant) -> str:

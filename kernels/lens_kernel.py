@@ -84,14 +84,26 @@ def _lens_kernel(
 
 def launch_tiles(rows: LensRows, parts: Parts, options: LensOptions, tiles: TileRange, same_bits: bool) -> None:
     """Write the statistics of every split of ``tiles`` into ``parts``."""
-    config, weight = options.config, options.unembedding
-    row_blocks = triton.cdiv(rows.count, config.block_m)
+    weight, row_blocks = options.unembedding, triton.cdiv(rows.count, options.config.block_m)
     _lens_kernel[(row_blocks * tiles.splits,)](
         rows.x_hat, weight, options.bias, rows.targets, rows.target_z, *parts,
         rows.count, *weight.shape, row_blocks, tiles.first, tiles.count, tiles.splits, tiles.group,
         rows.x_hat.shape[1], *weight.stride(), stride_of(options.bias), stride_of(rows.targets),
-        options.logit_scale, options.cap, MASKED=tiles.masked, SWAPPED=config.kind == "few_rows",
-        SAME_BITS=same_bits, BLOCK_M=config.block_m, BLOCK_V=tiles.width,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        **options.row_flags(rows.targets is not None), **options.product_flags(),
+        options.logit_scale, options.cap, **tile_flags(options, tiles, rows.targets is not None, same_bits),
     )  # fmt: skip
+
+
+def tile_flags(options: LensOptions, tiles: TileRange, targets: bool, same_bits: bool) -> dict:
+    """What `launch_tiles` compiles the kernel for."""
+    config = options.config
+    return dict(
+        MASKED=tiles.masked,
+        SWAPPED=config.kind == "few_rows",
+        SAME_BITS=same_bits,
+        BLOCK_M=config.block_m,
+        BLOCK_V=tiles.width,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **options.row_flags(targets),
+        **options.product_flags(),
+    )

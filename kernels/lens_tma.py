@@ -163,8 +163,7 @@ def _tma_kernel(
 
 def launch_tma(rows: LensRows, parts: Parts, options: LensOptions, tiles: TileRange) -> None:
     """As ``lens_kernel.launch_tiles``, for a whole vocabulary; ranks may carry the mark that ``ties`` resolves."""
-    config, weight = options.config, options.unembedding
-    row_blocks = triton.cdiv(rows.count, config.block_m)
+    weight, row_blocks = options.unembedding, triton.cdiv(rows.count, options.config.block_m)
 
     def launch():
         triton.set_allocator(_descriptor_memory)
@@ -172,13 +171,28 @@ def launch_tma(rows: LensRows, parts: Parts, options: LensOptions, tiles: TileRa
             rows.x_hat, weight, rows.targets, rows.target_z, *parts,
             rows.count, *weight.shape, row_blocks, tiles.count, tiles.splits, tiles.group,
             rows.x_hat.shape[1], weight.stride(0), stride_of(rows.targets), 0.0,
-            HAS_TARGETS=rows.targets is not None, MASKED=tiles.masked, UPCAST=options.interpreted,
-            BLOCK_M=config.block_m, BLOCK_V=tiles.width, TAIL_V=config.tail_v, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+            **tma_flags(options, tiles, rows.targets is not None),
         )  # fmt: skip
 
     # In a context of its own: the allocator of the caller's other kernels stays theirs.
     contextvars.copy_context().run(launch)
+
+
+def tma_flags(options: LensOptions, tiles: TileRange, targets: bool) -> dict:
+    """What `launch_tma` compiles the kernel for."""
+    config = options.config
+    return dict(
+        HAS_TARGETS=targets,
+        MASKED=tiles.masked,
+        UPCAST=options.interpreted,
+        BLOCK_M=config.block_m,
+        BLOCK_V=tiles.width,
+        TAIL_V=config.tail_v,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
+    )
 
 
 def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import WIDTH_MULTIPLE
+from .launch import stride_of
 from .norms import LayerNorm, Norm
 
 PROGRAM_ELEMENTS = 1024  # of a program, unless a row has more
@@ -47,13 +48,21 @@ def padded_width(d_model: int) -> int:
     return triton.cdiv(d_model, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def norm_launch(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program for padded rows of ``width``, and its warps: 8 elements a thread, as far as there
+def norm_flags(norm: Norm, width: int) -> dict:
+    """What `normed_rows` compiles the kernel for, with padded rows of ``width``: 8 elements a thread, as far as there
     are warps.
     """
     block_d = triton.next_power_of_2(width)
     block_m = max(1, PROGRAM_ELEMENTS // block_d)
-    return block_m, block_d, min(16, block_m * block_d // 256)
+    return dict(
+        HAS_NORM=norm is not None,
+        HAS_MEAN=isinstance(norm, LayerNorm),
+        HAS_WEIGHT=norm is not None and norm.weight is not None,
+        HAS_BIAS=norm is not None and norm.bias is not None,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        num_warps=min(16, block_m * block_d // 256),
+    )
 
 
 def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | None = None) -> Tensor:
@@ -76,13 +85,9 @@ def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | Non
     x_hat = out[: shape[0]] if is_fit else torch.empty(shape, dtype=stored, device=hidden.device)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
-    block_m, block_d, warps = norm_launch(shape[1])
-    _norm_kernel[(triton.cdiv(shape[0], block_m),)](
-        hidden, weight, bias, x_hat,
-        n_rows, shape[0], d_model, shape[1], *hidden.stride(),
-        0 if weight is None else weight.stride(0), 0 if bias is None else bias.stride(0), eps, offset,
-        HAS_NORM=norm is not None, HAS_MEAN=isinstance(norm, LayerNorm),
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
+    flags = norm_flags(norm, shape[1])
+    _norm_kernel[(triton.cdiv(shape[0], flags["BLOCK_M"]),)](
+        hidden, weight, bias, x_hat, n_rows, shape[0], d_model, shape[1], *hidden.stride(),
+        stride_of(weight), stride_of(bias), eps, offset, **flags,
     )  # fmt: skip
     return x_hat.to(hidden.dtype)

@@ -19,6 +19,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 NO_ID = tl.constexpr(2**30)  # above any token
 MERGE_ELEMENTS = 1024  # of a program: rows times splits
+MERGE_WARPS = 4
 _PARTS = ["parts_best_ptr", "parts_argmax_ptr", "parts_rank_ptr", "parts_total_ptr", "parts_weighted_ptr"]
 _MERGED = ["targets_ptr", "t_ptr", "best_ptr", "argmax_ptr", "rank_ptr", "logsumexp_ptr", "entropy_ptr"]
 
@@ -114,14 +115,13 @@ def merge_splits(parts: Parts, merged: Merged, rows: LensRows, softcap: float, f
         flags: ``HAS_TARGETS`` and ``HAS_SOFTCAP``; without targets neither rank is touched.
     """
     splits, n_rows = parts.best.shape
-    block_s, block_m = merge_blocks(splits)
-    _merge_kernel[(triton.cdiv(n_rows, block_m),)](
-        *parts, rows.targets, rows.target_z, *merged, n_rows, splits, stride_of(rows.targets), softcap,
-        **flags, BLOCK_S=block_s, BLOCK_M=block_m,
-    )  # fmt: skip
+    flags = merge_flags(splits, flags)
+    _merge_kernel[(triton.cdiv(n_rows, flags["BLOCK_M"]),)](
+        *parts, rows.targets, rows.target_z, *merged, n_rows, splits, stride_of(rows.targets), softcap, **flags
+    )
 
 
-def merge_blocks(splits: int) -> tuple[int, int]:
-    """Splits and rows of a program that merges: all splits at once, so that their loads wait for nothing."""
+def merge_flags(splits: int, flags: dict) -> dict:
+    """What `merge_splits` compiles the kernel for: all splits at once, so that their loads wait for nothing."""
     block_s = triton.next_power_of_2(splits)
-    return block_s, max(8, MERGE_ELEMENTS // block_s)
+    return dict(BLOCK_S=block_s, BLOCK_M=max(8, MERGE_ELEMENTS // block_s), num_warps=MERGE_WARPS, **flags)

@@ -47,7 +47,11 @@ def launch_targets(rows: LensRows, options: LensOptions) -> None:
     _target_kernel[(triton.cdiv(rows.count, TARGET_ROWS),)](
         rows.x_hat, weight, options.bias, rows.targets, rows.target_z,
         rows.count, *weight.shape, rows.x_hat.shape[1], *weight.stride(),
-        stride_of(options.bias), stride_of(rows.targets), options.logit_scale,
-        BLOCK_M=TARGET_ROWS, num_warps=TARGET_WARPS, num_stages=TARGET_STAGES,
-        **options.product_flags(),
+        stride_of(options.bias), stride_of(rows.targets), options.logit_scale, **target_flags(options),
     )  # fmt: skip
+
+
+def target_flags(options: LensOptions) -> dict:
+    """What `launch_targets` compiles the kernel for."""
+    launch = dict(num_warps=TARGET_WARPS, num_stages=TARGET_STAGES)
+    return dict(BLOCK_M=TARGET_ROWS, **options.product_flags(), **launch)

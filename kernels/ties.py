@@ -52,11 +52,15 @@ def add_ties(rows: LensRows, rank: Tensor, options: LensOptions) -> None:
 
     ``rows`` has whole blocks of ``TARGET_ROWS``, and targets' logits with the bits of the main product.
     """
-    weight, config = options.unembedding, options.config
-    flags = options.product_flags()
+    weight = options.unembedding
     _ties_kernel[(triton.cdiv(rows.count, TARGET_ROWS),)](
         rows.x_hat, weight, rows.targets, rows.target_z, rank,
-        rows.count, *weight.shape, rows.x_hat.shape[1], *weight.stride(), stride_of(rows.targets),
-        **{name: flags[name] for name in ("UPCAST", "PRECISION", "BLOCK_K")},
-        TILE=config.block_v, BLOCK_M=TARGET_ROWS, num_warps=TARGET_WARPS, num_stages=config.num_stages,
+        rows.count, *weight.shape, rows.x_hat.shape[1], *weight.stride(), stride_of(rows.targets), **tie_flags(options),
     )  # fmt: skip
+
+
+def tie_flags(options: LensOptions) -> dict:
+    """What `add_ties` compiles the kernel for."""
+    flags = {name: options.product_flags()[name] for name in ("UPCAST", "PRECISION", "BLOCK_K")}
+    launch = dict(num_warps=TARGET_WARPS, num_stages=options.config.num_stages)
+    return dict(TILE=options.config.block_v, BLOCK_M=TARGET_ROWS, **flags, **launch)
