@@ -126,9 +126,8 @@ def fused_lens(
         precision,
         check_values,
     )
-    given = {"target_logit": targets is not None, "target_rank": targets is not None}
-    given |= dict.fromkeys(("logsumexp_bound", "fell_back"), precision == "certified")
-    stats = {name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if given.get(name, True)}
+    absent = _absent(targets, precision)
+    stats = {name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if name not in absent}
     if targets is not None:
         stats["target_logprob"] = _logprob(stats["target_logit"], stats["logsumexp"])
     return LensStats(**stats)
@@ -168,6 +167,12 @@ _OUTPUTS = {
 }
 
 
+def _absent(targets: Tensor | None, precision: str) -> set[str]:
+    """The outputs that were not asked for."""
+    absent = {"target_logit", "target_rank"} if targets is None else set()
+    return absent if precision == "certified" else absent | {"logsumexp_bound", "fell_back"}
+
+
 @torch.library.custom_op("refinelens::fused_lens", mutates_args=())
 def _fused_lens_op(
     hidden: Tensor,
@@ -202,12 +207,10 @@ def _fused_lens_op(
         _check_targets(targets, unembedding.shape[0])
         raise _broken_row(out, hidden, saturates)
     values = out._asdict()
-    if precision != "certified":
-        values |= {"logsumexp_bound": None, "fell_back": None}
-    elif hidden.shape[0] == 0:
+    if hidden.shape[0] == 0:  # the twin's
         values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
-    absent = {name: hidden.new_empty(0, dtype=dtype) for name, dtype in _OUTPUTS.items()}
-    return tuple(absent[name] if values[name] is None else values[name] for name in _OUTPUTS)
+    empty = {name: hidden.new_empty(0, dtype=_OUTPUTS[name]) for name in _absent(targets, precision)}
+    return tuple((values | empty)[name] for name in _OUTPUTS)
 
 
 @_fused_lens_op.register_fake
@@ -215,9 +218,7 @@ def _(
     hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
     backend, precision="auto", check_values=True,
 ):  # fmt: skip
-    rows, absent = hidden.shape[0], {"target_logit", "target_rank"} if targets is None else set()
-    if precision != "certified":
-        absent |= {"logsumexp_bound", "fell_back"}
+    rows, absent = hidden.shape[0], _absent(targets, precision)
     return tuple(hidden.new_empty(0 if name in absent else rows, dtype=dtype) for name, dtype in _OUTPUTS.items())
 
 
