@@ -10,14 +10,17 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from refinelens.layers.agreement import COST, GAIN, agreements, essential_layers, essential_threshold
+from refinelens.layers.agreement import agreements
 from refinelens.layers.early_exit import EarlyExit, early_exits
+from refinelens.layers.essential import Essential, essential_layers, essential_threshold, lower_bounds
 from refinelens.layers.examples import RunExamples
 from refinelens.layers.figure import draw_layers
 from refinelens.layers.patching import patchings
 from refinelens.layers.report import LayersReport
 from refinelens.layers.scanned import Scanned
 from refinelens.layers.statistics import (
+    COST,
+    GAIN,
     LENS,
     LayerStatistic,
     Measured,
@@ -113,19 +116,62 @@ def test_agreement_is_scipys_with_an_interval_around_it():
             wanted = {"gold_position": position, "lens_statistic": "entropy_drop", "coefficient": coefficient}
             (row,) = [row for row in rows if all(getattr(row, k) == v for k, v in wanted.items())]
             assert row.value.value == pytest.approx(of_scipy(*means).statistic)
-            assert -1 <= row.value.low < row.value.value <= row.value.high <= 1
+            assert -1 <= row.value.low <= row.value.value <= row.value.high <= 1
 
 
-def statistic(of, layer, low, position=None, name=None):
-    name = name or (GAIN if of == LENS else COST)
-    return LayerStatistic(of, 2, position, layer, name, 9, Estimate(low + 1, low, low + 2))
+def test_the_interval_of_an_agreement_holds_what_noise_hides():
+    """Gains and costs that agree by 0.8; means of 12 noisy questions agree by less, their resamples by less still."""
+    generator, held = np.random.default_rng(0), 0
+    for seed in range(12):
+        true = generator.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], size=30).T
+        gain, cost = true[:, None] + 1.5 * generator.standard_normal((2, 12, 30))
+        keys = (np.arange(12), np.full(12, 5), np.zeros(12, dtype=int))
+        gains = dict.fromkeys((GAIN, "log_rank_gain", "entropy_drop"), gain)
+        rows = agreements(Measured(LENS, 1, *keys, gains), [Measured("skip", 1, *keys, {COST: cost})], seed)
+        wanted = stats.spearmanr(*true).statistic
+        value = next(row.value for row in rows if row.coefficient == "spearman")
+        held += value.low <= wanted <= value.high
+    assert held >= 9, "the percentiles of the resamples hold it once in four times"
 
 
-def test_essential_is_an_interval_above_the_threshold():
-    rows = [statistic(LENS, 1, 0.2), statistic(LENS, 2, 0.2), statistic(LENS, 3, 0.1), statistic(LENS, 4, 0.3, 0)]
-    rows += [statistic("skip", 2, 0.2), statistic("skip", 3, 0.2), statistic("skip", 4, 0.2, None, "log_rank_cost")]
-    (found,) = essential_layers(rows, ["skip"], threshold=0.1)
-    assert (found.both, found.lens_only, found.intervention_only) == ((2,), (1,), (3,))
+def of_questions(of, means, spread, questions=8):
+    """Every question twice: at every layer the mean of that layer, plus and minus the spread."""
+    values = np.array(means) + spread * np.where(np.arange(questions) % 2, 1, -1)[:, None]
+    keys = (np.repeat(np.arange(questions), 2), np.full(2 * questions, 2), np.tile([0, 1], questions))
+    return Measured(of, 0 if of == LENS else 1, *keys, {GAIN if of == LENS else COST: np.repeat(values, 2, 0)})
+
+
+def test_essential_is_a_mean_above_the_threshold_for_sure():
+    """The bounds are t bounds of 8 questions, for three layers at once."""
+    below = stats.t.ppf(1 - 0.05 / 3, 7) * 0.1 / math.sqrt(7)
+    lens = of_questions(LENS, [np.nan, 0.1 + 1.01 * below, 0.5, 0.1 + 0.99 * below], 0.1)
+    cost = of_questions("skip", [0.0, 0.5, 0.5], 0.1)
+    (found,) = essential_layers(lens, [cost], threshold=0.1)
+    assert found == Essential(2, "skip", both=(2,), lens_only=(1,), intervention_only=(3,))
+
+
+def test_no_layer_is_essential_of_fewer_than_five_questions():
+    lens, cost = (of_questions(of, [1.0, 1.0, 1.0, 1.0][of != LENS :], 0.0, questions=4) for of in (LENS, "skip"))
+    assert essential_layers(lens, [cost], threshold=0.01) == []
+    lens, cost = (of_questions(of, [1.0, 1.0, 1.0, 1.0][of != LENS :], 0.0, questions=5) for of in (LENS, "skip"))
+    assert essential_layers(lens, [cost], threshold=0.01)[0].both == (1, 2, 3)
+
+
+@pytest.mark.parametrize("questions", [5, 12])
+def test_bounds_hold_for_all_layers_at_once(questions):
+    """Thirty layers without any effect: one is found in a twentieth of the columns, by its own interval in most."""
+    generator = np.random.default_rng(questions)
+    columns = (generator.standard_normal((questions, 30)) for _ in range(400))
+    false = [(lower_bounds(values, np.ones_like(values)) > 0).any() for values in columns]
+    assert 0.01 < np.mean(false) < 0.09
+
+
+def test_bounds_of_questions_with_different_numbers_of_values():
+    """The standard error of a ratio, by hand."""
+    sums, counts = np.array([[2.0], [9.0], [1.0]]), np.array([[1.0], [3.0], [2.0]])
+    mean = 12 / 6
+    error = math.sqrt(3 / 2 * ((2 - mean) ** 2 + (9 - 3 * mean) ** 2 + (1 - 2 * mean) ** 2)) / 6
+    assert lower_bounds(sums, counts) == pytest.approx([mean - stats.t.ppf(0.95, 2) * error])
 
 
 def test_what_nobody_notices_is_not_essential():
@@ -151,7 +197,24 @@ def test_early_exit_and_absent_patches_in_words():
         manifest = {"lens": "plain", "arguments": {"interventions": ["patch"], "at": "all"}}
         print_layers(console, LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], exits, []))
         text = console.export_text()
+        assert "Essential" not in text, "nothing was intervened in"
         assert words in text and "Patching: no question is answered at one gold position and not at another." in text
+
+
+def test_of_one_question_there_is_no_interval_and_no_verdict():
+    """However large gain and cost: no brackets, no star, and one question, not 1 questions."""
+    one = examples().of_questions([4])
+    rows = rows_of("skip", [0] * 4, [[9, 9, 9]] * 4)
+    lens, cost = measure_lens(one), measure_scanned(Scanned.of(rows.slice(0, 6), "skip", 3))
+    statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
+    manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
+    found = (agreements(lens, [cost], 0), essential_layers(lens, [cost], 0.01), early_exits(statistics), [])
+    console = Console(record=True, file=io.StringIO(), width=200)
+    print_layers(console, LayersReport(manifest, RUN, ["skip"], 0.0, 0.0, statistics, *found))
+    text = console.export_text()
+    assert "2 documents, 1 question, plain lens" in text and "\n1 question in 1 s." in text
+    assert "Essential: no verdict on fewer than 5 questions." in text
+    assert "[" not in text and "*" not in text.split("Agreement")[0] and "nan" not in text
 
 
 @pytest.mark.parametrize("name, zero", [("restore", 0), ("destroy", 1)])
@@ -165,10 +228,12 @@ def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
     assert patchings(Scanned.of(rows, "other", 3), 0) == []
 
 
-def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path):
-    """More lines than there are colours, costs of very different size, and no intervention at all."""
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("half", [1.0, math.nan])
+def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
+    """More lines than there are colours, costs of very different size, no intervention at all, and no intervals."""
     statistics = [
-        LayerStatistic(of, 9, position, layer, name, 9, Estimate(v, v - 1, v + 1))
+        LayerStatistic(of, 9, position, layer, name, 9, Estimate(v, v - half, v + half))
         for of, name in ((LENS, GAIN), ("skip", COST))
         for layer in (1, 2, 3)
         for position, v in [(None, 10.0**layer), *((p, 10.0**layer - p) for p in range(9))]

@@ -8,6 +8,7 @@ import pytest
 
 from refinelens.cli import main
 from refinelens.report.paired import paired_differences, paired_line
+from refinelens.report.shares import share_difference
 from refinelens.runs.results import open_run
 
 # question: gold position: (first token right, all right, generated right, depth or None where censored)
@@ -54,7 +55,15 @@ def test_every_pair_over_the_questions_that_have_both():
     assert one.questions_settled == 1 and one.depth.value == 4, "the others are censored at one of the two"
     two = found[2, 0]
     assert two.questions_settled == 2 and two.depth.value == pytest.approx(np.mean([-2, -2]))
-    assert (two.depth.low, two.depth.high) == (-2, -2) and two.accuracy.low == 0 < two.accuracy.high == 1
+    assert np.isnan(two.depth.low) and two.accuracy == share_difference(1, 0, 3)
+
+
+def test_no_question_that_differs_is_no_certainty():
+    same = {question: {position: (1, 1, 1, 3 + question + position) for position in range(2)} for question in range(12)}
+    (found,) = paired_differences(table(same), ("plain",), (1,), 0)
+    assert found.accuracy == found.accuracy_all == found.accuracy_generated == share_difference(0, 0, 12)
+    assert found.accuracy.low < -0.15 and found.accuracy.high > 0.15
+    assert found.questions_settled == 12 and (found.depth.low, found.depth.high) == (1, 1)
 
 
 def test_a_question_without_a_position_does_not_count_there():
@@ -74,7 +83,7 @@ def test_no_generation_and_no_second_position():
 
 def test_line_compares_the_ends_and_the_middle():
     differences = paired_differences(table(EXAMPLES), ("plain",), (1,), 0)
-    words = "Accuracy, gold at one position less at another, 3 documents: 1 - 0: +0.00 [-1.00,1.00]; 2 - 0: +0.33 ["
+    words = "Accuracy, gold at one position less at another, 3 documents: 1 - 0: +0.00 [-0.78,0.78]; 2 - 0: +0.33 ["
     assert paired_line(differences).startswith(words)
     pairs = zip(differences, [(9, 0), (3, 0), (9, 4)], strict=True)
     ten = [replace(d, documents=10, gold_position=b, less_position=a) for d, (b, a) in pairs]

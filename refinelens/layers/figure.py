@@ -10,11 +10,11 @@ import numpy as np
 from ..conditions import NO_POSITION, condition_name
 from ..report.figures import COLOURS, MARKERS
 from ..report.table import title
+from ..report.words import counted
 from ..runs.durable import write_whole
 from ..runs.layers_schema import DESTROY, RESTORE
-from .agreement import COST, GAIN
 from .report import LayersReport
-from .statistics import EVERY_POSITION, LENS, LayerStatistic
+from .statistics import COST, EVERY_POSITION, GAIN, LENS, LayerStatistic
 
 WORDS = {
     LENS: "gain, {lens} lens\n({unit})",
@@ -150,5 +150,6 @@ def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
     at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
     questions = max((row.questions for row in report.statistics), default=0)
     struck = f"; below, its mean loss by an intervention {at}" if report.ablations else ""
-    words = f"{title(report.run)}, {questions} questions: mean gain of target log-probability by layer{struck}"
+    subject = f"{title(report.run)}, {counted(questions, 'question')}"
+    words = f"{subject}: mean gain of target log-probability by layer{struck}"
     figure.suptitle("\n".join(textwrap.wrap(words, 100)), fontsize=8, parse_math=False)

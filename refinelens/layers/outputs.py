@@ -10,8 +10,9 @@ from ..report.derived import write_csv
 from ..runs.durable import write_whole
 from ..runs.layers_folder import FIGURE, ROWS, LayersFolder
 from ..runs.layers_schema import LAYER_ROWS
-from .agreement import Agreement, Essential
+from .agreement import Agreement
 from .early_exit import EarlyExit
+from .essential import Essential
 from .figure import draw_layers
 from .patching import Patching
 from .report import LayersReport

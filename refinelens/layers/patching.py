@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..report.bootstrap import Estimate, mean_estimates
+from ..report.bootstrap import Estimate, mean_estimates, sums_and_counts
 from ..runs.layers_schema import RESTORE
 from .scanned import Scanned
 
@@ -52,5 +52,4 @@ def _pairs(scanned: Scanned) -> Iterator[tuple[int, int | None, int | None, np.n
 
 def _mean(question_id: np.ndarray, values: np.ndarray, seed: int) -> tuple[int, int, Estimate]:
     ids, owner = np.unique(question_id, return_inverse=True)
-    sums, counts = (np.bincount(owner, weights=w)[:, None] for w in (values, np.ones(len(values))))
-    return len(ids), len(values), mean_estimates(sums, counts, seed)[0]
+    return len(ids), len(values), mean_estimates(*sums_and_counts(values[:, None], owner, len(ids)), seed)[0]

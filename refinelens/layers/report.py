@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from ..runs.layers_folder import LayersFolder
 from ..runs.layers_schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE
-from .agreement import Agreement, Essential, agreements, essential_layers, essential_threshold
+from .agreement import Agreement, agreements
 from .early_exit import EarlyExit, early_exits
+from .essential import Essential, essential_layers, essential_threshold
 from .examples import RunExamples
 from .options import PATCH
 from .patching import Patching, patchings
@@ -35,7 +36,7 @@ class LayersReport:
 
     @property
     def threshold(self) -> float:
-        """Nats that the interval of an essential layer lies above."""
+        """Nats that the mean of an essential layer lies above for sure."""
         return essential_threshold(self.noise)
 
     @property
@@ -72,7 +73,7 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
         largest_difference=_difference([scanned[name] for name in ablations[:1]], examples),
         statistics=statistics,
         agreements=agreements(lens, costs, seed),
-        essentials=essential_layers(statistics, ablations, essential_threshold(noise)),
+        essentials=essential_layers(lens, costs, essential_threshold(noise)),
         exits=early_exits(statistics),
         patchings=[row for name in (RESTORE, DESTROY) for row in patchings(scanned[name], seed)],
     )

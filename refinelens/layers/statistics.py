@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..report.bootstrap import Estimate, mean_estimates
+from ..report.bootstrap import Estimate, mean_estimates, sums_and_counts
 from ..runs.trajectory import trajectories
 from .examples import RunExamples
 from .scanned import Scanned
@@ -16,6 +16,7 @@ LENS = "lens"
 EVERY_POSITION = None  # in place of a gold position: all of a context size together
 CHANGES = ("correct_change", "first_correct_change", "settle_change", "depth_change")
 GAINS = ("logprob_gain", "log_rank_gain", "entropy_drop")
+GAIN, COST = GAINS[0], "logprob_cost"  # nats of target log-probability: by the lens, by an intervention
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,8 @@ class Measured:
     def sums(self, inside: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Sums and counts ``[questions, statistics x layers]``, for the bootstrap."""
         stacked = np.concatenate([self.values[name][inside] for name in names], 1)
-        owner = np.unique(self.question_id[inside], return_inverse=True)[1]
-        exists = ~np.isnan(stacked)
-        sums, counts = np.zeros((2, owner.max() + 1, stacked.shape[1]))
-        np.add.at(sums, owner, np.where(exists, stacked, 0.0))
-        np.add.at(counts, owner, exists)
-        return sums, counts
+        ids, owner = np.unique(self.question_id[inside], return_inverse=True)
+        return sums_and_counts(stacked, owner, len(ids))
 
 
 def measure_lens(examples: RunExamples) -> Measured:
@@ -70,7 +67,7 @@ def measure_lens(examples: RunExamples) -> Measured:
     values = {
         "first_correct_share": (found.first_correct[:, None] == numbers).astype(float),
         "settle_share": (found.settle[:, None] == numbers).astype(float),
-        "logprob_gain": _gain(layers["target_logprob"].astype(float)),
+        GAIN: _gain(layers["target_logprob"].astype(float)),
         "log_rank_gain": -_gain(np.log1p(layers["target_rank"].astype(float))),
         "entropy_drop": -_gain(layers["entropy"].astype(float)),
         "exit_accuracy": (argmax == examples.answer_id[:, None]).astype(float),
@@ -84,7 +81,7 @@ def measure_scanned(scanned: Scanned) -> Measured:
     keys = (scanned.question_id, scanned.documents, scanned.gold_position)
     clean_rank = scanned["target_rank"] - scanned["rank_change"]
     values = {
-        "logprob_cost": -scanned["logprob_change"],
+        COST: -scanned["logprob_change"],
         "log_rank_cost": np.log1p(scanned["target_rank"]) - np.log1p(clean_rank),
         "accuracy": scanned["correct"],
         **{name: scanned[name] for name in CHANGES},

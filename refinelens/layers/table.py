@@ -7,14 +7,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conditions import NO_POSITION, ORACLE, condition_name
-from ..report.table import WIDTH, format_estimate, title
+from ..report.bootstrap import FEW_QUESTIONS
+from ..report.table import WIDTH, title
+from ..report.words import counted, format_estimate
 from ..runs.layers_schema import DESTROY, RESTORE
-from .agreement import COST, GAIN, Essential
 from .early_exit import KEPT, EarlyExit
+from .essential import Essential
 from .options import PATCH
 from .patching import Patching
 from .report import LayersReport
-from .statistics import LENS, LayerStatistic
+from .statistics import COST, GAIN, LENS, LayerStatistic
 
 SHOWN_PAIRS = 6
 LENS_COLUMNS = {
@@ -34,9 +36,9 @@ def print_layers(console: Console, report: LayersReport) -> None:
         rows = [row for row in report.statistics if row.documents == documents and row.gold_position is None]
         questions = max(row.questions for row in rows)
         size, lens = condition_name(documents), report.manifest["lens"]
-        words = f"{title(report.run)}: {size}, {questions} questions, {lens} lens"
+        words = f"{title(report.run)}: {size}, {counted(questions, 'question')}, {lens} lens"
         console.print(f"{words}\n", highlight=False, markup=False)
-        console.print(_table(report, rows))
+        console.print(_table(report, rows, [row for row in report.essentials if row.documents == documents]))
         for line in _lines(report, documents):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print()
@@ -44,7 +46,8 @@ def print_layers(console: Console, report: LayersReport) -> None:
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(report: LayersReport, rows: list[LayerStatistic]) -> Table:
+def _table(report: LayersReport, rows: list[LayerStatistic], essentials: list[Essential]) -> Table:
+    starred = {row.intervention: {*row.both, *row.intervention_only} for row in essentials}
     values = {(row.of, row.statistic, row.layer): row.value for row in rows}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     headings = ["layer", *(heading for heading, _ in LENS_COLUMNS.values()), *report.ablations]
@@ -57,15 +60,18 @@ def _table(report: LayersReport, rows: list[LayerStatistic]) -> Table:
             cells.append(format_estimate(value, digits, interval=statistic == GAIN))
         for name in report.ablations:
             value = values.get((name, COST, layer))
-            above = value is not None and value.low > report.threshold
-            cells.append("-" if value is None else f"{format_estimate(value, 2)}{'*' if above else ' '}")
+            star = "*" if layer in starred.get(name, ()) else " "
+            cells.append("-" if value is None else f"{format_estimate(value, 2)}{star}")
         table.add_row(str(layer), *cells)
     return table
 
 
 def _lines(report: LayersReport, documents: int) -> list[str]:
     lines = [_agreement_line(report, documents, name) for name in report.ablations]
-    lines += [_essential_line(row) for row in report.essentials if row.documents == documents]
+    essentials = [row for row in report.essentials if row.documents == documents]
+    if report.ablations and not essentials:
+        lines.append(f"Essential: no verdict on fewer than {FEW_QUESTIONS} questions.")
+    lines += [_essential_line(row) for row in essentials]
     exits = [row for row in report.exits if row.documents == documents]
     lines.append(_exit_line(exits, report.manifest["lens"]))
     patches = [row for row in report.patchings if row.documents == documents]
@@ -126,8 +132,8 @@ def _patch_line(rows: list[Patching], name: str) -> str:
     shown = ", ".join(f"{p.source_position} to {p.gold_position}: {p.from_layer.value:.1f}" for p in pairs)
     shown = f"by gold positions {shown}" if len(pairs) <= SHOWN_PAIRS else "by pairs of gold positions in patching.csv"
     return (
-        f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of {whole.examples} "
-        f"pairs of contexts, {whole.questions} questions); {shown}."
+        f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of "
+        f"{counted(whole.examples, 'pair')} of contexts, {counted(whole.questions, 'question')}); {shown}."
     )
 
 
@@ -143,8 +149,9 @@ def _notes(report: LayersReport) -> list[str]:
     return [
         *lines,
         f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
-        f"{tokens}; * essential: interval above {report.threshold:.2g} nats, the larger of a hundredth of the "
-        f"probability and the noise of {report.noise:.1e}, the most that a control without effect changed. Clean runs "
-        f"and the sweep differ by {report.largest_difference:.1e} nats at most.",
-        f"{len(report.manifest['parts'])} questions in {report.manifest['seconds']:.0f} s.",
+        f"{tokens}; * essential: a mean above {report.threshold:.2g} nats, by 95 % bounds that hold for all layers at "
+        f"once. That is the larger of a hundredth of the probability and the noise of {report.noise:.1e}, the most "
+        "that a control without effect changed. Clean runs and the sweep differ by "
+        f"{report.largest_difference:.1e} nats at most.",
+        f"{counted(len(report.manifest['parts']), 'question')} in {report.manifest['seconds']:.0f} s.",
     ]

@@ -8,11 +8,13 @@ import textwrap
 from ..conditions import CLOSED_BOOK, ORACLE, condition_name
 from ..runs.durable import write_whole
 from ..runs.results import Run
+from .bootstrap import FEW_QUESTIONS
 from .caution import caution_lines
 from .layer_profile import LayerProfile
 from .report import Report
-from .summary import FEW_SETTLED, SummaryRow
+from .summary import SummaryRow
 from .table import title
+from .words import counted
 
 # Distinct to colour-blind readers on white (Okabe and Ito 2008); markers tell the lines apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -90,8 +92,8 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
     for text in kl.legend(frameon=False).get_texts():
         text.set_parse_math(False)
     examples = max((profile.examples for profile in profiles), default=0)
-    tokens = {"first": "first answer tokens", "all": "answer tokens"}[report.manifest["arguments"]["answer_tokens"]]
-    figure.suptitle(f"{_title(report)}, {examples} {tokens}", fontsize=10, parse_math=False)
+    token = {"first": "first answer token", "all": "answer token"}[report.manifest["arguments"]["answer_tokens"]]
+    figure.suptitle(f"{_title(report)}, {counted(examples, token)}", fontsize=10, parse_math=False)
     _save(run, figure, "layers.png")
 
 
@@ -129,7 +131,7 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
         style = _style(index, max(4, 8 - 2 * index))  # of equal points the lower one stays visible
         axes.plot(x, [e.value for e in estimates], label=condition_name(size), **style)
         if name == "mean_depth":
-            few = [i for i, row in enumerate(line) if row.settled < FEW_SETTLED]
+            few = [i for i, row in enumerate(line) if row.settled_questions < FEW_QUESTIONS]
             axes.plot([x[i] for i in few], [estimates[i].value for i in few], **style | {"ls": "", "mfc": "white"})
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
@@ -137,7 +139,7 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if not axes.lines:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
-    hollow = f"\nhollow: fewer than {FEW_SETTLED} settled examples" if name == "mean_depth" else ""
+    hollow = f"\nhollow: examples of fewer than {FEW_QUESTIONS} questions settle" if name == "mean_depth" else ""
     axes.set_xlabel(f"gold position (0-based); shaded: 95 % interval{hollow}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
@@ -161,7 +163,7 @@ def _reading(report: Report, lens: str) -> list[SummaryRow]:
 
 
 def _title(report: Report) -> str:
-    return f"{title(report.manifest)}, {max((row.n for row in report.rows), default=0)} questions"
+    return f"{title(report.manifest)}, {counted(max((row.n for row in report.rows), default=0), 'question')}"
 
 
 def _save(run: Run, figure, file: str) -> None:

@@ -4,8 +4,8 @@ Paired over questions, of one lens, threshold and context size of n documents. T
 middle third, ``|p - (n - 1) / 2| <= (n - 1) / 6``. A question's difference to an end, position 0 or n - 1, is the mean
 depth of its settled examples in the middle less that of its settled examples there. Censored examples have no depth: a
 question without a settled example on either side is left out of that difference, and counted. Depth that merely grows
-or falls from one end to the other is no inverted U: the middle has to differ from both ends, in one direction, so that
-p is the larger one of the two (an intersection-union test, Berger 1982).
+or falls from one end to the other is no inverted U: the middle has to be deeper than both ends, so that both tests are
+one-sided and p is the larger one of the two (an intersection-union test, Berger 1982); of an upright U it is near 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 
-from .bootstrap import Estimate, mean_estimates
+from .bootstrap import Estimate, mean_estimates, ratio, sums_and_counts
+from .shares import NO_ESTIMATE
 from .summary import Cell, reading_cells
+from .words import counted, format_estimate
 
 EXACT_QUESTIONS = 16  # with a difference other than 0; up to here all 2**n sign patterns are counted
 SIGN_RESAMPLES = 9999  # beyond
@@ -41,29 +43,34 @@ class InvertedU:
     first_differ: int  # of these, whose difference is not 0
     first_difference: Estimate  # layers, mean over questions
     first_d_z: float  # mean / standard deviation of the differences (Cohen 1988)
-    first_p: float  # two-sided
+    first_p: float  # one-sided: that the middle is deeper
     last_questions: int
     last_differ: int
     last_difference: Estimate
     last_d_z: float
     last_p: float
-    p: float  # the larger of both; 1 where the differences have other signs
+    p: float  # the larger of both
     p_holm: float  # over the context sizes of this lens and threshold
     method: str  # exact sign-flip, or its resampled form; empty without a test
     reason: str  # why there is no test; empty with one
 
     def line(self) -> str:
         """The test in one line."""
-        test = self.reason or f"p = {_p(self.p)} (Holm {_p(self.p_holm)}; {self.method})"
+        test = self.reason or f"p = {_p(self.p)} (Holm {_p(self.p_holm)}; {self.method}){self._shallower()}"
         sides = f"middle - first {self._side('first')}, middle - last {self._side('last')}"
         return f"Inverted U, {self.lens}, rank <= {self.top}, {self.documents} documents: {sides}; {test}."
 
     def _side(self, end: str) -> str:
         d, d_z = getattr(self, f"{end}_difference"), getattr(self, f"{end}_d_z")
-        words = ["-"] if np.isnan(d.value) else [f"{d.value:+.2f} layers [{d.low:.2f},{d.high:.2f}]"]
-        words += [] if np.isnan(d_z) else [f"d_z {d_z:.2f}"]
-        counts = f"{getattr(self, f'{end}_differ')} of {getattr(self, f'{end}_questions')} questions differ"
-        return " ".join([*words, f"({counts})"])
+        words = [format_estimate(d, 2, interval=True, sign=True), *([] if np.isnan(d.value) else ["layers"])]
+        words += [] if np.isnan(d_z) else [f"d_z {d_z:z.2f}"]
+        counts = f"{getattr(self, f'{end}_differ')} of {counted(getattr(self, f'{end}_questions'), 'question')}"
+        return " ".join([*words, f"(differs in {counts})"])
+
+    def _shallower(self) -> str:
+        ends = [end for end in ("first", "last") if getattr(self, f"{end}_difference").value < 0]
+        where = "both ends" if len(ends) == 2 else f"the {ends[0]} position" if ends else ""
+        return f"; the middle is shallower than {where}" if where else ""
 
 
 def middle_positions(documents: int) -> list[int]:
@@ -107,7 +114,7 @@ def holm(p: list[float]) -> list[float]:
 
 
 def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
-    """Two-sided p of the mean under all changes of sign, and how it was found.
+    """One-sided p, of a mean above 0, under all changes of sign, and how it was found.
 
     Args:
         differences: ``[n]``, one per question; at least 2, not all 0.
@@ -125,6 +132,7 @@ def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
         lambda values, axis: values.mean(axis=axis),
         permutation_type="samples",
         vectorized=True,
+        alternative="greater",
         n_resamples=resamples,
         batch=max(1, FLIPPED_VALUES // len(differences)),
         random_state=np.random.default_rng(seed),
@@ -135,13 +143,10 @@ def sign_flip(differences: np.ndarray, seed: int) -> tuple[float, str]:
 def differences_to_end(cell: Cell, middle: list[int], end: int) -> np.ndarray:
     """Of every question asked: mean depth in the middle less at the end, NaN where either has no depth."""
     ids, owner = np.unique(cell["question_id"], return_inverse=True)
-    means = []
-    for positions in (middle, [end]):
-        inside = cell["final_correct"] & np.isin(cell["gold_position"], positions)
-        sums = np.bincount(owner[inside], weights=cell["depth"][inside], minlength=len(ids))
-        counts = np.bincount(owner[inside], minlength=len(ids))
-        means.append(np.divide(sums, counts, out=np.full(len(ids), np.nan), where=counts > 0))
-    return means[0] - means[1]
+    inside = np.stack([np.isin(cell["gold_position"], positions) for positions in (middle, [end])], 1)
+    depth = np.where(inside & cell["final_correct"][:, None], cell["depth"][:, None], np.nan)
+    in_the_middle, at_the_end = ratio(*sums_and_counts(depth, owner, len(ids))).T
+    return in_the_middle - at_the_end
 
 
 def _test(lens: str, top: int, documents: int, cell: Cell, blind: bool, seed: int) -> InvertedU | None:
@@ -159,16 +164,15 @@ def _test(lens: str, top: int, documents: int, cell: Cell, blind: bool, seed: in
             p[end], method = sign_flip(d, seed)
             methods += [method] if method not in methods else []
         found |= {f"{end}_{name}": value for name, value in _effect(d, seed).items()} | {f"{end}_p": p[end]}
-    turns = bool(reason) or np.sign(sides["first"].mean()) == np.sign(sides["last"].mean())
     return InvertedU(
         *(lens, top, documents, tuple(middle), len(every["first"])),
         **found,
-        **{"p": max(p.values()) if turns else 1.0, "p_holm": np.nan, "method": " and ".join(methods), "reason": reason},
+        **{"p": max(p.values()), "p_holm": np.nan, "method": " and ".join(methods), "reason": reason},
     )
 
 
 def _effect(d: np.ndarray, seed: int) -> dict:
-    effect, d_z = Estimate(np.nan, np.nan, np.nan), np.nan
+    effect, d_z = NO_ESTIMATE, np.nan
     if len(d):
         effect = mean_estimates(d[:, None], np.ones((len(d), 1)), seed)[0]
     if len(d) > 1 and np.ptp(d) > 0:

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from ..conditions import ORACLE, condition_name
-from .bootstrap import Estimate, mean_estimates
+from .bootstrap import Estimate, mean_estimates, ratio, sums_and_counts
+from .shares import share_difference
 from .summary import Cell, reading_cells
+from .words import format_estimate
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class PairedDifference:
     """Statistics with the gold document at one position less those at an earlier one, means over questions.
 
     A question counts where it has the statistic at both positions. The accuracies are the model's own, the same for
-    every lens and threshold.
+    every lens and threshold; their intervals are those of paired shares, that of depth is a bootstrap over questions.
     """
 
     lens: str
@@ -44,7 +46,7 @@ def paired_differences(
         table: Trajectories without lists, of the examples that the run's tables are about.
         lenses: Names of the lenses, in the order wanted.
         tops: Thresholds, in the order wanted.
-        seed: Seed of the bootstrap over questions.
+        seed: Seed of the bootstrap of depth over questions.
     """
     return [
         PairedDifference(lens, top, documents, *values)
@@ -60,7 +62,7 @@ def paired_line(differences: list[PairedDifference]) -> str:
     wanted = {0, (documents - 1) // 2, documents - 1}
     pairs = [d for d in differences if {d.gold_position, d.less_position} <= wanted]
     words = [
-        f"{d.gold_position} - {d.less_position}: {d.accuracy.value:+.2f} [{d.accuracy.low:.2f},{d.accuracy.high:.2f}]"
+        f"{d.gold_position} - {d.less_position}: {format_estimate(d.accuracy, 2, interval=True, sign=True)}"
         for d in pairs
     ]
     return f"Accuracy, gold at one position less at another, {condition_name(documents)}: {'; '.join(words)}."
@@ -69,35 +71,26 @@ def paired_line(differences: list[PairedDifference]) -> str:
 def _pairs(cell: Cell, seed: int) -> Iterator[tuple]:
     positions = np.unique(cell["gold_position"]).tolist()
     ids, row = np.unique(cell["question_id"], return_inverse=True)
-    column = np.searchsorted(positions, cell["gold_position"])
-    first = cell["answer_token"] == 0  # what is said of a whole context counts once
-    statistics = {
-        "accuracy": np.where(first, cell["answer_correct"], np.nan),
-        "accuracy_all": np.where(first, cell["all_correct"], np.nan),
-        "accuracy_generated": np.where(first, cell["generated_correct"], np.nan),
-        "depth": np.where(cell["final_correct"], cell["depth"].astype(float), np.nan),
-    }
-    shape = (len(ids), len(positions))
-    means = {name: _means(values, (row, column), shape) for name, values in statistics.items()}
     pairs = list(combinations(range(len(positions)), 2))
     if not pairs:
         return
-    differences = {name: np.stack([m[:, b] - m[:, a] for a, b in pairs], 1) for name, m in means.items()}
-    stacked = np.concatenate(list(differences.values()), 1)  # [questions, statistics x pairs]
-    exists = ~np.isnan(stacked)
-    estimates = mean_estimates(np.where(exists, stacked, 0.0), exists.astype(float), seed)
-    counts = exists.sum(0).tolist()
+    first = cell["answer_token"] == 0  # what is said of a whole context counts once
+    values = [np.where(first, cell[name], np.nan) for name in ("answer_correct", "all_correct", "generated_correct")]
+    depth = np.where(cell["final_correct"], cell["depth"].astype(float), np.nan)
+    place = row * len(positions) + np.searchsorted(positions, cell["gold_position"])
+    sums, counts = sums_and_counts(np.stack([*values, depth], 1), place, len(ids) * len(positions))
+    means = ratio(sums, counts).reshape(len(ids), len(positions), -1)  # [questions, positions, statistics]
+    earlier, later = np.array(pairs).T
+    *accuracies, depths = np.moveaxis(means[:, later] - means[:, earlier], -1, 0)  # [questions, pairs] each
+    exists = ~np.isnan(depths)
+    estimates = mean_estimates(np.where(exists, depths, 0.0), exists.astype(float), seed)
     for index, (a, b) in enumerate(pairs):
-        own = slice(index, None, len(pairs))
-        accuracy, accuracy_all, accuracy_generated, depth = estimates[own]
-        questions, *_, settled = counts[own]
-        yield positions[b], positions[a], questions, accuracy, accuracy_all, accuracy_generated, settled, depth
+        shares = [_share_difference(differences[:, index]) for differences in accuracies]
+        questions = int((~np.isnan(accuracies[0][:, index])).sum())
+        yield positions[b], positions[a], questions, *shares, int(exists[:, index].sum()), estimates[index]
 
 
-def _means(values: np.ndarray, place: tuple[np.ndarray, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """``[questions, positions]``: mean of the values of each, NaN where there is none."""
-    exists = ~np.isnan(values)
-    sums, counts = np.zeros(shape), np.zeros(shape)
-    np.add.at(sums, place, np.where(exists, values, 0.0))
-    np.add.at(counts, place, exists)
-    return np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
+def _share_difference(differences: np.ndarray) -> Estimate:
+    """Of -1, 0 or 1 of every question, NaN where it was not asked at both positions."""
+    gained, lost, asked = (differences == 1).sum(), (differences == -1).sum(), (~np.isnan(differences)).sum()
+    return share_difference(int(gained), int(lost), int(asked))

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from ..conditions import condition_name
-from .bootstrap import Estimate, mean_estimates, median_estimate, share_estimate
+from .bootstrap import Estimate, mean_estimates, median_estimate, sums_and_counts
+from .shares import share_estimate
 
-FEW_SETTLED = 5  # examples: fewer say little of a depth
 SHARES = ("accuracy", "share")  # what the names of shares begin with
 
 
@@ -22,7 +22,7 @@ class SummaryRow:
     The accuracies are the model's own, the same for every lens and threshold and whichever answer tokens are chosen.
     What stands below ``share_censored`` is over the settled examples, but for the mean layers of the first correct
     prediction of all and of the largest rank improvement. A share of questions with one example each has Wilson's
-    interval, all else a bootstrap over questions.
+    interval, all else a bootstrap over the questions that have it.
     """
 
     lens: str
@@ -31,6 +31,7 @@ class SummaryRow:
     gold_position: int
     n: int  # questions
     settled: int  # examples correct at the output
+    settled_questions: int  # with one or more of them
     accuracy: Estimate  # the first answer token is predicted
     accuracy_all: Estimate  # every answer token is, after the true ones before it
     accuracy_generated: Estimate  # what the model writes contains an answer; none where it writes nothing
@@ -132,9 +133,7 @@ def _statistics(cell: Cell, n_layers: int, seed: int) -> dict:
         "mean_largest_gain": cell["largest_gain"].astype(float),
     }
     stacked = np.stack(list(values.values()), axis=1)  # [examples, statistics]
-    exists = ~np.isnan(stacked)
-    sums = _by_question(np.where(exists, stacked, 0.0), owner)
-    counts = _by_question(exists.astype(float), owner)
+    sums, counts = sums_and_counts(stacked, owner, len(ids))
     means = dict(zip(values, mean_estimates(sums, counts, seed), strict=True))
     for name, hits, n in zip(values, sums.T, counts.T, strict=True):
         if name.startswith(SHARES) and n.max() <= 1:
@@ -144,6 +143,7 @@ def _statistics(cell: Cell, n_layers: int, seed: int) -> dict:
     return {
         "n": len(ids),
         "settled": int(settled.sum()),
+        "settled_questions": int(histogram.any(1).sum()),
         **means,
         "median_depth": median_estimate(histogram, seed),
     }
@@ -154,8 +154,3 @@ def _left_out(left_out: dict[str, list[int]], documents: int) -> dict:
     reasons = {key.removeprefix(size): len(ids) for key, ids in left_out.items() if key.startswith(size)}
     words = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return {"left_out": sum(reasons.values()), "left_out_why": words}
-
-
-def _by_question(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """``[questions, statistics]``: sums over the examples of each question."""
-    return np.stack([np.bincount(owner, weights=column) for column in values.T], axis=1)

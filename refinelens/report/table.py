@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import groupby
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conditions import NO_POSITION
-from .bootstrap import Estimate
+from .bootstrap import FEW_QUESTIONS
 from .caution import caution_lines
 from .paired import paired_line
 from .report import Report
-from .summary import FEW_SETTLED, SummaryRow
+from .summary import SummaryRow
+from .words import counted, format_estimate
 
 WIDTH = 120
 LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
@@ -56,14 +56,6 @@ def title(manifest: dict) -> str:
     return " on ".join(name if name.count("/") == 1 and name[0] not in "./" else Path(name).name for name in names)
 
 
-def format_estimate(estimate: Estimate, digits: int, interval: bool = False) -> str:
-    """``0.83`` or ``0.83 [0.67,1.00]``; a dash where it does not exist."""
-    if math.isnan(estimate.value):
-        return "-"
-    text = f"{estimate.value:.{digits}f}"
-    return f"{text} [{estimate.low:.{digits}f},{estimate.high:.{digits}f}]" if interval else text
-
-
 def notes(manifest: dict) -> list[str]:
     """The lines under the table: what the numbers are, and the checks behind them."""
     model, counts, arguments = manifest["model"], manifest["counts"], manifest["arguments"]
@@ -76,7 +68,7 @@ def notes(manifest: dict) -> list[str]:
         "token is the model's own prediction; all: so is every one after the true ones before it"
         f"{_generated_words(arguments['generate'])}. settled: examples whose target is correct at the output; all that "
         "stands to the right is over them alone, the others are censored; a depth of fewer than "
-        f"{FEW_SETTLED} has no interval here. first, settle: mean layers, 0 (embedding) to "
+        f"{FEW_QUESTIONS} questions has no interval. first, settle: mean layers, 0 (embedding) to "
         f"{n_layers} (output); depth = settle - first. at out.: share whose settle is layer {n_layers}; unseen: not "
         "correct at any layer before it. Brackets: 95 % intervals over questions, all of them in summary.csv.",
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
@@ -87,24 +79,27 @@ def notes(manifest: dict) -> list[str]:
     ]
     if model["unused_weights"]:
         first, count = model["unused_weights"][0], len(model["unused_weights"])
-        lines.append(f"Caution: {count} tensors of the checkpoint have no place in this model, such as {first}.")
+        have = f"{counted(count, 'tensor')} of the checkpoint {'has' if count == 1 else 'have'}"
+        lines.append(f"Caution: {have} no place in this model, such as {first}.")
     if manifest["seconds"]:
         lines.append(
-            f"{counts['done']} questions, {counts['contexts']} contexts, {counts['lens_rows']} rows of the lens "
-            f"in {manifest['seconds']:.0f} s."
+            f"{counted(counts['done'], 'question')}, {counted(counts['contexts'], 'context')}, "
+            f"{counted(counts['lens_rows'], 'row')} of the lens in {manifest['seconds']:.0f} s."
         )
     if arguments["positions"] == "all":
         rate = f", {counts['positions_read'] / manifest['seconds']:.0f} a second" if manifest["seconds"] else ""
-        lines.append(f"{counts['positions_read']} tokens read{rate}; tables and figures are about the answers.")
+        read = counted(counts["positions_read"], "token")
+        lines.append(f"{read} read{rate}; tables and figures are about the answers.")
     if "tokens_saved" in counts:
         lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
     if arguments["generate"]:
-        lines.append(f"{counts['tokens_generated']} tokens generated, at most {arguments['generate']} a context.")
+        generated = counted(counts["tokens_generated"], "token")
+        lines.append(f"{generated} generated, at most {arguments['generate']} a context.")
     if manifest["status"] != "finished":
         status = "not finished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
-            f"This run is {status}: {counts['done']} of {counts['questions']} questions; refinelens sweep --resume "
-            "goes on with it."
+            f"This run is {status}: {counts['done']} of {counted(counts['questions'], 'question')}; refinelens sweep "
+            "--resume goes on with it."
         )
     return lines
 
@@ -124,8 +119,8 @@ def inverted_u_lines(report: Report) -> list[str]:
     return [
         *(test.line() for test in report.tests),
         "Inverted U: mean depth with gold in the middle third less that with gold first and last, paired over the "
-        "questions that have both; p is the larger of two two-sided tests, so that a U needs both ends. Holm over the "
-        "context sizes; all numbers in inverted_u.csv.",
+        "questions that have both; p is the larger of two one-sided tests, of a middle deeper than each end, and small "
+        "for an inverted U alone. Holm over the context sizes; all numbers in inverted_u.csv.",
     ]
 
 
@@ -138,7 +133,7 @@ def _cells(row: SummaryRow) -> dict[str, str]:
         format_estimate(row.accuracy_all, 2),
         format_estimate(row.accuracy_generated, 2),
         str(row.settled),
-        format_estimate(row.mean_depth, 1, interval=row.settled >= FEW_SETTLED),
+        format_estimate(row.mean_depth, 1, interval=True),
         format_estimate(row.median_depth, 1),
         format_estimate(row.mean_first_correct, 1),
         format_estimate(row.mean_settle, 1),
@@ -162,7 +157,7 @@ def _generated_words(limit: int) -> str:
 def _prefix_words(reuse: dict, computed: int, saved: int) -> str:
     times = f" ({(computed + saved) / computed:.2f} times)" if saved else ""
     why = "" if reuse["used"] else f"; {'from then on ' if saved else ''}contexts ran whole: {reuse['why']}"
-    return f"{computed} tokens computed, {saved} saved by shared prefixes{times}{why}."
+    return f"{counted(computed, 'token')} computed, {saved} saved by shared prefixes{times}{why}."
 
 
 def _escape(text: str) -> str:
