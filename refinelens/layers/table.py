@@ -150,8 +150,8 @@ def _notes(report: LayersReport) -> list[str]:
         *lines,
         f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
         f"{tokens}; * essential: a mean above {report.threshold:.2g} nats, by 95 % bounds that hold for all layers at "
-        f"once. That is the larger of a hundredth of the probability and the noise of {report.noise:.1e}, the most "
-        "that a control without effect changed. Clean runs and the sweep differ by "
+        f"once; {report.threshold:.2g} is the larger of a hundredth of the probability and the noise of "
+        f"{report.noise:.1e}, the most that a control without effect changed. Clean runs and the sweep differ by "
         f"{report.largest_difference:.1e} nats at most.",
         f"{counted(len(report.manifest['parts']), 'question')} in {report.manifest['seconds']:.0f} s.",
     ]
