@@ -13,14 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from refinelens.cli import main
 from refinelens.conditions import condition_name, gold_positions, parse_documents
 from refinelens.errors import InputError
+from refinelens.lenses.logit_lens import LogitLens
+from refinelens.model.loading import load_model
 from refinelens.options import SweepOptions
 from refinelens.prompts.chat import Chat, render_chat
 from refinelens.prompts.context import DEFAULT_TEMPLATE, Template, build_context
 from refinelens.runs.results import open_run
+from refinelens.sweep.alias import alias_score
 from refinelens.sweep.session import run_sweep
 from refinelens.tasks.formats import QA, QUERY_AWARE
 from refinelens.tasks.question import Document, Question
-from tiny import save_tiny_model, word_tokenizer
+from tiny import byte_tokenizer, save_tiny_model, word_tokenizer
 
 GOLD, OTHER = Document("arven", "the door of arven is red ."), Document("brosk", "white .")
 QUESTION = Question(0, "what is the door ?", ("red", "black iron"), "", "", GOLD, (OTHER,))
@@ -162,7 +165,8 @@ def test_best_alias_is_the_likeliest_after_the_oracle_context(options, aliases, 
         for alias in range(len(line["answers"])):
             context = build_context(tokenizer, DEFAULT_TEMPLATE, question, [], 0, alias)
             with torch.no_grad():
-                logprobs = model(torch.tensor([context.input_ids])).logits[0].log_softmax(-1)[context.positions]
+                logits = model(torch.tensor([context.input_ids])).logits[0, list(context.answer_span.positions)]
+            logprobs = logits.log_softmax(-1)
             scores.append(float(logprobs.gather(1, torch.tensor(context.answer_ids)[:, None]).mean()))
         own = [r for r in rows if r["question_id"] == record]
         best = int(np.argmax(scores))
@@ -174,6 +178,19 @@ def test_best_alias_is_the_likeliest_after_the_oracle_context(options, aliases, 
     assert any(r["alias"] > 0 for r in rows), "not always the first"
     plain = run_sweep(replace(options, task=str(aliases)), tmp_path / "plain")
     assert run.manifest["counts"]["tokens_computed"] > plain.manifest["counts"]["tokens_computed"], "they are counted"
+
+
+def test_no_alias_is_given_a_space(tmp_path):
+    """Where the space before an answer is a token of its own, the score of the answer is that of the space too."""
+    loaded = load_model(str(save_tiny_model(tmp_path, tokenizer=byte_tokenizer(), n_positions=512)), "cpu")
+    question = Question(0, "which?", ("red",), "", "", Document("arven", "red"), ())
+    context = build_context(loaded.tokenizer, DEFAULT_TEMPLATE, question, [], 0)
+    prompt, whole = list(context.prompt_ids), [*context.input_ids, context.answer_ids[-1]]
+    assert loaded.tokenizer.decode(whole[len(prompt) :]) == " red"
+    with torch.no_grad():
+        logprobs = loaded.model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[place - 1, whole[place]]) for place in range(len(prompt), len(whole))]
+    assert alias_score(LogitLens.from_model(loaded.model), context) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_unknown_alias(options):

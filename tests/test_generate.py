@@ -1,5 +1,6 @@
 """Greedy texts are those of Transformers' own `generate`, whichever way contexts run; where a text ends."""
 
+import json
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -16,23 +17,27 @@ from refinelens.sweep.generate import Generator
 from refinelens.sweep.inputs import SweepInputs
 from refinelens.sweep.session import run_sweep
 from refinelens.tasks.scoring import best_subspan_em, first_line
-from tiny import save_tiny_model
+from tiny import byte_tokenizer, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("quick_file")
 
 N = 5
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
+def save_writer(folder, **sizes):
     """A tiny model that writes something else after every prompt: its blocks outweigh its embedding."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"), seed=2)
+    save_tiny_model(folder, seed=2, **sizes)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter *= 15 if ".h." in name and parameter.dim() == 2 else 0 if name.endswith("ln_f.bias") else 1
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_writer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_texts_are_those_of_transformers(finished, options, model_folder):
     assert len(contexts) == len(found) == 6 * (1 + 1 + 3)
     for context in contexts:
         row = found[context.question.id, context.n_documents, context.gold_position]
-        text = own_text(model, tokenizer, context.input_ids[: context.prompt_length])
+        text = own_text(model, tokenizer, context.prompt_ids)
         assert row["generated"] == first_line(text)
         assert row["generated_correct"] == best_subspan_em(text, context.question.answers)
     assert len({row["generated"] for row in found.values()}) > 10
@@ -91,11 +96,35 @@ def test_however_contexts_run(finished, options, tmp_path, change):
     assert ours == [row for row in theirs if row[3] >= 0]
 
 
-def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded, monkeypatch):
+def test_no_prompt_depends_on_its_answer(tmp_path):
+    """Where a space is a token of its own, the answer is read behind it; a text goes on from the prompt alone."""
+    folder = save_writer(tmp_path / "model", tokenizer=byte_tokenizer(), n_positions=512)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    gold = {"title": "arven", "text": "the door is red .", "isgold": True}
+    records = [{"question": "which?", "answers": [answer], "ctxs": [gold]} for answer in ("red", "(red)")]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = SweepOptions(str(folder), str(path), documents=(0, 1), device="cpu", generate=N)
+    inputs = SweepInputs.load(options)
+    context = inputs.builder().build(inputs.questions[0]).contexts[0]
+    assert context.prompt_length == len(context.prompt_ids) + 1
+    rows = [row for row in predictions(run_sweep(options, tmp_path / "run")) if row["documents"] == 0]
+    written = {row["question_id"]: row["generated"] for row in rows}
+    own, behind = (
+        first_line(own_text(model, tokenizer, ids))
+        for ids in (context.prompt_ids, context.input_ids[: context.prompt_length])
+    )
+    assert written == {0: own, 1: own} and own != behind
+
+
+# A text that begins with the prompt; one that parts from it before its end, as where the answer changes a token.
+@pytest.mark.parametrize("n_shared, again", [(20, 1), (17, 3)])
+def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded, monkeypatch, n_shared, again):
     """With one it is one token; without, the whole text; the text is the same."""
     from transformers import DynamicCache
 
     prompt, ran, texts = list(range(5, 25)), [], []
+    text = [*prompt[:n_shared], *range(30, 54 - n_shared)]
     hidden = LogitLens.hidden
 
     def spy(self, ids, *rest):
@@ -104,17 +133,17 @@ def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded,
 
     monkeypatch.setattr(LogitLens, "hidden", spy)
     generator = Generator.from_model(loaded, logit_lens, N)
-    for cache in (DynamicCache(), None):
-        states = logit_lens.hidden(torch.tensor([prompt]), torch.tensor([len(prompt) - 1]), None, cache)
-        first = int(logit_lens.stats(states[-1]).argmax)
-        texts.append(generator.generate([prompt], [first], cache))
-        assert cache is None or cache.get_seq_length() == len(prompt), "it is copied, not added to"
+    cache = DynamicCache()
+    logit_lens.hidden(torch.tensor([text]), torch.tensor([len(text) - 1]), None, cache)
+    for known in (cache, None):
+        texts.append(generator.generate([prompt], [n_shared], known))
+    assert cache.get_seq_length() == len(text) == 24, "it is copied, not added to"
     assert texts[0] == texts[1] and texts[0][0].n_tokens == N
-    assert ran == [20, 1, 1, 1, 1, 20, 21, 22, 23, 24]
+    assert ran == [24, again, 1, 1, 1, 1, 20, 21, 22, 23, 24]
 
 
 def test_a_sweep_goes_on_from_the_prefix(options, tmp_path, monkeypatch):
-    """No prompt runs a second time for its text: one token a step, but for the cache of each context."""
+    """No prompt runs a second time for its text, but for its last token: one token a step."""
     ran = []
 
     def spy(blocks, positions):
@@ -130,7 +159,7 @@ def test_a_sweep_goes_on_from_the_prefix(options, tmp_path, monkeypatch):
         passes.append(len(ran))
     counts = run.manifest["counts"]
     assert run.manifest["prefix_reuse"]["used"] and counts["tokens_saved"] > 0
-    assert passes[1] - passes[0] == counts["contexts"] * (N - 1)
+    assert passes[1] - passes[0] == counts["contexts"] * N
 
 
 class Scripted:
@@ -158,21 +187,21 @@ class Letters:
 
 
 @pytest.mark.parametrize(
-    "first, script, limit, positions, text, n_tokens",
+    "script, limit, positions, text, n_tokens",
     [
-        (3, [4, 5, 6], 4, None, "abcd", 4),  # the limit
-        (3, [4, 1], 9, None, "ab", 3),  # the end of the sequence, which is not part of the text
-        (3, [4, 0], 9, None, "ab", 3),  # a newline
-        (0, [], 9, None, "", 1),  # a newline at once: nothing is scored
-        (1, [], 9, None, "", 1),  # an end at once
-        (2, [3, 2, 1], 9, None, "a", 4),  # no space around it
-        (3, [4, 5], 9, 12, "abc", 3),  # the model has 12 positions, the prompt 10 of them; the last token has none
-        (3, [], 1, None, "a", 1),
+        ([3, 4, 5, 6], 4, None, "abcd", 4),  # the limit
+        ([3, 4, 1], 9, None, "ab", 3),  # the end of the sequence, which is not part of the text
+        ([3, 4, 0], 9, None, "ab", 3),  # a newline
+        ([0], 9, None, "", 1),  # a newline at once: nothing is scored
+        ([1], 9, None, "", 1),  # an end at once
+        ([2, 3, 2, 1], 9, None, "a", 4),  # no space around it
+        ([3, 4, 5], 9, 12, "abc", 3),  # the model has 12 positions, the prompt 10 of them; the last token has none
+        ([3], 1, None, "a", 1),
     ],
 )
-def test_where_a_text_ends(first, script, limit, positions, text, n_tokens):
+def test_where_a_text_ends(script, limit, positions, text, n_tokens):
     generator = Generator(Scripted(script, None), Letters(), limit, positions, frozenset({1}))
-    (found,) = generator.generate([[7] * 10], [first], None)
+    (found,) = generator.generate([[7] * 10], [10], None)
     assert (found.text, found.n_tokens) == (text, n_tokens)
 
 

@@ -53,7 +53,7 @@ def test_answer_is_teacher_forced():
     tokenizer = word_tokenizer()
     context = build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS, 1)
     assert tokenizer.convert_ids_to_tokens(list(context.answer_ids)) == ["black", "iron", "gate"]
-    assert context.positions == [context.prompt_length - 1, context.prompt_length, context.prompt_length + 1]
+    assert list(context.answer_span.positions) == [context.prompt_length - 1, context.prompt_length, context.prompt_length + 1]
     assert context.input_ids[context.prompt_length :] == context.answer_ids[:2]
     assert tokenizer.decode(context.input_ids[: context.prompt_length]).endswith("Answer :")
 
@@ -91,6 +91,28 @@ def test_a_space_that_is_a_token_belongs_to_the_prompt():
     context = build_context(tokenizer, DEFAULT_TEMPLATE, question, OTHERS, 0)
     assert tokenizer.convert_ids_to_tokens(list(context.answer_ids)) == ["1", " ", "2"]
     assert tokenizer.decode(context.input_ids[: context.prompt_length][-2:]) in (":  ", ": ")
+    # The prompt by itself has no such space: it is the same for all answers, and what follows it has the space.
+    assert (context.prompt_length, context.n_shared) == (len(context.prompt_ids) + 1, len(context.prompt_ids))
+    assert context.input_ids[: context.n_shared] == context.prompt_ids
+    assert tokenizer.convert_ids_to_tokens(list(context.reply_span.next_ids)) == [" ", "1", " ", "2"]
+    assert context.reply_span.positions[0] == len(context.prompt_ids) - 1
+
+
+def test_an_answer_that_changes_the_last_token_of_the_prompt_leaves_the_prompt_by_itself():
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'"\w+|\w+|[^\w\s]'), "removed", invert=True)
+    tokenizer.add_tokens(['"', '"red'])
+    answers = ("red", "( red")
+    question = Question(0, "what is the door ?", answers, ' "', "", GOLD, ())
+    joined, apart = (build_context(tokenizer, DEFAULT_TEMPLATE, question, OTHERS, 0, alias) for alias in (0, 1))
+    tokens = [tokenizer.convert_ids_to_tokens(list(context.answer_ids)) for context in (joined, apart)]
+    assert tokens == [['"red'], ["(", "red"]]
+    assert joined.prompt_ids == apart.prompt_ids == apart.input_ids[: apart.prompt_length]
+    n = len(joined.prompt_ids)
+    assert (joined.n_shared, joined.prompt_length, apart.n_shared) == (n - 1, n - 1, n)
+    assert joined.reply_span == joined.answer_span
 
 
 def test_no_second_space_where_the_prompt_ends_in_one():

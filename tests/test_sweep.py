@@ -22,9 +22,10 @@ from refinelens.runs import output, results
 from refinelens.runs.lock import LOCK, RunLock
 from refinelens.runs.results import PREDICTIONS, open_run
 from refinelens.runs.trajectory_table import choose_tokens, read_trajectories
+from refinelens.sweep.inputs import SweepInputs
 from refinelens.sweep.session import SweepInterrupted, resume_sweep, run_sweep
 from refinelens.tasks.task import DistractorSource, load_task
-from tiny import save_tiny_lens, save_tiny_model
+from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
 
 TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
 OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
@@ -57,6 +58,20 @@ def test_all_outputs_are_there(finished):
     assert keys == {(q, n, p, t, "plain") for q, count in tokens.items() for n, p in contexts for t in range(count)}
 
 
+def test_a_token_for_unknown_words_may_begin_every_text(options, tmp_path):
+    """As OPT's does: it says nothing of the words of the questions."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    unknown = tokenizer.unk_token_id
+    begin = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", unknown)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    folder = save_tiny_model(tmp_path / "model", tokenizer=tokenizer)
+    inputs = SweepInputs.load(replace(options, model=str(folder)))
+    ids = inputs.builder().build(inputs.questions[0]).contexts[0].input_ids
+    assert ids[0] == unknown and inputs.loaded.tokenizer("red")["input_ids"][0] == unknown
+
+
 def test_predictions_are_the_models_own(finished, tiny_model, question_file):
     """Rows are recomputed from a plain forward pass over the teacher-forced context."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
@@ -68,7 +83,7 @@ def test_predictions_are_the_models_own(finished, tiny_model, question_file):
     rows = [r for r in predictions(finished) if (r["question_id"], r["documents"], r["gold_position"]) == (3, 4, 2)]
     assert [r["answer_text"] for r in rows] == ["black", "iron", "gate"]
     with torch.no_grad():
-        logits = model(torch.tensor([context.input_ids])).logits[0, context.positions]
+        logits = model(torch.tensor([context.input_ids])).logits[0, list(context.answer_span.positions)]
     log_p = logits.log_softmax(-1)
     for token, row in enumerate(rows):
         answer = context.answer_ids[token]

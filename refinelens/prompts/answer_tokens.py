@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,23 @@ def joint(text: str) -> str:
     return "" if OPEN.search(text) else " "
 
 
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, special: bool
-) -> tuple[list[int], list[int], BatchEncoding]:
-    """Ids of the prompt and of the answer, as they stand in the text of both, and the prompt alone, encoded.
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt by itself, and the text of prompt and answer."""
+
+    prompt: list[int]  # the same whatever the answer
+    whole: list[int]  # of the text of both
+    parts: int  # place in ``whole`` where it parts from the prompt
+    answer: int  # place in ``whole`` of the answer's first token
+    encoded: BatchEncoding  # the prompt by itself
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, special: bool) -> Tokens:
+    """Tokens of a prompt by itself and with an answer.
 
     The answer begins where the tokens of the two texts part. A token that ends the prompt and begins the answer (in
     some tokenizers a quote with what it opens) so is the answer's first. Where a tokenizer makes the space a token of
-    its own (SmolLM2 before digits), that token belongs to the prompt: predicting a space is not predicting the answer.
+    its own (SmolLM2 before digits), the answer begins behind it: predicting a space is not predicting the answer.
 
     Args:
         tokenizer: What makes the tokens.
@@ -42,12 +52,12 @@ def tokenise(
     after = _special_tokens_after(tokenizer) if special else 0
     alone, whole = encoded["input_ids"][: len(encoded["input_ids"]) - after], whole[: len(whole) - after]
     parts = (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b)
-    start = next(parts, min(len(alone), len(whole)))
+    parting = start = next(parts, min(len(alone), len(whole)))
     while start < len(whole) and not tokenizer.decode(whole[start : start + 1]).strip():
         start += 1
     if start == len(whole):
         raise InputError(f"answer {answer!r}: expected at least one token of {type(tokenizer).__name__}, got none")
-    return whole[:start], whole[start:], encoded
+    return Tokens(alone, whole, parting, start, encoded)
 
 
 def token_span(encoded: BatchEncoding, start: int, end: int) -> tuple[int, int] | None:

@@ -65,8 +65,10 @@ class Context:
     n_documents: int
     gold_position: int  # 0-based; NO_POSITION without documents
     input_ids: tuple[int, ...]  # prompt, then all answer tokens but the last
-    prompt_length: int  # tokens of the prompt
+    prompt_length: int  # tokens before the answer's first: the prompt, with the space where that is a token
     answer_ids: tuple[int, ...]  # teacher-forced; token i is predicted at position prompt_length - 1 + i
+    prompt_ids: tuple[int, ...]  # the prompt by itself, the same whatever the answer: what a model goes on from
+    n_shared: int  # tokens of ``prompt_ids`` that ``input_ids`` begins with; an answer may change those behind them
     gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown or there is none
 
     def __post_init__(self):
@@ -87,9 +89,10 @@ class Context:
         return Span(range(self.prompt_length - 1, len(self.input_ids)), self.answer_ids)
 
     @property
-    def positions(self) -> list[int]:
-        """Those of `answer_span`."""
-        return list(self.answer_span.positions)
+    def reply_span(self) -> Span:
+        """The positions that all tokens behind the prompt by itself follow: a space that is a token, and the answer."""
+        next_ids = (*self.input_ids[self.n_shared :], self.answer_ids[-1])
+        return Span(range(self.n_shared - 1, len(self.input_ids)), next_ids)
 
     @property
     def whole_span(self) -> Span:
@@ -147,13 +150,15 @@ def build_context(
     # A reply begins with the prefix; a prompt goes on with it.
     prefix = question.answer_prefix.lstrip() if template.chat else question.answer_prefix
     answer = joint(prefix if template.chat else prompt + prefix) + question.answers[alias]
-    prompt_ids, answer_ids, encoded = tokenise(tokenizer, prompt + prefix, answer, template.chat is None)
+    tokens = tokenise(tokenizer, prompt + prefix, answer, template.chat is None)
     return Context(
         question=question,
         n_documents=len(documents),
         gold_position=gold_position,
-        input_ids=(*prompt_ids, *answer_ids[:-1]),
-        prompt_length=len(prompt_ids),
-        answer_ids=tuple(answer_ids),
-        gold_span=token_span(encoded, start, end),
+        input_ids=tuple(tokens.whole[:-1]),
+        prompt_length=tokens.answer,
+        answer_ids=tuple(tokens.whole[tokens.answer :]),
+        prompt_ids=tuple(tokens.prompt),
+        n_shared=tokens.parts,
+        gold_span=token_span(tokens.encoded, start, end),
     )

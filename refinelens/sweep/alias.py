@@ -20,7 +20,7 @@ def best_alias(scores: Sequence[float]) -> Alias:
     """The answer of the highest score, of equal ones the first.
 
     Args:
-        scores: Of every answer, in their order, the mean log-probability of its tokens, nats.
+        scores: Of every answer, in their order, see `alias_score`.
     """
     index = max(range(len(scores)), key=scores.__getitem__)
     others = max(score for place, score in enumerate(scores) if place != index)
@@ -28,7 +28,11 @@ def best_alias(scores: Sequence[float]) -> Alias:
 
 
 def alias_score(lens: LogitLens, context: Context) -> float:
-    """Mean log-probability per token, nats, that the model gives the teacher-forced answer of a context."""
-    hidden = lens.hidden(torch.tensor([context.input_ids]), torch.tensor([context.positions]))
-    targets = torch.tensor([context.answer_ids], device=hidden.device)
+    """Mean log-probability per token, nats, that the model gives all that follows the prompt by itself.
+
+    That is the teacher-forced answer, with the space before it where that is a token: no answer gets one for nothing.
+    """
+    span = context.reply_span
+    hidden = lens.hidden(torch.tensor([context.input_ids]), torch.tensor([list(span.positions)]))
+    targets = torch.tensor([span.next_ids], device=hidden.device)
     return float(lens.stats(hidden[-1], targets).target_logprob.double().mean())

@@ -79,4 +79,5 @@ class ContextBuilder:
             raise FaultError(f"{context.where}: {error}") from None
 
     def _any_too_long(self, contexts: list[Context]) -> bool:
-        return self._limit is not None and any(len(context.input_ids) > self._limit for context in contexts)
+        lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)
+        return self._limit is not None and any(length > self._limit for length in lengths)

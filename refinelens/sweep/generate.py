@@ -44,38 +44,35 @@ class Generator:
         return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, frozenset(id for id in ends if id is not None))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], first_ids: Sequence[int], cache: Cache | None
+        self, prompts: Sequence[Sequence[int]], n_shared: Sequence[int], cache: Cache | None
     ) -> list[Generation]:
-        """Write after each prompt; those of one length go on together, so that nothing is padded.
+        """Write after each prompt; those of one length that share as much go on together, so that nothing is padded.
 
         Args:
             prompts: Token ids.
-            first_ids: What the model predicts behind each prompt: the first token of each text.
-            cache: Keys and values of texts that begin with the prompts, a row each; they are copied, not added to.
-                Without one, prompt and text run whole for every token.
+            n_shared: How many of its tokens each prompt shares with the text that the cache holds.
+            cache: Keys and values of a text per prompt; they are copied, not added to. What a prompt shares with its
+                text, but for its last token, is not run again. Without a cache all runs again for every token.
         """
-        lengths, found = [len(prompt) for prompt in prompts], {}
-        for length in sorted(set(lengths)):
-            rows = [row for row, own in enumerate(lengths) if own == length]
-            ids = torch.tensor([[*prompts[row], first_ids[row]] for row in rows])
-            beginning = None if cache is None else _beginning(cache, rows, length)
-            found |= dict(zip(rows, self._go_on(ids, length, beginning), strict=True))
+        places = [(len(ids), min(shared, len(ids) - 1)) for ids, shared in zip(prompts, n_shared, strict=True)]
+        found = {}
+        for place in sorted(set(places)):
+            rows = [row for row, own in enumerate(places) if own == place]
+            beginning = None if cache is None else _beginning(cache, rows, place[1])
+            texts = self._go_on(torch.tensor([prompts[row] for row in rows]), beginning)
+            found |= dict(zip(rows, texts, strict=True))
         return [found[row] for row in range(len(prompts))]
 
-    def _go_on(self, ids: Tensor, n_prompt: int, cache: Cache | None) -> list[Generation]:
-        """Texts that go on from ``[text, token]``: prompt and first token. Ended ones run along until all have."""
-        ends = [0] * len(ids)  # tokens of a text, 0 while it goes on
-        while True:
-            texts = ids[:, n_prompt:].tolist()
-            ends = [end or self._end(text, n_prompt) for end, text in zip(ends, texts, strict=True)]
-            if all(ends):
-                return [
-                    Generation(first_line(self._decode(text[:end])), end) for text, end in zip(texts, ends, strict=True)
-                ]
-            known = 0 if cache is None else cache.get_seq_length()
-            new = ids[:, known:]
+    def _go_on(self, ids: Tensor, cache: Cache | None) -> list[Generation]:
+        """Texts that go on from prompts ``[prompt, token]``. Ended ones run along until all have."""
+        n_prompt, ends = ids.shape[1], [0] * len(ids)  # tokens of a text, 0 while it goes on
+        while not all(ends):
+            new = ids[:, 0 if cache is None else cache.get_seq_length() :]
             hidden = self.lens.hidden(new, torch.tensor([new.shape[1] - 1]), None, cache)
             ids = torch.cat([ids, self.lens.stats(hidden[-1]).argmax.cpu()], 1)
+            texts = ids[:, n_prompt:].tolist()
+            ends = [end or self._end(text, n_prompt) for end, text in zip(ends, texts, strict=True)]
+        return [Generation(first_line(self._decode(text[:end])), end) for text, end in zip(texts, ends, strict=True)]
 
     def _end(self, text: list[int], n_prompt: int) -> int:
         """Number of tokens if the text ends with the last of them, else 0."""

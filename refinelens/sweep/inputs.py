@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..conditions import CLOSED_BOOK
 from ..errors import InputError
@@ -101,11 +102,15 @@ class SweepInputs:
 
 
 def _check_words(options: SweepOptions, questions: list[Question], loaded: LoadedModel) -> None:
-    """Refuse a task whose questions are mostly in words that the model's tokenizer does not have."""
+    """Refuse a task whose questions are mostly in words that the model's tokenizer does not have.
+
+    OPT's puts the token that stands for them before every text, as its beginning.
+    """
     unknown = loaded.tokenizer.unk_token_id
     if unknown is None:
         return
-    odd = [q for q in questions[:100] if unknown in loaded.tokenizer(q.question)["input_ids"]]
+    encode = partial(loaded.tokenizer, add_special_tokens=False)
+    odd = [q for q in questions[:100] if unknown in encode(q.question)["input_ids"]]
     if 2 * len(odd) > len(questions[:100]):
         remedy = "; use --task tiny" if options.model == TINY.name else ""
         raise InputError(

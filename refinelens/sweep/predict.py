@@ -17,7 +17,7 @@ from ..lenses.logit_lens import LogitLens
 from ..lenses.prefix import Branches, branch_order, choose_reuse, compare
 from ..model.loading import LoadedModel, is_out_of_memory
 from ..options import SweepOptions
-from ..prompts.context import Context, Span
+from ..prompts.context import Context
 from ..runs.results import PREDICTIONS, Outcome
 from ..tasks.question import Question
 from .batching import Batching
@@ -140,21 +140,17 @@ class Predictor:
         mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
         positions = torch.tensor([_pad(span.positions, n_read, span.positions[-1]) for span in spans])
         hidden, cache = self._hidden(ids, positions, mask)
-        generations = self._generate(batch, spans, hidden, cache)
+        generations = self._generate(batch, cache)
         return [
             ContextStates(context, span, hidden[:, index, : len(span.next_ids)], generation)
             for index, (context, span, generation) in enumerate(zip(batch, spans, generations, strict=True))
         ]
 
-    def _generate(
-        self, batch: list[Context], spans: list[Span], hidden: torch.Tensor, cache: Cache | None
-    ) -> list[Generation] | list[None]:
-        """A text per context, from the state at the end of its prompt on."""
+    def _generate(self, batch: list[Context], cache: Cache | None) -> list[Generation] | list[None]:
+        """A text per context, which goes on from its prompt by itself."""
         if self._generator is None:
             return [None] * len(batch)
-        ends = [c.prompt_length - 1 - span.positions[0] for c, span in zip(batch, spans, strict=True)]
-        first_ids = self._logit_lens.stats(hidden[-1, list(range(len(batch))), ends]).argmax.tolist()
-        return self._generator.generate([c.input_ids[: c.prompt_length] for c in batch], first_ids, cache)
+        return self._generator.generate([c.prompt_ids for c in batch], [c.n_shared for c in batch], cache)
 
     def _read(self, ran: list[ContextStates]) -> Iterator[ContextReading]:
         """Read contexts that were run, together unless something is wrong with one of them."""
