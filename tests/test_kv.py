@@ -64,6 +64,15 @@ def test_distractors_are_its_own(file):
     assert source.choose(task.questions[0], 3) is None, "other questions have pairs, which are not used"
 
 
+def test_only_the_whole_value_is_an_answer(tmp_path):
+    """Not a value or a key that holds it, and not an equal key."""
+    pairs = [["a", "1"], ["b", "12"], ["c", "1 2"], ["1", "x"], ["d", "1"]]
+    task = load_task(str(write(tmp_path / "kv.jsonl", {"ordered_kv_records": pairs, "key": "a", "value": "1"})))
+    source, question = DistractorSource(task, 0), task.questions[0]
+    assert [pair.title for pair in source.choose(question, 3)] == ["b", "c", "1"]
+    assert source.choose(question, 4) is None
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

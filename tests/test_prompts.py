@@ -53,7 +53,7 @@ def test_answer_is_teacher_forced():
     tokenizer = word_tokenizer()
     context = build_context(tokenizer, DEFAULT_TEMPLATE, QUESTION, OTHERS, 1)
     assert tokenizer.convert_ids_to_tokens(list(context.answer_ids)) == ["black", "iron", "gate"]
-    assert list(context.answer_span.positions) == [context.prompt_length - 1, context.prompt_length, context.prompt_length + 1]
+    assert context.answer_span.positions == range(context.prompt_length - 1, context.prompt_length + 2)
     assert context.input_ids[context.prompt_length :] == context.answer_ids[:2]
     assert tokenizer.decode(context.input_ids[: context.prompt_length]).endswith("Answer :")
 

@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from refinelens.tasks.scoring import best_subspan_em, first_line
+from refinelens.tasks.scoring import best_subspan_em, first_line, has_answer, word_forms
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,28 @@ from refinelens.tasks.scoring import best_subspan_em, first_line
 )
 def test_by_hand(generated, answers, right):
     assert best_subspan_em(generated, answers) is right
+
+
+@pytest.mark.parametrize(
+    "text, answer, found",
+    [
+        ("The phone rang in London.", "one", False),  # a span of words, not of characters
+        ("Only one rang.", "one", True),
+        ("because of rain", "US", False),
+        ("in the U.S. alone", "US", True),
+        ("a London-based bank", "London", True),
+        ("a London\u2013Paris train", "paris", True),  # with a dash
+        ("so \u201cParis\u201d it is", "Paris", True),
+        ("1,000 lamps", "1000", True),
+        ("21,000 lamps", "1000", False),
+        ("the red, iron gate", "a Red Iron Gate", True),
+        ("red iron gates", "red iron gate", False),
+        ("vitamin C", "A", False),  # an answer of articles alone is looked for as it stands
+        ("vitamin A", "A", True),
+    ],
+)
+def test_whole_words(text, answer, found):
+    assert has_answer(word_forms(text), answer) is found
 
 
 def definition(prediction, ground_truths):

@@ -72,6 +72,18 @@ def test_a_token_for_unknown_words_may_begin_every_text(options, tmp_path):
     assert ids[0] == unknown and inputs.loaded.tokenizer("red")["input_ids"][0] == unknown
 
 
+def test_replaced_passages_are_counted(options, finished, question_file, tmp_path):
+    """Once a question, those of its largest context."""
+    record, *others = map(json.loads, question_file.read_text().splitlines())
+    texts = ("a red door .", "a white door .", "the gate is red .")
+    record["ctxs"] += [{"title": "own", "text": text, "isgold": False} for text in texts]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (record, *others)))
+    run = run_sweep(replace(options, task=str(path)), tmp_path / "run")
+    assert run.manifest["counts"]["passages_replaced"] == 2
+    assert finished.manifest["counts"]["passages_replaced"] == 0
+
+
 def test_predictions_are_the_models_own(finished, tiny_model, question_file):
     """Rows are recomputed from a plain forward pass over the teacher-forced context."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from refinelens.errors import InputError
-from refinelens.tasks.task import DistractorSource, choose_questions, load_task, normalise_answer
+from refinelens.tasks.scoring import normalise_answer
+from refinelens.tasks.task import DistractorSource, choose_questions, load_task
 
 
 def passage(title, text, gold=False):
@@ -97,6 +98,15 @@ def test_distractors_own_first_then_group_never_an_answer(tmp_path):
     assert DistractorSource(task, seed=1).choose(question, 4) == chosen[:4], "sizes are nested, the seed decides"
     assert DistractorSource(task, seed=2).choose(question, 8) != chosen
     assert DistractorSource(task, seed=1).choose(question, 12) is None, "11 passages can be used"
+
+
+def test_an_answer_inside_a_word_excludes_nothing(tmp_path):
+    """And a question's own passages that hold an answer are counted where others stand for them."""
+    own = [passage("phone", "The phone rang."), passage("two", "Only one rang."), passage("three", "It rained.")]
+    task = load_task(str(write(tmp_path / "t.jsonl", record("?", ["one"], [passage("g", "one", True), *own]))))
+    source, question = DistractorSource(task, seed=0), task.questions[0]
+    assert [d.title for d in source.choose(question, 2)] == ["phone", "three"]
+    assert [source.replaced(question, count) for count in (0, 1, 2, 3)] == [0, 0, 1, 1]
 
 
 def test_an_answer_of_articles_alone_is_looked_for_as_it_stands(tmp_path):

@@ -27,6 +27,7 @@ class QuestionContexts:
     contexts: list[Context]
     left_out: dict[str, list[int]]  # context size and reason: the question's id
     n_tokens: int  # computed to choose the answer
+    n_replaced: int  # of its own passages that hold an answer; others stand for them
 
 
 class ContextBuilder:
@@ -44,14 +45,15 @@ class ContextBuilder:
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
         alias, n_tokens = self._alias(question)
-        contexts, left_out = [], {}
+        contexts, left_out, n_replaced = [], {}, 0
         for size in self._options.documents:
             found = self._of_size(question, size, alias.index)
             if isinstance(found, str):
                 left_out[f"{condition_name(size)}: {found}"] = [question.id]
             else:
                 contexts += found
-        return QuestionContexts(alias, contexts, left_out, n_tokens)
+                n_replaced = self._distractors.replaced(question, max(0, size - 1))  # of the largest size
+        return QuestionContexts(alias, contexts, left_out, n_tokens, n_replaced)
 
     def _of_size(self, question: Question, size: int, alias: int) -> list[Context] | str:
         """The contexts, or why there are none."""

@@ -26,7 +26,10 @@ from .generate import Generation, Generator, check_cache
 from .readings import ContextReading, ContextStates, read_contexts
 from .rows import prediction_table
 
-COUNTS = ("contexts", "positions_read", "lens_rows", "tokens_computed", "tokens_saved", "tokens_generated")
+COUNTS = (
+    *("contexts", "passages_replaced", "positions_read", "lens_rows"),
+    *("tokens_computed", "tokens_saved", "tokens_generated"),
+)
 ROWS_AT_A_TIME = 4096  # of one call of a lens, layers times positions, unless one context has more
 SPANS = {"answer": "answer_span", "all": "whole_span"}
 
@@ -78,7 +81,9 @@ class Predictor:
     def rows(self, question: Question) -> pa.Table:
         """Prediction rows of one question."""
         found = self._builder.build(question)
-        self.counts.update(contexts=len(found.contexts), tokens_computed=found.n_tokens)
+        self.counts.update(
+            contexts=len(found.contexts), passages_replaced=found.n_replaced, tokens_computed=found.n_tokens
+        )
         self.left_out = found.left_out
         read = self._ask(found.contexts)
         tables = {reading.context: prediction_table(reading, found.alias, self._text) for reading in read}

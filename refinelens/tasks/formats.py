@@ -22,6 +22,7 @@ class Format:
     closed_book: str | None  # template without documents; None where there is nothing to ask without them
     lines: Callable[[Sequence[Document]], list[str]]  # one line per document
     own_documents: bool  # distractors are the question's own documents alone
+    pairs: bool = False  # documents are keys and values: what holds an answer is an equal value
 
 
 def numbered_lines(documents: Sequence[Document]) -> list[str]:
@@ -63,4 +64,5 @@ KV = Format(
     closed_book=None,
     lines=json_lines,
     own_documents=True,
+    pairs=True,
 )

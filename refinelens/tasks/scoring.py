@@ -8,29 +8,44 @@ import unicodedata
 from collections.abc import Iterable
 
 
-def normalise_answer(text: str) -> str:
+def normalise_answer(text: str, punctuation: str = "") -> str:
     """Lower case, no punctuation, no articles, single spaces: the normalisation of Lost in the Middle.
 
     Accents are composed first (Unicode NFC), so that two spellings of one name are equal.
-    """
-    text = unicodedata.normalize("NFC", text).lower()
-    text = "".join(c for c in text if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def contains_answer(text: str, normalised: str, answer: str) -> bool:
-    """Whether a normalised answer stands in a normalised text.
-
-    An answer such as "A" or "?" has nothing left after normalisation and would be in every text: it is looked for as
-    it stands, not inside a word.
 
     Args:
         text: As written.
-        normalised: `normalise_answer` of it, made once for many answers.
+        punctuation: What stands in its place.
+    """
+    text = unicodedata.normalize("NFC", text).lower()
+    text = "".join(punctuation if c in string.punctuation else c for c in text)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def word_forms(text: str) -> tuple[str, ...]:
+    """What `has_answer` looks at, made once for many answers: as written, and normalised in two ways.
+
+    Without punctuation "U.S." is "us", with a space for it "London-based" holds "london".
+    """
+    return text, normalise_answer(text), normalise_answer(text, " ")
+
+
+def has_answer(forms: tuple[str, ...], answer: str) -> bool:
+    """Whether the words of an answer stand in a text, normalised and whole, as in DPR's ``has_answer``.
+
+    An answer such as "A" or "?" has nothing left after normalisation: it is looked for as it stands.
+
+    Args:
+        forms: Of the text, see `word_forms`.
         answer: As written.
     """
     plain = normalise_answer(answer)
-    return plain in normalised if plain else bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
+    return any(_stands_in(form, plain) for form in forms[1:]) if plain else _stands_in(forms[0], answer)
+
+
+def _stands_in(text: str, words: str) -> bool:
+    """Whether they do, not inside a word."""
+    return words in text and bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text))
 
 
 def first_line(generated: str) -> str:
@@ -42,11 +57,13 @@ def first_line(generated: str) -> str:
 
 
 def best_subspan_em(generated: str, answers: Iterable[str]) -> bool:
-    """Whether the first line of a generated text contains one of the answers, all normalised.
+    """Whether the first line of a generated text contains one of the answers, all normalised, also inside a word.
 
     ``best_subspan_em`` of Liu et al. 2023, arXiv 2307.03172 (``metrics.py`` and ``evaluate_qa_responses.py`` of its
-    repository), where an answer without letters, see `contains_answer`, makes every text right.
+    repository). There an answer such as "A" or "?", which has nothing left after normalisation, makes every text
+    right; here it is looked for as it stands, not inside a word.
     """
     line = first_line(generated)
     normalised = normalise_answer(line)
-    return any(contains_answer(line, normalised, answer) for answer in answers)
+    plain = {answer: normalise_answer(answer) for answer in answers}
+    return any(form in normalised if form else _stands_in(line, answer) for answer, form in plain.items())

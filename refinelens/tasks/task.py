@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import InputError
 from .formats import Format
 from .question import Document, Question
-from .scoring import contains_answer, normalise_answer
+from .scoring import has_answer, word_forms
 from .task_lines import parse_lines
 
 BUILTIN = Path(__file__).parents[1] / "data" / "builtin.jsonl"
@@ -111,9 +111,22 @@ class DistractorSource:
         for document in self._candidates(question):
             if len(chosen) == count:
                 break
-            if document not in chosen and document != question.gold and not _has_answer(document, question):
+            if document not in chosen and self._fits(document, question):
                 chosen[document] = None
         return list(chosen) if len(chosen) == count else None
+
+    def replaced(self, question: Question, count: int) -> int:
+        """How many of the first ``count`` of a question's own passages others stand for."""
+        return sum(not self._fits(document, question) for document in question.distractors[:count])
+
+    def _fits(self, document: Document, question: Question) -> bool:
+        """Whether it is another document than the gold one, without an answer."""
+        if document == question.gold:
+            return False
+        if self._task.format.pairs:
+            return document.text not in question.answers
+        forms = _forms(document)
+        return not any(has_answer(forms, answer) for answer in question.answers)
 
     def _candidates(self, question: Question) -> Iterator[Document]:
         yield from question.distractors
@@ -128,16 +141,9 @@ class DistractorSource:
             yield from other.distractors
 
 
-def _has_answer(document: Document, question: Question) -> bool:
-    whole, text = _texts(document)
-    return any(contains_answer(whole, text, answer) for answer in question.answers)
-
-
 @lru_cache(maxsize=4096)  # questions share distractors; a large task has more than should be held
-def _texts(document: Document) -> tuple[str, str]:
-    """A document as it stands and normalised."""
-    whole = f"{document.title} {document.text}"
-    return whole, normalise_answer(whole)
+def _forms(document: Document) -> tuple[str, ...]:
+    return word_forms(f"{document.title} {document.text}")
 
 
 def choose_questions(task: Task, count: int | None, seed: int) -> list[Question]:
