@@ -15,7 +15,7 @@ from refinelens.bench.sources import make_problem
 from refinelens.describe import describe_norm
 from refinelens.errors import InputError, UnsupportedModelError
 from refinelens.lenses.logit_lens import check_parity
-from refinelens.model.loading import LoadedModel
+from refinelens.model.loading import LoadedModel, load_model
 from refinelens.model.parts import find_parts
 from refinelens.options import SweepOptions
 from refinelens.sweep.session import run_sweep
@@ -223,3 +223,11 @@ def test_sweep_and_bench_on_a_projection(tmp_path, question_file, quick):
     assert found == {"d_model": 32, "norm": None, "projection": [16, 32], "vocab_size": VOCAB}
     with pytest.raises(InputError, match="expected an unembedding without bias, projection"):
         make_problem(BenchOptions(model=folder, device="cpu"))
+
+
+def test_a_configuration_is_the_same_in_every_dtype(tmp_path):
+    """Also where the parts of a model, here its vision tower, have configurations of their own."""
+    folder = save("gemma3-images", tmp_path)
+    wide, half = (load_model(folder, "cpu", dtype) for dtype in ("float32", "bfloat16"))
+    assert wide.config_sha256 == half.config_sha256
+    assert wide.weights_sha256 != half.weights_sha256

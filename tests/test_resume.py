@@ -368,6 +368,11 @@ def save_other_tokenizer(folder):
     file.write_text(file.read_text().replace("<unk>", "<unknown>"))
 
 
+def save_other_end(folder):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [7, 9]}))
+
+
 def in_manifest(**changes):
     """A run that was made elsewhere."""
 
@@ -390,6 +395,7 @@ def in_manifest(**changes):
         ("model.config_sha256", lambda here, run: save_other_config(here / "model")),
         ("model.weights_sha256", lambda here, run: save_tiny_model(here / "model", seed=1)),
         ("model.tokenizer_sha256", lambda here, run: save_other_tokenizer(here / "model")),
+        ("model.end_ids", lambda here, run: save_other_end(here / "model")),
         ("model.dtype", in_manifest(model__dtype="bfloat16")),
         ("model.device", in_manifest(model__device="cuda")),
         ("model.backend", in_manifest(model__backend="triton")),
@@ -406,7 +412,7 @@ def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsy
     shutil.copy(task, tmp_path / "task.jsonl")
     lens = save_tiny_lens(tmp_path / "lens", model, scale=0.1)
     command = ["sweep", "--model", model, "--task", tmp_path / "task.jsonl", "--template", template, "--documents", "2"]
-    command += ["--lens", f"plain,{lens}", "--device", "cpu", "--examples", "6", "--out", path]
+    command += ["--lens", f"plain,{lens}", "--device", "cpu", "--examples", "6", "--out", path, "--generate", "1"]
     assert main(list(map(str, command))) == 0
     run = open_run(path)
     run.write_manifest(run.manifest | {"status": "interrupted"})
@@ -417,7 +423,7 @@ def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsy
     line = one_line(capsys.readouterr().err)
     words = re.search(rf"expected {field} (.+), as the run has it, got (.+); bring that back", line)
     if field == "schema version":
-        words = re.search(r"expected schema version (4), got (99);", line)
+        words = re.search(r"expected schema version (5), got (99);", line)
     assert words and words[1] != words[2], line
     assert {file: file.read_bytes() for file in path.rglob("*.*")} == before
 

@@ -29,6 +29,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny"
 DTYPES = {name: getattr(torch, name) for name in CHOICES["dtype"] if name != "auto"}
 SAMPLE = 1024  # values per tensor that enter the weights hash
 POSITION_LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
+LOADED_AS = ("dtype", "torch_dtype", "transformers_version")  # what a configuration says of how it was loaded
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
 
@@ -50,6 +51,13 @@ class LoadedModel:
         """Longest context that the model's positions allow, or None if it states no limit."""
         config = text_config(self.model)
         return next((getattr(config, n) for n in POSITION_LIMITS if getattr(config, n, None) is not None), None)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The end-of-sequence tokens that the model's generation configuration and its tokenizer name."""
+        stated = self.model.generation_config.eos_token_id if self.model.can_generate() else None
+        ends = [*(stated if isinstance(stated, list) else [stated]), self.tokenizer.eos_token_id]
+        return frozenset(id for id in ends if id is not None)
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
@@ -185,7 +193,7 @@ def _load_message(name: str, source: str, error: Exception) -> str:
 
 def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
     """Hashes of configuration, weights and tokenizer; of the weights one that needs one pass, not all bytes."""
-    settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in ("dtype", "transformers_version")}
+    settings = _settings(model.config.to_diff_dict())
     config = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     weights, rounded = hashlib.sha256(), hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
@@ -200,3 +208,9 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tup
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
     hashes = (config, weights, rounded, hashlib.sha256(rules.encode()))
     return tuple(h.hexdigest() for h in hashes)
+
+
+def _settings(config: dict) -> dict:
+    """A configuration without what depends on how it was loaded, also in those of its parts."""
+    kept = {name: value for name, value in config.items() if name not in LOADED_AS}
+    return {name: _settings(value) if isinstance(value, dict) else value for name, value in kept.items()}

@@ -16,7 +16,7 @@ from .durable import write_whole
 from .files import check_shape
 from .lock import LOCK
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")

@@ -38,10 +38,8 @@ class Generator:
 
     @classmethod
     def from_model(cls, loaded: LoadedModel, lens: LogitLens, limit: int) -> Generator:
-        """With the end-of-sequence tokens that the model's generation configuration and its tokenizer name."""
-        stated = loaded.model.generation_config.eos_token_id if loaded.model.can_generate() else None
-        ends = [*(stated if isinstance(stated, list) else [stated]), loaded.tokenizer.eos_token_id]
-        return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, frozenset(id for id in ends if id is not None))
+        """What writes after the prompts of a model."""
+        return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, loaded.end_ids)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], n_shared: Sequence[int], cache: Cache | None

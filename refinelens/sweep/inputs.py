@@ -69,6 +69,8 @@ class SweepInputs:
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
             require(f"model.{name}", getattr(loaded, name))
+        if options.generate:
+            require("model.end_ids", sorted(loaded.end_ids))
         if options.chat:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             chat = terms.chat if terms else render_chat(loaded.tokenizer)  # the template may write the date

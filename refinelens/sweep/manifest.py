@@ -51,6 +51,7 @@ def make_manifest(
             "d_model": logit_lens.d_model,
             "vocab_size": logit_lens.parts.unembedding.shape[0],
             "max_tokens": loaded.max_tokens,
+            "end_ids": sorted(loaded.end_ids) if arguments["generate"] else None,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
             "device_name": device_name(device.type),
