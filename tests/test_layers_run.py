@@ -190,6 +190,19 @@ def test_at_the_answer_the_other_tokens_stay(run, quick):
     assert np.abs(changes[0]).max() > 0.01
 
 
+def test_a_context_twice_as_long_is_compared_again(tiny_model, question_file, tmp_path, quick, monkeypatch):
+    from refinelens.layers import scanner
+
+    own, compared = scanner.difference, []
+    monkeypatch.setattr(scanner, "difference", lambda *pair: compared.append(pair) or own(*pair))
+    (tmp_path / "template").write_text("{documents}\n{question}")
+    documents, template = (1, 6), str(tmp_path / "template")
+    sweep = SweepOptions(str(tiny_model), str(question_file), documents, template=template, examples=2, device="cpu")
+    run = run_sweep(sweep, tmp_path / "run")
+    run_layers(run.path, LayerOptions(("skip",), at="answer"))
+    assert len(compared) == 2  # an oracle context, then one of six documents
+
+
 def test_fewer_runs_at_a_time_once_memory_ran_out(run, quick, monkeypatch):
     from refinelens.layers import scanner
 

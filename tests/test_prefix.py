@@ -247,6 +247,35 @@ def test_a_real_context_may_show_what_the_gate_cannot(options, ran_whole, tmp_pa
     assert "GPT2LMHeadModel branched is not the model" in run.manifest["prefix_reuse"]["why"]
 
 
+def test_a_context_twice_as_long_is_a_proof_of_its_own(options, tmp_path, monkeypatch):
+    """Whatever was proven on shorter ones: here a cache that goes wrong behind 20 tokens."""
+    from refinelens.sweep import predict
+
+    crop, compare, compared = DynamicCache.crop, predict.compare, []
+
+    def short_memory(cache, tokens):
+        crop(cache, tokens)
+        if cache.get_seq_length() > 20:
+            cache.layers[0].values[..., :10, :] = 0
+
+    def spy(lens, pairs):
+        compared.append(len(compared))
+        return compare(lens, pairs)
+
+    options = replace(options, documents=(1, 2, 6), template=str(tmp_path / "template"))
+    (tmp_path / "template").write_text("{documents}\n{question}")
+    whole = run_sweep(replace(options, reuse_prefix="off"), tmp_path / "whole")
+    lengths = sorted({row["n_tokens"] for row in predictions(whole)})
+    monkeypatch.setattr(predict, "compare", spy)
+    run_sweep(options, tmp_path / "right")
+    right = len(compared)
+    assert 1 < right <= np.log2(lengths[-1] / lengths[0]) + 1
+    monkeypatch.setattr(DynamicCache, "crop", short_memory)
+    run = run_sweep(options, tmp_path / "run")
+    assert len(compared) - right == 2 and not run.manifest["prefix_reuse"]["used"]
+    assert_same(run, whole)
+
+
 def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, monkeypatch):
     monkeypatch.setattr(DynamicCache, "crop", crop_nothing)
     run = run_sweep(options, tmp_path / "run")

@@ -17,13 +17,17 @@ from tiny import write_part
 N_POINTS = 4  # layers of the runs, the embedding output included
 
 
-def make_run(folder, ranks, task="0" * 64, part_size=5, text="{documents} {question}", **arguments):
-    """A run with these target ranks by question, every one at two gold positions; ``text`` is its template."""
+def make_run(folder, ranks, task="0" * 64, part_size=5, text="{documents} {question}", second=(), **arguments):
+    """A run with these target ranks by question, every one at two gold positions.
+
+    ``text`` is its template; the target of the questions ``second`` is their second answer.
+    """
     run = Run(folder)
     run.parts_path.mkdir(parents=True)
-    other_keys = {name: 0 for name, _ in KEYS} | {"lens": "plain"}
+    shared = {name: 0 for name, _ in KEYS} | {"lens": "plain", "documents": 2}
     rows = [
-        other_keys | {"question_id": q, "documents": 2, "gold_position": p, "target_rank": (values + p).tolist()}
+        shared
+        | {"question_id": q, "alias": int(q in second), "gold_position": p, "target_rank": (values + p).tolist()}
         for q, values in ranks.items()
         for p in (0, 1)
     ]
@@ -49,6 +53,7 @@ def test_shared_rows_are_paired_by_key(tmp_path, compare):
     np.testing.assert_array_equal(found, (x, y))
     result = compare_runs(run_a, run_b, compare)
     assert result.rows == len(shared) and result.layers.shape == (N_POINTS,)
+    assert result.unpaired == (2 * len(of_a) - len(shared), 2 * len(of_b) - len(shared))
     np.testing.assert_array_equal(result.layers, [compare(x[:, i], y[:, i]) for i in range(N_POINTS)])
 
 
@@ -95,6 +100,18 @@ def test_one_template_may_stand_in_two_files(tmp_path):
     ranks = random_ranks(range(4), 0)
     runs = [make_run(tmp_path / name, ranks, template=f"{name}/own.txt") for name in "ab"]
     assert compare_runs(*runs).rows == 8
+
+
+def test_rows_of_different_answers_are_not_paired(tmp_path):
+    """Each run has the answer that its model finds likelier as the target of a question."""
+    ranks = random_ranks(range(4), 0)
+    runs = [make_run(tmp_path / name, ranks, second=own) for name, own in (("a", (1, 2)), ("b", (2, 3)))]
+    result = compare_runs(*runs)
+    assert (result.rows, result.unpaired) == (4, (4, 4))
+    expected = np.array([ranks[q] + p for q in (0, 2) for p in (0, 1)])
+    np.testing.assert_array_equal(paired_ranks(*runs), (expected, expected))
+    with pytest.raises(InputError, match="expected rows with equal question_id, .*, alias, got none among 8 and 8"):
+        paired_ranks(runs[0], make_run(tmp_path / "c", ranks, second=(0, 3)))
 
 
 def test_folders_are_opened(tiny_model, question_file, tmp_path, quick):

@@ -53,7 +53,7 @@ class Scanner:
         self._options, self._builder, self._logit_lens, self._lens = options, builder, logit_lens, lens
         self._restarts, self._targets, self._top = restarts, targets, top
         self._cached = restarts.cached
-        self._proven = False  # a real context was run from held keys and values, and compared with itself run whole
+        self._proven = 0  # tokens of the longest context that was run from held keys and compared with itself run whole
         self._at_most: int | None = None  # runs at a time, once memory ran out
 
     def contexts(self, question: Question) -> list[Context]:
@@ -106,14 +106,13 @@ class Scanner:
     def _record(self, context: Context, cached: bool) -> CleanRun:
         ids = torch.tensor([context.input_ids[: context.prompt_length]])
         run = CleanRun.record(self._logit_lens, ids, cached)
-        if not cached or self._proven:
+        if not cached or context.prompt_length <= 2 * self._proven:
             return run
         whole = CleanRun.record(self._logit_lens, ids)
         pair = (states.answer_states()[:, None, None] for states in (run, whole))
         # The gate has seen a few tokens; a real context is longer, than a sliding window say.
-        self._proven = difference(*pair) <= self._logit_lens.parity.tolerance
-        self._cached = self._proven
-        return run if self._proven else whole
+        self._proven, self._cached = context.prompt_length, difference(*pair) <= self._logit_lens.parity.tolerance
+        return run if self._cached else whole
 
     def _ablate(self, context: Context, control: bool) -> tuple[list[pa.Table], Answered]:
         run = self._record(context, self._ablation_cached)

@@ -15,7 +15,7 @@ from ..op.rank_agreement import kendall_tau_b
 from ..runs.results import KEYS, Run, open_run
 from ..runs.trajectory_table import choose_tokens, list_matrix
 
-NAMES = [name for name, _ in KEYS]
+NAMES = [*(name for name, _ in KEYS), "alias"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class RunAgreement:
     """Agreement of two runs at every layer, fp64 ``[n_layers + 1]``, over so many shared rows."""
 
     rows: int
+    unpaired: tuple[int, int]  # rows of each run that the other has not
     layers: np.ndarray
 
 
@@ -42,19 +43,20 @@ def compare_runs(
         InputError: Different numbers of layers, or what `paired_ranks` or ``compare`` refuses.
     """
     run_a, run_b = _opened(run_a), _opened(run_b)
-    ranks_a, ranks_b = paired_ranks(run_a, run_b)
+    ranks_a, ranks_b, unpaired = _paired(run_a, run_b)
     if ranks_a.shape[1] != ranks_b.shape[1]:
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected models with the same number of layers, got "
             f"{ranks_a.shape[1] - 1} and {ranks_b.shape[1] - 1}; choose layers from the arrays of paired_ranks instead"
         )
-    return RunAgreement(len(ranks_a), compare(ranks_a.T, ranks_b.T))
+    return RunAgreement(len(ranks_a), unpaired, compare(ranks_a.T, ranks_b.T))
 
 
 def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Target ranks of the rows that two runs share, int64 ``[rows, n_layers + 1]`` each, in the order of ``run_a``.
 
-    Rows, one per answer token, are the same if all of `refinelens.runs.results.KEYS` are equal.
+    Rows, one per answer token, are the same if all of `refinelens.runs.results.KEYS` and the alias are equal: with
+    ``--alias best`` two models may have another answer of a question as their target.
 
     Args:
         run_a: One run, or its folder.
@@ -64,7 +66,11 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
         InputError: No run in a folder; runs of different tasks, seeds, targets, templates, aliases or chats, or without
             a shared row.
     """
-    run_a, run_b = _opened(run_a), _opened(run_b)
+    return _paired(_opened(run_a), _opened(run_b))[:2]
+
+
+def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """`paired_ranks`, and how many rows of each run have no partner."""
     if run_a.manifest["task"].get("sha256") != run_b.manifest["task"].get("sha256"):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
@@ -84,7 +90,8 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
             f"{run_a.path} and {run_b.path}: expected rows with equal {', '.join(NAMES)}, got none among "
             f"{len(keys_a)} and {len(keys_b)} rows; sweep both with the same --documents and --gold-positions"
         )
-    return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()]
+    unpaired = (len(keys_a) - len(shared), len(keys_b) - len(shared))
+    return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()], unpaired
 
 
 def _opened(run: Run | str | Path) -> Run:

@@ -57,7 +57,7 @@ class Predictor:
         self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
         # Whether the pass that the lens reads keeps a cache for generation to go on from.
         self._cached = bool(options.generate) and (self.reuse.used or check_cache(logit_lens).used)
-        self._proven = False  # a real context that branched off was compared with itself run whole
+        self._proven = 0  # tokens of the longest context that branched off and was compared with itself run whole
         self._builder = builder
         self._batching = Batching(options, loaded.model.device.type)
         self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
@@ -183,19 +183,18 @@ class Predictor:
     ) -> tuple[torch.Tensor, Cache | None]:
         """``[n_layers + 1, batch, answer tokens, d_model]``, and a cache for generation to go on from, if there is one.
 
-        The first context that branches off also runs whole.
+        The first context that branches off also runs whole, and then every one more than twice as long as all that did.
 
-        The gate has seen a few tokens; a real context is longer, than a sliding window say. That one run is not
-        counted.
+        The gate has seen a few tokens; a real context is longer, than a sliding window say. Those runs are not counted.
         """
         if self._branches is None:
             cache = DynamicCache() if self._cached else None
             return self._logit_lens.hidden(ids, positions, mask, cache), cache
         branched = self._branches.hidden(ids, positions)
-        if self._branches.shared == 0 or self._proven:
+        if self._branches.shared == 0 or ids.shape[1] <= 2 * self._proven:
             return branched, self._branches.cache
         whole = self._logit_lens.hidden(ids, positions, mask)
-        self.reuse, self._proven = compare(self._logit_lens, [(branched, whole)]), True
+        self.reuse, self._proven = compare(self._logit_lens, [(branched, whole)]), ids.shape[1]
         if self.reuse.used:
             return branched, self._branches.cache
         self._branches, self._cached = None, False
