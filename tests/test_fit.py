@@ -110,6 +110,22 @@ def text(tmp_path_factory):
     return path
 
 
+def test_no_document_is_read_twice(model, tmp_path):
+    """Passages that questions share would be fitted on and reported on."""
+    generator = np.random.default_rng(0)
+    passages = [{"title": "arven", "text": " ".join(generator.choice(WORDS, 60))} for _ in range(40)]
+    path = tmp_path / "task.jsonl"
+    shared = [passages[(5 * i) % 40 :][:10] for i in range(60)]
+    path.write_text("".join(json.dumps({"ctxs": own}) + "\n" for own in shared))
+    found = load_text(str(path))
+    assert [piece.split("\n")[1] for piece in found.pieces()] == [passage["text"] for passage in passages]
+    loaded = load_model(str(model), "cpu")
+    states = States(options(model, path, tokens=1600), found, loaded, LogitLens.from_model(loaded.model))
+    fit, report = ([ids.tolist()[0] for ids in states._some(role)] for role in (states.split.fit, states.split.report))
+    grams = [{tuple(ids[i : i + 12]) for ids in role for i in range(len(ids) - 11)} for role in (fit, report)]
+    assert len(grams[1]) > 50 and not grams[0] & grams[1]
+
+
 def options(model, text, **changes):
     return FitOptions(**{"model": str(model), "text": str(text), "tokens": 3000} | changes)
 

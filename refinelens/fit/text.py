@@ -33,18 +33,22 @@ class Text:
     sha256: str  # of the file, or of the text
 
     def pieces(self) -> Iterator[str]:
-        """Documents, or pieces of about `PIECE` characters of a plain text.
+        """Documents, each once however often it stands there, or pieces of about `PIECE` characters of a plain text.
+
+        Passages of a task are those of many questions: what is held out would else be among what is fitted on.
 
         Raises:
             InputError: A file that is not text, or lines of JSON without text; the line is named.
         """
         if self.path is None:
-            yield from OWN[self.name]()
+            yield from _distinct(OWN[self.name]())
             return
-        read = _json_documents if ".jsonl" in self.path.suffixes else _plain_pieces
         try:
             with _open(self.path) as file:
-                yield from read(self.path, file)
+                if ".jsonl" in self.path.suffixes:
+                    yield from _distinct(_json_documents(self.path, file))
+                else:
+                    yield from _plain_pieces(file)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise InputError(f"--text {self.path}: expected readable UTF-8 text, got: {error}") from None
 
@@ -105,7 +109,17 @@ def _open(path: Path) -> IO[str]:
     return reader(path, "rt", encoding="utf-8-sig")
 
 
-def _plain_pieces(path: Path, file: IO[str]) -> Iterator[str]:
+def _distinct(documents: Iterable[str]) -> Iterator[str]:
+    """The first of equal ones."""
+    seen: set[bytes] = set()
+    for document in documents:
+        digest = hashlib.sha256(document.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield document
+
+
+def _plain_pieces(file: IO[str]) -> Iterator[str]:
     while piece := file.read(PIECE):
         yield piece + file.readline(PIECE)  # to the end of a line, so that no word is cut
 
