@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FaultError, InputError
+from .options import check_utf8
 from .parser import build_parser
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
     try:
+        for word in argv:
+            check_utf8("command line", word)
         return COMMANDS[arguments.command](arguments, argv)
     except (InputError, FaultError) as error:
         _say(str(error))

@@ -76,6 +76,22 @@ def default_task(model: str) -> str:
     return "tiny" if model == "tiny" else "builtin"  # that model knows no words but those of its own task
 
 
+def check_utf8(what: str, text: str) -> None:
+    """Refuse a text that no manifest can hold: the name of a file need not be UTF-8.
+
+    Args:
+        what: Where it was given.
+        text: What was given.
+
+    Raises:
+        InputError: It has bytes that are not UTF-8, as Python keeps them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: expected UTF-8, got {text!r}; rename the file or folder") from None
+
+
 def check_top(top: tuple[int, ...]) -> None:
     """Refuse thresholds that no rank can be held against.
 

@@ -11,12 +11,16 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 import transformers
 
 from families import save
 from refinelens.cli import main
+from refinelens.errors import InputError
+from refinelens.lenses.lens_files import load_lens
 from refinelens.model.parts import find_parts
-from tiny import save_tiny_model, word_tokenizer
+from refinelens.tasks.task import load_task
+from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
 
 
 def run(*arguments):
@@ -354,3 +358,46 @@ def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch, quick):
     captured = capsys.readouterr()
     assert_one_line(captured.err, "interrupted; the finished questions stay readable, refinelens sweep --resume")
     assert "This run is interrupted: 2 of 6 questions" in captured.out
+
+
+@pytest.mark.parametrize(
+    "place, what",
+    [
+        ("transformers.PreTrainedModel.to", "--model"),
+        ("transformers.AutoModelForCausalLM.from_pretrained", "--model"),
+        ("refinelens.lenses.logit_lens.check_parity", "GPT2LMHeadModel"),
+        ("refinelens.lenses.translators.Translators.to", "--lens half"),
+    ],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["gpu", "cpu"])
+def test_no_memory_to_load(tiny_model, question_file, tmp_path, capsys, monkeypatch, place, what, error):
+    lens = save_tiny_lens(tmp_path / "half", tiny_model, scale=0.5)
+
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(place, full)
+    command = ["sweep", "--model", tiny_model, "--task", question_file, "--documents", "2", "--lens", f"plain,{lens}"]
+    assert main([*map(str, command), "--device", "cpu", "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"refinelens: {what}") and "expected memory to load it, got out of memory; free some" in err
+    assert err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--task", "--model", "--lens", "--template"])
+def test_names_that_are_not_utf8_are_refused_before_anything_is_loaded(option, sweep, no_model, capsys):
+    """No manifest could hold them."""
+    name = os.fsdecode(b"r\xe9sum\xe9")
+    assert main([*sweep, option, name]) == 2
+    assert_one_line(capsys.readouterr().err, r"command line: expected UTF-8, got 'r\udce9sum\udce9'; rename the file")
+
+
+def test_other_names_that_are_not_utf8(tiny_model, tmp_path, monkeypatch):
+    """A variable and a folder that one stands in."""
+    folder = tmp_path / os.fsdecode(b"\xe9")
+    monkeypatch.setenv("REFINELENS_NQ", str(folder))
+    with pytest.raises(InputError, match=r"^\$REFINELENS_NQ: expected UTF-8, got "):
+        load_task("nq")
+    monkeypatch.chdir(save_tiny_lens(folder, tiny_model, scale=0.5))
+    with pytest.raises(InputError, match=r"^--lens \.: name of the folder: expected UTF-8, got "):
+        load_lens(".")

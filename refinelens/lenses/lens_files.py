@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
-from ..model.loading import LoadedModel
+from ..model.loading import LoadedModel, memory_for
+from ..options import check_utf8
 from ..runs.durable import write_whole
 from ..runs.files import check_entries, read_json_object, sha256_of
 from .logit_lens import LogitLens
@@ -85,6 +86,7 @@ def load_lens(path: str | Path) -> Lens:
                 f"expected plain or the folder of a lens ({MANIFEST}, or {CONFIG} and {PARAMS}), got {got} there"
             )
         name = path.resolve().name
+        check_utf8("name of the folder", name)
         if name == PLAIN:
             raise InputError(f"expected another name than {PLAIN}, which means the plain logit lens; rename the folder")
         sha256 = sha256_of(tensors)
@@ -121,6 +123,7 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
 
     Raises:
         InputError: It was made for another model, or another revision of this one.
+        FaultError: No memory for it.
     """
     if lens.translators is None:
         return lens
@@ -133,7 +136,8 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
             raise _made_for_another(lens, loaded.name, f"another model or revision ({error})") from None
     dtype = loaded.model.dtype
     try:
-        translators = lens.translators.to(loaded.model.device, dtype)
+        with memory_for(f"--lens {lens.name}"):
+            translators = lens.translators.to(loaded.model.device, dtype)
     except InputError as error:
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"--lens {lens.name}: {error} once in {name}; use --dtype float32") from None

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
 from ..model.capture import keep_positions, probe_ids, run_base
+from ..model.loading import memory_for
 from ..model.parts import LensParts, check_widths, find_parts
 from ..op.backends import choose_backend
 from ..op.kl import kl_to_final
@@ -85,10 +86,12 @@ class LogitLens:
         Raises:
             UnsupportedModelError: A part was not found, or the lens at the last layer is not the model's
                 own prediction; the class and the difference are named.
+            FaultError: No memory for that.
         """
         model.eval()
-        parts = find_parts(model)
-        parity = check_parity(model, parts, backend)
+        with memory_for(type(model).__name__):
+            parts = find_parts(model)
+            parity = check_parity(model, parts, backend)
         if not parity.passed:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "

@@ -20,7 +20,7 @@ import torch
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
+from ..errors import FaultError, InputError
 from ..options import CHOICES
 from .capture import text_config
 
@@ -71,6 +71,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
 
     Raises:
         InputError: No such model or device, or files that Transformers cannot load.
+        FaultError: No memory for it.
     """
     target = resolve_device(device)
     source, gguf_file = _locate(name)
@@ -80,22 +81,25 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     if not Path(source).is_dir() and _hub_is_out_of_reach():
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
-    try:
-        with _gguf_read_once() if gguf_file else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+    with memory_for(f"--model {name}"):
+        try:
+            with _gguf_read_once() if gguf_file else nullcontext():
+                tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+                )
+        except Exception as error:  # a damaged file can raise anything from the libraries that read it
+            if is_out_of_memory(error):
+                raise
+            raise InputError(_load_message(name, source, error)) from None
+        absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if absent:
+            raise InputError(
+                f"--model {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
+                f"{len(absent)}, such as {absent[0]}"
             )
-    except Exception as error:  # a damaged file can raise anything from the libraries that read it
-        raise InputError(_load_message(name, source, error)) from None
-    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if absent:
-        raise InputError(
-            f"--model {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
-            f"{len(absent)}, such as {absent[0]}"
-        )
-    model = model.to(target).eval()
-    return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer), tuple(sorted(info["unexpected_keys"])))
+        model = model.to(target).eval()
+        return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer), tuple(sorted(info["unexpected_keys"])))
 
 
 def resolve_device(device: str) -> str:
@@ -112,8 +116,30 @@ def resolve_device(device: str) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not allocate; on a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether torch or Python could not allocate; on a CPU, and by the driver of a GPU, it is a plain RuntimeError."""
+    words = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Within the block, want of memory is a fault.
+
+    Args:
+        what: What is loaded, such as the option that names it.
+
+    Raises:
+        FaultError: There is no memory for it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FaultError(
+            f"{what}: expected memory to load it, got out of memory; free some, or use a smaller model, --dtype "
+            "bfloat16 or --device cpu"
+        ) from None
 
 
 def find_smollm2() -> Path | None:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import InputError
+from ..options import check_utf8
 from .formats import Format
 from .question import Document, Question
 from .scoring import has_answer, word_forms
@@ -45,6 +46,7 @@ def resolve_task(name: str) -> Path:
         path = os.environ.get(NQ_VARIABLE, "")
         if not path:
             raise InputError(f"--task nq: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it")
+        check_utf8(f"${NQ_VARIABLE}", path)
     if not os.path.isfile(path):
         raise InputError(f"--task {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {path}")
     return Path(path)
