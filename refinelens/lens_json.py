@@ -60,7 +60,7 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
             file that cannot be written.
         FaultError: No free disk.
     """
-    terms = Terms(run.path, run.manifest)
+    terms = Terms(run.path, run.manifest, "export")
     inputs = SweepInputs.load(terms.options, terms)
     lens = _pick("--lens", inputs.lenses, lambda lens: lens.name, choice.lens)
     context = _choose_context(inputs, choice)

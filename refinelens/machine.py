@@ -9,8 +9,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "pyarrow", "matplotlib", "gguf")
 
 
@@ -22,6 +20,8 @@ def now() -> str:
 def device_name(device_type: str) -> str:
     """The name of the GPU or of the processor."""
     if device_type == "cuda":
+        import torch  # the rooms without it want the time alone
+
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

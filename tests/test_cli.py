@@ -320,7 +320,7 @@ def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypat
         raise PermissionError(13, "Read-only file system")
 
     monkeypatch.setattr("refinelens.runs.results.write_whole", read_only)
-    monkeypatch.setattr("refinelens.report.derived.write_whole", read_only)
+    monkeypatch.setattr("refinelens.report.derived.write_cells", read_only)
     monkeypatch.setattr("refinelens.report.figures.write_whole", read_only)
     capsys.readouterr()
     assert main(["show", str(tmp_path / "run")]) == 0

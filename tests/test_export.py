@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -69,6 +71,17 @@ def test_frames(run):
     assert len(first["target_rank"]) == run.manifest["model"]["n_layers"] + 1
     depth, settle = loaded.trajectories["depth"], loaded.trajectories["settle"]
     assert str(depth.dtype) == "Int32" and (depth.isna() == settle.isna()).all()
+
+
+def test_names_of_lenses_are_texts(run, tmp_path):
+    """Whatever they look like."""
+    path = Path(shutil.copytree(run.path, tmp_path / "run"))
+    for name in ("NA", "7", "plain"):
+        for table in ("summary", "paired"):
+            text = (run.path / f"{table}.csv").read_text()
+            (path / f"{table}.csv").write_text(text.replace("\nplain,", f"\n{name},"))
+            assert set(getattr(load_run(path), table)["lens"]) == {name}
+    assert load_run(path).summary["mean_depth"].dtype.kind == "f"
 
 
 BAD = [

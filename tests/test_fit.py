@@ -153,7 +153,8 @@ def test_the_folder_of_a_lens(fitted):
     lens = load_lens(fitted.path)
     assert (lens.name, lens.kind, lens.manifest) == ("words", "linear", fitted.manifest)
     assert fitted.manifest["tokens"]["fit"] > 4 * fitted.manifest["tokens"]["report"]
-    lines = (fitted.path / "quality.csv").read_text().splitlines()
+    lines = (fitted.path / "quality.csv").read_bytes().strip().split(b"\n")
+    assert not any(b"\r" in line for line in lines)
     assert len(lines) == 2 + fitted.manifest["model"]["n_layers"]
 
 

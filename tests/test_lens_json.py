@@ -31,7 +31,7 @@ def exported(run, path, *options):
 
 
 def context_of(run, question, documents, gold_position):
-    terms = Terms(run.path, run.manifest)
+    terms = Terms(run.path, run.manifest, "export")
     inputs = SweepInputs.load(terms.options, terms)
     contexts = inputs.builder().build(inputs.questions[question]).contexts
     return next(c for c in contexts if (c.n_documents, c.gold_position) == (documents, gold_position))
@@ -153,5 +153,6 @@ def test_another_model_is_refused(run, tmp_path, capsys):
     manifest = run.manifest
     run.write_manifest(manifest | {"model": manifest["model"] | {"weights_sha256": "0" * 64}})
     assert main(["export", str(run.path), "--format", "lens-json", "--out", str(tmp_path / "x.json")]) == 2
-    assert "expected model.weights_sha256 000000000000, as the run has it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"refinelens: export {run.path}: expected model.weights_sha256 000000000000, as the run ")
     run.write_manifest(manifest)

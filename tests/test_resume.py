@@ -239,6 +239,16 @@ def test_a_signal_lets_the_question_finish(forge, sweep, whole, tmp_path, capsys
     assert len(open_run(path).manifest["resumed"]) == 3
 
 
+def test_a_signal_while_a_resume_loads(stopped, capsys, monkeypatch):
+    """What was finished before is there."""
+    monkeypatch.setattr("refinelens.sweep.inputs.load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = (stopped.path / MANIFEST).read_bytes()
+    assert main(["sweep", "--resume", str(stopped.path)]) == 143
+    kept = f"the finished questions stay readable, refinelens sweep --resume {stopped.path} goes on with them"
+    assert one_line(capsys.readouterr().err) == f"refinelens: interrupted; {kept}\n"
+    assert (stopped.path / MANIFEST).read_bytes() == before
+
+
 def test_a_second_signal_stops_at_once(forge, sweep, whole, tmp_path):
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     twice = [(10, signal.SIGINT), (10, signal.SIGTERM)]
@@ -258,6 +268,7 @@ def test_two_processes_and_one_folder(forge, sweep, whole, tmp_path, capsys, qui
         assert f"held by process {pid} on {os.uname().nodename} since 20" in one_line(capsys.readouterr().err)
     assert main(["show", str(path)]) == 0
     assert "4 of 14 questions" in capsys.readouterr().out and not (path / "summary.csv").exists()
+    assert open_run(path).manifest["finished"] is None
     os.kill(pid, signal.SIGKILL)
     assert forge.wait(pid) == -signal.SIGKILL and (path / LOCK).exists()
     assert main(["sweep", "--resume", str(path)]) == 0

@@ -49,6 +49,7 @@ def predictions(run):
 
 def test_all_outputs_are_there(finished):
     assert {p.name for p in finished.path.iterdir()} == OUTPUTS
+    assert not any(b"\r" in path.read_bytes() for path in finished.path.glob("*.csv"))
     table = pq.read_table(finished.path / "predictions" / "part-00000.parquet")
     assert table.schema.equals(PREDICTIONS)
     tokens = {0: 1, 1: 2, 2: 1, 3: 3, 4: 1, 5: 1}  # answers of one, two and three words
@@ -144,6 +145,7 @@ def test_trajectories_and_summary_follow_from_predictions(finished):
 def test_manifest_repeats_the_run(finished, options, tmp_path):
     manifest = finished.manifest
     assert manifest["status"] == "finished" and manifest["counts"]["done"] == 6
+    assert manifest["started"] <= manifest["finished"]
     assert manifest["model"]["parity"]["argmax_equal"] and len(manifest["task"]["sha256"]) == 64
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["arguments"].items()}
     again = run_sweep(SweepOptions(**arguments), tmp_path / "again")

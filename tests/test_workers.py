@@ -194,7 +194,7 @@ def test_a_worker_compares_what_it_loads(forge, by_workers, tmp_path, tiny_model
     config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 0.001'))
     (faults / "hold-start").unlink()
     assert forge.wait(pid) == 2
-    assert "expected model.config_sha256" in only_error(log)
+    assert f"--out {tmp_path / 'run'}: expected model.config_sha256" in only_error(log)
     assert not (tmp_path / "run").exists()
 
 
@@ -212,7 +212,7 @@ def is_alive(pid):
 
 def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
     def environments(device, count):
-        workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": device}}), count, pytest.fail)
+        workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": device}}, "--out"), count, pytest.fail)
         return [workers._environment(i, count) for i in range(count)]
 
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
@@ -230,7 +230,7 @@ def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
     for name in ("tempfile", "socket"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
     monkeypatch.chdir(tmp_path)
-    workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": "cpu"}}), 1, pytest.fail)
+    workers = Workers(SweepOptions(), Terms(tmp_path, {"model": {"device": "cpu"}}, "--out"), 1, pytest.fail)
     worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor terms", None, None))
     with pytest.raises(ValueError, match="too many values to unpack"):
         worker.receive()

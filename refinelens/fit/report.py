@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..report.table import WIDTH
-from ..runs.durable import write_whole
+from ..runs.durable import write_cells, write_whole
 
 TABLE = "quality.csv"
 FIGURE = "quality.png"
@@ -23,16 +22,11 @@ def write_csv(folder: Path, manifest: dict) -> None:
     """Write ``quality.csv``: one line per layer, every measure of every lens."""
     quality = manifest["quality"]
     names = [f"{lens}_{measure}" for lens in quality for measure in MEASURES]
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["layer", "ridge", *names])
-            for layer, strength in enumerate([*manifest["ridge"], ""]):
-                cells = [f"{quality[lens][measure][layer]:.6g}" for lens in quality for measure in MEASURES]
-                writer.writerow([layer, strength, *cells])
-
-    write_whole(folder / TABLE, write)
+    lines: list[list] = [["layer", "ridge", *names]]
+    for layer, strength in enumerate([*manifest["ridge"], ""]):
+        cells = [f"{quality[lens][measure][layer]:.6g}" for lens in quality for measure in MEASURES]
+        lines.append([layer, strength, *cells])
+    write_cells(folder / TABLE, lines)
 
 
 def print_quality(console: Console, manifest: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from contextlib import suppress
 from dataclasses import fields
@@ -13,7 +12,7 @@ from rich.console import Console
 from ..conditions import CLOSED_BOOK
 from ..errors import FaultError, InputError
 from ..options import check_top
-from ..runs.durable import write_whole
+from ..runs.durable import write_cells
 from ..runs.lock import RunLock
 from ..runs.results import DERIVED, Run
 from ..runs.trajectory_table import trajectory_tables
@@ -62,15 +61,8 @@ def write_csv(path: Path, kind: type, rows: list) -> None:
     for field in fields(kind):
         names = ("", "_low", "_high") if field.type == "Estimate" else ("",)
         columns += [f"{field.name}{suffix}" for suffix in names]
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for row in rows:
-                writer.writerow([cell for field in fields(kind) for cell in _cells(getattr(row, field.name))])
-
-    write_whole(path, write)
+    lines = [[cell for field in fields(kind) for cell in _cells(getattr(row, field.name))] for row in rows]
+    write_cells(path, [columns, *lines])
 
 
 def _cells(value) -> list:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import FaultError, InputError
@@ -24,6 +25,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         temporary_of(path).unlink(missing_ok=True)
+
+
+def write_cells(path: Path, lines: Iterable[Sequence]) -> None:
+    """`write_whole` of a CSV file, its names first."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+
+    write_whole(path, write)
 
 
 def write_output(path: Path, write: Callable[[Path], object]) -> None:

@@ -81,7 +81,8 @@ class LoadedRun:
     def _table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.read_csv(self.run.path / name)
+        # A lens may be called "7" or "NA".
+        return pd.read_csv(self.run.path / name, dtype={"lens": str}, keep_default_na=False, na_values=[""])
 
 
 def load_run(path: str | Path) -> LoadedRun:

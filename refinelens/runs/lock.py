@@ -7,10 +7,10 @@ import json
 import os
 import socket
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import InputError
+from ..machine import now
 from .durable import disk_error
 
 LOCK = ".refinelens.lock"
@@ -38,7 +38,7 @@ class RunLock:
             self._descriptor = self._acquire()
         except OSError as error:
             raise disk_error(self._folder, error) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
@@ -75,10 +75,6 @@ class RunLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -194,7 +194,8 @@ class Recorder:
         if not self.can_be_resumed:
             return
         self._check_own()
-        self._manifest |= {"status": status, "finished": now(), "parts": [vars(part) for part in self._in_order]}
+        finished = None if status == "running" else now()
+        self._manifest |= {"status": status, "finished": finished, "parts": [vars(part) for part in self._in_order]}
         self._manifest["seconds"] = round(self._seconds + time.monotonic() - self._started, 3)
         self._manifest["counts"] |= {**self._sums, "left_out": self.left_out}
         self._write()

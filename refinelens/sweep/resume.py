@@ -18,7 +18,7 @@ class Terms:
 
     path: Path  # of the run
     manifest: dict
-    command: str = "--resume"  # that holds to it
+    command: str  # that holds to it, as its errors begin
 
     def require(self, field: str, here: object) -> None:
         """Refuse what is no longer as the manifest says.
@@ -86,13 +86,18 @@ class Unfinished:
     @property
     def terms(self) -> Terms:
         """What the run was made of."""
-        return Terms(self.run.path, self.manifest)
+        return Terms(self.run.path, self.manifest, "--resume")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a whole part has any."""
+        return any(part.rows for part in self.parts)
 
     def goes_on(self, entry: dict) -> dict:
         """The manifest to go on with: the whole parts, and ``entry`` for the process that does."""
         parts = [asdict(part) for part in self.parts]
         resumed = [*self.manifest["resumed"], entry]
-        return self.manifest | {"status": "running", "parts": parts, "resumed": resumed}
+        return self.manifest | {"status": "running", "finished": None, "parts": parts, "resumed": resumed}
 
 
 def _short(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from ..conditions import gold_positions
@@ -64,7 +65,7 @@ def run_sweep(
         manifest = asker.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
         if workers > 1:
-            asker = Workers(options, Terms(run.path, manifest), workers, warn)  # the model loaded here goes
+            asker = Workers(options, Terms(run.path, manifest, "--out"), workers, warn)  # the model loaded here goes
         return _ask(asker, _begin(run, manifest), signals, report, summary, warn)
 
 
@@ -95,10 +96,13 @@ def resume_sweep(
         run, terms = unfinished.run, unfinished.terms
         for line in unfinished.damaged:
             warn(line)
-        asker = SweepInputs.load(terms.options, terms)
+        try:
+            asker = SweepInputs.load(terms.options, terms)
+        except SweepInterrupted as stop:
+            raise SweepInterrupted(stop.signum, run if unfinished.has_rows else None) from None
         manifest = unfinished.goes_on(resumed_entry(argv, asker.loaded.model.device.type, workers))
         if workers > 1:
-            asker = Workers(terms.options, Terms(run.path, manifest), workers, warn)
+            asker = Workers(terms.options, replace(terms, manifest=manifest), workers, warn)
         return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary, warn)
 
 
