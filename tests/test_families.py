@@ -201,7 +201,7 @@ def test_broken_weights_are_refused_not_raised():
         LogitLens.from_model(model)
     model = build("llama")
     model.lm_head.weight.data[0] = float("nan")
-    with pytest.raises(InputError, match="expected finite norm and unembedding weights"):
+    with pytest.raises(InputError, match="expected finite weights of norm and unembedding"):
         LogitLens.from_model(model)
 
 
