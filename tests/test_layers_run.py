@@ -420,7 +420,7 @@ def test_the_command_prints_what_it_found(swept, finished, capsys):
         "layer",
         "ln rank",
         "skip",
-        "Agreement of gain and mlp: Spearman",
+        "Agreement: none over 3 layers; fewer than 5",
         "Essential, lens and skip: by both",
     ):
         assert words in out

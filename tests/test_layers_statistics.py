@@ -29,7 +29,8 @@ from refinelens.layers.statistics import (
     measure_scanned,
 )
 from refinelens.layers.table import print_layers
-from refinelens.report.bootstrap import Estimate
+from refinelens.report.bootstrap import Estimate, mean_estimates
+from refinelens.report.shares import share_difference, share_estimate
 from refinelens.runs.layers_schema import LAYER_ROWS
 
 RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
@@ -117,6 +118,32 @@ def test_agreement_is_scipys_with_an_interval_around_it():
             (row,) = [row for row in rows if all(getattr(row, k) == v for k, v in wanted.items())]
             assert row.value.value == pytest.approx(of_scipy(*means).statistic)
             assert -1 <= row.value.low <= row.value.value <= row.value.high <= 1
+
+
+def test_few_layers_have_no_agreement():
+    """Of three layers the means are in one order, or in the reverse one, once in three times."""
+    for layers, expected in ((4, 0), (5, 3 * 2)):
+        gain, keys = np.tile(np.arange(layers), (9, 1)), (np.arange(9), np.full(9, 5), np.zeros(9, dtype=int))
+        lens = Measured(LENS, 1, *keys, dict.fromkeys((GAIN, "log_rank_gain", "entropy_drop"), gain))
+        rows = agreements(lens, [Measured("skip", 1, *keys, {COST: gain})], seed=0)
+        assert len([row for row in rows if row.gold_position is None]) == expected
+
+
+def test_shares_of_one_example_each_have_the_intervals_of_shares():
+    """Of all gold positions together a question has several examples, which are resampled with it."""
+    n = 12
+    keys = (np.repeat(np.arange(n), 2), np.full(2 * n, 2), np.tile([0, 1], n))
+    right = np.repeat([[1.0], [0.0], [1.0]], [8, 1, 15], axis=0)
+    change = np.repeat([[0.0], [-1.0], [1.0]], [14, 8, 2], axis=0)
+    values = {"accuracy": right, "correct_change": change, COST: right}
+    rows = {(r.statistic, r.gold_position): r for r in layer_statistics(Measured("skip", 1, *keys, values), 0)}
+    for position, hits, gained, lost in ((0, 11, 1, 4), (1, 12, 1, 4)):
+        assert rows["accuracy", position].value == share_estimate(hits, n)
+        assert rows["correct_change", position].value == share_difference(gained, lost, n)
+        assert rows[COST, position].value != share_estimate(hits, n)
+    for name, values in (("accuracy", right), ("correct_change", change)):
+        sums = values.reshape(n, 2).sum(1, keepdims=True)
+        assert rows[name, None].value == mean_estimates(sums, np.full((n, 1), 2), 0)[0]
 
 
 def test_the_interval_of_an_agreement_holds_what_noise_hides():
@@ -213,6 +240,7 @@ def test_of_one_question_there_is_no_interval_and_no_verdict():
     print_layers(console, LayersReport(manifest, RUN, ["skip"], 0.0, 0.0, statistics, *found))
     text = console.export_text()
     assert "2 documents, 1 question, plain lens" in text and "\n1 question in 1 s." in text
+    assert "Agreement: none over 3 layers; fewer than 5 agree by chance too often." in text
     assert "Essential: no verdict on fewer than 5 questions." in text
     assert "[" not in text and "*" not in text.split("Agreement")[0] and "nan" not in text
 

@@ -1,4 +1,4 @@
-"""Means per layer over examples, with bootstrap intervals over questions: of the lens, and of each intervention."""
+"""Means per layer over examples, with intervals over questions: of the lens, and of each intervention."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..report.bootstrap import Estimate, mean_estimates, sums_and_counts
+from ..report.shares import share_difference, share_estimate
 from ..runs.trajectory import trajectories
 from .examples import RunExamples
 from .scanned import Scanned
 
 LENS = "lens"
 EVERY_POSITION = None  # in place of a gold position: all of a context size together
-CHANGES = ("correct_change", "first_correct_change", "settle_change", "depth_change")
+SHARES = ("first_correct_share", "settle_share", "exit_accuracy", "exit_agreement", "accuracy")
+SHARE_CHANGE = "correct_change"  # a share less another one of the same examples
+CHANGES = (SHARE_CHANGE, "first_correct_change", "settle_change", "depth_change")
 GAINS = ("logprob_gain", "log_rank_gain", "entropy_drop")
 GAIN, COST = GAINS[0], "logprob_cost"  # nats of target log-probability: by the lens, by an intervention
 
@@ -90,7 +93,11 @@ def measure_scanned(scanned: Scanned) -> Measured:
 
 
 def layer_statistics(measured: Measured, seed: int) -> list[LayerStatistic]:
-    """Every statistic of every layer, by context size and gold position."""
+    """Every statistic of every layer, by context size and gold position.
+
+    A share of questions with one example each, and a difference of two, have the intervals of `report.shares`, all
+    else a bootstrap over questions.
+    """
     rows, names = [], tuple(measured.values)
     for documents, position, inside in measured.cells():
         sums, counts = measured.sums(inside, names)
@@ -98,8 +105,16 @@ def layer_statistics(measured: Measured, seed: int) -> list[LayerStatistic]:
         n = measured.values[names[0]].shape[1]
         for place, (n_questions, value) in enumerate(zip(questions, estimates, strict=True)):
             layer, name = measured.first_layer + place % n, names[place // n]
+            if counts[:, place].max() <= 1 and name in (*SHARES, SHARE_CHANGE):
+                value = _share(name, sums[:, place], n_questions)
             rows.append(LayerStatistic(measured.of, documents, position, layer, name, n_questions, value))
     return rows
+
+
+def _share(name: str, values: np.ndarray, n: int) -> Estimate:
+    """Of the values 0 and 1 of so many questions, and -1 of a difference."""
+    gained, lost = int((values == 1).sum()), int((values == -1).sum())
+    return share_estimate(gained, n) if name in SHARES else share_difference(gained, lost, n)
 
 
 def _gain(values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from ..report.bootstrap import FEW_QUESTIONS
 from ..report.table import WIDTH, title
 from ..report.words import counted, format_estimate
 from ..runs.layers_schema import DESTROY, RESTORE
+from .agreement import FEW_LAYERS
 from .early_exit import KEPT, EarlyExit
 from .essential import Essential
 from .options import PATCH
@@ -67,7 +68,10 @@ def _table(report: LayersReport, rows: list[LayerStatistic], essentials: list[Es
 
 
 def _lines(report: LayersReport, documents: int) -> list[str]:
-    lines = [_agreement_line(report, documents, name) for name in report.ablations]
+    lines = [_agreement_line(report, documents, name) for name in report.ablations if report.agreements]
+    if report.ablations and not report.agreements:
+        over = counted(report.n_layers, "layer")
+        lines.append(f"Agreement: none over {over}; fewer than {FEW_LAYERS} agree by chance too often.")
     essentials = [row for row in report.essentials if row.documents == documents]
     if report.ablations and not essentials:
         lines.append(f"Essential: no verdict on fewer than {FEW_QUESTIONS} questions.")
@@ -87,7 +91,10 @@ def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
         for row in report.agreements
         if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
     }
-    return f"Agreement of gain and {name}: Spearman {chosen['spearman']}, Kendall {chosen['kendall']}."
+    return (
+        f"Agreement of gain and {name} over {report.n_layers} layers: Spearman {chosen['spearman']}, Kendall "
+        f"{chosen['kendall']}; intervals over questions."
+    )
 
 
 def _essential_line(row: Essential) -> str:
