@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -45,7 +46,7 @@ def examples(ranks=RANKS):
         "argmax": np.where(ranks == 0, 7, 1),
         "target_rank": ranks,
         "target_logprob": -np.sqrt(ranks, dtype=np.float32),
-        "entropy": np.float32(5.0) - np.arange(4, dtype=np.float32) * (1 + n[:, None]),
+        "entropy": np.float32(5.0) - np.arange(ranks.shape[1], dtype=np.float32) * (1 + n[:, None]),
     }
     arrays = {name: np.array(values) for name, values in keys.items()}
     return RunExamples(RUN, "plain", arrays, np.full(4, 7), np.full(4, 7), lists)
@@ -228,6 +229,20 @@ def test_early_exit_and_absent_patches_in_words():
         assert words in text and "Patching: no question is answered at one gold position and not at another." in text
 
 
+def test_an_agreement_says_over_how_many_layers_and_of_what_its_interval_is():
+    run = RUN | {"model": {"name": "m", "n_layers": 5}}
+    of_five = replace(examples(np.hstack([RANKS, RANKS[:, -2:]])), manifest=run)
+    rows = rows_of("skip", [0] * 4, [[9, 8, 7, 6, 5]] * 4)
+    lens, cost = measure_lens(of_five), measure_scanned(Scanned.of(rows, "skip", 5))
+    statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
+    manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
+    found = (agreements(lens, [cost], 0), [], early_exits(statistics), [])
+    console = Console(record=True, file=io.StringIO(), width=200)
+    print_layers(console, LayersReport(manifest, run, ["skip"], 0.0, 0.0, statistics, *found))
+    line = r"\nAgreement of gain and skip over 5 layers: Spearman \S+, Kendall \S+; intervals over questions\.\n"
+    assert re.search(line, console.export_text())
+
+
 def test_of_one_question_there_is_no_interval_and_no_verdict():
     """However large gain and cost: no brackets, no star, and one question, not 1 questions."""
     one = examples().of_questions([4])
@@ -271,6 +286,28 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
         path = tmp_path / f"{len(ablations)}.png"
         draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("peak", [3.0, 12.0], ids=["linear", "logarithmic"])
+@pytest.mark.parametrize("half", [0.0, 0.5, math.nan])
+def test_every_marker_is_whole(tmp_path, monkeypatch, peak, half):
+    """A bar that ends where a line does takes no room from it."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    statistics = [
+        LayerStatistic(LENS, 5, position, layer, GAIN, 9, Estimate(v, v - half, v + half))
+        for position in (None, 0, 4)
+        for layer, v in ((1, peak), (2, -0.3), (3, 0.1))
+    ]
+    manifest = {"lens": "plain", "arguments": {"at": "all"}}
+    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
+    (axes,) = figures[0].axes
+    ends = axes.transAxes.inverted().transform(axes.transData.transform([(1, peak), (2, -0.3)]))[:, 1]
+    assert 0.02 < ends[1] < ends[0] < 0.98 and axes.get_yscale() == ("linear" if peak < 4 else "symlog")
+    monkeypatch.undo()
+    pyplot.close(figures[0])
 
 
 @pytest.mark.filterwarnings("error")

@@ -94,6 +94,7 @@ def _tidy(axes) -> None:
 
 def _draw(axes, rows: list[LayerStatistic], styles: dict[int, dict]) -> None:
     """A line per gold position, behind them a bar per layer: the interval of all of them together."""
+    axes.use_sticky_edges = False  # a narrow bar would end the axis, in the middle of the markers on it
     positions = sorted({row.gold_position for row in rows if row.gold_position is not None})
     whole = [row for row in rows if row.gold_position is None]
     layers = [row.layer for row in whole]
