@@ -126,6 +126,16 @@ def test_no_document_is_read_twice(model, tmp_path):
     assert len(grams[1]) > 50 and not grams[0] & grams[1]
 
 
+@pytest.mark.parametrize("count", [10, 11, 19, 31, 39, 390])
+def test_a_tenth_is_the_nearest_number_of_sequences(model, text, monkeypatch, count):
+    """Of 39, which 20,000 tokens make, four: three would be a thirteenth."""
+    loaded = load_model(str(model), "cpu")
+    monkeypatch.setattr(States, "_sequences", lambda self, limit: iter(range(count)))
+    split = States(options(model, text), load_text(str(text)), loaded, LogitLens.from_model(loaded.model)).split
+    assert [*split.fit, *split.choose, *split.report] == list(range(count)) and len(split.fit) >= 8
+    assert len(split.choose) == len(split.report) and abs(len(split.report) - count / 10) <= 0.5
+
+
 def options(model, text, **changes):
     return FitOptions(**{"model": str(model), "text": str(text), "tokens": 3000} | changes)
 
@@ -275,8 +285,23 @@ def test_the_command_prints_the_report(model, text, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert (
-        "ridge" in printed and "KL: nats from the model's own prediction" in printed and "lens.safetensors" in printed
+        "ridge" in printed and "KL: KL(final || layer) in nats, final the" in printed and "lens.safetensors" in printed
     )
+
+
+def test_the_figure_says_what_it_is_of(fitted, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    from refinelens.fit.report import draw_figure
+
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    draw_figure(tmp_path, fitted.manifest)
+    (figure,) = figures
+    tokens = fitted.manifest["tokens"]["report"]
+    assert figure.get_suptitle().endswith(f": {tokens} held-out tokens of the text words.txt")
+    assert figure.axes[0].get_ylabel() == "KL(final || layer)\n(mean nats; axis linear below 1)"
+    close(figure)
 
 
 def test_training_lowers_the_kl(model, text, fitted, tmp_path):

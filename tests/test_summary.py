@@ -141,7 +141,7 @@ def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
     one = printed(read_report(make_run(tmp_path / "one", cells)))
     headings = "docs gold n accuracy all settled depth median first settle at out. unseen"
     assert one.splitlines()[2].split() == headings.split()
-    assert "rank <= 1, answer tokens: first. Lens: plain logit lens, backend" in one
+    assert "rank <= 1, answer tokens: first, seed 0. Lens: plain logit lens, backend" in one
     long = "a-lens-of-a-very-long-[name]"
     several = printed(read_report(make_run(tmp_path / "several", cells, ("plain", long), top=(1, 500))))
     table = several.split("gold: 0-based")[0]
@@ -305,6 +305,12 @@ def test_numbers_in_words():
     assert format_estimate(Estimate(1.0, np.nan, np.nan), 1, interval=True) == "1.0"
     assert format_estimate(Estimate(np.nan, np.nan, np.nan), 1) == "-"
     assert [counted(n, "question") for n in (0, 1, 12)] == ["0 questions", "1 question", "12 questions"]
+
+
+def test_the_legend_says_what_one_document_is(tmp_path):
+    for documents in (1, 3):
+        text = printed(read_report(make_run(tmp_path / str(documents), {0: [SEEN_EARLY]}, documents=documents)))
+        assert ("docs: documents, 0 is closed-book, 1 oracle, the gold one alone. gold:" in text) == (documents == 1)
 
 
 def test_one_question_is_one(tmp_path):

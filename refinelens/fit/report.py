@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..report.table import WIDTH
+from ..report.words import counted
 from ..runs.durable import write_cells, write_whole
 
 TABLE = "quality.csv"
@@ -43,8 +44,9 @@ def print_quality(console: Console, manifest: dict) -> None:
     console.print(table)
     lines = [
         "ridge: strength as a share of the states' mean variance. var.: share explained of the output's residual "
-        "stream. KL: nats from the model's own prediction. top-1: share of tokens with the model's own argmax.",
-        f"Fitted on {tokens['fit']} tokens of the text {manifest['text']['name']}, strength chosen on "
+        "stream. KL: KL(final || layer) in nats, final the model's own prediction. top-1: share of tokens with the "
+        "model's own argmax.",
+        f"Fitted on {counted(tokens['fit'], 'token')} of the text {manifest['text']['name']}, strength chosen on "
         f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
     ]
     for line in lines:
@@ -52,14 +54,14 @@ def print_quality(console: Console, manifest: dict) -> None:
 
 
 def draw_figure(folder: Path, manifest: dict) -> None:
-    """Write ``quality.png``: KL and top-1 agreement over layers, one line per lens."""
+    """Write ``quality.png``: KL(final || layer) and top-1 agreement over layers, one line per lens."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), layout="constrained")
-    labels = {"kl": "KL to the model's own prediction (nats)", "top1": "same argmax as the model (share)"}
+    labels = {"kl": "KL(final || layer)\n(mean nats; axis linear below 1)", "top1": "same argmax as the model (share)"}
     for axes, (measure, label) in zip(panels, labels.items(), strict=True):
         for lens, quality in manifest["quality"].items():
             axes.plot(quality[measure], marker=".", label=lens)
@@ -71,6 +73,8 @@ def draw_figure(folder: Path, manifest: dict) -> None:
     panels[0].set_ylim(0, None)
     panels[0].legend(frameon=False)
     panels[1].set_ylim(0, 1.02)
-    figure.suptitle(f"{Path(manifest['model']['name']).name}: held-out text", fontsize=10, parse_math=False)
+    model, text = (Path(manifest[what]["name"]).name for what in ("model", "text"))
+    tokens = counted(manifest["tokens"]["report"], "held-out token")
+    figure.suptitle(f"{model}: {tokens} of the text {text}", fontsize=10, parse_math=False)
     write_whole(folder / FIGURE, lambda path: figure.savefig(path, dpi=150, format="png"))
     plt.close(figure)

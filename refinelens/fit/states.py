@@ -55,7 +55,7 @@ class States:
                 f"--text {self._text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
                 f"{count}; {remedy}"
             )
-        tenth = count // 10
+        tenth = round(count / 10)
         return Split(
             self._length,
             range(count - 2 * tenth),

@@ -69,7 +69,7 @@ def _draw_depth(run: Run, report: Report) -> None:
 
 
 def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None:
-    """Rank of the target and KL to the final layer over the layers, one line per lens."""
+    """Rank of the target and KL(final || layer) over the layers, one line per lens."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure, (ranks, kl) = _figure(2, share=False)
@@ -82,7 +82,7 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
     ranks.set_yscale("log")
     ranks.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ranks.set_ylabel("rank of the target (1 is best)")
-    kl.set_ylabel("KL to the final layer\n(mean nats; axis linear below 1)")
+    kl.set_ylabel("KL(final || layer)\n(mean nats; axis linear below 1)")
     kl.set_yscale("symlog", linthresh=1.0)  # 0 at the output, and perhaps a hundred at the embedding
     kl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     kl.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""What each lens sees at each layer, over all examples of a run: rank of the target and KL to the final layer."""
+"""What each lens sees at each layer, over all examples of a run: rank of the target and KL(final || layer)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..conditions import NO_POSITION
+from ..conditions import NO_POSITION, ORACLE
 from .bootstrap import FEW_QUESTIONS
 from .caution import caution_lines
 from .paired import paired_line
@@ -44,7 +44,7 @@ def print_table(console: Console, report: Report) -> None:
         cells = _cells(row)
         table.add_row(*map(_escape, leading), *(cells[heading] for heading in headings), end_section=end)
     console.print(table)
-    lines = [*notes(report.manifest), *paired_lines(report), *inverted_u_lines(report)]
+    lines = [*notes(report), *paired_lines(report), *inverted_u_lines(report)]
     lines += caution_lines(report.cautions, report.manifest)
     for line in lines:
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
@@ -56,16 +56,18 @@ def title(manifest: dict) -> str:
     return " on ".join(name if name.count("/") == 1 and name[0] not in "./" else Path(name).name for name in names)
 
 
-def notes(manifest: dict) -> list[str]:
+def notes(report: Report) -> list[str]:
     """The lines under the table: what the numbers are, and the checks behind them."""
+    manifest = report.manifest
     model, counts, arguments = manifest["model"], manifest["counts"], manifest["arguments"]
     parity, n_layers = model["parity"], model["n_layers"]
     reasons = ", ".join(f"{len(ids)} at {reason}" for reason, ids in counts["left_out"].items())
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
+    oracle = ", 1 oracle, the gold one alone" if any(row.documents == ORACLE for row in report.rows) else ""
     lines = [
-        "docs: documents, 0 is closed-book. gold: 0-based position of the gold document. accuracy: the first answer "
-        "token is the model's own prediction; all: so is every one after the true ones before it"
+        f"docs: documents, 0 is closed-book{oracle}. gold: 0-based position of the gold document. accuracy: the first "
+        "answer token is the model's own prediction; all: so is every one after the true ones before it"
         f"{_generated_words(arguments['generate'])}. settled: examples whose target is correct at the output; all that "
         "stands to the right is over them alone, the others are censored; a depth of fewer than "
         f"{FEW_QUESTIONS} questions has no interval. first, settle: mean layers, 0 (embedding) to "
@@ -74,8 +76,8 @@ def notes(manifest: dict) -> list[str]:
         f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
         f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
-        f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}. Lens: {lenses}, backend "
-        f"{model['backend']}, {model['dtype']} on {model['device']}.",
+        f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}, seed {manifest['seed']}. Lens: {lenses}, "
+        f"backend {model['backend']}, {model['dtype']} on {model['device']}.",
     ]
     if model["unused_weights"]:
         first, count = model["unused_weights"][0], len(model["unused_weights"])

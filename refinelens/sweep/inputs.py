@@ -117,7 +117,7 @@ def _check_words(options: SweepOptions, questions: list[Question], loaded: Loade
         remedy = "; use --task tiny" if options.model == TINY.name else ""
         raise InputError(
             f"--task {options.task}: expected questions in words that the tokenizer of --model {options.model} has, "
-            f"got {len(odd)} of {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+            f"got {len(odd)} of the first {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
         )
 
 
