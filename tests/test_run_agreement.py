@@ -1,5 +1,6 @@
 """Two runs compared over the rows they share."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -112,6 +113,22 @@ def test_rows_of_different_answers_are_not_paired(tmp_path):
     np.testing.assert_array_equal(paired_ranks(*runs), (expected, expected))
     with pytest.raises(InputError, match="expected rows with equal question_id, .*, alias, got none among 8 and 8"):
         paired_ranks(runs[0], make_run(tmp_path / "c", ranks, second=(0, 3)))
+
+
+def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, quick):
+    options = SweepOptions("tiny", "tiny", documents=(2,), examples=3, device="cpu")
+    run = run_sweep(options, tmp_path / "run")
+    more = run_sweep(replace(options, documents=(2, 4), examples=4), tmp_path / "more")
+    assert run.manifest["task"]["sha256"] != more.manifest["task"]["sha256"]
+    found = compare_runs(run, more)
+    assert (found.rows, found.unpaired) == (3 * 2, (0, 2 + 4 * 4))
+    np.testing.assert_array_equal(*paired_ranks(run, more))
+    names = ["documents", "question_id", "gold_position", "n_tokens", "gold_start", "answer_text"]
+    rows, of_more = ([row for part in one.parts(names) for row in part.to_pylist()] for one in (run, more))
+    assert rows == [row for row in of_more if row["documents"] == 2 and row["question_id"] < 3]
+    more.write_manifest(more.manifest | {"refinelens_version": "another"})
+    with pytest.raises(InputError, match="one task, got tiny .* and tiny .*; .* with one version of refinelens$"):
+        compare_runs(run, more)
 
 
 def test_folders_are_opened(tiny_model, question_file, tmp_path, quick):

@@ -441,6 +441,21 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
         run_sweep(options, tmp_path / "none")
 
 
+def test_equal_questions_are_said(options, question_file, tmp_path):
+    """A line for all of them, and none where questions differ in their answers alone."""
+    line, *others = question_file.read_text().splitlines()
+    path = tmp_path / "equal.jsonl"
+    for text, words in (
+        ([line] * 3, "3 questions, 1 of them distinct;"),
+        ([line, *others[:2], line], "4 questions, 3 of them distinct;"),
+        ([line, line.replace('"answers": ["red"]', '"answers": ["red", "door"]')], None),
+    ):
+        path.write_text("\n".join(text))
+        said = []
+        run_sweep(replace(options, task=str(path), documents=(1,)), tmp_path / "run", overwrite=True, warn=said.append)
+        assert len(said) == (words is not None) and all(f"--task {path}: {words}" in one for one in said)
+
+
 def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
     """Else a GPU would try the smaller batch beside the tensors of the larger one."""
     from refinelens.sweep.predict import Predictor

@@ -56,7 +56,8 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
     """Target ranks of the rows that two runs share, int64 ``[rows, n_layers + 1]`` each, in the order of ``run_a``.
 
     Rows, one per answer token, are the same if all of `refinelens.runs.results.KEYS` and the alias are equal: with
-    ``--alias best`` two models may have another answer of a question as their target.
+    ``--alias best`` two models may have another answer of a question as their target. Of the tasks kv and tiny one may
+    have more questions, or more documents, than the other: with one seed both have the same first ones.
 
     Args:
         run_a: One run, or its folder.
@@ -71,10 +72,10 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
 
 def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """`paired_ranks`, and how many rows of each run have no partner."""
-    if run_a.manifest["task"].get("sha256") != run_b.manifest["task"].get("sha256"):
+    if _questions(run_a) != _questions(run_b):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
-            "sweep both over one task file"
+            "sweep both over one file, or over kv or tiny with one version of refinelens"
         )
     for name in ("seed", "target", "template", "alias", "chat"):
         if _asked(run_a, name) != _asked(run_b, name):
@@ -92,6 +93,13 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
         )
     unpaired = (len(keys_a) - len(shared), len(keys_b) - len(shared))
     return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()], unpaired
+
+
+def _questions(run: Run) -> tuple:
+    """What tells the questions of a run; with the seed, where they were generated, each by its number."""
+    task = run.manifest["task"]
+    is_generated = task.get("path", "") is None
+    return (task.get("name"), run.manifest.get("refinelens_version")) if is_generated else (task.get("sha256"),)
 
 
 def _opened(run: Run | str | Path) -> Run:
