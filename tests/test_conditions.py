@@ -110,7 +110,7 @@ def test_in_summary_and_table(finished, capsys):
     ]
     assert main(["show", str(finished.path)]) == 0
     out = capsys.readouterr().out
-    assert "\n   0     -  6  " in out and "docs: documents, 0 is closed-book." in out
+    assert "\n   0     -  6  " in out and "docs: documents, 0 is closed-book, 1 oracle, the gold one alone." in out
     with (finished.path / "paired.csv").open() as file:
         assert {row["documents"] for row in csv.DictReader(file)} == {"3"}, "one position has no other to differ from"
 

@@ -52,7 +52,7 @@ def task(tmp_path_factory):
     answers = ["red", "blue stone", "green", "black iron gate"]
     lines = []
     for i in range(14):
-        place, answer = places[i % 6], "door" if i % 7 == 5 else answers[i % 4]
+        place, answer = places[i % 6], "door" if i % 7 == 5 else answers[(i + i // 12) % 4]
         gold = {"title": place, "text": f"the door of {place} is {answer} .", "isgold": True}
         record = {"question": f"what is the door of {place} ?", "answers": [answer], "ctxs": [gold]}
         lines.append(json.dumps(record) + "\n")

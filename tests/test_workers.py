@@ -28,7 +28,9 @@ FAULT_FREE = {"part": 4, "figures": False}
 def task(question_file, tmp_path_factory):
     """18 questions."""
     path = tmp_path_factory.mktemp("task") / "task.jsonl"
-    path.write_text("\n".join(question_file.read_text().splitlines() * 3))
+    lines = question_file.read_text().splitlines()
+    words = ("given", "high", "quality")
+    path.write_text("\n".join(line.replace(" door", f" {word} door") for word in words for line in lines))
     return path
 
 
