@@ -127,6 +127,9 @@ def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, qui
     rows, of_more = ([row for part in one.parts(names) for row in part.to_pylist()] for one in (run, more))
     assert rows == [row for row in of_more if row["documents"] == 2 and row["question_id"] < 3]
     more.write_manifest(more.manifest | {"refinelens_version": "another"})
+    same = run_sweep(options, tmp_path / "same")
+    same.write_manifest(same.manifest | {"refinelens_version": "another"})
+    assert compare_runs(run, same).rows == 3 * 2, "the task is equal as a whole"
     with pytest.raises(InputError, match="one task, got tiny .* and tiny .*; .* with one version of refinelens$"):
         compare_runs(run, more)
 

@@ -72,7 +72,7 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
 
 def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """`paired_ranks`, and how many rows of each run have no partner."""
-    if _questions(run_a) != _questions(run_b):
+    if not _share_questions(run_a, run_b):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
             "sweep both over one file, or over kv or tiny with one version of refinelens"
@@ -95,11 +95,14 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
     return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()], unpaired
 
 
-def _questions(run: Run) -> tuple:
-    """What tells the questions of a run; with the seed, where they were generated, each by its number."""
-    task = run.manifest["task"]
-    is_generated = task.get("path", "") is None
-    return (task.get("name"), run.manifest.get("refinelens_version")) if is_generated else (task.get("sha256"),)
+def _share_questions(run_a: Run, run_b: Run) -> bool:
+    """Whether questions of one number are the same; with one seed they are, where one refinelens generated both."""
+    a, b = run_a.manifest, run_b.manifest
+    if a["task"].get("sha256") == b["task"].get("sha256"):
+        return True
+    generated = all(manifest["task"].get("path", "") is None for manifest in (a, b))
+    made_by = [(manifest["task"].get("name"), manifest.get("refinelens_version")) for manifest in (a, b)]
+    return generated and made_by[0] == made_by[1]
 
 
 def _opened(run: Run | str | Path) -> Run:
