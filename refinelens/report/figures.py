@@ -114,7 +114,7 @@ def _figure(panels: int, under: list[str] = (), share: bool = True):
 
 
 def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
-    """One line per context size by gold position, intervals shaded; closed-book and oracle as levels."""
+    """One line per context size by gold position, intervals as bars; closed-book and oracle as levels, theirs shaded."""
     from matplotlib.ticker import MaxNLocator
 
     for row in rows:
@@ -133,14 +133,15 @@ def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
         if name == "mean_depth":
             few = [i for i, row in enumerate(line) if row.settled_questions < FEW_QUESTIONS]
             axes.plot([x[i] for i in few], [estimates[i].value for i in few], **style | {"ls": "", "mfc": "white"})
+        # Not joined: where a position has no interval, nothing is to be seen between its neighbours.
         low, high = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=4 if len(x) == 1 else 0)
+        axes.vlines(x, low, high, color=style["color"], alpha=0.25, lw=style["markersize"], zorder=1)
     asked = [row.gold_position for row in rows] or [0]
     axes.set_xlim(min(asked) - 0.3, max(asked) + 0.3)
     if not axes.lines:
         axes.text(0.5, 0.5, "no example settles", ha="center", transform=axes.transAxes)
     hollow = f"\nhollow: examples of fewer than {FEW_QUESTIONS} questions settle" if name == "mean_depth" else ""
-    axes.set_xlabel(f"gold position (0-based); shaded: 95 % interval{hollow}", fontsize=9)
+    axes.set_xlabel(f"gold position (0-based); bars: 95 % intervals{hollow}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
