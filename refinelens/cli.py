@@ -9,15 +9,15 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FaultError, InputError
-from .options import check_utf8
-from .parser import build_parser
+from .options import check_top, check_utf8
+from .parser import build_parser, check_idle, check_values, options_given
 
 if TYPE_CHECKING:
     from .runs.results import Run
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for word in argv:
             check_utf8("command line", word)
+        check_values(arguments)
         return COMMANDS[arguments.command](arguments, argv)
     except (InputError, FaultError) as error:
         _say(str(error))
@@ -63,7 +64,7 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     arguments.task = arguments.task or default_task(arguments.model)
     out = arguments.out or _default_out(arguments.model, arguments.task)
-    values = {field.name: getattr(arguments, field.name) for field in fields(SweepOptions)}
+    values = options_given(arguments, SweepOptions)
     values["documents"] = parse_documents(arguments.documents)
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
@@ -147,12 +148,15 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .fit.options import FitOptions
+    from .fit.options import TRAINING, FitOptions
     from .options import default_task
     from .progress import fit_progress
 
     arguments.text = arguments.text or default_task(arguments.model)
-    options = FitOptions(**{field.name: getattr(arguments, field.name) for field in fields(FitOptions)})
+    values = options_given(arguments, FitOptions)
+    options = FitOptions(**values)
+    if options.objective != "kl":
+        check_idle(values, TRAINING, "--objective kl", options.objective)
     _calm_libraries()
     from .fit.report import print_quality
     from .fit.session import fit_lens
@@ -179,24 +183,29 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .report.derived import show_run
     from .runs.results import open_run
 
-    top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
-    show_run(open_run(arguments.folder), Console(), top)
+    run, top = open_run(arguments.folder), None
+    if arguments.top is not None:
+        top = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
+        check_top(top, run.vocab_size)
+    show_run(run, Console(), top)
     return 0
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from .runs.export import check_new_file, export_run
+    from .runs.export import Choice, check_new_file, export_run
     from .runs.results import open_run
 
     run, out = open_run(arguments.folder), Path(arguments.out)
+    values = options_given(arguments, Choice)
     if arguments.format != "lens-json":
+        check_idle(values, values.keys(), "--format lens-json", arguments.format)
         print(f"{out}: {export_run(run, out, arguments.format)} rows")
         return 0
+    choice = Choice(**values)
     check_new_file(out)
     _calm_libraries()
-    from .lens_json import Choice, export_lens_json
+    from .lens_json import export_lens_json
 
-    choice = Choice(**{field.name: getattr(arguments, field.name) for field in fields(Choice)})
     print(f"{out}: {export_lens_json(run, out, choice)}")
     return 0
 
@@ -221,7 +230,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     from .bench.options import BenchOptions
 
-    options = BenchOptions(**{field.name: getattr(arguments, field.name) for field in fields(BenchOptions)})
+    options = BenchOptions(**options_given(arguments, BenchOptions))
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise InputError(f"--json: expected a file in a folder that is there, got {arguments.json}")
     _calm_libraries()
@@ -238,7 +247,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _parse_numbers(option: str, text: str, expected: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{option}: expected {expected}, got {text!r}") from None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from .op.top_k import lens_top_k
 from .prompts.context import Context
 from .report.words import counted
 from .runs.durable import write_output
+from .runs.export import Choice
 from .runs.results import Run
 from .sweep.inputs import SweepInputs
 from .sweep.resume import Terms
@@ -36,31 +37,16 @@ Thing = TypeVar("Thing")
 DIGITS = 5  # of a probability
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which context of a run, through which lens, and how much of it; None for the first that the run has."""
-
-    question: int | None = None  # id; None for the first that could be asked at that size
-    documents: int | None = None  # None for the smallest size of 2 or more, else oracle, else closed-book
-    gold_position: int | None = None
-    lens: str | None = None
-    tokens: int = 32  # the last ones of the context
-    k: int = 5  # tokens of `topk`
-
-    def __post_init__(self):
-        for name, value in (("--tokens", self.tokens), ("--k", self.k)):
-            if value < 1:
-                raise InputError(f"{name}: expected 1 or more, got {value}")
-
-
 def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     """Run the model on one context of a run again and write what a widget shows; says in words which context.
 
     Raises:
-        InputError: No such context or lens in the run, or a model, task or lens that is no longer the run's; also a
-            file that cannot be written.
+        InputError: No such context or lens in the run, more likely tokens than there are, or a model, task or lens
+            that is no longer the run's; also a file that cannot be written.
         FaultError: No free disk.
     """
+    if run.vocab_size is not None and choice.k > run.vocab_size:
+        raise InputError(f"--k: expected at most the {run.vocab_size} tokens of the vocabulary, got {choice.k}")
     terms = Terms(run.path, run.manifest, "export")
     inputs = SweepInputs.load(terms.options, terms)
     lens = _pick("--lens", inputs.lenses, lambda lens: lens.name, choice.lens)
@@ -72,7 +58,9 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     }
     text = json.dumps(data, ensure_ascii=False) + "\n"
     write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return f"{context.where}, {lens.name}: {counted(len(data['input']), 'token')} x {len(data['layers'])} layers"
+    shown, there = len(data["input"]), counted(len(context.input_ids), "token")
+    tokens = f"all {there}" if shown == len(context.input_ids) else f"the last {shown} of {there}"
+    return f"{context.where}, {lens.name}: {tokens} x {len(data['layers'])} layers"
 
 
 def widget(
@@ -96,7 +84,7 @@ def widget(
     parts = logit_lens.parts
     projected, norm = parts.project(states)
     operands = (norm, parts.bias, parts.softcap, parts.logit_scale)
-    top = lens_top_k(projected, parts.unembedding, min(k, len(parts.unembedding)), *operands).ids.cpu()
+    top = lens_top_k(projected, parts.unembedding, k, *operands).ids.cpu()
     logsumexp = logit_lens.stats(states).logsumexp
     columns = []
     for place, next_id in enumerate(following):

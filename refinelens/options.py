@@ -92,13 +92,19 @@ def check_utf8(what: str, text: str) -> None:
         raise InputError(f"{what}: expected UTF-8, got {text!r}; rename the file or folder") from None
 
 
-def check_top(top: tuple[int, ...]) -> None:
-    """Refuse thresholds that no rank can be held against.
+def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
+    """Refuse thresholds that no rank can be held against, or that every rank is below.
+
+    Args:
+        top: Correct means rank 1 to k, for each of these.
+        vocab_size: Tokens of the model, None where they are not known.
 
     Raises:
-        InputError: None at all, one twice, or one outside ``1 .. 2**31 - 1``.
+        InputError: None at all, one twice, one outside ``1 .. 2**31 - 1``, or one of ``vocab_size`` or more.
     """
     if not top or len(set(top)) < len(top) or not all(1 <= k < 2**31 for k in top):
         raise InputError(
             f"--top: expected numbers from 1 to {2**31 - 1} such as 1,5,10, each once, got {','.join(map(str, top))!r}"
         )
+    if vocab_size is not None and max(top) >= vocab_size:
+        raise InputError(f"--top: expected less than the {vocab_size} tokens of the vocabulary, got {max(top)}")

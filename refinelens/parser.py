@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from dataclasses import fields
 
 from . import __version__
+from .errors import InputError
 from .options import CHOICES
 
 DTYPES = CHOICES["dtype"]
@@ -51,6 +54,44 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_bench(commands)
     return parser
+
+
+def options_given(arguments: argparse.Namespace, kind: type) -> dict[str, object]:
+    """What was given for the fields of a dataclass of options, or is the parser's default; the rest has its own."""
+    values = {field.name: getattr(arguments, field.name) for field in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_values(arguments: argparse.Namespace) -> None:
+    """Refuse options without a value, as a variable that is not set leaves them.
+
+    Raises:
+        InputError: Names the first.
+    """
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"{'RUN' if name == 'folder' else _option(name)}: expected a value, got {value!r}")
+
+
+def check_idle(values: dict[str, object], names: Iterable[str], owner: str, got: str) -> None:
+    """Refuse options that would do nothing.
+
+    Args:
+        values: Options that were given, by the names of their fields.
+        names: Those that ``owner`` alone has.
+        owner: Option and choice, such as ``--format lens-json``.
+        got: The choice that was made instead.
+
+    Raises:
+        InputError: Names the first, and whose it is.
+    """
+    for name in names:
+        if name in values:
+            raise InputError(f"{_option(name)}: expected {owner}, which alone has this option, got {got}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _add_doctor(commands) -> None:
@@ -186,10 +227,10 @@ def _add_fit(commands) -> None:
         default="linear",
         help="linear: ridge regression in closed form; kl: trained from there (default: %(default)s)",
     )
-    add("--steps", type=int, default=150, metavar="N", help="of training, for kl (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="of training, for kl alone (default: 150)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="(default: float32 on a CPU, the checkpoint's own on CUDA)")
-    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="of the training, for kl alone (default: 0)")
     add("--out", required=True, metavar="LENS", help="folder of the lens; a fit that was stopped there goes on")
     add("--overwrite", action="store_true", help="replace a lens or a stopped fit that is there")
 
@@ -243,8 +284,8 @@ def _add_export(commands) -> None:
     )
     add("--gold-position", type=int, metavar="P", help="0-based (default: the run's first)")
     add("--lens", metavar="NAME", help="plain, or the name of a lens (default: the run's first)")
-    add("--tokens", type=int, default=32, metavar="N", help="the last ones of the context (default: %(default)s)")
-    add("--k", type=int, default=5, metavar="K", help="most likely tokens of every layer (default: %(default)s)")
+    add("--tokens", type=int, metavar="N", help="at most, the last ones of the context (default: 32)")
+    add("--k", type=int, metavar="K", help="most likely tokens of every layer (default: 5)")
 
 
 def _add_bench(commands) -> None:

@@ -20,7 +20,7 @@ from refinelens.errors import InputError
 from refinelens.lenses.lens_files import load_lens
 from refinelens.model.parts import find_parts
 from refinelens.tasks.task import load_task
-from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
+from tiny import save_tiny_lens, save_tiny_model, tiny_gpt2, word_tokenizer
 
 
 def run(*arguments):
@@ -129,7 +129,7 @@ def test_doctor_refuses_a_model(tmp_path, capsys, monkeypatch):
     assert "max tokens" in captured.out and "parity" not in captured.out
 
 
-@pytest.mark.parametrize("name, message", [("./missing", "got no folder at ./missing"), ("", "--model : expected")])
+@pytest.mark.parametrize("name, message", [("./missing", "got no folder at ./missing"), ("", "--model: expected a v")])
 def test_doctor_on_no_model(name, message, capsys):
     assert main(["doctor", "--model", name]) == 2
     assert_one_line(capsys.readouterr().err, message)
@@ -164,9 +164,16 @@ def test_show_top_equals_a_sweep_with_that_top(sweep, tmp_path, capsys, quick):
     shown, swept = (re.sub("in [0-9]+ s[.]", "", text).strip().splitlines() for text in (done.stdout, swept))
     assert shown == swept
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == files
-    for top, message in (("0", "expected numbers from 1 to"), ("five", "expected numbers such as 1,5,10")):
+    size = json.loads((tmp_path / "run" / "manifest.json").read_text())["model"]["vocab_size"]
+    for top, message in (
+        ("0", "expected numbers from 1 to"),
+        ("five", "expected numbers such as 1,5,10"),
+        ("9,9", "each once, got '9,9'"),
+        (f"1,{size}", f"--top: expected less than the {size} tokens of the vocabulary, got {size}"),
+    ):
         assert main(["show", str(tmp_path / "run"), "--top", top]) == 2
         assert_one_line(capsys.readouterr().err, message)
+    assert main(["show", str(tmp_path / "run"), "--top", str(size - 1)]) == 0
 
 
 def break_config(folder):
@@ -210,6 +217,47 @@ def test_a_damaged_model_is_refused_and_leaves_nothing_behind(sweep, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["doctor", "sweep"])
+def test_a_tokenizer_of_another_model(sweep, tmp_path, capsys, command):
+    folder = save_tiny_model(tmp_path / "model", vocab_size=20)
+    sweep[sweep.index("--model") + 1] = str(folder)
+    largest = len(word_tokenizer()) - 1
+    assert main(sweep if command == "sweep" else ["doctor", "--model", str(folder)]) == 2
+    message = f"{folder}: expected token ids below 20, the rows of its embedding, got {largest} in its tokenizer; give"
+    assert_one_line(capsys.readouterr().err, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_added_token_without_embedding(sweep, question_file, tmp_path, capsys, quick):
+    """Real tokenizers have such, for padding: refused in the question that has it alone."""
+    tokenizer = word_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    sweep[sweep.index("--model") + 1] = str(save_tiny_model(tmp_path / "model", vocab_size=rows, tokenizer=tokenizer))
+    assert main(sweep) == 0
+    task, out = tmp_path / "task.jsonl", tmp_path / "other"
+    task.write_text(question_file.read_text().replace("door of arven ?", "door of <extra> ?"))
+    capsys.readouterr()
+    assert main([*sweep, "--task", str(task), "--out", str(out)]) == 2
+    message = f"expected token ids below {rows}, the rows of its embedding, got {rows} in question 0, 2 documents, gold"
+    assert_one_line(capsys.readouterr().err, message)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value, word", [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_weights_that_are_not_finite(sweep, tmp_path, capsys, value, word):
+    model = tiny_gpt2(len(word_tokenizer()))
+    model.transformer.h[1].mlp.c_proj.bias.data[3] = value
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    sweep[sweep.index("--model") + 1] = str(tmp_path / "model")
+    for command in (sweep, ["doctor", "--model", str(tmp_path / "model")]):
+        assert main(command) == 2
+        message = f"GPT2LMHeadModel: expected finite states, got {word} at layer 2; check the weights or try --dtype"
+        assert_one_line(capsys.readouterr().err, message)
+    assert not (tmp_path / "run").exists()
+
+
 def assert_one_line(error, message):
     assert error.startswith("refinelens: ") and error.count("\n") == 1 and error.endswith("\n"), error
     assert message in error
@@ -224,10 +272,22 @@ def assert_one_line(error, message):
         (["--template", "missing.txt"], "--template missing.txt: expected default, query-aware or a readable"),
         (["--model", "./missing"], "got no folder at ./missing"),
         (["--model", "missing.gguf"], "got no file at missing.gguf"),
+        (["--model", "FILE"], "--model FILE: expected a folder, a .gguf file or a hub name, got another file"),
+        (["--model="], "--model: expected a value, got ''"),
+        (["--out", " "], "--out: expected a value, got ' '"),
+        (["--out", "/proc/none"], "--out /proc/none: expected a folder that can be written, got: No such file"),
         (["--examples", "99"], "--examples: expected 1 to 6"),
+        (["--top", "1,1"], "--top: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '1,1'"),
+        (["--top", "1,9999"], "tokens of the vocabulary, got 9999"),
+        (["--template", "FIELDS"], "expected no field but {documents} and {question}, got {foo}"),
+        (["--template", "WORDS"], "--template WORDS: expected words that the tokenizer of --model"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(sweep, change, message, capsys, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(sweep, change, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("{}")
+    (tmp_path / "FIELDS").write_text("{documents} {foo} {question}")
+    (tmp_path / "WORDS").write_text("Question : {question} {documents} unheard-of")
     assert main([*sweep, *change]) == 2
     assert_one_line(capsys.readouterr().err, message)
     assert not (tmp_path / "run").exists()
@@ -281,7 +341,8 @@ def test_show_of_something_else(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "expected a run folder with manifest.json")
     (tmp_path / "manifest.json").write_text("{}")
     assert main(["show", str(tmp_path)]) == 2
-    assert_one_line(capsys.readouterr().err, "expected the manifest of a run")
+    message = "expected the manifest of a run, got something else; bring it back, or remove the folder"
+    assert_one_line(capsys.readouterr().err, message)
 
 
 def test_show_of_a_damaged_run(sweep, tmp_path, capsys, quick):

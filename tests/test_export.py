@@ -88,6 +88,8 @@ BAD = [
     (["RUN", "--out", "THERE"], "expected a new file, got one that is there; choose another"),
     (["RUN", "--out", "nowhere/at/all.csv"], "expected a file in a folder that is there"),
     (["nowhere", "--out", "NEW"], "expected a run folder with manifest.json, got none"),
+    (["RUN", "--out", "NEW", "--question", "3"], "--question: expected --format lens-json, which alone has"),
+    (["RUN", "--out", "NEW", "--format", "parquet", "--k", "5"], "--k: expected --format lens-json, which alone has"),
 ]
 
 
@@ -98,7 +100,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     assert main(["export", *(places.get(argument, argument) for argument in arguments)]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
-    assert (tmp_path / "there.csv").read_text() == "kept"
+    assert (tmp_path / "there.csv").read_text() == "kept" and not (tmp_path / "new.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,7 @@ def context_of(run, question, documents, gold_position):
 
 def test_fields_of_version_2(run, tmp_path, capsys):
     data = exported(run, tmp_path / "widget.json", "--tokens", 5, "--k", 3)
-    assert "question 0, 2 documents, gold position 0, plain: 5 tokens x 4 layers" in capsys.readouterr().out
-    exported(run, tmp_path / "short.json", "--tokens", 1)
-    assert ": 1 token x 4 layers" in capsys.readouterr().out
+    assert "question 0, 2 documents, gold position 0, plain: the last 5 of" in capsys.readouterr().out
     assert list(data) == ["meta", "layers", "input", "tracked", "topk"]
     assert data["meta"]["version"] == 2 and data["meta"]["model"] == run.manifest["model"]["name"]
     assert data["layers"] == [0, 1, 2, 3] and len(data["input"]) == len(data["tracked"]) == 5
@@ -49,6 +47,14 @@ def test_fields_of_version_2(run, tmp_path, capsys):
     for place, curves in enumerate(data["tracked"]):
         assert {name for row in data["topk"] for name in row[place]} <= curves.keys()
         assert {len(curve) for curve in curves.values()} == {4}
+
+
+def test_no_more_tokens_than_the_context_has(run, tmp_path, capsys):
+    """And as many likely ones as the vocabulary has."""
+    data = exported(run, tmp_path / "widget.json", "--tokens", 99999, "--k", run.vocab_size)
+    n_tokens = len(context_of(run, 0, 2, 0).input_ids)
+    assert f"plain: all {n_tokens} tokens x 4 layers" in capsys.readouterr().out
+    assert len(data["input"]) == n_tokens and len(data["topk"][0][0]) == run.vocab_size
 
 
 def test_the_output_is_the_models_own(run, tiny_model, tmp_path):
@@ -142,6 +148,7 @@ def test_texts_that_two_tokens_share_are_told_apart():
         (["--lens", "other"], "--lens: expected one that the run has, such as plain, mine, got other"),
         (["--tokens", "0"], "--tokens: expected 1 or more, got 0"),
         (["--k", "0"], "--k: expected 1 or more, got 0"),
+        (["--k", "99999"], "tokens of the vocabulary, got 99999"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, options, message):

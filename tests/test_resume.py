@@ -17,7 +17,7 @@ import pytest
 from faults import at_step, quick_figures, wait_for
 from refinelens.cli import main
 from refinelens.model.loading import load_model
-from refinelens.runs.lock import LOCK
+from refinelens.runs.lock import LOCK, RunLock
 from refinelens.runs.results import DERIVED, LAYERS, MANIFEST, open_run, parts_of
 from refinelens.sweep import inputs
 from tiny import save_tiny_lens, save_tiny_model
@@ -474,6 +474,13 @@ def test_a_run_without_rows_yet(forge, sweep, whole, tmp_path, capsys, quick):
     assert main(["show", str(path)]) == 2
     assert "expected a run with rows, got none yet; refinelens sweep --resume" in one_line(capsys.readouterr().err)
     assert main([*sweep, "--out", str(path)]) == 2
-    assert "got a run (running) of the same arguments; go on with sweep --resume" in one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
+    assert "got a run of the same arguments that is unfinished (0 of 14 questions); go on with sweep --resume" in line
+    assert main(["layers", str(path)]) == 2
+    line = one_line(capsys.readouterr().err)
+    assert f"got one that is unfinished (0 of 14 questions); refinelens sweep --resume {path} goes on with it" in line
+    with RunLock(path):
+        assert main(["layers", str(path)]) == 2
+    assert "expected a finished run, got one that is running; wait for it" in one_line(capsys.readouterr().err)
     assert main(["sweep", "--resume", str(path)]) == 0
     assert_lacks_nothing(path, whole[0])

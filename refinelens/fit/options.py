@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from ..errors import InputError
 
 OBJECTIVES = ("linear", "kl")
+TRAINING = ("steps", "seed")  # options of the objective kl alone
 SHORTEST = 16  # tokens of a sequence
 SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one to report on
 
@@ -22,7 +23,7 @@ class FitOptions:
     steps: int = 150  # of training, for the objective kl
     device: str = "auto"
     dtype: str = "auto"
-    seed: int = 0
+    seed: int = 0  # of training
 
     def __post_init__(self):
         if self.tokens < SEQUENCES * SHORTEST:

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from ..errors import InputError
 from ..report.report import lens_names
 from ..runs.layers_schema import KEYS
+from ..runs.lock import is_held
+from ..runs.output import status_words
 from ..runs.results import Run
 from ..runs.trajectory_table import choose_tokens, list_matrix
 
@@ -44,9 +46,10 @@ class RunExamples:
         """
         manifest = run.manifest
         if manifest["status"] != "finished":
+            held = is_held(run.path)
+            remedy = "wait for it" if held else f"refinelens sweep --resume {run.path} goes on with it"
             raise InputError(
-                f"{run.path}: expected a finished run, got one that is {manifest['status']}; refinelens sweep --resume "
-                f"{run.path} goes on with it"
+                f"{run.path}: expected a finished run, got one that is {status_words(manifest, held)}; {remedy}"
             )
         names = lens_names(manifest)
         lens = names[-1] if lens is None else lens

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -59,6 +59,23 @@ class LoadedModel:
         ends = [*(stated if isinstance(stated, list) else [stated]), self.tokenizer.eos_token_id]
         return frozenset(id for id in ends if id is not None)
 
+    def check_ids(self, ids: Iterable[int], where: str) -> None:
+        """Refuse token ids that the model has no embedding for.
+
+        Args:
+            ids: Of tokens.
+            where: They were found, in words.
+
+        Raises:
+            InputError: Names the model, the rows of its embedding and the largest id.
+        """
+        largest, rows = max(ids, default=0), len(self.model.get_input_embeddings().weight)
+        if largest >= rows:
+            raise InputError(
+                f"--model {self.name}: expected token ids below {rows}, the rows of its embedding, got {largest} in "
+                f"{where}; give the model the tokenizer that it was made with"
+            )
+
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
@@ -70,7 +87,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
 
     Raises:
-        InputError: No such model or device, or files that Transformers cannot load.
+        InputError: No such model or device, files that Transformers cannot load, or a tokenizer of another model.
         FaultError: No memory for it.
     """
     target = resolve_device(device)
@@ -99,7 +116,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
                 f"{len(absent)}, such as {absent[0]}"
             )
         model = model.to(target).eval()
-        return LoadedModel(name, model, tokenizer, *_identity(model, tokenizer), tuple(sorted(info["unexpected_keys"])))
+        identity, unused = _identity(model, tokenizer), tuple(sorted(info["unexpected_keys"]))
+        loaded = LoadedModel(name, model, tokenizer, *identity, unused)
+    # Tokens that were added may have no embedding, such as one for padding: they are refused where a text has them.
+    loaded.check_ids(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys(), "its tokenizer")
+    return loaded
 
 
 def resolve_device(device: str) -> str:
@@ -168,6 +189,8 @@ def _locate(name: str) -> tuple[str, str | None]:
         if importlib.util.find_spec("gguf") is None:
             raise InputError("--model: a GGUF file needs the package gguf, which is not installed; pip install gguf")
         return str(Path(name).parent), Path(name).name
+    if Path(name).is_file():
+        raise InputError(f"--model {name}: expected a folder, a .gguf file or a hub name, got another file")
     looks_local = os.sep in name and (name.startswith((os.sep, ".", "~")) or name.count(os.sep) > 1)
     if looks_local and not Path(name).is_dir():
         raise InputError(f"--model: expected a folder, a .gguf file or a hub name, got no folder at {name}")

@@ -86,7 +86,9 @@ def find_parts(model: PreTrainedModel) -> LensParts:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
     blocks = _find_blocks(model)
-    last, tail, logits = _run_tail(model, blocks, head)
+    states, tail, logits = _run_tail(model, blocks, head)
+    _check_finite(model, states)
+    last = states[-1]
     norm, projection = _read_tail(model, tail)
     parts = LensParts(
         blocks=blocks,
@@ -140,12 +142,12 @@ def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[n
 
 def _run_tail(
     model: PreTrainedModel, blocks: nn.ModuleList, head: nn.Module
-) -> tuple[Tensor, list[tuple[nn.Module, int]], Tensor]:
-    """One pass over a few tokens: output of the last block, what ran after it before the head, logits.
+) -> tuple[list[Tensor], list[tuple[nn.Module, int]], Tensor]:
+    """One pass over a few tokens: the residual stream, what ran after the last block before the head, logits.
 
     Returns:
-        ``[token, d_model]`` states; innermost modules that changed their input, each with its width;
-        ``[token, vocab_size]`` logits.
+        States of layers 0 to ``n_layers``, each ``[token, d_model]``; innermost modules that changed their input, each
+        with its width; ``[token, vocab_size]`` logits.
     """
     tail: list[tuple[nn.Module, int]] = []
     reached: list[nn.Module] = []
@@ -163,7 +165,17 @@ def _run_tail(
     positions = torch.arange(probe_ids(model).shape[1])[None]
     with keep_positions(blocks, positions) as kept:
         logits = _run(model, handles)
-    return kept[-1][0], tail, logits[0]
+    return [states[0] for states in kept], tail, logits[0]
+
+
+def _check_finite(model: PreTrainedModel, states: list[Tensor]) -> None:
+    for layer, of_layer in enumerate(states):
+        if not of_layer.isfinite().all():
+            got = "NaN" if of_layer.isnan().any() else "infinity"
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected finite states, got {got} at layer {layer}; check the weights or try "
+                "--dtype float32"
+            )
 
 
 def _run(model: PreTrainedModel, handles: list) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS, QUESTION = "{documents}", "{question}"
+FIELD = re.compile(r"\{\w+\}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def load_template(name: str, format: Format = QA) -> str:
     """The template that a word names, or that of a file, whose one newline at the end is not part of it.
 
     Raises:
-        InputError: No such file, or not one field ``{documents}`` and at least one ``{question}``.
+        InputError: No such file, not one field ``{documents}`` and at least one ``{question}``, or another field.
     """
     if name in format.templates:
         return format.templates[name]
@@ -120,6 +122,9 @@ def load_template(name: str, format: Format = QA) -> str:
             f"--template {name}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
             f"{found[1]}"
         )
+    unknown = sorted(set(FIELD.findall(text)) - {DOCUMENTS, QUESTION})
+    if unknown:
+        raise InputError(f"--template {name}: expected no field but {DOCUMENTS} and {QUESTION}, got {unknown[0]}")
     return text
 
 

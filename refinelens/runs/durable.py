@@ -77,10 +77,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(path: str | Path, error: OSError, kind: str = "folder") -> InputError | FaultError:
-    """One line for a failed write to a folder or a single file: a fault, unless nobody could write there."""
+def disk_error(path: str | Path, error: OSError, kind: str = "folder", begun: bool = True) -> InputError | FaultError:
+    """One line for a failed write to a folder or a single file: a fault, unless nobody could write there.
+
+    Before anything was ``begun`` there, want of disk alone is a fault.
+    """
     if error.errno in NO_ROOM:
         kept = " what was written stays readable;" if kind == "folder" else ""
         return FaultError(f"--out {path}: no free disk left;{kept} free some")
     message = f"--out {path}: expected a {kind} that can be written, got: {error.strerror or error}"
-    return InputError(message) if error.errno in NOT_ALLOWED else FaultError(message)
+    return FaultError(message) if begun and error.errno not in NOT_ALLOWED else InputError(message)

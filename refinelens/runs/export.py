@@ -1,10 +1,11 @@
-"""A run's predictions for other programs: one row per prediction and layer, as CSV, JSON lines or Parquet."""
+"""A run's predictions for other programs: a row for every layer as CSV, JSON lines or Parquet, or one context."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,23 @@ LONG = pa.schema(
         *((name, PREDICTIONS.field(name).type.value_type) for name in LISTS),
     ]
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which context of a run a widget shows, through which lens, and how much of it; None for the run's first."""
+
+    question: int | None = None  # id; None for the first that could be asked at that size
+    documents: int | None = None  # None for the smallest size of 2 or more, else oracle, else closed-book
+    gold_position: int | None = None
+    lens: str | None = None
+    tokens: int = 32  # at most, the last ones of the context
+    k: int = 5  # most likely next tokens of every layer
+
+    def __post_init__(self):
+        for name, value in (("--tokens", self.tokens), ("--k", self.k)):
+            if value < 1:
+                raise InputError(f"{name}: expected 1 or more, got {value}")
 
 
 def long_tables(run: Run) -> Iterator[pa.Table]:

@@ -37,14 +37,14 @@ class RunLock:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._acquire()
         except OSError as error:
-            raise disk_error(self._folder, error) from None
+            raise disk_error(self._folder, error, begun=False) from None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
         except OSError as error:
             self.__exit__()
-            raise disk_error(self._folder, error) from None
+            raise disk_error(self._folder, error, begun=False) from None
         return self
 
     def __exit__(self, *error) -> None:
@@ -75,6 +75,21 @@ class RunLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+
+def is_held(folder: str | Path) -> bool:
+    """Whether a process holds a folder now; also where that cannot be told."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -22,7 +22,7 @@ def check_folder(path: str | Path) -> None:
     try:
         names = sorted(p.name for p in path.iterdir()) if path.exists() else []
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise disk_error(path, error, begun=False) from None
     left_by_a_kill = {LOCK, *(temporary_of(path / name).name for name in OUTPUTS)}
     names = [name for name in names if name not in left_by_a_kill]
     foreign = [name for name in names if name not in OUTPUTS]
@@ -34,7 +34,7 @@ def check_folder(path: str | Path) -> None:
 
 
 def check_overwrite(path: str | Path, overwrite: bool, arguments: dict) -> None:
-    """Refuse to replace a run that is there unless that was asked for.
+    """Refuse to replace a run that is there, in a folder that is held here, unless that was asked for.
 
     Raises:
         InputError: A run is there and ``overwrite`` is not set; says how its arguments differ.
@@ -46,11 +46,21 @@ def check_overwrite(path: str | Path, overwrite: bool, arguments: dict) -> None:
     old = manifest["arguments"]
     changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
     command = "see it with refinelens show" if manifest["status"] == "finished" else "go on with sweep --resume"
-    same = f"other arguments ({'; '.join(changed)})" if changed else f"the same arguments; {command}"
+    command = "" if changed else f"{command}; "
+    what = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments"
     raise InputError(
-        f"--out {path}: expected a new folder, got a run ({manifest['status']}) of {same}; "
-        "choose another folder or pass --overwrite"
+        f"--out {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
+        f"{command}choose another folder or pass --overwrite"
     )
+
+
+def status_words(manifest: dict, held: bool) -> str:
+    """``finished``, or how far a run is: it is ``running`` only while a process holds its folder."""
+    status, counts = manifest["status"], manifest["counts"]
+    if status == "finished" or (status == "running" and held):
+        return status
+    word = "unfinished" if status == "running" else status  # whatever ended it left no time to say so
+    return f"{word} ({counts.get('done', 0)} of {counts.get('questions', 0)} questions)"
 
 
 def check_disk(path: str | Path, needed: int) -> None:

@@ -130,6 +130,12 @@ class Run:
         return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
 
     @property
+    def vocab_size(self) -> int | None:
+        """Tokens of the model, None where the manifest does not say."""
+        size = self.manifest["model"].get("vocab_size")
+        return size if type(size) is int else None
+
+    @property
     def parts_path(self) -> Path:
         """Folder of the parts."""
         return self.path / "predictions"
@@ -194,6 +200,11 @@ def _damaged(run: Run, path: Path, got: str) -> InputError:
     return InputError(f"{path}: expected {got}; refinelens sweep --resume {run.path} computes it again")
 
 
+def _no_manifest(path: str | Path, got: str) -> InputError:
+    remedy = "bring it back, or remove the folder and make the run again with a sweep"
+    return InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got {got}; {remedy}")
+
+
 def open_run(path: str | Path) -> Run:
     """An existing run.
 
@@ -211,7 +222,7 @@ def open_run(path: str | Path) -> Run:
     try:
         parts_of(manifest)
     except (KeyError, TypeError):
-        raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got one without its parts") from None
+        raise _no_manifest(path, "one without its parts") from None
     check_shape(manifest, SHAPE, f"{path}/{MANIFEST}")
     return run
 
@@ -233,5 +244,5 @@ def read_manifest(path: Path) -> dict:
     except ValueError:
         complete = False
     if not complete:
-        raise InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got something else")
+        raise _no_manifest(path, "something else")
     return manifest

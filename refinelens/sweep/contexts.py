@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from ..conditions import CLOSED_BOOK, condition_name, gold_positions
 from ..errors import FaultError, InputError
@@ -11,7 +10,7 @@ from ..lenses.logit_lens import LogitLens
 from ..model.loading import LoadedModel
 from ..options import SweepOptions
 from ..prompts.context import Context, Template, build_context
-from ..tasks.question import Alias, Question
+from ..tasks.question import Alias, Document, Question
 from ..tasks.task import DistractorSource, Task
 from .alias import alias_score, best_alias, first_alias
 
@@ -37,13 +36,17 @@ class ContextBuilder:
         self, options: SweepOptions, task: Task, template: Template, loaded: LoadedModel, logit_lens: LogitLens
     ):
         self._options = options
-        self._build = partial(build_context, loaded.tokenizer, template)
-        self._limit = loaded.max_tokens
+        self._template = template
+        self._loaded = loaded
         self._logit_lens = logit_lens
         self._distractors = DistractorSource(task, options.seed)
 
     def build(self, question: Question) -> QuestionContexts:
-        """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none.
+
+        Raises:
+            InputError: An answer without a token, or a token that the model has no embedding for.
+        """
         alias, n_tokens = self._alias(question)
         contexts, left_out, n_replaced = [], {}, 0
         for size in self._options.documents:
@@ -64,6 +67,11 @@ class ContextBuilder:
         contexts = [self._build(question, distractors, position, alias) for position in positions]
         return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
 
+    def _build(self, question: Question, distractors: list[Document], gold_position: int, alias: int) -> Context:
+        context = build_context(self._loaded.tokenizer, self._template, question, distractors, gold_position, alias)
+        self._loaded.check_ids((*context.input_ids, *context.prompt_ids, context.answer_ids[-1]), context.where)
+        return context
+
     def _alias(self, question: Question) -> tuple[Alias, int]:
         """The answer that is the target everywhere, so that contexts can be compared, and the tokens this took."""
         if self._options.alias == "first" or len(question.answers) == 1:
@@ -82,4 +90,5 @@ class ContextBuilder:
 
     def _any_too_long(self, contexts: list[Context]) -> bool:
         lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)
-        return self._limit is not None and any(length > self._limit for length in lengths)
+        limit = self._loaded.max_tokens
+        return limit is not None and any(length > limit for length in lengths)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from ..conditions import CLOSED_BOOK
 from ..errors import InputError
@@ -14,7 +13,7 @@ from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
 from ..options import SweepOptions
 from ..prompts.chat import render_chat, template_hash
-from ..prompts.context import Template, load_template
+from ..prompts.context import FIELD, Template, load_template
 from ..runs.results import Outcome
 from ..tasks import kv, tiny_task
 from ..tasks.formats import KV
@@ -64,7 +63,7 @@ class SweepInputs:
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
         loaded = load_model(options.model, options.device, options.dtype)
-        _check_words(options, questions, loaded)
+        _check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
@@ -103,16 +102,26 @@ class SweepInputs:
             yield place, predictor.ask(self.questions[place])
 
 
-def _check_words(options: SweepOptions, questions: list[Question], loaded: LoadedModel) -> None:
-    """Refuse a task whose questions are mostly in words that the model's tokenizer does not have.
+def _check_words(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
+    """Refuse a template of one's own with words that the model's tokenizer does not have, and questions mostly in such.
 
     OPT's puts the token that stands for them before every text, as its beginning.
     """
     unknown = loaded.tokenizer.unk_token_id
     if unknown is None:
         return
-    encode = partial(loaded.tokenizer, add_special_tokens=False)
-    odd = [q for q in questions[:100] if unknown in encode(q.question)["input_ids"]]
+
+    def is_odd(text: str) -> bool:
+        return unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    own_words = [] if options.template in template.format.templates else FIELD.sub(" ", template.text).split()
+    strange = next(filter(is_odd, own_words), None)
+    if strange is not None:
+        raise InputError(
+            f"--template {options.template}: expected words that the tokenizer of --model {options.model} has, got "
+            f"{strange!r}"
+        )
+    odd = [q for q in questions[:100] if is_odd(q.question)]
     if 2 * len(odd) > len(questions[:100]):
         remedy = "; use --task tiny" if options.model == TINY.name else ""
         raise InputError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..conditions import gold_positions
 from ..errors import FaultError, InputError
-from ..options import SweepOptions
+from ..options import SweepOptions, check_top
 from ..progress import SweepProgress
 from ..report.derived import write_outputs
 from ..report.report import Report, read_report
@@ -63,6 +63,7 @@ def run_sweep(
     with StopSignals() as signals, RunLock(out):
         check_overwrite(out, overwrite, options.arguments())
         asker = SweepInputs.load(options)
+        check_top(options.top, len(asker.logit_lens.parts.unembedding))
         manifest = asker.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
         _warn_of_equal(asker, warn)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import reprlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import InputError
@@ -45,7 +46,8 @@ def _parse_record(where: str, line: str) -> dict:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected a JSON object of valid text, got {error}") from None
+        got = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{where}: expected a JSON object of valid text, got: {got}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
     return record
@@ -58,8 +60,10 @@ def _parse_qa(where: str, number: int, record: dict) -> Question:
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise InputError(f"{where}: expected a non-empty list of strings 'answers', got {answers!r}")
     ctxs = record.get("ctxs")
-    if not isinstance(ctxs, list) or not all(_is_passage(c) for c in ctxs):
-        raise InputError(f"{where}: expected a list 'ctxs' of objects with strings 'title' and 'text'")
+    _check_list(where, ctxs, _is_passage, "'ctxs' of objects with strings 'title' and 'text'")
+    for field, value in ((field, c.get(field)) for c in ctxs for field in ("isgold", "hasanswer")):
+        if not isinstance(value, bool | None):
+            raise InputError(f"{where}: expected {field} true or false in every passage of 'ctxs', got {value!r}")
     gold = [c for c in ctxs if c.get("isgold") is True]
     if len(gold) != 1:
         raise InputError(f"{where}: expected one passage with isgold true, got {len(gold)}")
@@ -79,13 +83,18 @@ def _parse_qa(where: str, number: int, record: dict) -> Question:
 
 def _parse_kv(where: str, number: int, record: dict) -> Question:
     pairs, key, value = (record.get(field) for field in (KV_FIELD, "key", "value"))
-    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
-        raise InputError(f"{where}: expected a list {KV_FIELD!r} of pairs of non-empty strings")
+    _check_list(where, pairs, _is_pair, f"{KV_FIELD!r} of pairs of non-empty strings")
     if len({name for name, _ in pairs}) < len(pairs):
         raise InputError(f"{where}: expected every key in {KV_FIELD!r} once, got one twice")
     if [key, value] not in pairs:
         raise InputError(f"{where}: expected 'key' and 'value' of a pair in {KV_FIELD!r}, got {key!r} and {value!r}")
     return kv_question(number, Document(key, value), [Document(*pair) for pair in pairs if pair[0] != key])
+
+
+def _check_list(where: str, entries: object, fits: Callable[[object], bool], expected: str) -> None:
+    odd = [entry for entry in entries if not fits(entry)] if isinstance(entries, list) else [entries]
+    if odd:
+        raise InputError(f"{where}: expected a list {expected}, got {reprlib.repr(odd[0])}")
 
 
 def _is_passage(ctx: object) -> bool:
