@@ -253,7 +253,7 @@ def test_weights_that_are_not_finite(sweep, tmp_path, capsys, value, word):
     sweep[sweep.index("--model") + 1] = str(tmp_path / "model")
     for command in (sweep, ["doctor", "--model", str(tmp_path / "model")]):
         assert main(command) == 2
-        message = f"GPT2LMHeadModel: expected finite states, got {word} at layer 2; check the weights or try --dtype"
+        message = f"GPT2LMHeadModel: expected finite states and logits, got {word} at layer 2; check the weights or try"
         assert_one_line(capsys.readouterr().err, message)
     assert not (tmp_path / "run").exists()
 

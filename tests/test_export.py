@@ -107,6 +107,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     "number, code, message",
     [
         (errno.EACCES, 2, "expected a file that can be written, got: Permission denied"),
+        (errno.ENOENT, 2, "expected a file that can be written, got: No such file or directory"),  # as in /proc
         (errno.ENOSPC, 1, "no free disk left; free some"),
     ],
 )

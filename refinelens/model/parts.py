@@ -87,7 +87,7 @@ def find_parts(model: PreTrainedModel) -> LensParts:
         raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
     blocks = _find_blocks(model)
     states, tail, logits = _run_tail(model, blocks, head)
-    _check_finite(model, states)
+    _check_finite(model, states, logits)
     last = states[-1]
     norm, projection = _read_tail(model, tail)
     parts = LensParts(
@@ -168,13 +168,13 @@ def _run_tail(
     return [states[0] for states in kept], tail, logits[0]
 
 
-def _check_finite(model: PreTrainedModel, states: list[Tensor]) -> None:
-    for layer, of_layer in enumerate(states):
-        if not of_layer.isfinite().all():
-            got = "NaN" if of_layer.isnan().any() else "infinity"
+def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) -> None:
+    for layer, values in enumerate([*states, logits]):
+        if not values.isfinite().all():
+            where = f"at layer {layer}" if layer < len(states) else "in the logits"
             raise UnsupportedModelError(
-                f"{type(model).__name__}: expected finite states, got {got} at layer {layer}; check the weights or try "
-                "--dtype float32"
+                f"{type(model).__name__}: expected finite states and logits, got "
+                f"{'NaN' if values.isnan().any() else 'infinity'} {where}; check the weights or try --dtype float32"
             )
 
 

@@ -47,7 +47,7 @@ def write_output(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_whole(path, write)
     except OSError as error:
-        raise disk_error(path, error, "file") from None
+        raise disk_error(path, error, "file", begun=False) from None
 
 
 def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:

@@ -40,6 +40,7 @@ SHAPE = {
     "task": {"name": str},
     "counts": {"questions": int, "left_out": dict},
 }
+MANIFEST_REMEDY = "bring it back, or remove the folder and make the run again with a sweep"
 MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
 NO_ANSWER_TOKEN = -1  # of a token of the prompt that another one follows
@@ -201,8 +202,7 @@ def _damaged(run: Run, path: Path, got: str) -> InputError:
 
 
 def _no_manifest(path: str | Path, got: str) -> InputError:
-    remedy = "bring it back, or remove the folder and make the run again with a sweep"
-    return InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got {got}; {remedy}")
+    return InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got {got}; {MANIFEST_REMEDY}")
 
 
 def open_run(path: str | Path) -> Run:
@@ -223,7 +223,10 @@ def open_run(path: str | Path) -> Run:
         parts_of(manifest)
     except (KeyError, TypeError):
         raise _no_manifest(path, "one without its parts") from None
-    check_shape(manifest, SHAPE, f"{path}/{MANIFEST}")
+    try:
+        check_shape(manifest, SHAPE, f"{path}/{MANIFEST}")
+    except InputError as error:
+        raise InputError(f"{error}; {MANIFEST_REMEDY}") from None
     return run
 
 
