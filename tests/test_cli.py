@@ -239,8 +239,13 @@ def test_an_added_token_without_embedding(sweep, question_file, tmp_path, capsys
     task.write_text(question_file.read_text().replace("door of arven ?", "door of <extra> ?"))
     capsys.readouterr()
     assert main([*sweep, "--task", str(task), "--out", str(out)]) == 2
-    message = f"expected token ids below {rows}, the rows of its embedding, got {rows} in question 0, 2 documents, gold"
-    assert_one_line(capsys.readouterr().err, message)
+    message = f"expected token ids below {rows}, the rows of its embedding, got {rows} in"
+    assert_one_line(capsys.readouterr().err, f"{message} question 0, 2 documents, gold")
+    text = tmp_path / "text"
+    text.write_text("the door of <extra> . " * 200)
+    fit = ["fit", "--model", sweep[sweep.index("--model") + 1], "--device", "cpu", "--text", str(text)]
+    assert main([*fit, "--tokens", "160", "--out", str(out)]) == 2
+    assert_one_line(capsys.readouterr().err, f"{message} --text {text}")
     assert not out.exists()
 
 
@@ -253,7 +258,7 @@ def test_weights_that_are_not_finite(sweep, tmp_path, capsys, value, word):
     sweep[sweep.index("--model") + 1] = str(tmp_path / "model")
     for command in (sweep, ["doctor", "--model", str(tmp_path / "model")]):
         assert main(command) == 2
-        message = f"GPT2LMHeadModel: expected finite states and logits, got {word} at layer 2; check the weights or try"
+        message = f"GPT2LMHeadModel: expected finite states and logits, got {word} at layer 2; check the weights\n"
         assert_one_line(capsys.readouterr().err, message)
     assert not (tmp_path / "run").exists()
 
@@ -291,6 +296,13 @@ def test_bad_input_is_one_line_and_exit_code_2(sweep, change, message, capsys, t
     assert main([*sweep, *change]) == 2
     assert_one_line(capsys.readouterr().err, message)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_template_may_hold_special_tokens(sweep, tmp_path, quick):
+    """Also the one that stands for unknown words, which many tokenizers begin a text with."""
+    template = tmp_path / "template"
+    template.write_text(word_tokenizer().unk_token + "{documents} Question : {question}")
+    assert main([*sweep, "--template", str(template)]) == 0
 
 
 @pytest.mark.parametrize("change", [["--seed", "abc"], ["--target", "foo"], ["--nonsense"]])

@@ -229,18 +229,23 @@ def test_early_exit_and_absent_patches_in_words():
         assert words in text and "Patching: no question is answered at one gold position and not at another." in text
 
 
-def test_an_agreement_says_over_how_many_layers_and_of_what_its_interval_is():
+@pytest.mark.parametrize("interval", [True, False])
+def test_an_agreement_says_over_how_many_layers_and_of_what_its_interval_is(interval):
     run = RUN | {"model": {"name": "m", "n_layers": 5}}
     of_five = replace(examples(np.hstack([RANKS, RANKS[:, -2:]])), manifest=run)
     rows = rows_of("skip", [0] * 4, [[9, 8, 7, 6, 5]] * 4)
     lens, cost = measure_lens(of_five), measure_scanned(Scanned.of(rows, "skip", 5))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
     manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
-    found = (agreements(lens, [cost], 0), [], early_exits(statistics), [])
+    rows = agreements(lens, [cost], 0)
+    if interval:  # these two questions are too few for one
+        rows = [replace(row, value=Estimate(0.5, 0.25, 0.75)) for row in rows]
+    found = (rows, [], early_exits(statistics), [])
     console = Console(record=True, file=io.StringIO(), width=200)
     print_layers(console, LayersReport(manifest, run, ["skip"], 0.0, 0.0, statistics, *found))
-    line = r"\nAgreement of gain and skip over 5 layers: Spearman \S+, Kendall \S+; intervals over questions\.\n"
-    assert re.search(line, console.export_text())
+    one = r"0.50 \[0.25,0.75\]" if interval else r"-?[\d.]+"
+    words = f"Spearman {one}, Kendall {one}{'; intervals over questions' if interval else ''}"
+    assert re.search(rf"\nAgreement of gain and skip over 5 layers: {words}\.\n", console.export_text())
 
 
 def test_of_one_question_there_is_no_interval_and_no_verdict():

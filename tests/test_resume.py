@@ -475,7 +475,7 @@ def test_a_run_without_rows_yet(forge, sweep, whole, tmp_path, capsys, quick):
     assert "expected a run with rows, got none yet; refinelens sweep --resume" in one_line(capsys.readouterr().err)
     assert main([*sweep, "--out", str(path)]) == 2
     line = one_line(capsys.readouterr().err)
-    assert "got a run of the same arguments that is unfinished (0 of 14 questions); go on with sweep --resume" in line
+    assert "got a run of the same arguments that is unfinished (0 of 14 questions); go on with refinelens sweep" in line
     assert main(["layers", str(path)]) == 2
     line = one_line(capsys.readouterr().err)
     assert f"got one that is unfinished (0 of 14 questions); refinelens sweep --resume {path} goes on with it" in line

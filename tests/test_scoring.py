@@ -50,6 +50,12 @@ def test_by_hand(generated, answers, right):
         ("red iron gates", "red iron gate", False),
         ("vitamin C", "A", False),  # an answer of articles alone is looked for as it stands
         ("vitamin A", "A", True),
+        ("J.K. Rowling's book", "J.K. Rowling", True),
+        ("a 1,000-strong army", "1,000", True),
+        ("The U.S.-led talks", "U.S.", True),
+        ("Coca-Cola/Pepsi", "Coca-Cola", True),
+        ("Jean Luc Picard", "Jean-Luc Picard", True),
+        ("J.K. Rowlings", "J.K. Rowling", False),
     ],
 )
 def test_whole_words(text, answer, found):

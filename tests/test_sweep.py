@@ -496,7 +496,7 @@ def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypat
 
 def test_output_folder_is_protected(finished, options, tmp_path):
     before = json.dumps(finished.manifest)
-    with pytest.raises(InputError, match="of the same arguments that is finished; see it with refinelens show"):
+    with pytest.raises(InputError, match="arguments that is finished; see it with refinelens show .*, choose another"):
         run_sweep(options, finished.path)
     with pytest.raises(InputError, match=r"other arguments \(seed 0 there, 1 here\)"):
         run_sweep(replace(options, seed=1), finished.path)

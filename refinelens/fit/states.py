@@ -64,7 +64,9 @@ class States:
         )
 
     def _sequences(self, limit: int) -> Iterator[Tensor]:
-        return sequences(self._text, self._loaded.tokenizer, self._length, limit)
+        for ids in sequences(self._text, self._loaded.tokenizer, self._length, limit):
+            self._loaded.check_ids(ids[0].tolist(), f"--text {self._text.name}")
+            yield ids
 
     def of(self, which: range) -> Iterator[Tensor]:
         """States ``[n_layers + 1, tokens, d_model]`` of some sequences, one after the other."""

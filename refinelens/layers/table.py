@@ -91,9 +91,10 @@ def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
         for row in report.agreements
         if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
     }
+    intervals = "; intervals over questions" if "[" in chosen["spearman"] else ""
     return (
         f"Agreement of gain and {name} over {report.n_layers} layers: Spearman {chosen['spearman']}, Kendall "
-        f"{chosen['kendall']}; intervals over questions."
+        f"{chosen['kendall']}{intervals}."
     )
 
 

@@ -114,7 +114,7 @@ def _figure(panels: int, under: list[str] = (), share: bool = True):
 
 
 def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
-    """One line per context size by gold position, intervals as bars; closed-book and oracle as levels, theirs shaded."""
+    """One line per context size by gold position, intervals as bars; closed-book and oracle as shaded levels."""
     from matplotlib.ticker import MaxNLocator
 
     for row in rows:

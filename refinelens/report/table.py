@@ -98,7 +98,7 @@ def notes(report: Report) -> list[str]:
         generated = counted(counts["tokens_generated"], "token")
         lines.append(f"{generated} generated, at most {arguments['generate']} a context.")
     if manifest["status"] != "finished":
-        status = "not finished" if manifest["status"] == "running" else manifest["status"]
+        status = "unfinished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
             f"This run is {status}: {counts['done']} of {counted(counts['questions'], 'question')}; refinelens sweep "
             "--resume goes on with it."

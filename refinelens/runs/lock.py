@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class RunLock:
                 self._folder.rmdir()
 
     def _acquire(self) -> int:
+        tries = iter(range(5))
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -67,6 +69,9 @@ class RunLock:
             except BlockingIOError:
                 holder = os.pread(descriptor, 1000, 0)
                 os.close(descriptor)
+                if next(tries, None) is not None:  # `is_held` takes it for a moment
+                    time.sleep(0.01)
+                    continue
                 raise InputError(
                     f"{self._folder}: expected a folder that no other process writes, got one held by "
                     f"{_words(holder)}; wait for it or stop it"

@@ -45,8 +45,9 @@ def check_overwrite(path: str | Path, overwrite: bool, arguments: dict) -> None:
     manifest = read_manifest(path)
     old = manifest["arguments"]
     changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
-    command = "see it with refinelens show" if manifest["status"] == "finished" else "go on with sweep --resume"
-    command = "" if changed else f"{command}; "
+    finished = manifest["status"] == "finished"
+    command = f"see it with refinelens show {path}" if finished else f"go on with refinelens sweep --resume {path}"
+    command = "" if changed else f"{command}, "
     what = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments"
     raise InputError(
         f"--out {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "

@@ -114,12 +114,14 @@ def _check_words(options: SweepOptions, template: Template, questions: list[Ques
     def is_odd(text: str) -> bool:
         return unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    own_words = [] if options.template in template.format.templates else FIELD.sub(" ", template.text).split()
-    strange = next(filter(is_odd, own_words), None)
+    own_text = "" if options.template in template.format.templates else FIELD.sub(" ", template.text)
+    for special in loaded.tokenizer.all_special_tokens:  # one of them may stand for unknown words too
+        own_text = own_text.replace(special, " ")
+    strange = next(filter(is_odd, own_text.split()), None)
     if strange is not None:
         raise InputError(
             f"--template {options.template}: expected words that the tokenizer of --model {options.model} has, got "
-            f"{strange!r}"
+            f"{strange!r}; write others"
         )
     odd = [q for q in questions[:100] if is_odd(q.question)]
     if 2 * len(odd) > len(questions[:100]):

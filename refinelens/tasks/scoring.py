@@ -25,7 +25,7 @@ def normalise_answer(text: str, punctuation: str = "") -> str:
 def word_forms(text: str) -> tuple[str, ...]:
     """What `has_answer` looks at, made once for many answers: as written, and normalised in two ways.
 
-    Without punctuation "U.S." is "us", with a space for it "London-based" holds "london".
+    Without punctuation "U.S." is "us", with a space for it "London-based" holds "london" and "O'Brien's" "o brien".
     """
     return text, normalise_answer(text), normalise_answer(text, " ")
 
@@ -39,8 +39,11 @@ def has_answer(forms: tuple[str, ...], answer: str) -> bool:
         forms: Of the text, see `word_forms`.
         answer: As written.
     """
-    plain = normalise_answer(answer)
-    return any(_stands_in(form, plain) for form in forms[1:]) if plain else _stands_in(forms[0], answer)
+    written, joined, spaced = forms
+    plain, parts = normalise_answer(answer), normalise_answer(answer, " ")
+    if not plain:
+        return _stands_in(written, answer)
+    return _stands_in(joined, plain) or _stands_in(spaced, plain) or _stands_in(spaced, parts)
 
 
 def _stands_in(text: str, words: str) -> bool:
