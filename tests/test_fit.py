@@ -13,7 +13,7 @@ from refinelens.errors import InputError
 from refinelens.fit import checkpoint, ridge, session
 from refinelens.fit.options import FitOptions
 from refinelens.fit.quality import measure
-from refinelens.fit.states import States
+from refinelens.fit.states import Split, States
 from refinelens.fit.statistics import Statistics
 from refinelens.fit.text import load_text, sequences
 from refinelens.lenses.lens_files import load_lens
@@ -208,6 +208,10 @@ def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, mo
     stopped(model, text, tmp_path / "lens", monkeypatch)
     with pytest.raises(InputError, match="go on with tokens 3000, got 4000; pass --overwrite"):
         session.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
+    monkeypatch.setattr(States, "_split", lambda states: Split(200, range(13), range(13, 14), range(14, 15)))
+    with pytest.raises(InputError, match=r"go on with sequences \[.*\], got \[13, 1, 1\]; pass --overwrite"):
+        session.fit_lens(options(model, text), str(tmp_path / "lens"))
+    monkeypatch.undo()
     session.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"), overwrite=True)
 
 

@@ -24,7 +24,7 @@ from . import checkpoint, ridge
 from .options import FitOptions
 from .quality import measure
 from .report import FIGURE, TABLE, draw_figure, write_csv
-from .states import States
+from .states import Split, States
 from .statistics import Statistics
 from .text import Text, load_text
 from .train import train
@@ -103,7 +103,7 @@ def _fit(
     """Fit and write everything; the manifest."""
     started = time.monotonic()
     states = States(options, text, loaded, logit_lens)
-    gathered = _gather(folder, _identity(options, text.sha256, loaded), overwrite, states, logit_lens, report)
+    gathered = _gather(folder, _identity(options, text.sha256, loaded, states.split), overwrite, states, logit_lens, report)
     lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
     quality = measure(logit_lens, _told(states, states.split.report, report), {"plain": None, **lenses})
     manifest = {
@@ -219,7 +219,7 @@ def _told(states: States, sequences: range, report: Progress) -> Iterator[Tensor
         yield hidden
 
 
-def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel) -> dict:
+def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel, split: Split) -> dict:
     """What two fits must share for one to go on where the other stopped."""
     return {
         "tokens": options.tokens,
@@ -228,6 +228,7 @@ def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel) -> dic
         "weights_sha256": loaded.weights_sha256,
         "tokenizer_sha256": loaded.tokenizer_sha256,
         "device": loaded.model.device.type,
+        "sequences": [len(split.fit), len(split.choose), len(split.report)],
     }
 
 
