@@ -103,7 +103,8 @@ def _fit(
     """Fit and write everything; the manifest."""
     started = time.monotonic()
     states = States(options, text, loaded, logit_lens)
-    gathered = _gather(folder, _identity(options, text.sha256, loaded, states.split), overwrite, states, logit_lens, report)
+    identity = _identity(options, text.sha256, loaded, states.split)
+    gathered = _gather(folder, identity, overwrite, states, logit_lens, report)
     lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
     quality = measure(logit_lens, _told(states, states.split.report, report), {"plain": None, **lenses})
     manifest = {
