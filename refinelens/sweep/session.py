@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..conditions import gold_positions
@@ -69,7 +69,7 @@ def run_sweep(
         _warn_of_equal(asker, warn)
         if workers > 1:
             asker = Workers(options, Terms(run.path, manifest, "--out"), workers, warn)  # the model loaded here goes
-        return _ask(asker, _begin(run, manifest), signals, report, summary, warn)
+        return _Sweep(asker, _begin(run, manifest), signals, report, summary, warn).finish()
 
 
 def resume_sweep(
@@ -106,7 +106,7 @@ def resume_sweep(
         manifest = unfinished.goes_on(resumed_entry(argv, asker.loaded.model.device.type, workers))
         if workers > 1:
             asker = Workers(terms.options, replace(terms, manifest=manifest), workers, warn)
-        return _ask(asker, _begin(run, manifest, resumed=True), signals, report, summary, warn)
+        return _Sweep(asker, _begin(run, manifest, resumed=True), signals, report, summary, warn).finish()
 
 
 def _warn_of_equal(inputs: SweepInputs, warn: Callable[[str], None]) -> None:
@@ -127,87 +127,79 @@ def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:
         raise disk_error(run.path, error) from None
 
 
-def _ask(
-    asker: SweepInputs | Workers,
-    recorder: Recorder,
-    signals: StopSignals,
-    report: Callable[[SweepProgress], None],
-    summary: Callable[[Report], None],
-    warn: Callable[[str], None],
-) -> Run:
-    """Ask what is missing and conclude the run, whatever happens in between."""
-    try:
-        stop = _ask_until_stopped(asker, recorder, signals, report, summary, warn)
-        _conclude(recorder, "interrupted" if stop else "finished", summary)
-    except SweepInterrupted as second_signal:
-        stop = second_signal
-    except OSError as error:
-        recorder.give_up()
-        raise _with_advice(disk_error(recorder.run.path, error), recorder) from None
-    except FaultError as error:
-        raise _with_advice(error, recorder) from error.__cause__
-    if stop:
-        raise SweepInterrupted(stop.signum, recorder.run if recorder.has_rows else None)
-    if not recorder.has_rows:
-        reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
-        raise InputError(f"expected at least one question that can be asked, got none ({reasons}); change --documents")
-    return recorder.run
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep under way: what asks, what keeps the rows, and who is told."""
 
+    asker: SweepInputs | Workers
+    recorder: Recorder
+    signals: StopSignals
+    report: Callable[[SweepProgress], None]
+    summary: Callable[[Report], None]
+    warn: Callable[[str], None]
 
-def _ask_until_stopped(
-    asker: SweepInputs | Workers,
-    recorder: Recorder,
-    signals: StopSignals,
-    report: Callable[[SweepProgress], None],
-    summary: Callable[[Report], None],
-    warn: Callable[[str], None],
-) -> SweepInterrupted | None:
-    """Ask what is missing; returns what stopped it, if anything did, and concludes the run itself only on a fault."""
-    try:
-        _ask_missing(asker, recorder, signals, report, warn)
-    except (SweepInterrupted, OSError):
-        raise
-    except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
-        return SweepInterrupted(signal.SIGINT)
-    except Exception:
-        _conclude(recorder, "failed", summary)
-        raise
-    return SweepInterrupted(signals.received) if recorder.missing() else None
+    def finish(self) -> Run:
+        """Ask what is missing and conclude the run, whatever happens in between."""
+        recorder = self.recorder
+        try:
+            stop = self._ask_until_stopped()
+            self._conclude("interrupted" if stop else "finished")
+        except SweepInterrupted as second_signal:
+            stop = second_signal
+        except OSError as error:
+            recorder.give_up()
+            raise self._with_advice(disk_error(recorder.run.path, error)) from None
+        except FaultError as error:
+            raise self._with_advice(error) from error.__cause__
+        if stop:
+            raise SweepInterrupted(stop.signum, recorder.run if recorder.has_rows else None)
+        if not recorder.has_rows:
+            reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
+            raise InputError(
+                f"expected at least one question that can be asked, got none ({reasons}); change --documents"
+            )
+        return recorder.run
 
+    def _ask_until_stopped(self) -> SweepInterrupted | None:
+        """Ask what is missing; returns what stopped it, if anything did, and concludes the run only on a fault."""
+        try:
+            self._ask_missing()
+        except (SweepInterrupted, OSError):
+            raise
+        except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
+            return SweepInterrupted(signal.SIGINT)
+        except Exception:
+            self._conclude("failed")
+            raise
+        return SweepInterrupted(self.signals.received) if self.recorder.missing() else None
 
-def _ask_missing(
-    asker: SweepInputs | Workers,
-    recorder: Recorder,
-    signals: StopSignals,
-    report: Callable[[SweepProgress], None],
-    warn: Callable[[str], None],
-) -> None:
-    """Ask every question that has no rows yet, until a signal comes."""
-    missing = recorder.missing()
-    progress = SweepProgress(recorder.done + len(missing), recorder.done)
-    report(progress)
-    signals.wait_for_questions()
-    with closing(asker.ask(missing, stopped=lambda: signals.received is not None)) as outcomes:
-        for place, outcome in outcomes:
-            for line in outcome.warnings:
-                warn(line)
-            recorder.add(place, outcome)
-            progress.done, progress.rows = recorder.done, progress.rows + outcome.counts["lens_rows"]
-            report(progress)
+    def _ask_missing(self) -> None:
+        """Ask every question that has no rows yet, until a signal comes."""
+        recorder, signals = self.recorder, self.signals
+        missing = recorder.missing()
+        progress = SweepProgress(recorder.done + len(missing), recorder.done)
+        self.report(progress)
+        signals.wait_for_questions()
+        with closing(self.asker.ask(missing, stopped=lambda: signals.received is not None)) as outcomes:
+            for place, outcome in outcomes:
+                for line in outcome.warnings:
+                    self.warn(line)
+                recorder.add(place, outcome)
+                progress.done, progress.rows = recorder.done, progress.rows + outcome.counts["lens_rows"]
+                self.report(progress)
 
+    def _conclude(self, status: str) -> None:
+        self.recorder.close(status)
+        if self.recorder.has_rows:
+            report = read_report(self.recorder.run)
+            write_outputs(self.recorder.run, report)
+            self.summary(report)
 
-def _conclude(recorder: Recorder, status: str, summary: Callable[[Report], None]) -> None:
-    recorder.close(status)
-    if recorder.has_rows:
-        report = read_report(recorder.run)
-        write_outputs(recorder.run, report)
-        summary(report)
-
-
-def _with_advice(error: InputError | FaultError, recorder: Recorder) -> InputError | FaultError:
-    if not recorder.can_be_resumed:
-        return error
-    return type(error)(f"{error}; refinelens sweep --resume {recorder.run.path} goes on with the finished questions")
+    def _with_advice(self, error: InputError | FaultError) -> InputError | FaultError:
+        if not self.recorder.can_be_resumed:
+            return error
+        path = self.recorder.run.path
+        return type(error)(f"{error}; refinelens sweep --resume {path} goes on with the finished questions")
 
 
 def _bytes_needed(options: SweepOptions, manifest: dict) -> int:
