@@ -51,7 +51,7 @@ class Checksum {
 // Of rows with a column_stride of 1, the same for any number of threads.
 inline uint64_t checksum(const Matrix& weights, int n_threads) {
   constexpr int64_t kPieces = 64;
-  const int64_t row_bytes = weights.columns * (weights.element == Element::fp32 ? 4 : 2);
+  const int64_t row_bytes = weights.columns * bytes_of(weights.element);
   std::array<uint64_t, kPieces> sums;
   constexpr double kFlopsPerByte = 4;  // what a byte takes compared with multiplying
   const double flops = kFlopsPerByte * static_cast<double>(row_bytes * weights.rows);

@@ -10,6 +10,8 @@ namespace refinelens {
 
 enum class Element { fp32, fp16, bf16 };
 
+constexpr int64_t bytes_of(Element element) { return element == Element::fp32 ? 4 : 2; }
+
 struct Matrix {
   const void* data;
   Element element;

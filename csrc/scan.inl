@@ -115,7 +115,7 @@ struct Ahead {
     const int64_t group = token + distance, group_end = group + kGroup < m.rows ? group + kGroup : m.rows;
     const int64_t start = group + panel * each, end = start + each < group_end ? start + each : group_end;
     if (end <= start || m.column_stride != 1) return {};
-    const int64_t bytes = m.element == Element::fp32 ? 4 : 2;
+    const int64_t bytes = bytes_of(m.element);
     return {static_cast<const char*>(m.data) + (start * m.row_stride + begin) * bytes, m.row_stride * bytes,
             kPrefetchStep * bytes, end - start};
   }

@@ -67,7 +67,7 @@ bool ExactRow::beats(int64_t a, double z_a, int64_t b, double z_b) const {
 int ExactRow::compare(int64_t a, int64_t b) const {
   const double bias_a = bias_ ? bias_[a] : 0.0, bias_b = bias_ ? bias_[b] : 0.0;
   if (std::isinf(bias_a) || std::isinf(bias_b)) return (bias_a > bias_b) - (bias_a < bias_b);
-  const size_t row_bytes = weights_.columns * (weights_.element == Element::fp32 ? 4 : 2);
+  const size_t row_bytes = weights_.columns * bytes_of(weights_.element);
   if (product_doubt_ == 0.0 || std::memcmp(row_of(weights_, a), row_of(weights_, b), row_bytes) == 0)
     return (bias_a > bias_b) - (bias_a < bias_b);
   std::vector<double> w_a(weights_.columns), w_b(weights_.columns);

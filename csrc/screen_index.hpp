@@ -12,8 +12,7 @@ namespace refinelens {
 
 // The weights of a token in an unembedding [tokens, depth] with a column_stride of 1.
 inline const void* row_of(const Matrix& weights, int64_t token) {
-  const int64_t bytes = weights.element == Element::fp32 ? 4 : 2;
-  return static_cast<const char*>(weights.data) + token * weights.row_stride * bytes;
+  return static_cast<const char*>(weights.data) + token * weights.row_stride * bytes_of(weights.element);
 }
 
 // Quantises vectors, one after the other, into the layout of the kernels.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FaultError, InputError
-from .options import check_top, check_utf8
+from .options import check_utf8
 from .parser import build_parser, check_idle, check_values, options_given
 
 if TYPE_CHECKING:
@@ -183,11 +183,8 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .report.derived import show_run
     from .runs.results import open_run
 
-    run, top = open_run(arguments.folder), None
-    if arguments.top is not None:
-        top = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
-        check_top(top, run.vocab_size)
-    show_run(run, Console(), top)
+    top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
+    show_run(open_run(arguments.folder), Console(), top)
     return 0
 
 

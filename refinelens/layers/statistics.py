@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..report.bootstrap import Estimate, mean_estimates, sums_and_counts
-from ..report.shares import share_difference, share_estimate
+from ..report.bootstrap import Estimate, mean_estimates, ratio, sums_and_counts
+from ..report.shares import paired_estimate, share_estimate
 from ..runs.trajectory import trajectories
 from .examples import RunExamples
 from .scanned import Scanned
@@ -106,15 +106,14 @@ def layer_statistics(measured: Measured, seed: int) -> list[LayerStatistic]:
         for place, (n_questions, value) in enumerate(zip(questions, estimates, strict=True)):
             layer, name = measured.first_layer + place % n, names[place // n]
             if counts[:, place].max() <= 1 and name in (*SHARES, SHARE_CHANGE):
-                value = _share(name, sums[:, place], n_questions)
+                value = _share(name, ratio(sums[:, place], counts[:, place]), n_questions)
             rows.append(LayerStatistic(measured.of, documents, position, layer, name, n_questions, value))
     return rows
 
 
 def _share(name: str, values: np.ndarray, n: int) -> Estimate:
-    """Of the values 0 and 1 of so many questions, and -1 of a difference."""
-    gained, lost = int((values == 1).sum()), int((values == -1).sum())
-    return share_estimate(gained, n) if name in SHARES else share_difference(gained, lost, n)
+    """Of 0 and 1 of each question, or -1, 0 and 1 of a difference; NaN where it has none."""
+    return share_estimate(int((values == 1).sum()), n) if name in SHARES else paired_estimate(values)
 
 
 def _gain(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -87,15 +89,16 @@ def _lines(report: LayersReport, documents: int) -> list[str]:
 
 def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
     chosen = {
-        row.coefficient: format_estimate(row.value, 2, interval=True)
+        row.coefficient: row.value
         for row in report.agreements
         if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
     }
-    intervals = "; intervals over questions" if "[" in chosen["spearman"] else ""
-    return (
-        f"Agreement of gain and {name} over {report.n_layers} layers: Spearman {chosen['spearman']}, Kendall "
-        f"{chosen['kendall']}{intervals}."
+    words = ", ".join(
+        f"{coefficient} {format_estimate(chosen[coefficient.lower()], 2, interval=True)}"
+        for coefficient in ("Spearman", "Kendall")
     )
+    intervals = "" if math.isnan(chosen["spearman"].low) else "; intervals over questions"
+    return f"Agreement of gain and {name} over {report.n_layers} layers: {words}{intervals}."
 
 
 def _essential_line(row: Essential) -> str:

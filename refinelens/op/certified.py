@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,12 +60,13 @@ def fused_lens_certified(
     bound leaves open. A row has a few of those, and no more than 256 among 3072 tokens, or it falls back and needs
     none: at the very most they take ``ROW_BLOCK * (vocab_size + 10_000 * threads) * 4 / 3`` bytes.
     """
-    index, options = screen_index(unembedding), (bias, softcap, logit_scale)
+    weights, options = _rows_in_memory(unembedding), (bias, softcap, logit_scale)
+    index = screen_index(unembedding, weights)
 
     def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
         if not index.finite:
             return _exact_twin(rows, unembedding, norm, row_targets, *options)
-        return _run_block(index, rows, unembedding, norm, row_targets, *options, exhaustive=True)
+        return _run_block(index, weights, rows, norm, row_targets, *options, exhaustive=True)
 
     return in_row_blocks(run, hidden, targets, ROW_BLOCK)
 
@@ -73,12 +75,13 @@ def fused_lens_screened(
     hidden: Tensor, unembedding: Tensor, norm: Norm, targets: Tensor | None, *options
 ) -> LensOutput:
     """What ``precision="auto"`` runs: certified, but rows that would fall back to fp64 are left to the fp32 kernel."""
-    index = screen_index(unembedding)
+    weights = _rows_in_memory(unembedding)
+    index = screen_index(unembedding, weights)
     if not index.finite:
         return fused_lens_cpu(hidden, unembedding, norm, targets, *options)
 
     def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
-        return _run_block(index, rows, unembedding, norm, row_targets, *options, exhaustive=False)
+        return _run_block(index, weights, rows, norm, row_targets, *options, exhaustive=False)
 
     out = in_row_blocks(run, hidden, targets, ROW_BLOCK)
     (rows,) = out.fell_back.nonzero(as_tuple=True)
@@ -91,11 +94,11 @@ def fused_lens_screened(
 
 
 def _run_block(
-    index, hidden, unembedding, norm, targets, bias=None, softcap=None, logit_scale=1.0, *, exhaustive
+    index, weights, hidden, norm, targets, bias=None, softcap=None, logit_scale=1.0, *, exhaustive
 ) -> CertifiedOutput:
     arrays = index.lens(
         apply_norm(hidden, norm, torch.float64).contiguous().numpy(),
-        _rows_in_memory(unembedding),
+        weights,
         None if targets is None else targets.contiguous().numpy(),
         None if bias is None else bias.double().contiguous().numpy(),
         logit_scale,
@@ -119,7 +122,7 @@ def _as_fp32(out, bound: Tensor, fell_back: Tensor) -> CertifiedOutput:
     return CertifiedOutput(*values, fell_back)
 
 
-def _rows_in_memory(unembedding: Tensor):
+def _rows_in_memory(unembedding: Tensor) -> np.ndarray:
     """As an array, copied where a row has gaps; numpy has no bf16, so its bits travel as uint16."""
     weights = unembedding.detach()
     if weights.stride(1) != 1:
@@ -141,14 +144,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def screen_index(unembedding: Tensor) -> _C.ScreenIndex:
+def screen_index(unembedding: Tensor, weights: np.ndarray | None = None) -> _C.ScreenIndex:
     """The index of an unembedding, built when it is first asked for and whenever its values have changed.
 
     It is released with the tensor. Changes are told by a checksum of all values, since torch does not record those
     through ``.data``, by fused optimizers or in inference mode; on one thread it takes about a tenth of the time of 416
-    rows, and nearly half of that of one.
+    rows, and nearly half of that of one. ``weights`` are its `_rows_in_memory`, where the caller has them.
     """
-    key, weights = id(unembedding), _rows_in_memory(unembedding)
+    key, weights = id(unembedding), _rows_in_memory(unembedding) if weights is None else weights
     checksum = _C.checksum(weights, torch.get_num_threads())
     state = (weights.shape, weights.dtype, checksum, _C.screen_kernels(weights.shape[1]))
     with _lock:

@@ -47,7 +47,7 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
         InputError: A damaged run, or thresholds that no rank can be held against.
     """
     if tops is not None:
-        check_top(tops)
+        check_top(tops, run.vocab_size)
     report = read_report(run, tops)
     if tops is None and not all((run.path / name).exists() for name in DERIVED):
         with suppress(OSError, InputError, FaultError), RunLock(run.path):

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ..conditions import ORACLE, condition_name
 from .bootstrap import Estimate, mean_estimates, ratio, sums_and_counts
-from .shares import share_difference
+from .shares import paired_estimate
 from .summary import Cell, reading_cells
 from .words import format_estimate
 
@@ -85,12 +85,6 @@ def _pairs(cell: Cell, seed: int) -> Iterator[tuple]:
     exists = ~np.isnan(depths)
     estimates = mean_estimates(np.where(exists, depths, 0.0), exists.astype(float), seed)
     for index, (a, b) in enumerate(pairs):
-        shares = [_share_difference(differences[:, index]) for differences in accuracies]
+        shares = [paired_estimate(differences[:, index]) for differences in accuracies]
         questions = int((~np.isnan(accuracies[0][:, index])).sum())
         yield positions[b], positions[a], questions, *shares, int(exists[:, index].sum()), estimates[index]
-
-
-def _share_difference(differences: np.ndarray) -> Estimate:
-    """Of -1, 0 or 1 of every question, NaN where it was not asked at both positions."""
-    gained, lost, asked = (differences == 1).sum(), (differences == -1).sum(), (~np.isnan(differences)).sum()
-    return share_difference(int(gained), int(lost), int(asked))

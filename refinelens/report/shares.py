@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+import numpy as np
+
 from .bootstrap import LEVEL, Estimate
 
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
@@ -19,6 +21,12 @@ def share_estimate(hits: float, n: float) -> Estimate:
     centre, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     low, high = ((centre + side * half) / (1 + Z**2 / n) for side in (-1, 1))
     return Estimate(share, low if hits else 0.0, high if hits < n else 1.0)
+
+
+def paired_estimate(differences: np.ndarray) -> Estimate:
+    """`share_difference` of the differences of every question, -1, 0 or 1, NaN where one share does not have it."""
+    gained, lost, asked = (differences == 1).sum(), (differences == -1).sum(), (~np.isnan(differences)).sum()
+    return share_difference(int(gained), int(lost), int(asked))
 
 
 def share_difference(gained: int, lost: int, n: int) -> Estimate:

@@ -40,7 +40,7 @@ def has_answer(forms: tuple[str, ...], answer: str) -> bool:
         answer: As written.
     """
     written, joined, spaced = forms
-    plain, parts = normalise_answer(answer), normalise_answer(answer, " ")
+    _, plain, parts = word_forms(answer)
     if not plain:
         return _stands_in(written, answer)
     return _stands_in(joined, plain) or _stands_in(spaced, plain) or _stands_in(spaced, parts)
