@@ -61,7 +61,7 @@ class LensVariant:
         """The launcher's options, with empty operands, that lead to this specialisation."""
         return LensOptions(
             unembedding=torch.empty(0, self.d_model, dtype=self.dtype),
-            bias=torch.empty(0) if self.bias else None,
+            bias=torch.empty(0, dtype=torch.float32) if self.bias else None,
             softcap=30.0 if self.softcap else None,
             logit_scale=2.0 if self.scale else 1.0,
             config=self.config or pinned_config(self.dtype, self.aligned, self.n_rows, self.generation),
@@ -128,7 +128,7 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict]:
     if not variant.targets:
         absent |= dict(targets_ptr=None, t_ptr=None)
     if variant.kernel == "norm":
-        vector = torch.empty(variant.d_model)
+        vector = torch.empty(variant.d_model, dtype=torch.float32)
         flags = norms_triton.norm_flags(LayerNorm(vector, vector), norms_triton.padded_width(variant.d_model))
         return norms_triton._norm_kernel, flags | dict(stride_hd=1, stride_w=1, stride_b=1)
     if variant.kernel == "merge":

@@ -23,7 +23,7 @@ def test_padding_on_the_right_changes_nothing():
 def test_hooks_are_removed_also_after_an_exception():
     model = build("gpt2")
     parts = find_parts(model)
-    with pytest.raises(RuntimeError), keep_positions(parts.blocks, torch.tensor([[0]])) as kept:
+    with pytest.raises(RuntimeError), keep_positions(model, parts.blocks, torch.tensor([[0]]), 2) as kept:
         run_base(model, torch.tensor([[1, 2]]))
         raise RuntimeError
     assert len(kept) == 4

@@ -146,9 +146,9 @@ def test_a_sweep_goes_on_from_the_prefix(options, tmp_path, monkeypatch):
     """No prompt runs a second time for its text, but for its last token: one token a step."""
     ran = []
 
-    def spy(blocks, positions):
-        ran.append(positions)
-        return keep_positions(blocks, positions)
+    def spy(*call):
+        ran.append(call)
+        return keep_positions(*call)
 
     monkeypatch.setattr("refinelens.lenses.logit_lens.keep_positions", spy)
     one = replace(options, examples=1)

@@ -30,7 +30,8 @@ class Truth:
     def __init__(self, problem: Problem):
         n_rows = len(problem.hidden)
         self._problem = problem
-        self._index = torch.linspace(0, n_rows - 1, min(n_rows, CHECKED_ROWS)).long().to(problem.hidden.device)
+        index = torch.linspace(0, n_rows - 1, min(n_rows, CHECKED_ROWS), dtype=torch.float64)
+        self._index = index.long().to(problem.hidden.device)
         hidden, self._targets = problem.hidden[self._index], problem.targets[self._index]
         exact = fused_lens_twin(hidden, problem.unembedding, problem.norm, self._targets, dtype=torch.float64)
         self._exact = exact._asdict() | {"target_logprob": exact.target_logit - exact.logsumexp}
@@ -49,7 +50,7 @@ class Truth:
         index = self._index[:rows]
         found = {name: value[index] for name, value in found.items()}
         # A bound that came with the logsumexp is part of the answer; entropy and log-probability inherit it.
-        bound = found.pop("logsumexp_bound", torch.zeros(rows, device=index.device)).double()
+        bound = found.pop("logsumexp_bound", torch.zeros(rows, dtype=torch.float32, device=index.device)).double()
         error, wrong = 0.0, []
         for name, value in found.items():
             if name in self._exact and name not in IDS:

@@ -205,8 +205,8 @@ def _train(
     device, dtype = logit_lens.model.device, logit_lens.model.dtype
     both = {"start": start.to(device, dtype), "trained": trained.to(device, dtype)}
     quality = measure(logit_lens, _told(states, states.split.choose, report), both)
-    better = torch.tensor(quality["trained"].kl) < torch.tensor(quality["start"].kl)
-    better = better[:-1].to(trained.bias.device)
+    pairs = zip(quality["trained"].kl[:-1], quality["start"].kl[:-1], strict=True)
+    better = torch.tensor([trained_kl < start_kl for trained_kl, start_kl in pairs], device=trained.bias.device)
     return Translators(
         torch.where(better[:, None, None], trained.weight, start.weight),
         torch.where(better[:, None], trained.bias, start.bias),

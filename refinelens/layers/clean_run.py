@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..lenses.logit_lens import LogitLens
-from ..model.capture import run_base
+from ..model.capture import hooked, run_base, stream_of
 from .frozen_cache import FrozenCache
 
 
@@ -68,7 +68,7 @@ class CleanRun:
             run_base(lens.model, ids[:, :-1], None, filled)
             ids, cache = ids[:, -1:], FrozenCache(filled)
         blocks = lens.parts.blocks
-        with _recording(blocks) as (states, calls):
+        with lens.undisturbed(), _recording(blocks) as (states, calls):
             run_base(lens.model, ids, None, cache)
         return cls(blocks, states, calls)
 
@@ -87,11 +87,6 @@ class CleanRun:
         return torch.stack([state[0, -1] for state in self.states])
 
 
-def stream_of(output: Tensor | tuple) -> Tensor:
-    """The residual stream in what a block returns."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 @contextmanager
 def _recording(blocks: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[Call]]]:
     """Within the block, a forward pass fills the two lists of `CleanRun`."""
@@ -104,13 +99,8 @@ def _recording(blocks: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[Call]
         if not states:
             states.append(state)
 
-    def after(_module, _args, output):
+    def after(_module, _args, _kwargs, output):
         states.append(stream_of(output))
 
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    try:
+    with hooked(blocks, before, after):
         yield states, calls
-    finally:
-        for handle in handles:
-            handle.remove()

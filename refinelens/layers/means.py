@@ -27,7 +27,7 @@ class MeanContributions:
     def of_nothing(cls, n_layers: int, n_tokens: int, d_model: int, device: torch.device | str) -> MeanContributions:
         """For contexts of up to ``n_tokens``."""
         places = n_tokens - n_tokens // 2
-        mean = torch.zeros(n_layers, 2, places, d_model, device=device)
+        mean = torch.zeros(n_layers, 2, places, d_model, dtype=torch.float32, device=device)
         return cls(mean, torch.zeros(2, places, dtype=torch.int64, device=device))
 
     @classmethod

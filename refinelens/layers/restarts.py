@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..lenses.logit_lens import LogitLens
-from ..lenses.prefix import check_branching, difference
-from ..model.capture import probe_ids
+from ..lenses.prefix import check_branching
+from ..model.capture import difference, probe_ids
 from .clean_run import CleanRun
 from .sublayers import Sublayers, find_sublayers
 

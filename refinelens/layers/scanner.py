@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import FaultError, InputError
 from ..lenses.lens_files import Lens
 from ..lenses.logit_lens import LogitLens
-from ..lenses.prefix import difference
+from ..model.capture import difference
 from ..model.loading import is_out_of_memory
 from ..prompts.context import Context
 from ..runs.layers_schema import CONTROL, DESTROY, LAYER_ROWS, RESTORE

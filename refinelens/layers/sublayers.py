@@ -10,8 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from ..model.capture import first_state
-from .clean_run import CleanRun, stream_of
+from ..model.capture import first_state, hooked, stream_of
+from .clean_run import CleanRun
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,12 @@ def silenced(sublayer: Sublayer, tokens: slice) -> Iterator[None]:
         shape = (1, -1, values.shape[-1])
         added = _given_stream(args, kwargs, values).view(shape)[:, tokens] if sublayer.adds_stream else 0.0
         values.view(shape)[:, tokens] = added
-        return (values, *output[1:]) if isinstance(output, tuple) else values
+        if isinstance(output, tuple | list):
+            return [values, *output[1:]] if isinstance(output, list) else (values, *output[1:])
+        return values
 
-    handle = sublayer.module.register_forward_hook(after, with_kwargs=True)
-    try:
+    with hooked([sublayer.module], after=after):
         yield
-    finally:
-        handle.remove()
 
 
 def _given_stream(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
@@ -120,12 +119,8 @@ def _children_seen(run: CleanRun, index: int, state: Tensor) -> dict[nn.Module, 
         if given is not None and isinstance(made, Tensor) and made.shape[-1] == state.shape[-1]:
             seen[module] = (given.detach().clone(), made.detach().clone())
 
-    handles = [m.register_forward_hook(after, with_kwargs=True) for m in run.blocks[index].children()]
-    try:
+    with hooked(run.blocks[index].children(), after=after):
         run.block(index, state)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial, wraps
+from threading import RLock
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
-from ..model.capture import keep_positions, probe_ids, run_base
+from ..model.capture import difference, keep_positions, outer_hooks, probe_ids, run_base
 from ..model.loading import memory_for
 from ..model.parts import LensParts, check_widths, find_parts
+from ..model.positions import Independence, Rows, aligned, check_independence
 from ..op.backends import choose_backend
 from ..op.kl import kl_to_final
 from ..op.lens import LensStats, fused_lens, values_fit
@@ -66,14 +71,33 @@ class LayerReading:
         return LayerReading(self.stats.map(function), None if self.kl is None else function(self.kl))
 
 
+def _in_own_dtype(method: Callable) -> Callable:
+    """Switches autocast off: a model is read, as it is proven, in its own dtype."""
+
+    @wraps(method)
+    def run(self: LogitLens, *arguments, **options):
+        with torch.autocast(self.model.device.type, enabled=False):
+            return method(self, *arguments, **options)
+
+    return run
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of models that only one thread may run at a time
+
+
 @dataclass(frozen=True)
 class LogitLens:
-    """A model with the parts of its logit lens; make one with `LogitLens.from_model`."""
+    """A model with the parts of its logit lens; make one with `LogitLens.from_model`.
+
+    Several threads may use one lens.
+    """
 
     model: PreTrainedModel
     parts: LensParts
     backend: str
     parity: ParityReport
+    independence: Independence = Independence(None, False)
+    hooks: frozenset[int] = frozenset()  # around the base model when it was proven
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, backend: str = "auto") -> LogitLens:
@@ -84,22 +108,24 @@ class LogitLens:
             backend: Backend of `fused_lens`.
 
         Raises:
-            UnsupportedModelError: A part was not found, or the lens at the last layer is not the model's
-                own prediction; the class and the difference are named.
+            UnsupportedModelError: A part was not found, the states that are read are not those that the model's own
+                forward pass computes, or the lens at the last layer is not the model's own prediction; the class and
+                the difference are named.
             FaultError: No memory for that.
         """
         model.eval()
-        with memory_for(type(model).__name__):
+        with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):
             parts = find_parts(model)
             parity = check_parity(model, parts, backend)
-        if not parity.passed:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "
-                f"{parity.tolerance:.1e} of their range {parity.logit_range:.4g}, got a maximum difference of "
-                f"{parity.max_difference:.4g}, argmax {'equal' if parity.argmax_equal else 'different'}, "
-                f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
-            )
-        return cls(model, parts, backend, parity)
+            if not parity.passed:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "
+                    f"{parity.tolerance:.1e} of their range {parity.logit_range:.4g}, got a maximum difference of "
+                    f"{parity.max_difference:.4g}, argmax {'equal' if parity.argmax_equal else 'different'}, "
+                    f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
+                )
+            independence = check_independence(model, parts.blocks)
+        return cls(model, parts, backend, parity, independence, outer_hooks(model))
 
     @property
     def n_layers(self) -> int:
@@ -111,9 +137,30 @@ class LogitLens:
         """Width of the residual stream."""
         return self.parts.d_model
 
+    @_in_own_dtype
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
         return _apply(self.parts, hidden, targets, self.backend, check_values)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within the block the model may run a context: no other one, before or at the same time, changes its states.
+
+        Raises:
+            InputError: Hooks were put around the base model, or taken away, since it was proven.
+        """
+        if outer_hooks(self.model) != self.hooks:
+            raise InputError(
+                f"{type(self.model).__name__}: expected the hooks that it had when its lens was made, got others on "
+                "the model as a whole, which the lens would pass by; make the lens again"
+            )
+        if self.independence.one_at_a_time is None:
+            yield
+            return
+        with _LOCKS.setdefault(self.model, RLock()):
+            if self.independence.remembers:
+                run_base(self.model, probe_ids(self.model, 1))
+            yield
 
     def hidden(
         self,
@@ -124,21 +171,34 @@ class LogitLens:
     ) -> Tensor:
         """Residual stream at chosen positions, ``[n_layers + 1, batch, n_positions, d_model]``.
 
+        The states of a context are those that it has by itself, whatever else is in the batch: where a model does not
+        give that, contexts run one at a time.
+
         Args:
-            input_ids: ``[batch, token]`` int64. Shorter contexts of a batch are padded on the right.
-            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64, in ``[0, token)``.
+            input_ids: ``[batch, token]`` int64. Shorter contexts of a batch are padded, on the right or on the left.
+            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64, in ``[0, token)``, not of padding.
             attention_mask: ``[batch, token]``, 1 for real tokens, or None for all ones.
             cache: Keys and values of the tokens before ``input_ids``, which are added to it, or None. Positions
                 count from the first of ``input_ids``.
 
         Raises:
             InputError: Shapes that do not fit, or a position or token id out of range (both are shown).
+            UnsupportedModelError: Blocks that did not run once each.
         """
-        positions = self._check_inputs(input_ids, positions)
-        with keep_positions(self.parts.blocks, positions) as kept:
-            device = self.model.device
-            mask = None if attention_mask is None else attention_mask.to(device)
-            run_base(self.model, input_ids.to(device), mask, cache)
+        rows = aligned(input_ids, self._check_inputs(input_ids, positions), attention_mask)
+        if self.independence.one_at_a_time is None or not len(input_ids):
+            return self._states(rows, cache)
+        if cache is not None:
+            raise InputError(f"cache: expected none, got one; {self.independence.one_at_a_time}")
+        return torch.cat([self._states(rows.alone(row), None) for row in range(len(input_ids))], 1)
+
+    def _states(self, rows: Rows, cache: Cache | None) -> Tensor:
+        """One pass."""
+        n_tokens = rows.input_ids.shape[1]
+        device = self.model.device
+        mask = None if rows.mask is None else rows.mask.to(device)
+        with self.undisturbed(), keep_positions(self.model, self.parts.blocks, rows.positions, n_tokens) as kept:
+            run_base(self.model, rows.input_ids.to(device), mask, cache)
         return torch.stack(kept)
 
     def trajectory(
@@ -167,6 +227,7 @@ class LogitLens:
         """
         return self.read(self.hidden(input_ids, positions, attention_mask), targets, translators, kl=False).stats
 
+    @_in_own_dtype
     def read(
         self,
         hidden: Tensor,
@@ -300,21 +361,35 @@ def _apply(
 
 
 def check_parity(model: PreTrainedModel, parts: LensParts, backend: str = "auto") -> ParityReport:
-    """Compare the lens at the last layer with the model's own logits on a few tokens.
+    """Compare the states that a lens reads, and the lens at the last layer, with the model's own forward pass.
 
-    Both the formula (every logit) and the op (argmax, maximum, logsumexp) are compared; the only place
-    beside `find_parts` where logits of all tokens are held, for 8 positions.
+    States come from the base model alone; those of every layer must be the ones that ``model(...)`` computes on its
+    way to its logits. Of the logits both the formula (every logit) and the op (argmax, maximum, logsumexp) are
+    compared; the only place beside `find_parts` where logits of all tokens are held, for 8 positions.
+
+    Raises:
+        UnsupportedModelError: States of another forward pass, another width or dtype.
     """
     ids = probe_ids(model)
-    positions = torch.arange(ids.shape[1])[None]
-    with torch.no_grad(), keep_positions(parts.blocks, positions) as kept:
-        own = model(input_ids=ids, use_cache=False).logits[0].float()
+    keep = partial(keep_positions, model, parts.blocks, torch.arange(ids.shape[1])[None], ids.shape[1])
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with keep() as of_model:
+            own = model(input_ids=ids, use_cache=False).logits[0].float()
+        with keep() as kept:
+            run_base(model, ids)
     last = kept[-1][0]
     check_widths(model, parts, last, own)
-    lens = parts.logits(last).to(own.device)
-    logit_range = float(own.max() - own.min())
     eps = torch.finfo(parts.unembedding.dtype).eps
     tolerance = FP32_PARITY if parts.unembedding.dtype == torch.float32 else ROUNDINGS * eps
+    for layer, pair in enumerate(zip(kept, of_model, strict=True)):
+        if (found := difference(*(states[None] for states in pair))) > tolerance:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected its base model to compute the states that the model itself does, "
+                f"got others from layer {layer} on (difference {found:.2g} of the largest, allowed {tolerance:.2g}): "
+                "it changes what goes in, as prompts of virtual tokens, scaled embeddings or hooks do; undo that"
+            )
+    lens = parts.logits(last).to(own.device)
+    logit_range = float(own.max() - own.min())
     allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
     stats = _apply(parts, last, None, backend).to(own.device)
     close = [

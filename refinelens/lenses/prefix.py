@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import InputError
-from ..model.capture import probe_ids, text_config
+from ..model.capture import difference, probe_ids
 from ..model.masked_attention import SkipHiddenKeys
 from ..options import SweepOptions
 from .logit_lens import LogitLens
@@ -84,12 +84,6 @@ def shared_length(first: list[int], second: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def difference(branched: Tensor, whole: Tensor) -> float:
-    """Largest difference of ``[n_layers + 1, batch, n_positions, d_model]``, as a share of the layer's maximum."""
-    error, scale = ((t.float().abs().flatten(1).amax(1)) for t in (branched - whole, whole))
-    return float((error / scale.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(torch.inf).max())
-
-
 def choose_reuse(options: SweepOptions, lens: LogitLens) -> PrefixReuse:
     """What ``--reuse-prefix`` means for a model; ``auto`` reuses on a CPU in fp32, one context at a time.
 
@@ -119,10 +113,8 @@ def check_branching(lens: LogitLens, allowed: float | None = None) -> PrefixReus
     The same is what the parity gate calls so: within its tolerance of the layer's largest state. With ``allowed``, a
     share in its place, states alone are compared.
     """
-    for name in _rope_types(lens):
-        if "dynamic" in name or name == "longrope":
-            why = f"with rope_type {name} the first tokens depend on how many follow"
-            return PrefixReuse(False, f"{type(lens.model).__name__} cannot branch: {why}")
+    if lens.independence.one_at_a_time is not None:
+        return PrefixReuse(False, f"{type(lens.model).__name__} cannot branch: {lens.independence.one_at_a_time}")
     branches, pairs = Branches(lens), []
     try:
         for ids, start in _probe_contexts(lens):
@@ -151,13 +143,6 @@ def compare(lens: LogitLens, pairs: list[tuple[Tensor, Tensor]], allowed: float 
     if largest <= limit and equal:
         return PrefixReuse(True, found)
     return PrefixReuse(False, f"{type(lens.model).__name__} branched is not the model: {found}")
-
-
-def _rope_types(lens: LogitLens) -> list[str]:
-    """What the configuration says of its rotary embeddings, of each kind of layer where they differ."""
-    ropes = getattr(text_config(lens.model), "rope_parameters", None) or {}
-    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
-    return [str(rope["rope_type"]) for rope in kinds if "rope_type" in rope]
 
 
 def _probe_contexts(lens: LogitLens) -> list[tuple[Tensor, int]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+
+from ..errors import UnsupportedModelError
+
+HALF_REMEDY = "; use --dtype float32 (model.float() in Python)"  # where a model mixes half precision with fp32
 
 
 def text_config(model: PreTrainedModel):
@@ -29,51 +34,152 @@ def first_state(args: tuple, kwargs: dict) -> Tensor | None:
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
-def run_base(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
-) -> None:
-    """Run embeddings, blocks and final norm, but not the unembedding: no logits are made.
-
-    With a cache, ``input_ids`` go on where it ends, and it then holds them too.
-    """
-    past = {} if cache is None else {_cache_argument(model): cache}
-    with torch.no_grad():
-        model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past)
+def stream_of(output: Tensor | tuple | list) -> Tensor:
+    """The residual stream in what a block returns."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
-    """What a model calls its cache: Transformers renames ``past_key_values``, model by model."""
-    return "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"
+def difference(states: Tensor, others: Tensor) -> float:
+    """Largest difference of ``[n_layers + 1, ...]``, as a share of the layer's largest state; infinite for NaN."""
+    error, scale = ((t.float().abs().flatten(1).amax(1)) for t in (states - others, others))
+    share = torch.where(error == 0, 0.0, error / scale)  # of states that are all 0 nothing is a share
+    return float(share.nan_to_num(torch.inf).max())
 
 
 @contextmanager
-def keep_positions(blocks: nn.ModuleList, positions: Tensor) -> Iterator[list[Tensor]]:
-    """Within the block, a forward pass fills the yielded list with the kept residual stream.
+def hooked(
+    modules: Iterable[nn.Module], before: Callable | None = None, after: Callable | None = None
+) -> Iterator[None]:
+    """Within the block, forward passes of this thread call ``before`` and ``after`` every run of these modules.
+
+    A hook belongs to a module, and so to all threads that run it: those of other threads are passed over here. A module
+    that stands in the list twice has its hooks once.
+
+    Args:
+        modules: What is watched.
+        before: Called with module, args and kwargs.
+        after: Called with module, args, kwargs and output; what it returns, if anything, takes the output's place.
+    """
+    thread, handles = get_ident(), []
+
+    def of_this_thread(hook: Callable) -> Callable:
+        def own(*call):
+            return hook(*call) if get_ident() == thread else None
+
+        own.of_refinelens = True
+        return own
+
+    try:
+        for module in dict.fromkeys(modules):
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(of_this_thread(before), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(of_this_thread(after), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def base_of(model: PreTrainedModel) -> nn.Module:
+    """The innermost model without an unembedding: embeddings, blocks and norm, also behind an adapter's wrapper."""
+    base = model
+    while getattr(base, "base_model", base) is not base:
+        base = base.base_model
+    return base
+
+
+def outer_hooks(model: PreTrainedModel) -> frozenset[int]:
+    """Other people's hooks on what stands around the base model, which `run_base` passes by."""
+    inside = set(base_of(model).modules())
+    hooks = [
+        hook
+        for module in model.modules()
+        if module not in inside
+        for hook in (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
+    ]
+    return frozenset(number for number, hook in hooks if not hasattr(hook, "of_refinelens"))
+
+
+def run_base(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+    **options: Tensor,
+) -> None:
+    """Run embeddings, blocks and final norm, but not the unembedding: no logits are made.
+
+    The model runs in its own dtype, whatever autocast is in force around the call: what was proven is what is run.
+    With a cache, ``input_ids`` go on where it ends, and it then holds them too.
+    """
+    base = base_of(model)
+    past = {} if cache is None else {_cache_argument(base): cache}
+    with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+        base(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past, **options)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward pass has an argument of this name."""
+    return argument in signature(module.forward).parameters
+
+
+def _cache_argument(base: nn.Module) -> str:
+    """What a model calls its cache: Transformers renames ``past_key_values``, model by model."""
+    return "cache" if takes(base, "cache") else "past_key_values"
+
+
+@contextmanager
+def keep_positions(
+    model: PreTrainedModel, blocks: nn.ModuleList, positions: Tensor, n_tokens: int
+) -> Iterator[list[Tensor]]:
+    """Within the block, one forward pass fills the yielded list with the kept residual stream.
 
     Layer 0 is the input of the first block (the embedding output), layer i the output of block i; the
     list ends with ``n_layers + 1`` tensors ``[batch, n_positions, d_model]``, copies in the model's dtype.
 
     Args:
-        blocks: The model's transformer blocks.
+        model: What runs, for errors.
+        blocks: Its transformer blocks. One module may stand there several times.
         positions: ``[batch, n_positions]`` int64 token positions to keep.
+        n_tokens: Tokens that each row of the pass has.
+
+    Raises:
+        UnsupportedModelError: Blocks that did not run once each, in their order, or states of other tokens than those
+            that went in.
     """
     kept: list[Tensor] = []
+    ran: list[nn.Module] = []
 
     def keep(stream: Tensor) -> None:
+        if not isinstance(stream, Tensor) or stream.shape[:-1] != (len(positions), n_tokens):
+            got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected states [{len(positions)}, {n_tokens}, d_model] of the tokens that "
+                f"went in, got {got} at layer {len(kept)}"
+            )
+        if kept and (stream.shape[-1], stream.dtype) != (kept[0].shape[-1], kept[0].dtype):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected a residual stream of one width and dtype, got {kept[0].shape[-1]} "
+                f"in {kept[0].dtype} at layer 0 and {stream.shape[-1]} in {stream.dtype} at layer {len(kept)}"
+                + ("" if stream.dtype == kept[0].dtype else HALF_REMEDY)
+            )
         index = positions.to(stream.device)
         rows = torch.arange(len(index), device=stream.device)[:, None]
         kept.append(stream.detach()[rows, index])
 
-    def before_first(_module, args, kwargs):
-        keep(first_state(args, kwargs))
+    def before(_module, args, kwargs):
+        if not kept:
+            keep(first_state(args, kwargs))
 
-    def after_block(_module, _args, output):
-        keep(output[0] if isinstance(output, tuple) else output)
+    def after(module, _args, _kwargs, output):
+        ran.append(module)
+        keep(stream_of(output))
 
-    handles = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-    handles += [block.register_forward_hook(after_block) for block in blocks]
-    try:
+    with hooked(blocks, before, after):
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
+    if [id(module) for module in ran] != [id(block) for block in blocks]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected each of its {len(blocks)} blocks to run once, in order, got "
+            f"{len(ran)} runs of {len(set(ran))} blocks, of which no lens can tell which are its layers"
+        )

@@ -78,7 +78,7 @@ class _Asking:
 
 def _rows(width: int, device: torch.device | None) -> Tensor:
     """Four random rows of mean 0 and mean square 1, ``[4, width]``."""
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = x - x.mean(-1, keepdim=True)
     return (x / x.square().mean(-1, keepdim=True).sqrt()).to(device)
 

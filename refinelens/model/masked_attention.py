@@ -65,7 +65,7 @@ class _SeenMask:
             rows = mask[..., start:end, :]
             seen = rows.flatten(0, -2).any(0).nonzero()
             keys = slice(int(seen[0]), int(seen[-1]) + 1) if rows.any(-1).all() else slice(n_keys)
-            bias = torch.zeros(rows[..., keys].shape).masked_fill_(~rows[..., keys], -torch.inf)
+            bias = torch.zeros(rows[..., keys].shape, dtype=torch.float32).masked_fill_(~rows[..., keys], -torch.inf)
             blocks.append(_Block(slice(start, end), keys, bias))
         return cls(mask, blocks)
 

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..kernels.lens_common import linear_logits, soft_cap
 from ..kernels.norms import Norm, apply_norm
-from .capture import first_state, keep_positions, probe_ids, text_config
+from .capture import HALF_REMEDY, first_state, hooked, keep_positions, probe_ids, text_config
 from .identify import identify_norm, identify_projection
 
 # Names that configurations use; what a name states is tried and need not be true.
+BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
@@ -82,9 +83,16 @@ def find_parts(model: PreTrainedModel) -> LensParts:
     Raises:
         UnsupportedModelError: A part is missing or ambiguous; the model's class is named.
     """
+    _check_device(model)
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
+    if hasattr(head, "base_layer") and not getattr(head, "merged", False):
+        name = next(name for name, module in model.named_modules() if module is head)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected an unembedding without an adapter, got one on {name} "
+            f"({type(head).__module__}.{type(head).__name__}); merge it (merge_and_unload)"
+        )
     blocks = _find_blocks(model)
     states, tail, logits = _run_tail(model, blocks, head)
     _check_finite(model, states, logits)
@@ -103,6 +111,21 @@ def find_parts(model: PreTrainedModel) -> LensParts:
     return _with_logit_transform(parts, text_config(model), last, logits)
 
 
+def _check_device(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights lie in several places, or in none until they are needed."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if torch.device("meta") in devices:
+        got = "weights that are loaded when they are needed (offloaded to the CPU or to disk)"
+    elif len(devices) > 1:
+        got = f"one over {', '.join(sorted(map(str, devices)))}"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: expected a whole model on one device, got {got}; load it without device_map, or a "
+        "smaller one"
+    )
+
+
 def check_widths(model: PreTrainedModel, parts: LensParts, states: Tensor, logits: Tensor) -> None:
     """Raise ``UnsupportedModelError`` unless states and logits of the model fit the parts."""
     wanted = (parts.d_model, parts.unembedding.dtype)
@@ -110,6 +133,7 @@ def check_widths(model: PreTrainedModel, parts: LensParts, states: Tensor, logit
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected a residual stream of width {wanted[0]} and {wanted[1]} like the "
             f"unembedding, got width {states.shape[-1]} and {states.dtype}"
+            + ("" if states.dtype == wanted[1] else HALF_REMEDY)
         )
     if logits.shape[-1] != len(parts.unembedding):
         raise UnsupportedModelError(
@@ -119,8 +143,8 @@ def check_widths(model: PreTrainedModel, parts: LensParts, states: Tensor, logit
 
 
 def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    n_layers = getattr(text_config(model), "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    counts = _block_counts(model)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     found = [blocks for _, blocks in outer]
     if len(found) > 1:
@@ -128,15 +152,24 @@ def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
         found = [blocks for blocks in found if ran.issuperset(blocks)]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected one list of {n_layers} transformer blocks, got {len(found)}"
+            f"{type(model).__name__}: expected one list of {' or '.join(map(str, counts))} transformer blocks, got "
+            f"{len(found)}"
         )
     return found[0]
+
+
+def _block_counts(model: PreTrainedModel) -> list[int]:
+    """How many blocks the configuration states: a decoder's own number first, which an encoder's would hide."""
+    config = text_config(model)
+    stated = [getattr(config, name, None) for name in BLOCK_COUNTS]
+    return [count for count in dict.fromkeys(stated) if isinstance(count, int) and count > 0]
 
 
 def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Module]:
     """Those that a text runs through: a second tower, for images say, has blocks too."""
     ran: set[nn.Module] = set()
-    _run(model, [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in modules])
+    with hooked(modules, lambda module, _args, _kwargs: ran.add(module)):
+        _run(model)
     return ran
 
 
@@ -159,12 +192,14 @@ def _run_tail(
 
     inside = set(blocks.modules())
     steps = [m for m in model.modules() if m not in inside and m is not head and not any(m.children())]
-    handles = [m.register_forward_hook(after_step, with_kwargs=True) for m in steps]
-    handles.append(blocks[-1].register_forward_hook(lambda *_: tail.clear()))
-    handles.append(head.register_forward_pre_hook(lambda *_: reached.append(head)))
-    positions = torch.arange(probe_ids(model).shape[1])[None]
-    with keep_positions(blocks, positions) as kept:
-        logits = _run(model, handles)
+    n_tokens = probe_ids(model).shape[1]
+    with (
+        hooked(steps, after=after_step),
+        hooked([blocks[-1]], after=lambda *_: tail.clear()),
+        hooked([head], before=lambda *_: reached.append(head)),
+        keep_positions(model, blocks, torch.arange(n_tokens)[None], n_tokens) as kept,
+    ):
+        logits = _run(model)
     return [states[0] for states in kept], tail, logits[0]
 
 
@@ -179,19 +214,18 @@ def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) 
             )
 
 
-def _run(model: PreTrainedModel, handles: list) -> Tensor:
-    """Logits of `probe_ids`; removes the hooks, whatever happens."""
+def _run(model: PreTrainedModel) -> Tensor:
+    """Logits of `probe_ids`."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             return model(input_ids=probe_ids(model), use_cache=False).logits
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # anything can come out of a model's own code
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected logits for a text of {probe_ids(model).shape[1]} tokens, got "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same(state: Tensor, output: object) -> bool:
