@@ -23,6 +23,7 @@ from .errors import InputError
 from .lenses.lens_files import Lens
 from .lenses.logit_lens import LogitLens
 from .machine import now
+from .model.tokens import text_of
 from .op.top_k import lens_top_k
 from .prompts.context import Context
 from .report.words import counted
@@ -54,7 +55,7 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     tokenizer = inputs.loaded.tokenizer
     data = {
         "meta": {"version": 2, "timestamp": now(), "model": inputs.loaded.name},
-        **widget(inputs.logit_lens, lens, context, choice.tokens, choice.k, lambda id: tokenizer.decode([id])),
+        **widget(inputs.logit_lens, lens, context, choice.tokens, choice.k, lambda id: text_of(tokenizer, id)),
     }
     text = json.dumps(data, ensure_ascii=False) + "\n"
     write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -440,7 +440,7 @@ def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch, quick):
         ("transformers.PreTrainedModel.to", "--model"),
         ("transformers.AutoModelForCausalLM.from_pretrained", "--model"),
         ("refinelens.lenses.logit_lens.check_parity", "GPT2LMHeadModel"),
-        ("refinelens.lenses.translators.Translators.to", "--lens half"),
+        ("refinelens.lenses.logit_lens.LogitLens.adapted", "--lens half"),
     ],
 )
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["gpu", "cpu"])

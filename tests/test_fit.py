@@ -16,6 +16,7 @@ from refinelens.fit.quality import measure
 from refinelens.fit.states import Split, States
 from refinelens.fit.statistics import Statistics
 from refinelens.fit.text import load_text, sequences
+from refinelens.fit.train import _Correction
 from refinelens.lenses.lens_files import load_lens
 from refinelens.lenses.logit_lens import LogitLens
 from refinelens.model.loading import load_model
@@ -86,6 +87,34 @@ def test_a_layer_that_never_varies_is_no_trouble():
     states[0] = 3.0
     translators, _ = ridge.solve(statistics_of(states), statistics_of(states))
     torch.testing.assert_close(translators.one(0, states[0]), states[-1].mean(0).expand(50, -1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("eigenvalue", [0.0, 3e-13, -3e-13], ids=["exactly-0", "above-0", "below-0"])
+def test_rounding_is_no_variance_on_any_machine(eigenvalue):
+    """What is left of two equal sums is 0 on one machine and rounding on another, in the cross moment too.
+
+    The sums are put there by hand, so that no machine's own rounding decides.
+    """
+    states = random_states(50)
+    found = statistics_of(states)
+    d_model = states.shape[2]
+    found.sum_x[0] = 150.0
+    found.xx[0] = 450.0 + eigenvalue * torch.eye(d_model, dtype=torch.float64)
+    found.xy[0] = 3 * found.sum_y + 4.5e-13
+    translators, _ = ridge.solve(found, found)
+    assert float((translators.weight[0] + torch.eye(d_model)).abs().max()) == 0.0
+    torch.testing.assert_close(translators.bias[0], states[-1].mean(0), rtol=1e-6, atol=1e-6)
+    correction = _Correction(0, translators, found, steps=1)
+    assert not correction._whiten.any(), "nor is it a direction to train along"
+
+
+def test_a_small_variance_beside_a_large_mean_is_still_mapped():
+    """One part in a million of the mean is far above rounding."""
+    states = random_states(500)
+    states[0] = 1e-3 * states[-1] + 1e3
+    translators, _ = ridge.solve(statistics_of(states), statistics_of(states))
+    error = translators.one(0, states[0].double().float()) - states[-1]
+    assert float(error.square().mean() / states[-1].var(0).mean()) < 0.01
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,14 @@ def test_five_positive_differences():
     assert re.fullmatch(rf"{line}\(Holm 0.031; exact sign-flip\)\.", test.line())
 
 
+def test_equal_differences_have_no_spread():
+    """A third of a layer for all: 4/3 - 1 and 7/3 - 2 differ in their last bit, which is no standard deviation."""
+    middle = {2: [1, 2, 5], 3: [1, 2, 5], 4: [2, 3, 6]}
+    (test,) = run_tests(trajectories({0: [1, 2, 5], **middle, 6: [1, 2, 5]}, documents=7))
+    assert test.middle == (2, 3, 4) and test.first_difference.value == pytest.approx(1 / 3)
+    assert math.isnan(test.first_d_z) and math.isnan(test.last_d_z)
+
+
 @pytest.mark.parametrize("last", [[3] * 8, [9] * 8])
 def test_depth_that_only_grows_is_no_inverted_u(last):
     """Larger in the middle than at the first position, and not larger than, or below, the last."""

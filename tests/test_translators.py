@@ -1,5 +1,6 @@
 """Reading the layers through translators, against the formula in fp64."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -133,15 +134,30 @@ def test_one_layer_alone_is_that_layer_of_all():
 
 def test_translators_that_do_not_fit_are_one_line(lens):
     hidden, targets = hidden_and_targets(lens)
-    other = [random_translators(dtype=torch.bfloat16), random_translators(N_LAYERS - 1), random_translators(d_model=16)]
-    for translators in other:
+    for translators in [random_translators(N_LAYERS - 1), random_translators(d_model=16)]:
         with pytest.raises(InputError, match=r"hidden: expected shape \[\d, N, \d+\] in torch.* like the translators"):
             lens.read(hidden, targets, translators)
+    rows = hidden.flatten(1, -2)
+    with pytest.raises(InputError, match="in torch.bfloat16 on cpu like the translators, got .* in torch.float32"):
+        random_translators(dtype=torch.bfloat16)(rows)
     with pytest.raises(InputError, match="on meta like the translators, got .* on cpu"):
         weight, bias = random_translators().weight, random_translators().bias
         moved = object.__new__(Translators)  # their numbers cannot be looked at there
         vars(moved).update(weight=weight.to("meta"), bias=bias.to("meta"))
-        lens.read(hidden, targets, moved)
+        moved(rows)
+
+
+def test_dtype_follows_the_model(lens):
+    """Maps of another dtype are those of the model's, rounded once; numbers that do not fit there are refused."""
+    hidden, targets = hidden_and_targets(lens)
+    half = random_translators(dtype=torch.bfloat16)
+    ours, theirs = (fields(lens.read(hidden, targets, t)) for t in (half, half.to("cpu", torch.float32)))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value)
+    large = Translators(1e5 * torch.ones(N_LAYERS, D_MODEL, D_MODEL), torch.zeros(N_LAYERS, D_MODEL))
+    small = LogitLens.from_model(deepcopy(lens.model).half())
+    with pytest.raises(InputError, match="infinity in the weight of layer 0 once in float16; use --dtype float32"):
+        small.read(hidden.half(), targets, large)
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ def solve(fit: Statistics, held_out: Statistics) -> tuple[Translators, list[floa
         Translators in fp32, and ``n_layers`` strengths.
     """
     n_layers, d_model = fit.sum_x.shape
-    weight = torch.empty(n_layers, d_model, d_model, device=fit.xx.device)
-    bias, strengths = torch.empty(n_layers, d_model, device=fit.xx.device), []
+    weight = fit.xx.new_empty(n_layers, d_model, d_model, dtype=torch.float32)
+    bias, strengths = fit.xx.new_empty(n_layers, d_model, dtype=torch.float32), []
     identity = torch.eye(d_model, dtype=fit.xx.dtype, device=fit.xx.device)
     for layer in range(n_layers):
         maps, bias[layer], strength = _solve_layer(layer, fit, held_out)
@@ -42,9 +42,10 @@ def _solve_layer(layer: int, fit: Statistics, held_out: Statistics) -> tuple[Ten
     xx, xy, _ = fit.moments(layer, mean_x, mean_y)
     other_xx, other_xy, _ = held_out.moments(layer, mean_x, mean_y)
     values, basis = torch.linalg.eigh(xx)
-    values = values.clamp(min=0.0)
+    noise = fit.noise(layer)
+    values, basis = values[values > noise], basis[:, values > noise]  # along the others there is nothing to map
     xy, other_xx, other_xy = basis.T @ xy, basis.T @ other_xx @ basis, basis.T @ other_xy
-    scale = values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+    scale = values.sum() / len(xx)
     best = None
     for strength in STRENGTHS:
         maps = xy / (values + strength * scale)[:, None]

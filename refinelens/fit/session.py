@@ -178,12 +178,10 @@ def _solve(
     lenses = {"linear": translators}
     if options.objective == "kl":
         lenses["kl"] = _train(options, logit_lens, translators, fit, states, report)
-    device, dtype = logit_lens.model.device, logit_lens.model.dtype
     try:
-        return {name: lens.to(device, dtype) for name, lens in lenses.items()}, strengths
+        return {name: logit_lens.adapted(lens) for name, lens in lenses.items()}, strengths
     except InputError as error:
-        name = str(dtype).removeprefix("torch.")
-        raise InputError(f"--dtype: {error} once in {name}; use --dtype float32") from None
+        raise InputError(f"--dtype: {error}") from None
 
 
 def _train(
@@ -202,8 +200,7 @@ def _train(
     trained = train(
         logit_lens, start, statistics, lambda: states.of(states.split.fit), options.steps, options.seed, told
     )
-    device, dtype = logit_lens.model.device, logit_lens.model.dtype
-    both = {"start": start.to(device, dtype), "trained": trained.to(device, dtype)}
+    both = {"start": logit_lens.adapted(start), "trained": logit_lens.adapted(trained)}
     quality = measure(logit_lens, _told(states, states.split.choose, report), both)
     pairs = zip(quality["trained"].kl[:-1], quality["start"].kl[:-1], strict=True)
     better = torch.tensor([trained_kl < start_kl for trained_kl, start_kl in pairs], device=trained.bias.device)

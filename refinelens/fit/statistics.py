@@ -54,6 +54,14 @@ class Statistics:
         xy = self.xy[layer] - torch.outer(sum_x, about_y) - torch.outer(about_x, self.sum_y - n * about_y)
         return xx, xy, self.yy - 2 * about_y * self.sum_y + n * about_y * about_y
 
+    def noise(self, layer: int) -> Tensor:
+        """Up to where an eigenvalue of the centred `moments` ``x x^T`` of a layer is rounding and nothing else.
+
+        What is left where two large sums cancel is a few epsilon of those sums, not of the difference: a direction in
+        which the states do not vary has an eigenvalue of 0 on one machine, and of either sign on another.
+        """
+        return len(self.sum_y) * torch.finfo(self.xx.dtype).eps * self.xx[layer].diagonal().mean()
+
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The sums by name, for a file."""
         return {f"{prefix}.{field.name}": getattr(self, field.name) for field in fields(self)}

@@ -67,8 +67,9 @@ class _Correction:
         mean_x, mean_y = statistics.means(layer)
         xx, _, yy = statistics.moments(layer, mean_x, mean_y)
         values, basis = torch.linalg.eigh(xx / statistics.count)
-        floor = (SMALLEST * values.mean()).clamp(min=torch.finfo(values.dtype).tiny)
-        self._whiten, self._mean = (basis * values.clamp(min=floor).rsqrt()).float(), mean_x.float()
+        varies = values > statistics.noise(layer) / statistics.count
+        scale = torch.where(varies, values.clamp(min=SMALLEST * values.mean()).rsqrt(), 0.0)
+        self._whiten, self._mean = (basis * scale).float(), mean_x.float()
         self._weight, self._bias = start.weight[layer], start.bias[layer]
         self._maps = torch.zeros_like(self._weight, requires_grad=True)
         self._shift = torch.zeros_like(self._bias, requires_grad=True)

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -18,21 +17,14 @@ from ..options import check_utf8
 from ..runs.durable import write_whole
 from ..runs.files import check_entries, read_json_object, sha256_of
 from .logit_lens import LogitLens
+from .made_for import MODEL_KEYS, check_made_for
 from .translators import Translators
-from .tuned_lens import CONFIG, KIND, PARAMS, compare_unembedding, read_tuned_lens
+from .tuned_lens import CONFIG, KIND, PARAMS, read_tuned_lens
 
 PLAIN = "plain"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = "lens.safetensors"
-MODEL_KEYS = {
-    "name": str,
-    "class": str,
-    "config_sha256": str,
-    "weights_sample_sha256": str,
-    "n_layers": int,
-    "d_model": int,
-}
 
 
 @dataclass(frozen=True)
@@ -112,14 +104,11 @@ def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
 
 def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict:
     """What the manifest of a lens says of its model."""
-    values = (loaded.name, type(loaded.model).__name__, loaded.config_sha256, loaded.weights_sample_sha256)
-    return dict(zip(MODEL_KEYS, (*values, logit_lens.n_layers, logit_lens.d_model), strict=True))
+    return logit_lens.entry | {"name": loaded.name}
 
 
 def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens:
     """The lens with its translators on the model's device and in its dtype.
-
-    The name of the model is not compared: the same model may lie in another folder.
 
     Raises:
         InputError: It was made for another model, or another revision of this one.
@@ -127,43 +116,12 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
     """
     if lens.translators is None:
         return lens
-    _check_model(lens, model_entry(loaded, logit_lens), loaded.model.dtype)
-    note = None
-    if lens.kind == KIND:
-        try:
-            note = compare_unembedding(lens.manifest["model"], logit_lens.parts.unembedding)
-        except InputError as error:
-            raise _made_for_another(lens, loaded.name, f"another model or revision ({error})") from None
-    dtype = loaded.model.dtype
     try:
+        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.parts.unembedding)
         with memory_for(f"--lens {lens.name}"):
-            translators = lens.translators.to(loaded.model.device, dtype)
+            return replace(lens, translators=logit_lens.adapted(lens.translators), note=note)
     except InputError as error:
-        name = str(dtype).removeprefix("torch.")
-        raise InputError(f"--lens {lens.name}: {error} once in {name}; use --dtype float32") from None
-    return replace(lens, translators=translators, note=note)
-
-
-def _check_model(lens: Lens, here: dict, dtype: torch.dtype) -> None:
-    """Hold what the manifest says of the model, which of a tuned lens is less, against the model's own entry."""
-    made_for = lens.manifest["model"]
-    for key in ("class", "n_layers", "d_model", "config_sha256", "weights_sample_sha256"):
-        if key not in made_for or made_for[key] == here[key]:
-            continue
-        what = "another model"
-        if key == "weights_sample_sha256":  # of numbers rounded to bf16, so that fp32 and bf16 agree but not fp16
-            what = "another revision of it" + (" or one in another dtype" if dtype == torch.float16 else "")
-        there, own = (str(entry[key])[:12] if "sha256" in key else entry[key] for entry in (made_for, here))
-        raise _made_for_another(lens, here["name"], f"{what} ({key} {there} there, {own} here)")
-
-
-def _made_for_another(lens: Lens, here: str, difference: str) -> InputError:
-    made_for = lens.manifest["model"]
-    name = made_for["name"] + (f" at {made_for['revision']}" if made_for.get("revision") else "")
-    return InputError(
-        f"--lens {lens.name}: expected a lens made for {here}, got one for {name}, {difference}; fit one with "
-        "refinelens fit"
-    )
+        raise InputError(f"--lens {lens.name}: {error}") from None
 
 
 def _read_lens(path: Path) -> tuple[Translators, dict]:
@@ -177,7 +135,8 @@ def _read_lens(path: Path) -> tuple[Translators, dict]:
                 raise InputError(
                     f"expected the tensors {_shapes(wanted)} that its manifest names, got {_shapes(found) or 'none'}"
                 )
-            return Translators(file.get_tensor("weight"), file.get_tensor("bias")), manifest
+            tensors = {key: file.get_tensor(key) for key in wanted}
+            return Translators(**tensors, made_for=manifest["model"]), manifest
     except FileNotFoundError:
         raise InputError(f"expected {TENSORS} beside the manifest, got none; fit the lens again") from None
     except SafetensorError as error:

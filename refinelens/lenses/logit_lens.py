@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from threading import RLock
 from weakref import WeakKeyDictionary
 
@@ -15,12 +15,14 @@ from transformers import Cache, PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
 from ..model.capture import difference, keep_positions, outer_hooks, probe_ids, run_base
+from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import memory_for
 from ..model.parts import LensParts, check_widths, find_parts
 from ..model.positions import Independence, Rows, aligned, check_independence
 from ..op.backends import choose_backend
 from ..op.kl import kl_to_final
 from ..op.lens import LensStats, fused_lens, values_fit
+from .made_for import MODEL_KEYS, check_made_for
 from .translators import Translators
 
 # Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
@@ -137,6 +139,37 @@ class LogitLens:
         """Width of the residual stream."""
         return self.parts.d_model
 
+    @cached_property
+    def entry(self) -> dict:
+        """What identifies the model to a lens that was made for it, by `made_for.MODEL_KEYS`."""
+        name = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
+        hashes = (config_sha256(self.model), weights_sample_sha256(self.model))
+        values = (name, type(self.model).__name__, *hashes, self.n_layers, self.d_model)
+        return dict(zip(MODEL_KEYS, values, strict=True))
+
+    @cached_property
+    def _accepted(self) -> list[dict]:
+        """Models of lenses that were held against this one and found to be it."""
+        return []
+
+    def adapted(self, translators: Translators) -> Translators:
+        """Translators on this model's device and in its dtype.
+
+        Raises:
+            InputError: They come from a lens that was made for another model or revision, or do not fit the dtype.
+        """
+        made_for = translators.made_for
+        if made_for is not None and not any(made_for is known for known in self._accepted):
+            check_made_for(made_for, self.entry, self.parts.unembedding)
+            self._accepted.append(made_for)
+        device, dtype = self.parts.unembedding.device, self.parts.unembedding.dtype
+        if (translators.weight.device, translators.weight.dtype) == (device, dtype):
+            return translators
+        try:
+            return translators.to(device, dtype)
+        except InputError as error:
+            raise InputError(f"{error} once in {str(dtype).removeprefix('torch.')}; use --dtype float32") from None
+
     @_in_own_dtype
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
@@ -243,12 +276,13 @@ class LogitLens:
         Args:
             hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
             targets: Ids broadcastable to ``[batch, n_positions]``, or None.
-            translators: In the dtype of ``hidden``, on the device of the unembedding, or None for the plain logit lens.
+            translators: Applied before the norm, of this model, or None for the plain logit lens.
             kl: Whether to compute the divergence: two more products over the rows of the last layer.
 
         Raises:
-            InputError: As `fused_lens`, and translators that do not fit.
+            InputError: As `fused_lens`, and translators that do not fit, or are those of another model.
         """
+        translators = None if translators is None else self.adapted(translators)
         if hidden.dim() < 3:
             raise InputError(f"hidden: expected [n_layers + 1, batch, n_positions, d_model], got {list(hidden.shape)}")
         states = hidden.flatten(1, -2).to(self.parts.unembedding.device)  # [n_layers + 1, N, d_model]

@@ -23,6 +23,7 @@ class Translators:
 
     weight: Tensor  # [n_layers, d_model, d_model] floating
     bias: Tensor  # [n_layers, d_model] floating
+    made_for: dict | None = None  # what a lens on disk says of its model; None for maps of one's own
 
     def __post_init__(self):
         shape = tuple(self.weight.shape)
@@ -55,7 +56,7 @@ class Translators:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Translators:
         """The same maps on another device and in another dtype."""
-        return Translators(self.weight.to(device, dtype), self.bias.to(device, dtype))
+        return Translators(self.weight.to(device, dtype), self.bias.to(device, dtype), self.made_for)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Translate all layers, ``[n_layers + 1, N, d_model]``, in the dtype of ``hidden``.

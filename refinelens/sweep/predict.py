@@ -16,6 +16,7 @@ from ..lenses.lens_files import Lens
 from ..lenses.logit_lens import LogitLens
 from ..lenses.prefix import Branches, branch_order, choose_reuse, compare
 from ..model.loading import LoadedModel, is_out_of_memory
+from ..model.tokens import text_of
 from ..options import SweepOptions
 from ..prompts.context import Context
 from ..runs.results import PREDICTIONS, Outcome
@@ -60,7 +61,7 @@ class Predictor:
         self._proven = 0  # tokens of the longest context that branched off and was compared with itself run whole
         self._builder = builder
         self._batching = Batching(options, loaded.model.device.type)
-        self._text = cache(lambda token_id: loaded.tokenizer.decode([token_id]))
+        self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
 
     def ask(self, question: Question) -> Outcome:
         """All that comes of one question, at every context size and gold position it can be asked at.
