@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     a sweep that SIGINT (Ctrl-C) and SIGTERM stopped.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a text that the terminal's encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(argv)
     try:
         for word in argv:
@@ -63,7 +69,6 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .options import SweepOptions, default_task
 
     arguments.task = arguments.task or default_task(arguments.model)
-    out = arguments.out or _default_out(arguments.model, arguments.task)
     values = options_given(arguments, SweepOptions)
     values["documents"] = parse_documents(arguments.documents)
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
@@ -71,7 +76,8 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     _calm_libraries()
     from .sweep.session import run_sweep
 
-    return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
+    with _folder_of_its_own(arguments) as out:
+        return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
 
 
 def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -217,7 +223,8 @@ def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
         from .describe import model_findings
         from .model.loading import load_model
 
-        for name, value in model_findings(load_model(arguments.model, arguments.device, arguments.dtype)):
+        given = (arguments.model, arguments.device, arguments.dtype, arguments.trust_remote_code)
+        for name, value in model_findings(load_model(*given)):
             print(f"{name:<16} {value}", flush=True)
     return 0
 
@@ -249,9 +256,31 @@ def _parse_numbers(option: str, text: str, expected: str) -> tuple[int, ...]:
         raise InputError(f"{option}: expected {expected}, got {text!r}") from None
 
 
-def _default_out(model: str, task: str) -> str:
-    words = [re.sub(r"(\.jsonl)?(\.gz)?(\.gguf)?$", "", Path(name).name) for name in (model, task)]
-    return str(Path("runs") / f"{'-'.join(words)}-{datetime.now():%Y%m%d-%H%M%S}")
+@contextmanager
+def _folder_of_its_own(arguments: argparse.Namespace) -> Iterator[str]:
+    """The folder of a sweep: the one asked for, or one made here, that no other sweep of this second has."""
+    if arguments.out:
+        yield arguments.out
+        return
+    names = (arguments.model, arguments.task)
+    words = [re.sub(r"(\.jsonl)?(\.gz)?(\.gguf)?$", "", Path(name).name) for name in names]
+    name = f"{'-'.join(words)}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in count(1):
+        out = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            out.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            from .runs.durable import disk_error
+
+            raise disk_error(out, error, begun=False) from None
+    try:
+        yield str(out)
+    finally:
+        with suppress(OSError):  # it holds something now
+            out.rmdir()
 
 
 COMMANDS = {

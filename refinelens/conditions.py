@@ -5,6 +5,7 @@ from __future__ import annotations
 from .errors import InputError
 
 CLOSED_BOOK, ORACLE = 0, 1  # no document; the gold document alone
+MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
 NO_POSITION = -1  # of the gold document, where there is none
 WORDS = {"closed-book": CLOSED_BOOK, "oracle": ORACLE}
 

@@ -40,6 +40,8 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     allowed = parity.tolerance * parity.logit_range
     difference = f"largest difference {parity.max_difference:.2g}, allowed {allowed:.2g}"
     yield "parity", f"passed: {difference}; argmax equal; op agrees; logits range over {parity.logit_range:.4g}"
+    alone = lens.independence.one_at_a_time
+    yield "batches", "states do not depend on what else is in one" if alone is None else f"none, one at a time: {alone}"
     reuse = check_branching(lens)
     yield "prefix reuse", f"{'passed' if reuse.used else 'contexts run whole'}: {reuse.why}"
     yield "interventions", _interventions(lens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -15,6 +16,16 @@ PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "
 def now() -> str:
     """Current time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def working_folder() -> str | None:
+    """The folder that relative paths start from; None where it is gone, or has a name that no manifest can hold."""
+    try:
+        folder = os.getcwd()
+        folder.encode()
+    except (OSError, UnicodeEncodeError):
+        return None
+    return folder
 
 
 def device_name(device_type: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from .conditions import gold_positions
+from .conditions import MOST_DOCUMENTS, gold_positions
 from .errors import InputError
 from .tasks.formats import DEFAULT
 
@@ -41,10 +41,13 @@ class SweepOptions:
     batch_size: str = "auto"
     reuse_prefix: str = "auto"
     seed: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self):
-        if not self.documents or min(self.documents) < 0:
+        if not self.documents or min(self.documents) < 0 or max(self.documents) > MOST_DOCUMENTS:
             sizes = ",".join(map(str, self.documents))
+            if self.documents and min(self.documents) >= 0:
+                raise InputError(f"--documents: expected sizes up to {MOST_DOCUMENTS}, got {sizes}")
             raise InputError(f"--documents: expected closed-book, oracle or sizes such as 5,10, got {sizes!r}")
         for size in self.documents:
             gold_positions(self.gold_positions, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 
 from . import __version__
@@ -94,12 +94,17 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _add_trust(add: Callable) -> None:
+    add("--trust-remote-code", action="store_true", help="run the code that a model brings (default: refuse it)")
+
+
 def _add_doctor(commands) -> None:
     doctor = commands.add_parser("doctor", help="say which backend would be used, and what is found in a model")
     add = doctor.add_argument
     add("--model", metavar="NAME", help="find the parts of its lens and prove them, as sweep does (default: no model)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the model (default: as in sweep)")
     add("--dtype", choices=DTYPES, default="auto", help="of the model (default: as in sweep)")
+    _add_trust(add)
 
 
 def _add_sweep(commands) -> None:
@@ -202,6 +207,7 @@ def _add_machine(group) -> None:
         help="run documents that contexts share once; auto: on a CPU in float32, if proven (default: %(default)s)",
     )
     add("--workers", type=int, default=1, metavar="N", help="processes, a model in each (default: %(default)s)")
+    _add_trust(add)
 
 
 def _add_fit(commands) -> None:
@@ -231,6 +237,7 @@ def _add_fit(commands) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="(default: float32 on a CPU, the checkpoint's own on CUDA)")
     add("--seed", type=int, metavar="N", help="of the training, for kl alone (default: 0)")
+    _add_trust(add)
     add("--out", required=True, metavar="LENS", help="folder of the lens; a fit that was stopped there goes on")
     add("--overwrite", action="store_true", help="replace a lens or a stopped fit that is there")
 
@@ -300,4 +307,5 @@ def _add_bench(commands) -> None:
     add("--peers", default="all", help="all, none or names such as compiled,row-chunks (default: %(default)s)")
     add("--rounds", type=int, default=7, metavar="N", help="how often all take turns (default: %(default)s)")
     add("--threads", type=int, default=1, metavar="N", help="on a CPU; 1 is timed by CPU time (default: %(default)s)")
+    _add_trust(add)
     add("--json", metavar="FILE", help="write every number there too")

@@ -19,6 +19,7 @@ from refinelens.cli import main
 from refinelens.errors import InputError
 from refinelens.lenses.lens_files import load_lens
 from refinelens.model.parts import find_parts
+from refinelens.runs.results import open_run
 from refinelens.tasks.task import load_task
 from tiny import save_tiny_lens, save_tiny_model, tiny_gpt2, word_tokenizer
 
@@ -229,24 +230,27 @@ def test_a_tokenizer_of_another_model(sweep, tmp_path, capsys, command):
 
 
 def test_an_added_token_without_embedding(sweep, question_file, tmp_path, capsys, quick):
-    """Real tokenizers have such, for padding: refused in the question that has it alone."""
+    """Real tokenizers have such, for padding: the question that has it is left out, and the sweep goes on."""
     tokenizer = word_tokenizer()
     rows = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.add_tokens(["<extra>"])
     sweep[sweep.index("--model") + 1] = str(save_tiny_model(tmp_path / "model", vocab_size=rows, tokenizer=tokenizer))
     assert main(sweep) == 0
     task, out = tmp_path / "task.jsonl", tmp_path / "other"
     task.write_text(question_file.read_text().replace("door of arven ?", "door of <extra> ?"))
     capsys.readouterr()
-    assert main([*sweep, "--task", str(task), "--out", str(out)]) == 2
-    message = f"expected token ids below {rows}, the rows of its embedding, got {rows} in"
-    assert_one_line(capsys.readouterr().err, f"{message} question 0, 2 documents, gold")
+    assert main([*sweep, "--task", str(task), "--out", str(out)]) == 0
+    counts = open_run(out).manifest["counts"]
+    assert counts["left_out"] == {"2 documents: a token that the model has no embedding for": [0]}
+    assert counts["done"] == counts["questions"] == 6 and counts["contexts"] == 10
+    assert "no embedding for" in capsys.readouterr().out
     text = tmp_path / "text"
     text.write_text("the door of <extra> . " * 200)
     fit = ["fit", "--model", sweep[sweep.index("--model") + 1], "--device", "cpu", "--text", str(text)]
-    assert main([*fit, "--tokens", "160", "--out", str(out)]) == 2
+    assert main([*fit, "--tokens", "160", "--out", str(tmp_path / "lens")]) == 2
+    message = f"expected token ids below {rows}, the rows of its embedding, got {rows} in"
     assert_one_line(capsys.readouterr().err, f"{message} --text {text}")
-    assert not out.exists()
+    assert not (tmp_path / "lens").exists()
 
 
 @pytest.mark.parametrize("value, word", [(float("nan"), "NaN"), (float("inf"), "infinity")])
@@ -379,7 +383,7 @@ def test_show_of_a_damaged_run(sweep, tmp_path, capsys, quick):
         ({"counts": []}, "expected the manifest of a run"),
         ({"parts": [{"file": "part-00000.parquet"}]}, "expected the manifest of a run, got one without its parts"),
         ({"seed": "none"}, f"expected a whole number as seed of {run}/manifest.json, got 'none'; bring it back"),
-        ({"schema_version": 99}, "expected schema version 5, got 99"),
+        ({"schema_version": 99}, "expected schema version 6, got 99"),
     ):
         (run / "manifest.json").write_text(json.dumps(manifest | change))
         assert main(["show", str(run)]) == 2

@@ -108,10 +108,13 @@ def test_an_answer_that_changes_the_last_token_of_the_prompt_leaves_the_prompt_b
     question = Question(0, "what is the door ?", answers, ' "', "", GOLD, ())
     joined, apart = (build_context(tokenizer, DEFAULT_TEMPLATE, question, OTHERS, 0, alias) for alias in (0, 1))
     tokens = [tokenizer.convert_ids_to_tokens(list(context.answer_ids)) for context in (joined, apart)]
-    assert tokens == [['"red'], ["(", "red"]]
-    assert joined.prompt_ids == apart.prompt_ids == apart.input_ids[: apart.prompt_length]
+    assert tokens == [['"red'], ["red"]], "a bracket before the answer's first letter is not the answer"
+    assert (joined.covers_before, apart.covers_before) == ('"', "")
     n = len(joined.prompt_ids)
-    assert (joined.n_shared, joined.prompt_length, apart.n_shared) == (n - 1, n - 1, n)
+    assert joined.prompt_ids == apart.prompt_ids == apart.input_ids[:n]
+    assert (joined.n_shared, joined.prompt_length) == (n - 1, n - 1)
+    assert (apart.n_shared, apart.prompt_length) == (n, n + 1)
+    assert tokenizer.convert_ids_to_tokens(list(apart.reply_span.next_ids)) == ["(", "red"]
     assert joined.reply_span == joined.answer_span
 
 

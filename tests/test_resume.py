@@ -434,7 +434,7 @@ def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsy
     line = one_line(capsys.readouterr().err)
     words = re.search(rf"expected {field} (.+), as the run has it, got (.+); bring that back", line)
     if field == "schema version":
-        words = re.search(r"expected schema version (5), got (99);", line)
+        words = re.search(r"expected schema version (6), got (99);", line)
     assert words and words[1] != words[2], line
     assert {file: file.read_bytes() for file in path.rglob("*.*")} == before
 

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "op": {"kernels"},
     "model": {"kernels"},
     "tasks": set(),
-    "prompts": {"tasks"},
+    "prompts": {"model", "tasks"},
     "runs": set(),
     "lenses": {"model", "op", "runs"},
     "report": {"op", "runs"},

@@ -30,7 +30,7 @@ def make_problem(options: BenchOptions) -> Problem:
     device = resolve_device(options.device)
     rows = options.rows or ROWS[device]
     if options.model is not None:
-        return _model_problem(options.model, device, options.dtype, rows)
+        return _model_problem(options, device, rows)
     dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}[device] if options.dtype == "auto" else DTYPES[options.dtype]
     return random_problem(rows, options.d_model or D_MODEL, options.vocab or VOCAB, dtype, device)
 
@@ -55,9 +55,10 @@ def random_problem(rows: int, d_model: int, vocab: int, dtype: torch.dtype, devi
     return Problem(randn(rows, d_model), unembedding, norm, targets)
 
 
-def _model_problem(name: str, device: str, dtype: str, rows: int) -> Problem:
+def _model_problem(options: BenchOptions, device: str, rows: int) -> Problem:
     """States of every layer on the built-in passages, position by position; targets are the next tokens."""
-    loaded = load_model(name, device, dtype)
+    name = options.model
+    loaded = load_model(name, device, options.dtype, options.trust_remote_code)
     lens = LogitLens.from_model(loaded.model)
     parts = lens.parts
     if parts.bias is not None or parts.softcap is not None or parts.logit_scale != 1.0 or parts.projection is not None:

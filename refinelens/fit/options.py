@@ -24,6 +24,7 @@ class FitOptions:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0  # of training
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if self.tokens < SEQUENCES * SHORTEST:

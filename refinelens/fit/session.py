@@ -73,7 +73,7 @@ def fit_lens(
         if (folder / MANIFEST).exists() and not overwrite:
             raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
         text = load_text(options.text)
-        loaded = load_model(options.model, options.device, options.dtype)
+        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         logit_lens = LogitLens.from_model(loaded.model)
         check_disk(out, 2 * _statistics_bytes(logit_lens))
         try:

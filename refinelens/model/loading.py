@@ -66,6 +66,14 @@ class LoadedModel:
             )
         return frozenset(end for end in ends if end is not None)
 
+    @property
+    def _n_embeddings(self) -> int:
+        return len(self.model.get_input_embeddings().weight)
+
+    def has_embeddings(self, ids: Iterable[int]) -> bool:
+        """Whether the model has an embedding for each of these token ids."""
+        return max(ids, default=0) < self._n_embeddings
+
     def check_ids(self, ids: Iterable[int], where: str) -> None:
         """Refuse token ids that the model has no embedding for.
 
@@ -76,7 +84,7 @@ class LoadedModel:
         Raises:
             InputError: Names the model, the rows of its embedding and the largest id.
         """
-        largest, rows = max(ids, default=0), len(self.model.get_input_embeddings().weight)
+        largest, rows = max(ids, default=0), self._n_embeddings
         if largest >= rows:
             raise InputError(
                 f"--model {self.name}: expected token ids below {rows}, the rows of its embedding, got {largest} in "

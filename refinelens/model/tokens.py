@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 def is_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -38,6 +38,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
     except Exception:  # one of them is beyond its vocabulary
         return "".join(text_of(tokenizer, id) for id in ids)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, literal: bool) -> BatchEncoding:
+    """A text as tokens.
+
+    Args:
+        tokenizer: What makes them.
+        text: The text.
+        special: Put the tokenizer's special tokens around it.
+        literal: Read what looks like a special token in the text as the characters that it is written with.
+    """
+    if literal:
+        try:
+            return tokenizer(text, add_special_tokens=special, split_special_tokens=True)
+        except ValueError:  # mistral-common's never reads them in a text
+            pass
+    return tokenizer(text, add_special_tokens=special)
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -60,9 +60,15 @@ def render_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    several = getattr(tokenizer, "chat_template", None)
+    if isinstance(several, dict) and "default" not in several:
+        raise InputError(
+            f"--chat: expected a tokenizer with one chat template or one named default, got several, "
+            f"{', '.join(sorted(several))}; name the one to use default in its files"
+        )
     try:
         return tokenizer.get_chat_template()
-    except ValueError:
+    except (ValueError, NotImplementedError):
         raise InputError(
             f"--chat: expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; leave "
             "--chat out, or use an instruction-tuned model"

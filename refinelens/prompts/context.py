@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..conditions import NO_POSITION, condition_name
-from ..errors import InputError
+from ..errors import CannotAskError, InputError
 from ..tasks.formats import DEFAULT, QA, Format
 from ..tasks.question import Document, Question
 from .answer_tokens import joint, token_span, tokenise
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS, QUESTION = "{documents}", "{question}"
+UNKNOWN_ANSWER = "an answer in words that the tokenizer does not know"
 FIELD = re.compile(r"\{\w+\}")
 
 
@@ -28,6 +29,19 @@ class Template:
     format: Format
     text: str  # with {documents} once and {question}
     chat: Chat | None = None  # around the prompt, or None
+
+    @property
+    def frame(self) -> str:
+        """All that stands around question and documents."""
+        texts = (self.text, self.format.closed_book or "", self.chat.text if self.chat else "")
+        return FIELD.sub(" ", "\n".join(texts))
+
+    def is_literal(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether no special token belongs to the prompt, so that what looks like one in a document is text.
+
+        One in a chat or in a template of one's own is meant; with it, those of documents are read alike.
+        """
+        return not any(token and token in self.frame for token in tokenizer.all_special_tokens)
 
     def fill(self, question: Question, documents: list[Document], gold_position: int) -> tuple[str, int, int]:
         """The prompt up to the answer prefix, and where the gold document's line starts and ends in it.
@@ -72,6 +86,7 @@ class Context:
     prompt_ids: tuple[int, ...]  # the prompt by itself, the same whatever the answer: what a model goes on from
     n_shared: int  # tokens of ``prompt_ids`` that ``input_ids`` begins with; an answer may change those behind them
     gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown or there is none
+    covers_before: str  # what the answer's first token covers of the text before the answer, without white space
 
     def __post_init__(self):
         if len(self.input_ids) != self.prompt_length + len(self.answer_ids) - 1:
@@ -147,7 +162,7 @@ def build_context(
         alias: Which of the question's answers goes on with the prompt.
 
     Raises:
-        InputError: An answer without a token.
+        CannotAskError: An answer without a token of its own, or with one for unknown words.
     """
     documents = [*distractors[:gold_position], question.gold, *distractors[gold_position:]]
     documents = [] if gold_position == NO_POSITION else documents
@@ -155,7 +170,9 @@ def build_context(
     # A reply begins with the prefix; a prompt goes on with it.
     prefix = question.answer_prefix.lstrip() if template.chat else question.answer_prefix
     answer = joint(prefix if template.chat else prompt + prefix) + question.answers[alias]
-    tokens = tokenise(tokenizer, prompt + prefix, answer, template.chat is None)
+    tokens = tokenise(tokenizer, prompt + prefix, answer, template.chat is None, template.is_literal(tokenizer))
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens.whole[tokens.answer :]:
+        raise CannotAskError(UNKNOWN_ANSWER)
     return Context(
         question=question,
         n_documents=len(documents),
@@ -166,4 +183,5 @@ def build_context(
         prompt_ids=tuple(tokens.prompt),
         n_shared=tokens.parts,
         gold_span=token_span(tokens.encoded, start, end),
+        covers_before=tokens.covers_before,
     )

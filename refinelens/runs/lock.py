@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,11 @@ from ..errors import InputError
 from ..machine import now
 from .durable import disk_error
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LOCK = ".refinelens.lock"
 
 
@@ -24,11 +28,15 @@ class RunLock:
 
     Raises:
         InputError: Another process holds the folder.
-            Also if no such folder can be made, or its file system has no locks.
+            Also if no such folder can be made, or its system or file system has no locks.
         FaultError: No free disk.
     """
 
     def __init__(self, folder: str | Path):
+        if fcntl is None:
+            raise InputError(
+                "expected Linux or macOS, whose file locks keep runs whole, got another system; on Windows use WSL"
+            )
         self._folder = Path(folder)
         self._path = self._folder / LOCK
 
@@ -90,7 +98,7 @@ def is_held(folder: str | Path) -> bool:
         return not isinstance(error, FileNotFoundError)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except (OSError, AttributeError):  # or a system without locks
         return True
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ from .durable import write_whole
 from .files import check_shape
 from .lock import LOCK
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
@@ -56,6 +56,7 @@ KEYS = [
 PREDICTIONS = pa.schema(
     [
         *KEYS,
+        ("source_id", pa.string()),  # what the task file calls the question; null if it does not
         ("position", pa.int32()),  # 0-based place in the context of the token that is read
         ("n_tokens", pa.int32()),  # tokens of the context, answer tokens but the last included
         ("gold_start", pa.int32()),  # tokens of the gold document, end exclusive; null if unknown or there is none
@@ -64,6 +65,7 @@ PREDICTIONS = pa.schema(
         ("alias_why", pa.string()),  # why it was taken
         ("answer_id", pa.int64()),
         ("answer_text", pa.string()),
+        ("covers_before", pa.string()),  # of the answer's first token: what it covers of the text before the answer
         ("target_id", pa.int64()),  # the answer token, or the model's own prediction
         ("target_text", pa.string()),
         ("generated", pa.string()),  # first line of what the model writes after the prompt; null if not asked for

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ..lenses.logit_lens import LogitLens
 from ..prompts.context import Context
 from ..tasks.question import Alias, Question
+
+NO_ALIAS = Alias(0, "none")  # of a question that is not asked
 
 
 def first_alias(question: Question) -> Alias:
@@ -16,14 +16,16 @@ def first_alias(question: Question) -> Alias:
     return Alias(0, "first" if len(question.answers) > 1 else "only")
 
 
-def best_alias(scores: Sequence[float]) -> Alias:
+def best_alias(scores: dict[int, float]) -> Alias:
     """The answer of the highest score, of equal ones the first.
 
     Args:
-        scores: Of every answer, in their order, see `alias_score`.
+        scores: By the place of every answer that can be asked for, in their order, see `alias_score`.
     """
-    index = max(range(len(scores)), key=scores.__getitem__)
-    others = max(score for place, score in enumerate(scores) if place != index)
+    index = max(scores, key=scores.__getitem__)
+    if len(scores) == 1:
+        return Alias(index, "the only one that the model can be asked for")
+    others = max(score for place, score in scores.items() if place != index)
     return Alias(index, f"best of {len(scores)}: {scores[index]:.2f} against {others:.2f} nats a token")
 
 

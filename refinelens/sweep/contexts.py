@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..conditions import CLOSED_BOOK, condition_name, gold_positions
-from ..errors import FaultError, InputError
+from ..errors import CannotAskError, FaultError, InputError
 from ..lenses.logit_lens import LogitLens
 from ..model.loading import LoadedModel
 from ..options import SweepOptions
 from ..prompts.context import Context, Template, build_context
 from ..tasks.question import Alias, Document, Question
 from ..tasks.task import DistractorSource, Task
-from .alias import alias_score, best_alias, first_alias
+from .alias import NO_ALIAS, alias_score, best_alias, first_alias
 
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
 TOO_FEW_DISTRACTORS = "too few passages without an answer"
+NO_ANSWER = "no answer in the task file"
+NO_EMBEDDING = "a token that the model has no embedding for"
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class ContextBuilder:
         self._distractors = DistractorSource(task, options.seed)
 
     def build(self, question: Question) -> QuestionContexts:
-        """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none.
-
-        Raises:
-            InputError: An answer without a token, or a token that the model has no embedding for.
-        """
-        alias, n_tokens = self._alias(question)
+        """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        try:
+            alias, n_tokens = self._alias(question)
+        except CannotAskError as error:
+            reasons = {f"{condition_name(size)}: {error}": [question.id] for size in self._options.documents}
+            return QuestionContexts(NO_ALIAS, [], reasons, 0, 0)
         contexts, left_out, n_replaced = [], {}, 0
         for size in self._options.documents:
             found = self._of_size(question, size, alias.index)
@@ -64,23 +66,45 @@ class ContextBuilder:
         if distractors is None:
             return TOO_FEW_DISTRACTORS
         positions = gold_positions(self._options.gold_positions, size)
-        contexts = [self._build(question, distractors, position, alias) for position in positions]
+        try:
+            contexts = [self._build(question, distractors, position, alias) for position in positions]
+        except CannotAskError as error:
+            return str(error)
         return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
 
     def _build(self, question: Question, distractors: list[Document], gold_position: int, alias: int) -> Context:
         context = build_context(self._loaded.tokenizer, self._template, question, distractors, gold_position, alias)
-        self._loaded.check_ids((*context.input_ids, *context.prompt_ids, context.answer_ids[-1]), context.where)
+        if not self._loaded.has_embeddings((*context.input_ids, *context.prompt_ids, context.answer_ids[-1])):
+            raise CannotAskError(NO_EMBEDDING)
         return context
 
     def _alias(self, question: Question) -> tuple[Alias, int]:
-        """The answer that is the target everywhere, so that contexts can be compared, and the tokens this took."""
+        """The answer that is the target everywhere, so that contexts can be compared, and the tokens this took.
+
+        Raises:
+            CannotAskError: There is none, or none that this model can be asked for.
+        """
+        if not question.answers:
+            raise CannotAskError(NO_ANSWER)
         if self._options.alias == "first" or len(question.answers) == 1:
             return first_alias(question), 0
-        contexts = [self._build(question, [], 0, alias) for alias in range(len(question.answers))]
-        if self._any_too_long(contexts):
-            return Alias(0, f"first: {CONTEXT_TOO_LONG}"), 0
-        n_tokens = sum(len(context.input_ids) for context in contexts)
-        return best_alias([self._score(context) for context in contexts]), n_tokens
+        contexts = self._of_aliases(question)
+        if self._any_too_long(list(contexts.values())):
+            return Alias(min(contexts), f"first: {CONTEXT_TOO_LONG}"), 0
+        n_tokens = sum(len(context.input_ids) for context in contexts.values())
+        return best_alias({alias: self._score(context) for alias, context in contexts.items()}), n_tokens
+
+    def _of_aliases(self, question: Question) -> dict[int, Context]:
+        """The oracle context of every answer that the model can be asked for."""
+        found, reason = {}, None
+        for alias in range(len(question.answers)):
+            try:
+                found[alias] = self._build(question, [], 0, alias)
+            except CannotAskError as error:
+                reason = error
+        if not found:
+            raise reason
+        return found
 
     def _score(self, context: Context) -> float:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..conditions import CLOSED_BOOK
 from ..errors import InputError
@@ -23,6 +24,7 @@ from ..tasks.tiny_task import TINY
 from .contexts import ContextBuilder
 from .manifest import make_manifest
 from .predict import Predictor
+from .remarks import remarks
 from .resume import Terms
 
 GENERATORS = {KV.name: kv.generate_task, TINY.name: tiny_task.generate_task}
@@ -62,7 +64,7 @@ class SweepInputs:
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
-        loaded = load_model(options.model, options.device, options.dtype)
+        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         _check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
         require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
@@ -79,11 +81,16 @@ class SweepInputs:
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         return cls(options, task, template, questions, lenses, loaded, logit_lens)
 
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What a reader must know of these texts, a line each."""
+        return list(remarks(self.options, self.template, self.questions, self.loaded))
+
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now."""
         things = (self.task, self.template, self.loaded, self.logit_lens, self.lenses)
         counts = {"n_questions": len(self.questions), "questions_per_part": questions_per_part, "workers": workers}
-        return make_manifest(self.options.arguments(), argv, *things, **counts)
+        return make_manifest(self.options.arguments(), argv, *things, **counts, remarks=self.remarks)
 
     def builder(self) -> ContextBuilder:
         """What builds contexts."""

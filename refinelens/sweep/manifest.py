@@ -9,7 +9,7 @@ from dataclasses import asdict
 from .. import __version__
 from ..lenses.lens_files import Lens
 from ..lenses.logit_lens import LogitLens
-from ..machine import device_name, now, packages
+from ..machine import device_name, now, packages, working_folder
 from ..model.loading import LoadedModel
 from ..op.backends import choose_backend
 from ..prompts.context import Template
@@ -28,6 +28,7 @@ def make_manifest(
     n_questions: int,
     questions_per_part: int,
     workers: int,
+    remarks: list[str],
 ) -> dict:
     """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
     device = loaded.model.device
@@ -38,6 +39,8 @@ def make_manifest(
         "status": "running",
         "arguments": arguments,
         "argv": argv,
+        "folder": working_folder(),  # that relative paths among the arguments start from
+        "remarks": remarks,
         "seed": arguments["seed"],
         "model": {
             "name": loaded.name,
@@ -61,6 +64,7 @@ def make_manifest(
             "softcap": logit_lens.parts.softcap,
             "logit_scale": logit_lens.parts.logit_scale,
             "parity": asdict(logit_lens.parity),
+            "one_at_a_time": logit_lens.independence.one_at_a_time,
         },
         "task": {
             "name": task.name,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..machine import working_folder
 from ..options import SweepOptions
 from ..prompts.chat import Chat
 from ..runs.results import Part, Run, open_run, parts_of
@@ -41,9 +42,19 @@ class Terms:
 
     @property
     def options(self) -> SweepOptions:
-        """The options that the run was made with."""
-        values = self.manifest["arguments"].items()
-        return SweepOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+        """The options that the run was made with; files and folders are found from any folder."""
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in self.manifest["arguments"].items()}
+        for name in ("model", "task", "template"):
+            values[name] = self._from_here(values[name])
+        return SweepOptions(**values | {"lens": tuple(map(self._from_here, values["lens"]))})
+
+    def _from_here(self, name: str) -> str:
+        """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
+        folder = self.manifest.get("folder")
+        if folder is None or folder == working_folder() or Path(name).is_absolute():
+            return name
+        there = Path(folder) / name
+        return str(there) if there.exists() else name
 
     @property
     def chat(self) -> Chat:

@@ -45,6 +45,7 @@ def _shared_columns(read: ContextReading, alias: Alias, text: Callable[[int], st
     target_ids, next_ids = read.target_ids.numpy(), np.array(read.span.next_ids)
     constants = {
         "question_id": context.question.id,
+        "source_id": context.question.source_id,
         "documents": context.n_documents,
         "gold_position": context.gold_position,
         "n_tokens": len(context.input_ids),
@@ -56,9 +57,11 @@ def _shared_columns(read: ContextReading, alias: Alias, text: Callable[[int], st
         "generated_correct": None if written is None else best_subspan_em(written, context.question.answers),
     }
     positions = np.array(read.span.positions)
+    answer_token = np.maximum(positions - (context.prompt_length - 1), NO_ANSWER_TOKEN)
     return {name: pa.array([value] * n, PREDICTIONS.field(name).type) for name, value in constants.items()} | {
         "position": positions,
-        "answer_token": np.maximum(positions - (context.prompt_length - 1), NO_ANSWER_TOKEN),
+        "answer_token": answer_token,
+        "covers_before": pa.array([context.covers_before if place == 0 else None for place in answer_token]),
         "answer_id": next_ids,
         "answer_text": _texts(next_ids, text),
         "target_id": target_ids,

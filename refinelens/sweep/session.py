@@ -14,7 +14,6 @@ from ..options import SweepOptions, check_top
 from ..progress import SweepProgress
 from ..report.derived import write_outputs
 from ..report.report import Report, read_report
-from ..report.words import counted
 from ..runs.durable import disk_error
 from ..runs.lock import RunLock
 from ..runs.output import check_disk, check_folder, check_overwrite
@@ -49,7 +48,7 @@ def run_sweep(
         workers: Processes that ask; with more than one, each loads the model for itself.
         report: Called after every question.
         summary: Called with what the tables and figures say, once they are written.
-        warn: Called with a line about what went wrong and was put right, or about questions that are equal.
+        warn: Called with a line about what went wrong and was put right, or about the texts, see `remarks`.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -66,7 +65,8 @@ def run_sweep(
         check_top(options.top, len(asker.logit_lens.parts.unembedding))
         manifest = asker.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
-        _warn_of_equal(asker, warn)
+        for line in asker.remarks:
+            warn(line)
         if workers > 1:
             asker = Workers(options, Terms(run.path, manifest, "--out"), workers, warn)  # the model loaded here goes
         return _Sweep(asker, _begin(run, manifest), signals, report, summary, warn).finish()
@@ -107,17 +107,6 @@ def resume_sweep(
         if workers > 1:
             asker = Workers(terms.options, replace(terms, manifest=manifest), workers, warn)
         return _Sweep(asker, _begin(run, manifest, resumed=True), signals, report, summary, warn).finish()
-
-
-def _warn_of_equal(inputs: SweepInputs, warn: Callable[[str], None]) -> None:
-    """Say so where questions have one text and the same answers: statistics take all for independent."""
-    questions = inputs.questions
-    distinct = len({(question.question, question.answers) for question in questions})
-    if distinct < len(questions):
-        warn(
-            f"--task {inputs.options.task}: {counted(len(questions), 'question')}, {distinct} of them distinct; tables "
-            "and figures count equal ones as independent, so that intervals are too narrow"
-        )
 
 
 def _begin(run: Run, manifest: dict, resumed: bool = False) -> Recorder:

@@ -23,7 +23,7 @@ def generate_task(count: int | None, n_pairs: int, seed: int) -> Task:
         seed: Of the UUIDs.
 
     Raises:
-        InputError: Fewer than one question.
+        InputError: Fewer than one question, or more than a million.
     """
     return generated_task(KV, count, lambda number: _generate(number, n_pairs, seed), _line)
 

@@ -19,11 +19,12 @@ class Question:
 
     id: int  # 0-based line number in the file
     question: str
-    answers: tuple[str, ...]  # at least one, all of them right; one is the target
+    answers: tuple[str, ...]  # all of them right; one is the target. Without any a question is left out
     answer_prefix: str  # appended to the prompt, so that the answer is what comes next; may be empty
     group: str  # questions of one group make each other's distractors first; may be empty
     gold: Document
     distractors: tuple[Document, ...]  # the question's own non-gold passages, in file order
+    source_id: str | None = None  # what the file calls the question, if it does
 
 
 @dataclass(frozen=True)

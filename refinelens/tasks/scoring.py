@@ -1,4 +1,4 @@
-"""Whether a text gives an answer: the normalisation and the score of Lost in the Middle."""
+"""Whether a text gives an answer: the score of Lost in the Middle, and a stricter look at what may hold one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
+
+from .scripts import has_word_boundaries
 
 
 def normalise_answer(text: str, punctuation: str = "") -> str:
@@ -22,27 +25,75 @@ def normalise_answer(text: str, punctuation: str = "") -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+class _Folding(dict):
+    """A table for `str.translate`, filled as characters come up: letters and digits stay, signs become another text."""
+
+    def __init__(self, sign: str):
+        super().__init__()
+        self._sign = sign
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        kind = unicodedata.category(letter)
+        if kind == "Nd":
+            found = str(unicodedata.digit(letter))
+        elif kind == "Cf" or letter in OPTIONAL or (kind == "Mn" and unicodedata.name(letter, "").startswith(POINTED)):
+            found = ""  # joiners, soft hyphens, directions, accents, vowel points
+        else:
+            found = self._sign if kind[0] in "PS" else letter
+        self[code] = found
+        return found
+
+
+POINTED = ("COMBINING", "ARABIC", "HEBREW")  # marks that a writer may leave out; of other scripts they are letters
+OPTIONAL = "\N{ARABIC TATWEEL}"
+_JOINED, _SPACED = _Folding(""), _Folding(" ")
+
+
+def fold(text: str, punctuation: str = "") -> str:
+    """A text as it is compared, however it was typed: one form for all that readers take for the same.
+
+    Compatibility characters (full-width letters, ligatures) are written out (Unicode NFKD), case is folded (ß is ss),
+    accents, vowel points and punctuation of every script go, digits are those from 0 to 9, and so do English articles.
+
+    Args:
+        text: As written.
+        punctuation: Nothing or a space, which stands in its place.
+    """
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    text = unicodedata.normalize("NFC", text.translate(_SPACED if punctuation else _JOINED))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
 def word_forms(text: str) -> tuple[str, ...]:
-    """What `has_answer` looks at, made once for many answers: as written, and normalised in two ways.
+    """What `has_answer` looks at, made once for many answers: as written, and folded in two ways.
 
     Without punctuation "U.S." is "us", with a space for it "London-based" holds "london" and "O'Brien's" "o brien".
     """
-    return text, normalise_answer(text), normalise_answer(text, " ")
+    return unicodedata.normalize("NFKC", text), fold(text), fold(text, " ")
+
+
+_answer_forms = lru_cache(maxsize=4096)(word_forms)
 
 
 def has_answer(forms: tuple[str, ...], answer: str) -> bool:
-    """Whether the words of an answer stand in a text, normalised and whole, as in DPR's ``has_answer``.
+    """Whether the words of an answer stand in a text, folded and whole: DPR's ``has_answer`` for any script.
 
-    An answer such as "A" or "?" has nothing left after normalisation: it is looked for as it stands.
+    In a script without spaces between words (Chinese, Japanese, Thai), and in one that joins particles or prefixes to
+    them (Korean, Arabic, Hebrew), an answer stands in a text that contains it anywhere. That finds too much rather
+    than too little. What is not found is an answer in another inflection (Москве for Москва), or in other words.
+    An answer such as "A" or "?" has nothing left after folding: it is looked for as it stands.
 
     Args:
         forms: Of the text, see `word_forms`.
         answer: As written.
     """
     written, joined, spaced = forms
-    _, plain, parts = word_forms(answer)
+    as_written, plain, parts = _answer_forms(answer)
     if not plain:
-        return _stands_in(written, answer)
+        return _stands_in(written, as_written)
+    if not has_word_boundaries(plain):
+        return "".join(plain.split()) in "".join(joined.split())
     return _stands_in(joined, plain) or _stands_in(spaced, plain) or _stands_in(spaced, parts)
 
 

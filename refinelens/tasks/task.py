@@ -20,6 +20,7 @@ from .task_lines import parse_lines
 BUILTIN = Path(__file__).parents[1] / "data" / "builtin.jsonl"
 NQ_VARIABLE = "REFINELENS_NQ"
 GENERATED = 100  # questions, where none are counted
+MOST_GENERATED = 1_000_000  # questions, all held in memory
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def generated_task(
         line: A question as a file would have it.
 
     Raises:
-        InputError: Fewer than one question.
+        InputError: Fewer than one question, or more than `MOST_GENERATED`.
     """
     count = GENERATED if count is None else count
-    if count < 1:
-        raise InputError(f"--examples: expected at least 1 question of --task {format.name}, got {count}")
+    if not 1 <= count <= MOST_GENERATED:
+        raise InputError(f"--examples: expected 1 to {MOST_GENERATED} questions of --task {format.name}, got {count}")
     questions = tuple(map(question, range(count)))
     sha256 = hashlib.sha256("".join(map(line, questions)).encode())
     return Task(format.name, None, sha256.hexdigest(), questions, format)

@@ -120,13 +120,15 @@ def generate_task(count: int | None, n_documents: int, seed: int) -> Task:
         seed: Of all that is drawn.
 
     Raises:
-        InputError: Fewer than one question.
+        InputError: Fewer than one question, or more than a million.
     """
     return generated_task(TINY, count, lambda number: _generate(number, n_documents, seed), _line)
 
 
 def _line(question: Question) -> str:
-    return json.dumps(asdict(question)) + "\n"
+    record = asdict(question)
+    del record["source_id"]  # there is no file that could have one
+    return json.dumps(record) + "\n"
 
 
 def _generate(number: int, n_documents: int, seed: int) -> Question:
