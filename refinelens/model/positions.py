@@ -26,8 +26,13 @@ def position_limit(model: PreTrainedModel) -> int | None:
     stated = next((getattr(config, name) for name in LIMITS if isinstance(getattr(config, name, None), int)), None)
     if stated is None:
         return None
-    pairs = [(rope.get("factor"), rope.get("original_max_position_embeddings")) for rope in _ropes(model)]
-    return max([stated, *(int(factor * original) for factor, original in pairs if factor and original)])
+    reached = [stated]
+    for rope in _ropes(model):
+        original = rope.get("original_max_position_embeddings")
+        if original is None and "dynamic" in rope["rope_type"]:
+            original = stated  # which such configurations leave as it was
+        reached.append(int((rope.get("factor") or 0) * (original or 0)))
+    return max(reached)
 
 
 def _ropes(model: PreTrainedModel) -> list[dict]:
