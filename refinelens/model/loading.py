@@ -92,9 +92,7 @@ class LoadedModel:
             )
 
 
-def load_model(
-    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> LoadedModel:
+def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
 
     Args:

@@ -18,7 +18,7 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that were added to the vocabulary after it was made."""
     try:
         return set(tokenizer.added_tokens_decoder)
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError, TypeError):  # mistral-common's has a method of that name
         return set()
 
 

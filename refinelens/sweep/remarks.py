@@ -19,9 +19,7 @@ UNKNOWN_SHARE = 0.01  # of the tokens of documents, from which on it is said
 THINKING = re.compile(r"[<\[](think|thinking|thought|reasoning|reason)[>\]]\s*$", re.IGNORECASE)
 
 
-def remarks(
-    options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel
-) -> Iterator[str]:
+def remarks(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """One line for each thing that numbers are read with, and that no number shows."""
     task = f"--task {options.task}"
     distinct = len({(question.question, question.answers) for question in questions})
@@ -41,9 +39,7 @@ def remarks(
         )
 
 
-def _special_tokens(
-    task: str, template: Template, questions: list[Question], loaded: LoadedModel
-) -> Iterator[str]:
+def _special_tokens(task: str, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """Those in documents, where the prompt has some too, so that the tokenizer reads all alike."""
     if template.is_literal(loaded.tokenizer):
         return
@@ -76,9 +72,7 @@ def _unknown_words(task: str, questions: list[Question], loaded: LoadedModel) ->
         )
 
 
-def _prompt(
-    options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel
-) -> Iterator[str]:
+def _prompt(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """A second beginning of the text, and a chat that makes the model think before it answers."""
     tokenizer = loaded.tokenizer
     if template.chat is not None:

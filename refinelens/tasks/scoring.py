@@ -40,13 +40,14 @@ class _Folding(dict):
         elif kind == "Cf" or letter in OPTIONAL or (kind == "Mn" and unicodedata.name(letter, "").startswith(POINTED)):
             found = ""  # joiners, soft hyphens, directions, accents, vowel points
         else:
-            found = self._sign if kind[0] in "PS" else letter
+            found = self._sign if kind[0] in "PS" or letter in APOSTROPHES else letter
         self[code] = found
         return found
 
 
 POINTED = ("COMBINING", "ARABIC", "HEBREW")  # marks that a writer may leave out; of other scripts they are letters
 OPTIONAL = "\N{ARABIC TATWEEL}"
+APOSTROPHES = "\N{MODIFIER LETTER APOSTROPHE}\N{MODIFIER LETTER TURNED COMMA}"  # letters by Unicode, signs to writers
 _JOINED, _SPACED = _Folding(""), _Folding(" ")
 
 

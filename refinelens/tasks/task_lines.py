@@ -41,9 +41,7 @@ def parse_lines(path: Path, raw: bytes) -> tuple[Format, tuple[Question, ...]]:
     return format, tuple(questions)
 
 
-def kv_question(
-    number: int, gold: Document, distractors: Sequence[Document], source_id: str | None = None
-) -> Question:
+def kv_question(number: int, gold: Document, distractors: Sequence[Document], source_id: str | None = None) -> Question:
     """The question for the value of a key; the prompt ends in the value's opening quote."""
     return Question(number, gold.title, (gold.text,), ' "', "", gold, tuple(distractors), source_id)
 
