@@ -178,7 +178,7 @@ def keep_positions(
 
     with hooked(blocks, before, after):
         yield kept
-    if [id(module) for module in ran] != [id(block) for block in blocks]:
+    if [id(module) for module in ran] != [id(blocks[index]) for index in range(len(blocks))]:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected each of its {len(blocks)} blocks to run once, in order, got "
             f"{len(ran)} runs of {len(set(ran))} blocks, of which no lens can tell which are its layers"
