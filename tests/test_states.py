@@ -196,7 +196,7 @@ def test_blocks_are_counted_at_every_call():
     """A model may pass by a block for some inputs alone."""
     model = build("llama")
     lens = LogitLens.from_model(model)
-    model.model.layers = model.model.layers[:2]
+    model.model.layers = model.model.layers[:2].eval()
     with pytest.raises(UnsupportedModelError, match="expected each of its 3 blocks to run once, in order, got 2 runs"):
         lens.hidden(random_ids(SHORT), torch.tensor([0]))
 
@@ -255,6 +255,16 @@ def test_hooks_on_the_whole_model_are_not_passed_by():
     handle.remove()
     ids = random_ids(SHORT)
     assert torch.equal(lens.hidden(ids, torch.arange(SHORT))[0], model.model.embed_tokens(ids))
+
+
+def test_training_mode_is_not_read():
+    """Dropout, in any part of the model."""
+    model = build("gpt2")
+    lens = LogitLens.from_model(model.train())
+    assert not model.training
+    model.transformer.h[1].train()
+    with pytest.raises(InputError, match="GPT2LMHeadModel: expected evaluation mode, .* got training mode"):
+        lens.hidden(random_ids(SHORT), torch.tensor([0]))
 
 
 def test_hooks_inside_the_model_are_read():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
-from ..model.capture import difference, keep_positions, outer_hooks, probe_ids, run_base
+from ..model.capture import difference, hooks_on, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import memory_for
 from ..model.parts import LensParts, check_widths, find_parts
@@ -127,7 +127,7 @@ class LogitLens:
                     f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
                 )
             independence = check_independence(model, parts.blocks)
-        return cls(model, parts, backend, parity, independence, outer_hooks(model))
+        return cls(model, parts, backend, parity, independence, hooks_on(modules_around(model)))
 
     @property
     def n_layers(self) -> int:
@@ -146,6 +146,14 @@ class LogitLens:
         hashes = (config_sha256(self.model), weights_sample_sha256(self.model))
         values = (name, type(self.model).__name__, *hashes, self.n_layers, self.d_model)
         return dict(zip(MODEL_KEYS, values, strict=True))
+
+    @cached_property
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return tuple(self.model.modules())
+
+    @cached_property
+    def _around(self) -> tuple[nn.Module, ...]:
+        return modules_around(self.model)
 
     @cached_property
     def _accepted(self) -> list[dict]:
@@ -180,9 +188,15 @@ class LogitLens:
         """Within the block the model may run a context: no other one, before or at the same time, changes its states.
 
         Raises:
-            InputError: Hooks were put around the base model, or taken away, since it was proven.
+            InputError: The model was put into training mode, or hooks around its base model or taken away, since it was
+                proven.
         """
-        if outer_hooks(self.model) != self.hooks:
+        if any(module.training for module in self._modules):
+            raise InputError(
+                f"{type(self.model).__name__}: expected evaluation mode, in which its lens was made, got training "
+                "mode, which drops states at random; call eval() on it"
+            )
+        if hooks_on(self._around) != self.hooks:
             raise InputError(
                 f"{type(self.model).__name__}: expected the hooks that it had when its lens was made, got others on "
                 "the model as a whole, which the lens would pass by; make the lens again"

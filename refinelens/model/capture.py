@@ -89,15 +89,15 @@ def base_of(model: PreTrainedModel) -> nn.Module:
     return base
 
 
-def outer_hooks(model: PreTrainedModel) -> frozenset[int]:
-    """Other people's hooks on what stands around the base model, which `run_base` passes by."""
+def modules_around(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """What stands around the base model: `run_base` passes by its hooks."""
     inside = set(base_of(model).modules())
-    hooks = [
-        hook
-        for module in model.modules()
-        if module not in inside
-        for hook in (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
-    ]
+    return tuple(module for module in model.modules() if module not in inside)
+
+
+def hooks_on(modules: Iterable[nn.Module]) -> frozenset[int]:
+    """Hooks of other people's."""
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.items(), *m._forward_hooks.items())]
     return frozenset(number for number, hook in hooks if not hasattr(hook, "of_refinelens"))
 
 
