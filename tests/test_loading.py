@@ -253,6 +253,35 @@ def sweep(tiny_model, question_file):
     return [*command, "--examples", "2"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_every_command_is_the_same_under_another_default_dtype(
+    sweep, tiny_model, tmp_path, request, dtype, quick, monkeypatch
+):
+    """Whole numbers divided, empty tensors, constants: torch makes what has no dtype in the default one."""
+    text = tmp_path / "text"
+    text.write_text(
+        "\n".join(f"the door of {a} is {b} ." for a in ("arven", "brosk", "calmi") for b in ("red", "green")) * 40
+    )
+
+    def run(folder):
+        made = tmp_path / folder
+        made.mkdir()
+        monkeypatch.chdir(made)
+        fit = ["fit", "--model", str(tiny_model), "--device", "cpu", "--text", str(text), "--tokens", "400"]
+        assert main([*fit, "--objective", "kl", "--steps", "2", "--out", "lens"]) == 0
+        assert main([*sweep, "--lens", "plain,lens", "--generate", "2", "--out", "run"]) == 0
+        assert main(["layers", "run"]) == 0
+        files = [*made.rglob("*.parquet"), *made.rglob("*.safetensors"), *made.rglob("*.csv")]
+        return {path.relative_to(made): path.read_bytes() for path in sorted(files)}
+
+    wanted = run("float32")
+    torch.set_default_dtype(dtype)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    found = run("other")
+    assert found.keys() == wanted.keys() and len(found) > 8
+    assert [str(name) for name in wanted if found[name] != wanted[name]] == []
+
+
 def test_two_default_sweeps_of_one_second(sweep, tmp_path, monkeypatch, capsys, quick):
     class Noon:
         @staticmethod

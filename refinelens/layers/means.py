@@ -43,7 +43,7 @@ class MeanContributions:
         """Take these tokens of a context into the mean."""
         side, place = _places(run, tokens)
         self.count[side, place] += 1
-        share = 1.0 / self.count[side, place][:, None]
+        share = 1.0 / self.count[side, place].to(torch.float32)[:, None]
         for index in range(run.n_layers):
             mean = self.mean[index, side, place]
             self.mean[index, side, place] = mean + (contribution(run, index, tokens).float() - mean) * share
