@@ -78,7 +78,7 @@ def _in_own_dtype(method: Callable) -> Callable:
 
     @wraps(method)
     def run(self: LogitLens, *arguments, **options):
-        with torch.autocast(self.model.device.type, enabled=False):
+        with torch.autocast(self.parts.unembedding.device.type, enabled=False):
             return method(self, *arguments, **options)
 
     return run

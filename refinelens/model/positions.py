@@ -73,7 +73,7 @@ def aligned(input_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Rows:
             f"attention_mask: expected ones and zeros of shape {list(input_ids.shape)}, got "
             f"{'other values' if mask.shape == input_ids.shape else list(mask.shape)}"
         )
-    mask = mask.to("cpu", torch.int64)
+    mask, positions = mask.to("cpu", torch.int64), positions.to("cpu")
     lengths, starts = mask.sum(1), mask.argmax(1)
     places = torch.arange(mask.shape[1])
     inside = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])

@@ -11,6 +11,9 @@ from ..machine import working_folder
 from ..options import SweepOptions
 from ..prompts.chat import Chat
 from ..runs.results import Part, Run, open_run, parts_of
+from ..tasks.formats import QA
+
+WORDS = {"tiny", "smollm2", "builtin", "nq", "kv", "plain", *QA.templates}  # of options, which name no file
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Terms:
     def _from_here(self, name: str) -> str:
         """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
         folder = self.manifest.get("folder")
-        if folder is None or folder == working_folder() or Path(name).is_absolute():
+        if folder in (None, working_folder()) or name in WORDS or Path(name).is_absolute():
             return name
         there = Path(folder) / name
         return str(there) if there.exists() else name

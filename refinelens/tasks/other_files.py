@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 
 LINES = "lines of JSON with question, answers and ctxs, one of them with isgold true (docs/sweep.md)"
 TO_LINES = "to_json(OUT, orient='records', lines=True)"
@@ -55,7 +54,7 @@ def _of_json(raw: bytes) -> str | None:
 
 def _is_table(text: str) -> bool:
     """Whether the first lines have as many fields as each other, and more than one."""
-    lines = [line for line in text.split(os.linesep)[:5] if line.strip()]
+    lines = [line for line in text.splitlines()[:5] if line.strip()]
     if len(lines) < 2:
         return False
     counts = {len(row) for row in csv.reader(lines[:2], delimiter="\t" if "\t" in lines[0] else ",")}
