@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from lens_folders import random_translators, save_tuned, tiny
 from refinelens import LogitLens, load_lens
 from refinelens.cli import main
-from refinelens.errors import InputError
+from refinelens.errors import InputError, UnsupportedModelError
 from refinelens.lenses.lens_files import model_entry, save_lens
 from refinelens.lenses.tuned_lens import unembed_hash
 from refinelens.model import identity
@@ -180,6 +180,14 @@ def test_quantised_weights_are_hashed_by_what_they_hold():
     assert identity.weights_sha256(one) == identity.weights_sha256(same) != identity.weights_sha256(other)
     assert identity.weights_sample_sha256(one) == identity.weights_sample_sha256(same)
     assert identity.weights_sha256(one) != identity.weights_sha256(tiny_gpt2(50))
+
+
+def test_a_quantised_unembedding_is_refused_by_name():
+    model = tiny_gpt2(50)
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(Quantised(weight.to(torch.int8), weight.max()), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="expected an unembedding of floating numbers, .* Quantised"):
+        LogitLens.from_model(model)
 
 
 def test_weights_that_cannot_be_read_are_named():

@@ -17,7 +17,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..model.capture import difference, hooks_on, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import memory_for
-from ..model.parts import LensParts, check_widths, find_parts
+from ..model.parts import LensParts, check_device, check_widths, find_parts
 from ..model.positions import Independence, Rows, aligned, check_independence
 from ..op.backends import choose_backend
 from ..op.kl import kl_to_final
@@ -116,6 +116,7 @@ class LogitLens:
             FaultError: No memory for that.
         """
         model.eval()
+        check_device(model)
         with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):
             parts = find_parts(model)
             parity = check_parity(model, parts, backend)

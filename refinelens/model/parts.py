@@ -83,7 +83,7 @@ def find_parts(model: PreTrainedModel) -> LensParts:
     Raises:
         UnsupportedModelError: A part is missing or ambiguous; the model's class is named.
     """
-    _check_device(model)
+    check_device(model)
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
@@ -92,6 +92,12 @@ def find_parts(model: PreTrainedModel) -> LensParts:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected an unembedding without an adapter, got one on {name} "
             f"({type(head).__module__}.{type(head).__name__}); merge it (merge_and_unload)"
+        )
+    if hasattr(head.weight, "__tensor_flatten__") or not head.weight.is_floating_point():
+        kind = type(head.weight).__name__ if hasattr(head.weight, "__tensor_flatten__") else head.weight.dtype
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected an unembedding of floating numbers, got one of {kind}; leave it out of "
+            "the quantisation"
         )
     blocks = _find_blocks(model)
     states, tail, logits = _run_tail(model, blocks, head)
@@ -111,8 +117,8 @@ def find_parts(model: PreTrainedModel) -> LensParts:
     return _with_logit_transform(parts, text_config(model), last, logits)
 
 
-def _check_device(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights lie in several places, or in none until they are needed."""
+def check_device(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` for weights that lie in several places, or in none until they are needed."""
     devices = {parameter.device for parameter in model.parameters()}
     if torch.device("meta") in devices:
         got = "weights that are loaded when they are needed (offloaded to the CPU or to disk)"
