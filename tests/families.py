@@ -173,9 +173,13 @@ CASES = {
 
 
 def build(name):
-    """A random model in which every block changes the residual stream and every vector matters."""
+    """The random model of a case."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(CASES[name].config(), dtype=torch.float32)
+    return make_random(tf.AutoModelForCausalLM.from_config(CASES[name].config(), dtype=torch.float32))
+
+
+def make_random(model):
+    """The model with weights of which every block changes the residual stream and every vector matters."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

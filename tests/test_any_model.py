@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from families import make_random
 from refinelens import LogitLens
 from refinelens.errors import UnsupportedModelError
 from refinelens.model.capture import stream_of
-from tiny import shake
 
 VOCAB = 53  # a prime
 ORIGINAL = 16  # positions before a rotation is scaled; contexts lie on both sides
@@ -156,11 +156,7 @@ def models(draw):
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if padded:
         model.resize_token_embeddings(VOCAB, pad_to_multiple_of=32, mean_resizing=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter *= 4
-    model = shake(model).eval()
+    model = make_random(model)
     base, name = blocks_of(model)
     own = list(getattr(base, name))
     if blocks == "shared":

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from families import GROUPED, VOCAB, build
+from families import GROUPED, VOCAB, build, make_random
 from refinelens import LogitLens
 from refinelens.describe import model_findings
 from refinelens.errors import InputError, UnsupportedModelError
@@ -39,14 +39,9 @@ BY_LENGTH = {
 
 
 def make(config, dtype=torch.float32):
-    """A random model far from linear, as `families.build` makes them."""
+    """The random model of a configuration."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter *= 4
-    return shake(model).eval().to(dtype)
+    return make_random(tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)).to(dtype)
 
 
 def random_ids(n_tokens, seed=0):
