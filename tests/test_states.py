@@ -376,6 +376,12 @@ def test_a_decoder_is_counted_by_its_own_blocks(model):
     assert torch.equal(lens.trajectory(ids, torch.arange(SHORT)).argmax[-1, 0], own.argmax(-1))
 
 
+def test_a_softcap_by_another_name():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 2, "chunk_size": 8}
+    model = make(tf.xLSTMConfig(vocab_size=VOCAB, **sizes, output_logit_soft_cap=2.0))
+    assert LogitLens.from_model(model).parts.softcap == 2.0
+
+
 def test_prophetnet_has_three_streams():
     """A stream for each token that it predicts: there is no one state of a layer."""
     names = {"hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 3, "vocab_size": VOCAB}

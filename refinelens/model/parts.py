@@ -17,9 +17,9 @@ from .identify import identify_norm, identify_projection
 
 # Names that configurations use; what a name states is tried and need not be true.
 BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-FACTORS = ("logit_scale", "lm_head_multiplier")
-DIVISORS = ("logits_scaling",)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 @dataclass(frozen=True)
