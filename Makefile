@@ -24,7 +24,7 @@ test-slow: .venv/.ready
 
 # The kernels once more with the oldest Triton supported; its interpreter needs an older numpy.
 test-triton36: .venv36/.ready
-	PYTHONPATH=. .venv36/bin/python -m pytest -m 'slow or not slow' $(filter-out tests/test_lens_cpu.py tests/test_lens_files.py tests/test_lens_json.py,$(wildcard tests/test_lens_*.py tests/test_compile_gate*.py))
+	PYTHONPATH=. .venv36/bin/python -m pytest -m 'slow or not slow' $(wildcard tests/kernels/test_lens_*.py tests/kernels/test_compile_gate*.py) tests/op/test_fused_lens.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -17,13 +17,10 @@ extension = Pybind11Extension(
     optional=True,
 )
 
-ROOMS = "bench data fit kernels layers lenses model op prompts report runs sweep tasks".split()
+PACKAGES = "bench data data.tiny fitting kernels layers lens model op report store sweeping".split()
 
 setup(
-    packages=["refinelens", *(f"refinelens.{room}" for room in ROOMS), "refinelens.data.tiny"],
-    # The folder stands at the top of the repository; installed, it is a part of refinelens, so that it
-    # cannot be taken for the package `kernels` that Transformers looks for.
-    package_dir={"refinelens.kernels": "kernels"},
+    packages=["refinelens", *(f"refinelens.{name}" for name in PACKAGES)],
     package_data={"refinelens.data": ["*.jsonl"], "refinelens.data.tiny": ["*"]},
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},

@@ -10,8 +10,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from refinelens.bench.options import BenchOptions
-from refinelens.bench.session import open_session
+from refinelens.bench.bench import open_session
+from refinelens.config import BenchOptions
 from refinelens.errors import InputError
 from refinelens.model.loading import find_smollm2
 from refinelens.op.backends import instruction_set

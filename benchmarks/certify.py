@@ -3,7 +3,7 @@
     python benchmarks/certify.py --tokens 512
 
 Every layer of SmolLM2 at every position of the built-in task's documents; the target is the next token of the text.
-A difference from the fp64 twin is settled by rational numbers, because the twin too rounds.
+A difference from the fp64 reference is settled by rational numbers, because the reference too rounds.
 """
 
 import argparse
@@ -13,12 +13,11 @@ from fractions import Fraction
 import torch
 
 from refinelens import _C, fused_lens
-from refinelens.bench import peers
-from refinelens.bench.options import BenchOptions
-from refinelens.bench.sources import make_problem
-from refinelens.kernels.lens_twin import fused_lens_twin
-from refinelens.kernels.norms import apply_norm
-from refinelens.op.lens import LensStats
+from refinelens.bench import competitors
+from refinelens.bench.problem import make_problem
+from refinelens.config import BenchOptions
+from refinelens.kernels.reference import apply_norm, fused_lens_reference
+from refinelens.op.fused_lens import LensStats
 
 ROWS = 1024  # at a time
 
@@ -37,7 +36,7 @@ def exact_rank(x_hat, unembedding, target):
 
 
 def true_ranks(exact, answers, hidden, targets, problem):
-    """Ranks of the fp64 twin, but where an answer differs those of rational numbers; and how many of these."""
+    """Ranks of the fp64 reference, but where an answer differs those of rational numbers; and how many of these."""
     ranks = exact.target_rank.clone()
     x_hat = apply_norm(hidden, problem.norm, torch.float64)
     open_rows = (answers["certified"].target_rank != exact.target_rank).nonzero()[:, 0].tolist()
@@ -49,7 +48,7 @@ def true_ranks(exact, answers, hidden, targets, problem):
 def naive(hidden, targets, problem):
     """All logits in fp32, and the target's among them."""
     part = replace(problem, hidden=hidden, targets=targets)
-    return LensStats(**peers.naive(part))
+    return LensStats(**competitors.naive(part))
 
 
 def main():
@@ -58,7 +57,7 @@ def main():
     problem = make_problem(BenchOptions(device="cpu", model="smollm2", rows=31 * parser.parse_args().tokens))
     mismatches, worst, settled, fell_back = {}, 0.0, 0, 0
     for hidden, targets in zip(problem.hidden.split(ROWS), problem.targets.split(ROWS), strict=True):
-        exact = fused_lens_twin(hidden, problem.unembedding, problem.norm, targets, dtype=torch.float64)
+        exact = fused_lens_reference(hidden, problem.unembedding, problem.norm, targets, dtype=torch.float64)
         answers = {
             precision: fused_lens(hidden, problem.unembedding, problem.norm, targets, precision=precision)
             for precision in ("certified", "fp32")
@@ -78,7 +77,7 @@ def main():
     print(f"{len(problem.hidden)} rows, {len(problem.unembedding)} tokens, {kernels}")
     for name, (argmax, rank) in mismatches.items():
         print(f"{name}: {argmax} argmax and {rank} rank mismatches")
-    print(f"{settled} ranks of the fp64 twin were settled by rational numbers; {fell_back} rows fell back")
+    print(f"{settled} ranks of the fp64 reference were settled by rational numbers; {fell_back} rows fell back")
     print(f"largest error of logsumexp {worst:.1e}, within its bound in every row")
 
 

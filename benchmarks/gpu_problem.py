@@ -11,10 +11,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from refinelens.bench import peers
+from refinelens.bench import competitors
 from refinelens.bench import problem as bench
-from refinelens.kernels.lens_triton import fused_lens_triton
-from refinelens.kernels.norms import LayerNorm
+from refinelens.kernels.fused_lens import fused_lens_triton
+from refinelens.kernels.reference import LayerNorm
 
 ROUNDS = 9
 SPIN_CYCLES = 3_000_000  # 1.5 ms
@@ -65,15 +65,16 @@ class Problem:
         out = torch.empty(self.rows, len(padded), device="cuda", dtype=torch.bfloat16)
         return lambda: torch.mm(self.hidden, padded.T, out=out)
 
-    def naive(self) -> peers.Statistics:
+    def naive(self) -> competitors.Statistics:
         """What people write: all logits, then one reduction after the other."""
-        return peers.naive(bench.Problem(self.hidden, self.unembedding, self.norm, self.targets))
+        return competitors.naive(bench.Problem(self.hidden, self.unembedding, self.norm, self.targets))
 
-    def chunked(self) -> list[peers.Statistics]:
+    def chunked(self) -> list[competitors.Statistics]:
         """The same on as many rows at a time as keep their logits small."""
         size = max(1, CHUNK_BYTES // (4 * self.vocab))
         parts = zip(self.hidden.split(size), self.targets.split(size), strict=True)
-        return [peers.naive(bench.Problem(hidden, self.unembedding, self.norm, targets)) for hidden, targets in parts]
+        problems = (bench.Problem(hidden, self.unembedding, self.norm, targets) for hidden, targets in parts)
+        return [competitors.naive(problem) for problem in problems]
 
 
 def timed(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:

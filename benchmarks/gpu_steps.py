@@ -15,18 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from refinelens import LogitLens, fused_lens, kl_to_final, lens_top_k
-from refinelens.bench.memory import peak_growth_cuda
-from refinelens.kernels.configs import generation_of, pinned_config
+from refinelens.bench.problem import peak_growth_cuda
+from refinelens.kernels.config import choose_splits, generation_of, pinned_config, processor_count
+from refinelens.kernels.fused_lens import reduce_rows, target_matches_main_product
 from refinelens.kernels.graphs import GraphedLens
-from refinelens.kernels.launch import LensOptions, LensRows
-from refinelens.kernels.lens_rows import reduce_rows
-from refinelens.kernels.lens_twin import fused_lens_twin
-from refinelens.kernels.norms_triton import normed_rows
-from refinelens.kernels.running_sums import Merged
-from refinelens.kernels.schedule import choose_splits, processor_count
+from refinelens.kernels.kernel import LensOptions, LensRows, RowStats, launch_targets
+from refinelens.kernels.norm_kernel import normed_rows
+from refinelens.kernels.reference import fused_lens_reference
 from refinelens.kernels.search import outputs_agree
-from refinelens.kernels.target_bits import has_same_bits
-from refinelens.kernels.target_logits import launch_targets
 
 LARGE = [
     Problem("gpt2-13x1024", 13 * 1024, 768, 50257),
@@ -71,8 +67,8 @@ def correctness(problem: Problem, measured: dict[str, float]) -> None:
     part = slice(0, CHECKED_ROWS)
     hidden, targets = problem.hidden[part], problem.targets[part]
     x_hat = normed_rows(hidden, problem.norm, 1)[:, : problem.d_model]
-    rounded = fused_lens_twin(x_hat, problem.unembedding, None, targets, dtype=torch.float64)
-    truth = fused_lens_twin(hidden, problem.unembedding, problem.norm, targets, dtype=torch.float64)
+    rounded = fused_lens_reference(x_hat, problem.unembedding, None, targets, dtype=torch.float64)
+    truth = fused_lens_reference(hidden, problem.unembedding, problem.norm, targets, dtype=torch.float64)
     off = [int((out.argmax[part] != other.argmax).sum()) for other in (rounded, truth)]
     off_naive = int(((x_hat @ problem.unembedding.T).argmax(-1) != truth.argmax).sum())
     ranks = int((out.target_rank[part] != rounded.target_rank).sum())
@@ -90,7 +86,7 @@ def target_bits(measured: dict[str, float]) -> None:
     configs.append(replace(configs[0], kind="plain"))
     weight = torch.empty(0, device="cuda", dtype=torch.bfloat16)
     for config in configs:
-        same = has_same_bits(LensOptions(weight, None, None, 1.0, config))
+        same = target_matches_main_product(LensOptions(weight, None, None, 1.0, config))
         measured["bits"] += not same
         print(f"target bits, {config.kind} {config.block_m}x{config.block_v}: {'equal' if same else 'differ'}")
 
@@ -124,11 +120,11 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
     targets = problem.targets[:n_rows].clamp(max=len(weight) - 1)
     floats, ids = torch.empty((4, n_rows), device="cuda"), torch.empty((2, n_rows), dtype=torch.int64, device="cuda")
     rows = LensRows(normed_rows(problem.hidden[:n_rows], problem.norm, config.block_m), targets, floats[3], n_rows)
-    same_bits = has_same_bits(options)
+    same_bits = target_matches_main_product(options)
 
     def everything():
         launch_targets(rows, options)
-        reduce_rows(rows, Merged(floats[0], ids[0], ids[1], floats[1], floats[2]), options, same_bits)
+        reduce_rows(rows, RowStats(floats[0], ids[0], ids[1], floats[1], floats[2]), options, same_bits)
 
     def alone():
         return launch_logsumexp(rows.x_hat, n_rows, weight, config)
@@ -177,7 +173,7 @@ def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
         "fused": problem.fused,
         "KL to the last layer": lambda: kl_to_final(hidden, stats, **operands),
         "10 likeliest tokens": lambda: lens_top_k(hidden, k=10, **operands),
-        "the lens in plain torch": lambda: fused_lens(hidden, targets=problem.targets.view(13, -1), backend="twin",
+        "the lens in plain torch": lambda: fused_lens(hidden, targets=problem.targets.view(13, -1), backend="reference",
                                                       **operands),
     }  # fmt: skip
     times = timed(runs)

@@ -19,17 +19,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from refinelens.layers.clean_run import CleanRun
-from refinelens.layers.interventions import EVERY, LAST, Intervention
-from refinelens.layers.means import MeanContributions
-from refinelens.layers.restarts import Restarts, check_restarts
-from refinelens.layers.scan import scan
-from refinelens.lenses.logit_lens import LogitLens
+from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
+from refinelens.data.tasks import DistractorSource, choose_questions, load_task
+from refinelens.layers.ablation import scan
+from refinelens.layers.blocks import ActivationCache, BlockReplay, check_replay
+from refinelens.layers.interventions import EVERY, LAST, Intervention, MeanContributions
+from refinelens.lens.logit_lens import LogitLens
 from refinelens.machine import device_name
-from refinelens.model.capture import first_state
+from refinelens.model.hooks import first_state
 from refinelens.model.loading import LoadedModel, load_model
-from refinelens.prompts.context import DEFAULT_TEMPLATE, build_context
-from refinelens.tasks.task import DistractorSource, choose_questions, load_task
 
 GOAL = 0.6  # forward passes a layer
 CHECKED = 3  # blocks whose skip is compared with the whole model
@@ -47,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = load_model(options.model, "cpu")
     lens = LogitLens.from_model(loaded.model)
-    restarts, contexts = check_restarts(lens), _contexts(loaded, options)
+    restarts, contexts = check_replay(lens), _contexts(loaded, options)
     lengths = ", ".join(str(ids.shape[1]) for ids in contexts)
     print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
     print(f"{lens.n_layers} blocks, contexts of {lengths} tokens; goal {GOAL} x {lens.n_layers} forward passes a scan")
@@ -69,7 +67,7 @@ def _contexts(loaded: LoadedModel, options: argparse.Namespace) -> list[Tensor]:
 
 def _check(lens: LogitLens, ids: Tensor) -> int:
     """Number of skips compared; raises where one differs."""
-    run = CleanRun.record(lens, ids)
+    run = ActivationCache.record(lens, ids)
     remains = scan(run, Intervention("skip", EVERY, [], None).of_context(run), 1)
     step = max(1, lens.n_layers // CHECKED)
     checked = range(0, lens.n_layers, step)
@@ -93,13 +91,13 @@ def _hooks(lens: LogitLens, indices: list[int], hook: Callable) -> Iterator[None
             handle.remove()
 
 
-def _measure(lens: LogitLens, restarts: Restarts, contexts: list[Tensor], tokens: slice, name: str) -> None:
+def _measure(lens: LogitLens, restarts: BlockReplay, contexts: list[Tensor], tokens: slice, name: str) -> None:
     cached = tokens == LAST and restarts.cached
     found: dict[str, list[tuple[float, float]]] = {}
     for ids in contexts:
         means = MeanContributions.of_nothing(lens.n_layers, ids.shape[1], lens.d_model, "cpu")
-        means.add(CleanRun.record(lens, ids.flip(1), cached), tokens)  # another context's
-        run, *clean = _counted(lens, ids, lambda ids=ids: CleanRun.record(lens, ids, cached))
+        means.add(ActivationCache.record(lens, ids.flip(1), cached), tokens)  # another context's
+        run, *clean = _counted(lens, ids, lambda ids=ids: ActivationCache.record(lens, ids, cached))
         found.setdefault("clean run", []).append((clean[0], 1.0))
         for way in WAYS:
             intervention = Intervention(way, tokens, restarts.sublayers, means)

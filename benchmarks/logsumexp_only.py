@@ -1,6 +1,6 @@
 """The lens's own product with a logsumexp alone: what argmax, rank and entropy are held against on a GPU.
 
-The tiles and the order of programs are the main kernel's, the loop is that of `lens_kernel`: on Hopper, where the main
+The tiles and the order of programs are the main kernel's, the loop is that of `kernel`: on Hopper, where the main
 kernel loads by TMA and hides the start of a tile, this one does not. Only whole tiles are read, by both sides.
 """
 
@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refinelens.kernels.configs import LensConfig
-from refinelens.kernels.launch import LensOptions
-from refinelens.kernels.lens_tile import add_product
-from refinelens.kernels.schedule import block_and_split, processor_count, tile_ranges
+from refinelens.kernels.config import LensConfig, block_and_split, processor_count, tile_ranges
+from refinelens.kernels.kernel import LensOptions, add_product
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -49,7 +47,7 @@ def launch_logsumexp(x_hat: Tensor, n_rows: int, unembedding: Tensor, config: Le
     """Peak (in units of log 2) and sum of exponentials of every split: each ``[splits, n_rows]`` fp32.
 
     Args:
-        x_hat: ``[padded R, padded d_model]`` normed states, as ``norms_triton.normed_rows`` makes them.
+        x_hat: ``[padded R, padded d_model]`` normed states, as ``norm_kernel.normed_rows`` makes them.
         n_rows: Rows that count.
         unembedding: ``[V, d_model]`` of the dtype of ``x_hat``; tokens past the last whole tile are not read.
         config: As for the main kernel.

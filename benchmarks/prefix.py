@@ -19,12 +19,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from refinelens.lenses.logit_lens import LogitLens
-from refinelens.lenses.prefix import Branches, branch_order, check_branching, difference
+from refinelens.data.prompts import DEFAULT_TEMPLATE, Context, build_context
+from refinelens.data.tasks import DistractorSource, choose_questions, load_task
+from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.prefix import Branches, branch_order, check_branching, difference
 from refinelens.machine import device_name
 from refinelens.model.loading import LoadedModel, load_model
-from refinelens.prompts.context import DEFAULT_TEMPLATE, Context, build_context
-from refinelens.tasks.task import DistractorSource, choose_questions, load_task
 
 GOALS = {10: 1.3, 20: 1.5}  # documents: times faster
 Runs = tuple[list[Tensor], int]  # hidden states of every context, tokens computed

@@ -3,7 +3,8 @@
 Every result is checked against the other's first. Then all take turns; medians of process CPU time, one thread.
 Two sizes: 1,000 pairs of rows of 1,000 numbers each, and 31 layers with each other over 2,000 questions, whose ranks
 come to 0 layer by layer as a lens's do, so that many tie. SciPy's Kendall is called for one triangle of the layers.
-stats is scipy.stats; numpy is refinelens's own twin. Set OMP_NUM_THREADS=1, because process CPU time adds up threads.
+stats is scipy.stats; numpy is refinelens's own reference. Set OMP_NUM_THREADS=1, because process CPU time adds up
+threads.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import scipy
 from scipy import stats
 
 from refinelens import __version__
-from refinelens.bench.race import Race, torch_threads
+from refinelens.bench.measure import Timer, torch_threads
 from refinelens.machine import device_name
-from refinelens.op.rank_agreement import between_layers, kendall_tau_b, spearman, top_k_overlap
-from refinelens.op.rank_agreement_twin import top_k_overlap_numpy
-from refinelens.runs.trajectory import summarise_numpy, trajectories
+from refinelens.op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap, top_k_overlap_numpy
+from refinelens.store.trajectory import summarise_numpy, trajectories
 
 ROUNDS = 7
 PAIRS, LENGTH = 1000, 1000
@@ -113,7 +113,7 @@ def largest_differences(entered: list[Contest]) -> list[float]:
 def main() -> None:
     entered = contests()
     differences = largest_differences(entered)
-    race = Race("cpu", threads=1)
+    race = Timer("cpu", threads=1)
     for i, contest in enumerate(entered):
         race.enter((i, "ours"), contest.ours)
         race.enter((i, "theirs"), contest.theirs)

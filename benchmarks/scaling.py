@@ -22,9 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from refinelens.bench.competitors import COMPETITORS
-from refinelens.bench.problem import Problem
-from refinelens.bench.race import Race, torch_threads
-from refinelens.bench.sources import random_problem
+from refinelens.bench.measure import Timer, torch_threads
+from refinelens.bench.problem import Problem, random_problem
 from refinelens.machine import device_name
 
 NAMES = ("fp32", "certified", "naive")
@@ -88,7 +87,7 @@ def _run_on(threads: int, problem: Problem) -> None:
 
 def _medians(calls: dict[object, Callable], threads: int, rounds: int) -> Iterator[tuple]:
     """(key, (median, spread)) of every call, after one that is not counted."""
-    race = Race("cpu", threads)
+    race = Timer("cpu", threads)
     for key, call in calls.items():
         call()
         race.enter(key, call)

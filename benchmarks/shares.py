@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 from refinelens import cli
-from refinelens.lenses import logit_lens
+from refinelens.lens import logit_lens
 from refinelens.machine import device_name
-from refinelens.sweep import contexts, inputs, predict, recorder, session
+from refinelens.sweeping import contexts, predict, recorder, sweep
 
 DEFAULT = ("--documents", "5,10", "--examples", "8", "--reuse-prefix", "off")
 STAGES = {
@@ -26,10 +26,10 @@ STAGES = {
     "lens, all layers": (logit_lens.LogitLens, "read"),
     "contexts: documents, prompt, tokens": (contexts.ContextBuilder, "build"),
     "rows": (predict, "prediction_table"),
-    "writing": (recorder.Recorder, "add"),
-    "last part and manifest": (recorder.Recorder, "close"),
-    "tables and figures, once": (session, "write_outputs"),
-    "summary, once": (session, "read_report"),
+    "writing": (recorder.RunWriter, "add"),
+    "last part and manifest": (recorder.RunWriter, "close"),
+    "tables and figures, once": (sweep, "write_outputs"),
+    "summary, once": (sweep, "read_report"),
 }
 BOOKKEEPING = ("contexts: documents, prompt, tokens", "rows", "writing", "last part and manifest")
 
@@ -40,14 +40,14 @@ def main() -> int:
     for name, (owner, function) in STAGES.items():
         setattr(owner, function, _timed(getattr(owner, function), name, seconds))
     started = []
-    ask = inputs.SweepInputs.ask
+    ask = sweep.SweepInputs.ask
 
     def first_question(self, *arguments, **options):
         seconds.clear()  # of the gates that ran while loading
         started.append(time.process_time())
         return ask(self, *arguments, **options)
 
-    inputs.SweepInputs.ask = first_question
+    sweep.SweepInputs.ask = first_question
     with tempfile.TemporaryDirectory() as folder:
         options = sys.argv[1:] or DEFAULT
         code = cli.main(["sweep", *options, "--out", str(Path(folder) / "run")])

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from goals import CPU_GOALS, Reports, goal_row
 
-from refinelens.bench.report import report_from_json
-from refinelens.bench.table import markdown_rows, markdown_table
+from refinelens.bench.table import markdown_rows, markdown_table, report_from_json
 
 
 def read_reports(path: str) -> Reports:

@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from refinelens.lenses.logit_lens import LogitLens
-from refinelens.lenses.translators import Translators
-from refinelens.model.parts import LensParts
+from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.translators import Translators
+from refinelens.model.head import LensHead
 
 D_MODEL, VOCAB, N_LAYERS = 768, 50257, 12
 
@@ -39,7 +39,7 @@ def main() -> None:
         normal(N_LAYERS + 1, 1, options.positions, D_MODEL),
         torch.arange(options.positions, device=device),
     )
-    parts = LensParts(torch.nn.ModuleList(), None, normal(VOCAB, D_MODEL) / D_MODEL**0.5, None, None, 1.0)
+    parts = LensHead(torch.nn.ModuleList(), None, normal(VOCAB, D_MODEL) / D_MODEL**0.5, None, None, 1.0)
     lens = LogitLens(None, parts, "auto", None)
     maps = Translators(normal(N_LAYERS, D_MODEL, D_MODEL) / D_MODEL**0.5, normal(N_LAYERS, D_MODEL))
     zeros = Translators(torch.zeros_like(maps.weight), torch.zeros_like(maps.bias))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lens_common import LensOutput
-from .lens_triton import fused_lens_triton
-from .norms import Norm
+from .fused_lens import fused_lens_triton
+from .reference import LensOutput, Norm
 
 WARM_UPS = 3  # compile, settle what is tried once per device, fill the allocator's pools
 

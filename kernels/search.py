@@ -8,11 +8,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .configs import KEPT, LensConfig, ShapeClass, generation_of, pinned_config
-from .lens_common import LensOutput
-from .lens_triton import fused_lens_triton
-from .norms import Norm
-from .schedule import choose_splits, processor_count
+from .config import KEPT, LensConfig, ShapeClass, choose_splits, generation_of, pinned_config, processor_count
+from .fused_lens import fused_lens_triton
+from .reference import LensOutput, Norm
 
 ROUNDS = 7
 GROUPS = (4, 8, 12)

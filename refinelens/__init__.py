@@ -8,22 +8,22 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "fused_lens": "op.lens",
-    "LensStats": "op.lens",
-    "LayerNorm": "kernels.norms",
-    "RMSNorm": "kernels.norms",
-    "lens_top_k": "op.top_k",
-    "TopK": "op.top_k",
-    "kl_to_final": "op.kl",
-    "LogitLens": "lenses.logit_lens",
-    "Translators": "lenses.translators",
-    "load_lens": "lenses.lens_files",
-    "load_run": "runs.frames",
-    "spearman": "op.rank_agreement",
-    "kendall_tau_b": "op.rank_agreement",
-    "top_k_overlap": "op.rank_agreement",
-    "between_layers": "op.rank_agreement",
-    "compare_runs": "report.run_agreement",
+    "fused_lens": "op.fused_lens",
+    "LensStats": "op.fused_lens",
+    "LayerNorm": "kernels.reference",
+    "RMSNorm": "kernels.reference",
+    "lens_top_k": "op.vocabulary",
+    "TopK": "op.vocabulary",
+    "kl_to_final": "op.vocabulary",
+    "LogitLens": "lens.logit_lens",
+    "Translators": "lens.translators",
+    "load_lens": "lens.files",
+    "load_run": "store.frames",
+    "spearman": "op.ranks",
+    "kendall_tau_b": "op.ranks",
+    "top_k_overlap": "op.ranks",
+    "between_layers": "op.ranks",
+    "compare_runs": "report.agreement",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -18,12 +18,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config import check_utf8
 from .errors import FaultError, InputError
-from .options import check_utf8
 from .parser import build_parser, check_idle, check_values, options_given
 
 if TYPE_CHECKING:
-    from .runs.results import Run
+    from .store.results import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,8 +65,7 @@ def _say(message: str) -> None:
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.resume is not None:
         return _resume(arguments, argv)
-    from .conditions import parse_documents
-    from .options import SweepOptions, default_task
+    from .config import SweepOptions, default_task, parse_documents
 
     arguments.task = arguments.task or default_task(arguments.model)
     values = options_given(arguments, SweepOptions)
@@ -74,7 +73,7 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
     _calm_libraries()
-    from .sweep.session import run_sweep
+    from .sweeping.sweep import run_sweep
 
     with _folder_of_its_own(arguments) as out:
         return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
@@ -85,19 +84,19 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers"))]
     if others:
         raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
-    from .sweep.resume import Unfinished
+    from .sweeping.manifest import RunState
 
-    if Unfinished.read(path).is_finished:
+    if RunState.read(path).is_finished:
         from rich.console import Console
 
-        from .report.derived import show_run
-        from .runs.results import open_run
+        from .report.tables import show_run
+        from .store.results import open_run
 
         print(f"{path}: finished already\n")
         show_run(open_run(path), Console())
         return 0
     _calm_libraries()
-    from .sweep.session import resume_sweep
+    from .sweeping.sweep import resume_sweep
 
     return _watch(partial(resume_sweep, path, ["refinelens", *argv], arguments.workers))
 
@@ -107,8 +106,8 @@ def _watch(sweep: Callable[..., Run]) -> int:
     from rich.console import Console
 
     from .progress import sweep_progress
-    from .report.table import print_table
-    from .sweep.interrupt import SweepInterrupted
+    from .report.tables import print_table
+    from .sweeping.sweep import SweepInterrupted
 
     code, summary = 0, []
     try:
@@ -129,22 +128,22 @@ def _watch(sweep: Callable[..., Run]) -> int:
 def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .layers.options import LayerOptions, parse_interventions
+    from .config import LayerOptions, parse_interventions
 
     names = parse_interventions(arguments.interventions)
     options = LayerOptions(names, arguments.at, arguments.examples, arguments.lens)
     _calm_libraries()
-    from .layers.session import how_it_goes_on, run_layers
-    from .layers.table import print_layers
+    from .layers.analysis import how_to_resume, run_layers
+    from .layers.report import print_layers
     from .progress import fit_progress
-    from .sweep.interrupt import SweepInterrupted
+    from .sweeping.sweep import SweepInterrupted
 
     given = (arguments.folder, options, arguments.out, arguments.overwrite, ["refinelens", *argv])
     try:
         with fit_progress(Console(stderr=True)) as report:
             folder, found = run_layers(*given, report, _say)
     except SweepInterrupted as stop:
-        _say(f"interrupted; {how_it_goes_on(arguments.overwrite)}")
+        _say(f"interrupted; {how_to_resume(arguments.overwrite)}")
         return 128 + stop.signum
     print_layers(Console(), found)
     print(f"\n{folder.path}: {', '.join(sorted(p.name for p in folder.path.iterdir()))}")
@@ -154,8 +153,7 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .fit.options import TRAINING, FitOptions
-    from .options import default_task
+    from .config import TRAINING, FitOptions, default_task
     from .progress import fit_progress
 
     arguments.text = arguments.text or default_task(arguments.model)
@@ -164,8 +162,8 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     if options.objective != "kl":
         check_idle(values, TRAINING, "--objective kl", options.objective)
     _calm_libraries()
-    from .fit.report import print_quality
-    from .fit.session import fit_lens
+    from .fitting.fit import fit_lens
+    from .fitting.quality import print_quality
 
     with fit_progress(Console(stderr=True)) as report:
         fitted = fit_lens(options, arguments.out, arguments.overwrite, ["refinelens", *argv], report)
@@ -186,8 +184,8 @@ def _calm_libraries() -> None:
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .report.derived import show_run
-    from .runs.results import open_run
+    from .report.tables import show_run
+    from .store.results import open_run
 
     top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
     show_run(open_run(arguments.folder), Console(), top)
@@ -195,8 +193,8 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from .runs.export import Choice, check_new_file, export_run
-    from .runs.results import open_run
+    from .store.frames import Choice, check_new_file, export_run
+    from .store.results import open_run
 
     run, out = open_run(arguments.folder), Path(arguments.out)
     values = options_given(arguments, Choice)
@@ -220,7 +218,7 @@ def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
     for name, value in findings():
         print(f"{name:<16} {value}")
     if arguments.model is not None:
-        from .describe import model_findings
+        from .doctor import model_findings
         from .model.loading import load_model
 
         given = (arguments.model, arguments.device, arguments.dtype, arguments.trust_remote_code)
@@ -232,13 +230,13 @@ def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .bench.options import BenchOptions
+    from .config import BenchOptions
 
     options = BenchOptions(**options_given(arguments, BenchOptions))
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise InputError(f"--json: expected a file in a folder that is there, got {arguments.json}")
     _calm_libraries()
-    from .bench.session import run_bench
+    from .bench.bench import run_bench
     from .bench.table import text_table
 
     with Console(stderr=True).status("loading torch") as status:
@@ -273,7 +271,7 @@ def _folder_of_its_own(arguments: argparse.Namespace) -> Iterator[str]:
         except FileExistsError:
             continue
         except OSError as error:
-            from .runs.durable import disk_error
+            from .store.folder import disk_error
 
             raise disk_error(out, error, begun=False) from None
     try:

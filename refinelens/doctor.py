@@ -1,17 +1,93 @@
-"""What would run on this machine, and why."""
+"""What would run on this machine, and why; what was found in a model, and whether it passed the parity gate."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from . import __version__
+from .errors import UnsupportedModelError
+from .kernels.reference import Norm
+from .layers.blocks import check_replay
+from .lens.logit_lens import LogitLens
+from .lens.prefix import check_branching
 from .machine import package_version
-from .model.loading import find_smollm2, resolve_device
+from .model.head import find_head
+from .model.loading import LoadedModel, find_smollm2, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
-from .report.words import counted
+from .report.findings import counted
+
+
+def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
+    """(what, finding) pairs, each as soon as it is known.
+
+    Raises:
+        UnsupportedModelError: A part was not found, or the lens is not the model; what was found came first.
+    """
+    model = loaded.model
+    yield "model", f"{loaded.name}: {type(model).__name__} on {model.device.type}"
+    parts = find_head(model)
+    path = next(name for name, module in model.named_modules() if module is parts.blocks)
+    yield "blocks", f"{len(parts.blocks)} in {path}, d_model {parts.d_model}"
+    yield from _norm_findings(model, parts.norm)
+    yield "projection", "none" if parts.projection is None else f"{_shape(parts.projection)}, d_embed x d_model"
+    tied = parts.unembedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    yield "unembedding", f"{_shape(parts.unembedding)}, {'tied to the embedding' if tied else 'its own weights'}"
+    yield "unembedding bias", "yes" if parts.bias is not None else "none"
+    yield "softcap", "none" if parts.softcap is None else f"{parts.softcap:g}"
+    yield "logit scale", f"{parts.logit_scale:g}"
+    yield "max tokens", "no limit stated" if loaded.max_tokens is None else str(loaded.max_tokens)
+    lens = LogitLens.from_model(model)
+    parity = lens.parity
+    allowed = parity.tolerance * parity.logit_range
+    difference = f"largest difference {parity.max_difference:.2g}, allowed {allowed:.2g}"
+    yield "parity", f"passed: {difference}; argmax equal; op agrees; logits range over {parity.logit_range:.4g}"
+    alone = lens.independence.one_at_a_time
+    yield "batches", "states do not depend on what else is in one" if alone is None else f"none, one at a time: {alone}"
+    reuse = check_branching(lens)
+    yield "prefix reuse", f"{'passed' if reuse.used else 'contexts run whole'}: {reuse.why}"
+    yield "interventions", _interventions(lens)
+
+
+def _interventions(lens: LogitLens) -> str:
+    try:
+        restarts = check_replay(lens)
+    except UnsupportedModelError as error:
+        return f"none: {error}"
+    halves = "attention and feed-forward part found" if None not in restarts.sublayers else "of whole blocks alone"
+    return f"every block starts again from its stored state; {halves}"
+
+
+def describe_norm(norm: Norm) -> str:
+    """Kind and parameters in a few words, as in the table of docs/models.md."""
+    if norm is None:
+        return "none"
+    kind = type(norm).__name__
+    if norm.weight is None:
+        return f"{kind} without weight"
+    if norm.offset:
+        return f"{kind} of {norm.offset:g} + weight"
+    return f"{kind} without bias" if kind == "LayerNorm" and norm.bias is None else kind
+
+
+def _norm_findings(model: PreTrainedModel, norm: Norm) -> Iterator[tuple[str, str]]:
+    yield "final norm", describe_norm(norm)
+    if norm is not None:
+        yield "norm eps", f"{norm.eps:g}"
+        # A LayerNorm's offset is summed into its weight, which then is none of the model's own.
+        stored = norm.weight is None or norm.weight.data_ptr() in {p.data_ptr() for p in model.parameters()}
+        yield "norm offset", f"{norm.offset:g}" if stored else "1"
+        yield "norm weight", "yes" if norm.weight is not None else "none"
+        yield "norm bias", "yes" if norm.bias is not None else "none"
+
+
+def _shape(weight: Tensor) -> str:
+    return f"{' x '.join(map(str, weight.shape))} {str(weight.dtype).removeprefix('torch.')}"
 
 
 def findings() -> list[tuple[str, str]]:

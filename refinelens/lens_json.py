@@ -18,20 +18,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .conditions import ORACLE, condition_name
+from .config import ORACLE, condition_name
+from .data.prompts import Context
 from .errors import InputError
-from .lenses.lens_files import Lens
-from .lenses.logit_lens import LogitLens
+from .lens.files import Lens
+from .lens.logit_lens import LogitLens
 from .machine import now
-from .model.tokens import text_of
-from .op.top_k import lens_top_k
-from .prompts.context import Context
-from .report.words import counted
-from .runs.durable import write_output
-from .runs.export import Choice
-from .runs.results import Run
-from .sweep.inputs import SweepInputs
-from .sweep.resume import Terms
+from .model.identity import text_of
+from .op.vocabulary import lens_top_k
+from .report.findings import counted
+from .store.folder import write_output
+from .store.frames import Choice
+from .store.results import Run
+from .sweeping.manifest import RunSpec
+from .sweeping.sweep import SweepInputs
 
 Thing = TypeVar("Thing")
 
@@ -48,8 +48,8 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
     """
     if run.vocab_size is not None and choice.k > run.vocab_size:
         raise InputError(f"--k: expected at most the {run.vocab_size} tokens of the vocabulary, got {choice.k}")
-    terms = Terms(run.path, run.manifest, "export")
-    inputs = SweepInputs.load(terms.options, terms)
+    spec = RunSpec(run.path, run.manifest, "export")
+    inputs = SweepInputs.load(spec.options, spec)
     lens = _pick("--lens", inputs.lenses, lambda lens: lens.name, choice.lens)
     context = _choose_context(inputs, choice)
     tokenizer = inputs.loaded.tokenizer

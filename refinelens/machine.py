@@ -1,4 +1,7 @@
-"""What numbers depend on besides the options: the machine, the versions of packages, the time."""
+"""What numbers depend on besides the options: the machine, versions of packages, the time; and processes of our own.
+
+A module of this package that runs in a process of its own is the same code as here, whatever the current folder holds.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "pyarrow", "matplotlib", "gguf")
+PACKAGE_ROOT = str(Path(__file__).parents[1])
 
 
 def now() -> str:
@@ -54,3 +58,15 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def module_command(module: str, *arguments: object) -> list[str]:
+    """The command that runs a module; ``-P``, or files in the current folder would shadow the standard library."""
+    return [sys.executable, "-P", "-m", module, *map(str, arguments)]
+
+
+def module_path() -> dict[str, str]:
+    """The variable under which `module_command` imports what is imported here, from the same places in their order."""
+    places = [place for place in sys.path if place]  # the empty one is the current folder
+    # Found by the current folder or an import hook this package is on none of them.
+    return {"PYTHONPATH": os.pathsep.join(places if PACKAGE_ROOT in places else [PACKAGE_ROOT, *places])}

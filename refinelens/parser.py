@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 
 from . import __version__
+from .config import CHOICES
 from .errors import InputError
-from .options import CHOICES
 
 DTYPES = CHOICES["dtype"]
 EXAMPLES = """examples:

@@ -29,9 +29,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Files whose tests need the forge come first: one process has them all, as others take over from the end."""
-    forging = {item.path for item in items if "forge" in item.fixturenames}
-    items.sort(key=lambda item: item.path not in forging)
+    """Files whose tests need the fork_server come first: one process has them all, as others take over from the end."""
+    forking = {item.path for item in items if "fork_server" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in forking)
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def question_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def forge(tiny_model, question_file, tmp_path_factory):
+def fork_server(tiny_model, question_file, tmp_path_factory):
     """Runs sweeps of the tiny model, or of any GPT-2, in processes that may be killed."""
-    from faults import Forge
+    from faults import ForkServer
 
     sweep = ["sweep", "--model", tiny_model, "--task", question_file, "--documents", "2", "--device", "cpu"]
-    with Forge(*sweep, "--out", tmp_path_factory.mktemp("forge") / "run") as forge:
-        yield forge
+    with ForkServer(*sweep, "--out", tmp_path_factory.mktemp("fork_server") / "run") as fork_server:
+        yield fork_server
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def quick(monkeypatch):
     """For what is not about figures."""
     from faults import quick_figures
 
-    monkeypatch.setattr("refinelens.report.derived.draw_figures", quick_figures)
+    monkeypatch.setattr("refinelens.report.tables.draw_figures", quick_figures)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def quick_file():
     from faults import quick_figures
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("refinelens.report.derived.draw_figures", quick_figures)
+        patch.setattr("refinelens.report.tables.draw_figures", quick_figures)
         yield
 
 
@@ -113,4 +113,4 @@ def refused_sweep(question_file, tmp_path, capfd):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails the test if a sweep loads its model."""
-    monkeypatch.setattr("refinelens.sweep.inputs.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("refinelens.sweeping.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))

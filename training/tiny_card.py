@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from refinelens.tasks.tiny_task import HELD_OUT, RELATIONS, TRAINED, VALUES, context_text
+from refinelens.data.generated import HELD_OUT, RELATIONS, TRAINED, VALUES, context_text
 
 BATCH = 50  # contexts of a forward pass
 SIZES, PER_POSITION = (1, 2, 5, 10, 20), 100  # documents, and contexts for each gold position on average, of the card

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from refinelens.tasks.tiny_task import TRAINED, context_text, vocabulary
+from refinelens.data.generated import TRAINED, context_text, vocabulary
 from tiny_card import measure, write_card
 from tiny_init import initialise
 

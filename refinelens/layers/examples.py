@@ -10,12 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError
-from ..report.report import lens_names
-from ..runs.layers_schema import KEYS
-from ..runs.lock import is_held
-from ..runs.output import status_words
-from ..runs.results import Run
-from ..runs.trajectory_table import choose_tokens, list_matrix
+from ..report.findings import lens_names
+from ..store.folder import is_held
+from ..store.layers import KEYS
+from ..store.results import Run, status_words
+from ..store.trajectory import choose_tokens, list_matrix
 
 COLUMNS = (*KEYS, "lens", "answer_token", "answer_id", "target_id")
 LISTS = ("argmax", "target_rank", "target_logprob", "entropy")

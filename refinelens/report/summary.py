@@ -1,16 +1,23 @@
-"""The summary of a run: statistics per lens, threshold, context size and gold position, with intervals."""
+"""The summary of a run: statistics per lens, threshold, context size and gold position, with intervals.
+
+With it, what each lens sees at each layer over all examples, and cautions: where a lens cannot resolve refinement
+depth, and what would.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from ..conditions import condition_name
-from .bootstrap import Estimate, mean_estimates, median_estimate, sums_and_counts
-from .shares import share_estimate
+from ..config import CLOSED_BOOK, condition_name
+from ..stats import Estimate, mean_estimates, median_estimate, share_estimate, sums_and_counts
+from ..store.results import Run
+from ..store.trajectory import choose_tokens, list_matrix
 
 SHARES = ("accuracy", "share")  # what the names of shares begin with
 
@@ -154,3 +161,88 @@ def _left_out(left_out: dict[str, list[int]], documents: int) -> dict:
     reasons = {key.removeprefix(size): len(ids) for key, ids in left_out.items() if key.startswith(size)}
     words = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return {"left_out": sum(reasons.values()), "left_out_why": words}
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One lens; arrays over layers ``0 .. n_layers``."""
+
+    lens: str
+    examples: int
+    rank_quartiles: np.ndarray  # [3, n_layers + 1], 0-based ranks: lower quartile, median, upper quartile
+    mean_kl: np.ndarray  # [n_layers + 1] nats
+
+    def __post_init__(self):
+        if self.rank_quartiles.shape != (3, *self.mean_kl.shape):
+            raise ValueError(
+                f"rank_quartiles: expected shape [3, {len(self.mean_kl)}], got {list(self.rank_quartiles.shape)}"
+            )
+
+
+def layer_profiles(
+    run: Run, lenses: tuple[str, ...], answer_tokens: str, closed_book: bool = False
+) -> list[LayerProfile]:
+    """Profiles of the lenses in their order, read part by part; only the ranks of a run are held whole.
+
+    Args:
+        run: The run.
+        lenses: Names of the lenses.
+        answer_tokens: ``first`` or ``all``.
+        closed_book: Read the examples without documents, which otherwise are left out.
+    """
+    ranks: dict[str, list[np.ndarray]] = {lens: [] for lens in lenses}
+    kl: dict[str, list[np.ndarray]] = {lens: [] for lens in lenses}
+    for part in run.parts(["documents", "lens", "answer_token", "target_rank", "kl"]):
+        part = choose_tokens(part, answer_tokens)
+        part = part.filter(pc.equal(pc.equal(part["documents"], CLOSED_BOOK), closed_book))
+        names = part["lens"].to_numpy(zero_copy_only=False)
+        rank, divergence = list_matrix(part["target_rank"]), list_matrix(part["kl"])
+        for lens in set(names.tolist()) & ranks.keys():
+            ranks[lens].append(rank[names == lens])
+            kl[lens].append(divergence[names == lens].sum(axis=0, dtype=float))
+    return [_profile(lens, np.concatenate(ranks[lens]), sum(kl[lens])) for lens in lenses if ranks[lens]]
+
+
+def _profile(lens: str, ranks: np.ndarray, kl: np.ndarray) -> LayerProfile:
+    return LayerProfile(lens, len(ranks), np.quantile(ranks, [0.25, 0.5, 0.75], axis=0), kl / len(ranks))
+
+
+@dataclass(frozen=True)
+class Caution:
+    """A lens and threshold with which more than half of the settled examples settle at the output."""
+
+    lens: str
+    top: int
+    at_output: int  # examples
+    settled: int  # examples
+
+
+def find_cautions(table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...], n_layers: int) -> list[Caution]:
+    """Every lens and threshold whose small depths speak of the lens, not of the model."""
+    found = []
+    for (lens, top), cells in groupby(reading_cells(table, lenses, tops), key=lambda item: item[:2]):
+        settle = np.concatenate([cell["settle"][cell["final_correct"]] for *_, cell in cells])
+        at_output = int((settle == n_layers).sum())
+        if 2 * at_output > len(settle):
+            found.append(Caution(lens, top, at_output, len(settle)))
+    return found
+
+
+def caution_lines(cautions: list[Caution], manifest: dict) -> list[str]:
+    """One line per lens: what is so, what it means, and the remedy."""
+    lines = []
+    for lens, group in groupby(cautions, key=lambda caution: caution.lens):
+        found = ", ".join(f"{c.at_output} of {c.settled} (rank <= {c.top})" for c in group)
+        lines.append(
+            f"Caution, lens {lens}: {found} settled examples settle only at the output: this lens cannot resolve "
+            f"refinement depth on this model, and depth speaks of the lens. Remedy: {_remedy(lens, manifest)}."
+        )
+    return lines
+
+
+def _remedy(lens: str, manifest: dict) -> str:
+    kinds = {entry["name"]: entry["kind"] for entry in manifest["lenses"]}
+    if kinds[lens] != "plain":
+        return "a larger --top, or more tokens in the fit of the lens"
+    model = manifest["arguments"]["model"]
+    return f"refinelens fit --model {model} --out LENS, then sweep with --lens plain,LENS"

@@ -1,0 +1,184 @@
+"""Generated tasks: key-value retrieval of any size, and the language of the model in the package.
+
+Key-value retrieval is that of Liu et al. 2023 (arXiv 2307.03172). The tiny model's language is who has which password,
+emblem or nickname. Both are seeded.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from .questions import DEFAULT, KV, Document, Format, Question
+from .tasks import Task, generated_task, kv_question
+
+TEXTS = 4000  # contexts of the text that a lens is fitted to
+
+FIRST_NAMES = [
+    start + end
+    for start in ("Al", "Bel", "Cor", "Dan", "El", "Fen", "Gal", "Hil")
+    for end in ("a", "bert", "ena", "ic", "mund", "o", "ric", "wen")
+]
+LAST_NAMES = [
+    start + end
+    for start in ("Ash", "Birch", "Clay", "Dun", "East", "Flint", "Green", "Hart")
+    for end in ("bury", "dale", "field", "ford", "ley", "mere", "ton", "well")
+]
+RELATIONS = (
+    "badge charm codename crest emblem gift keyword label mark motto nickname password prize seal sign signal"
+).split()
+VALUES = (
+    "acorn amber anchor anvil apple arrow barley basket beacon beetle bell biscuit blanket bottle bramble bridge "
+    "bronze bucket butter button cabin candle canoe carpet castle cedar cherry chimney cinder clover cobalt comet "
+    "copper coral cotton cradle crimson crystal curtain cypress dagger daisy desert diamond dolphin dragon eagle ember "
+    "engine falcon feather fern fiddle flame flute forest fountain fox garden garnet ginger glacier granite hammer "
+    "harbour harp hazel heron honey hornet indigo island ivory ivy jasmine juniper kettle ladder lantern lark laurel "
+    "lemon lichen lily linen lizard maple marble meadow mirror moss nectar needle nettle oak oasis ochre olive onyx "
+    "orchid otter owl oyster paddle pearl pebble pepper pigeon pine plum pocket poppy prism quartz quill rabbit raven "
+    "ribbon river robin saddle saffron salmon silver spindle spruce tulip walnut"
+).split()
+WORDINGS = (
+    "The {relation} of {entity} is {value}.",
+    "{entity} has {value} as {relation}.",
+    "For {entity} the {relation} is {value}.",
+    "As {relation} {entity} has {value}.",
+)
+QUESTION = "What is the {relation} of {entity}?"
+ANSWER = "\nAnswer:"
+
+_PAIRS = [(i, j) for i in range(len(FIRST_NAMES)) for j in range(len(LAST_NAMES))]
+TRAINED, HELD_OUT = (  # names as the model saw them in training, and names it never saw
+    [f"{FIRST_NAMES[i]} {LAST_NAMES[j]}" for i, j in _PAIRS if ((i + j) % 8 == 0) == held_out]
+    for held_out in (False, True)
+)
+
+
+def generate_kv_task(count: int | None, n_pairs: int, seed: int) -> Task:
+    """Questions of random version-4 UUIDs; the SHA-256 of the task is that of its lines, gold pair first.
+
+    A question depends on the seed and its number alone: of fewer pairs or questions it has the first ones.
+
+    Args:
+        count: Questions, at least 1; 100 when None.
+        n_pairs: Pairs of a question, the gold one included.
+        seed: Of the UUIDs.
+
+    Raises:
+        InputError: Fewer than one question, or more than a million.
+    """
+    return generated_task(KV, count, lambda number: _kv_question(number, n_pairs, seed), _kv_line)
+
+
+def _kv_question(number: int, n_pairs: int, seed: int) -> Question:
+    source = random.Random(f"{seed}/{number}")
+    pairs = [Document(_random_uuid(source), _random_uuid(source)) for _ in range(max(1, n_pairs))]
+    return kv_question(number, pairs[0], pairs[1:])
+
+
+def _random_uuid(source: random.Random) -> str:
+    return str(uuid.UUID(int=source.getrandbits(128), version=4))
+
+
+def _kv_line(question: Question) -> str:
+    """A question as the paper's files have it."""
+    pairs = [[pair.title, pair.text] for pair in (question.gold, *question.distractors)]
+    record = {"ordered_kv_records": pairs, "key": question.question, "value": question.answers[0]}
+    return json.dumps(record) + "\n"
+
+
+def _text_lines(documents: Sequence[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
+TINY = Format(
+    name="tiny",
+    templates={DEFAULT: "{documents}\n{question}" + ANSWER},
+    closed_book="{question}" + ANSWER,
+    lines=_text_lines,
+    own_documents=True,
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a context tells: documents of one relation, whose entities (their titles) and values all differ."""
+
+    relation: str
+    documents: list[Document]
+    values: list[str]  # of the documents
+
+    @classmethod
+    def draw(cls, source: random.Random, count: int, entities: Sequence[str]) -> Facts:
+        """Draw ``count`` documents, at most as many as there are values."""
+        relation = source.choice(RELATIONS)
+        titles, values = source.sample(entities, count), source.sample(VALUES, count)
+        wordings = source.choices(WORDINGS, k=count)
+        texts = [
+            wording.format(entity=title, relation=relation, value=value)
+            for wording, title, value in zip(wordings, titles, values, strict=True)
+        ]
+        return cls(relation, [Document(*pair) for pair in zip(titles, texts, strict=True)], values)
+
+    def question(self, place: int) -> str:
+        """What is asked about a document."""
+        return QUESTION.format(relation=self.relation, entity=self.documents[place].title)
+
+
+def context_text(source: random.Random, n_documents: int, n_questions: int, entities: Sequence[str]) -> tuple[str, int]:
+    """Documents, then questions about them with their answers, and which document the last question is about.
+
+    Every document is asked about once before one is asked about again.
+    """
+    facts = Facts.draw(source, n_documents, entities)
+    lines = _text_lines(facts.documents)
+    places = [p for _ in range(0, n_questions, n_documents) for p in source.sample(range(n_documents), n_documents)]
+    lines += [f"{facts.question(place)}{ANSWER} {facts.values[place]}" for place in places[:n_questions]]
+    return "\n".join(lines), places[n_questions - 1]
+
+
+def training_texts() -> Iterator[str]:
+    """Contexts like those that the model was trained on, of 1 to 20 documents, always the same."""
+    source = random.Random(0)
+    for _ in range(TEXTS):
+        yield context_text(source, source.randint(1, 20), 10, TRAINED)[0] + "\n"
+
+
+def generate_tiny_task(count: int | None, n_documents: int, seed: int) -> Task:
+    """Questions about entities that the model was not trained on; their SHA-256 is that of the questions as JSON.
+
+    A question depends on the seed and its number alone: of fewer documents or questions it has the first ones.
+
+    Args:
+        count: Questions, at least 1; 100 when None.
+        n_documents: Documents of a question, the gold one included.
+        seed: Of all that is drawn.
+
+    Raises:
+        InputError: Fewer than one question, or more than a million.
+    """
+    return generated_task(TINY, count, lambda number: _tiny_question(number, n_documents, seed), _tiny_line)
+
+
+def _tiny_line(question: Question) -> str:
+    record = asdict(question)
+    del record["source_id"]  # there is no file that could have one
+    return json.dumps(record) + "\n"
+
+
+def _tiny_question(number: int, n_documents: int, seed: int) -> Question:
+    facts = Facts.draw(random.Random(f"{seed}/{number}"), len(VALUES), HELD_OUT)
+    gold, *others = facts.documents[: max(1, n_documents)]
+    return Question(number, facts.question(0), (facts.values[0],), "", "", gold, tuple(others))
+
+
+def vocabulary() -> list[str]:
+    """Every word and sign of the language, each once."""
+    frame = " ".join((*WORDINGS, QUESTION, ANSWER))
+    for field in ("{entity}", "{relation}", "{value}"):
+        frame = frame.replace(field, " ")
+    for sign in ".?:":
+        frame = frame.replace(sign, f" {sign} ")
+    return list(dict.fromkeys([*frame.split(), *RELATIONS, *FIRST_NAMES, *LAST_NAMES, *VALUES]))

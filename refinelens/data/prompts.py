@@ -1,0 +1,258 @@
+"""Prompts: templates, a tokenizer's chat template around them, and the token ids of a context with its answer."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import NO_POSITION, condition_name
+from ..errors import CannotAskError, InputError
+from .answer_tokens import joint, token_span, tokenise
+from .questions import DEFAULT, QA, Document, Format, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT, REPLY = "{prompt}", "{reply}"
+DOCUMENTS, QUESTION = "{documents}", "{question}"
+UNKNOWN_ANSWER = "an answer in words that the tokenizer does not know"
+FIELD = re.compile(r"\{\w+\}")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation of one turn, the user's, up to where the reply begins.
+
+    The text is rendered once for a run and kept in its manifest: a template may write the date.
+    """
+
+    template_sha256: str
+    text: str  # with {prompt} once; special tokens are in it
+
+    def __post_init__(self):
+        if self.text.count(PROMPT) != 1:
+            raise InputError(f"--chat: expected a chat template that writes the user's turn once, got {self.text!r}")
+
+    def around(self) -> tuple[str, str]:
+        """What stands before and after the prompt."""
+        before, _, after = self.text.partition(PROMPT)
+        return before, after
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's chat template.
+
+    Raises:
+        InputError: It has none, or several and no default.
+    """
+    return hashlib.sha256(_template(tokenizer).encode()).hexdigest()
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """The chat of a tokenizer, with the space, if any, that its template puts before a reply.
+
+    Raises:
+        InputError: No chat template, or one that does not render a user's turn.
+    """
+    template = _template(tokenizer)
+    turn = [{"role": "user", "content": PROMPT}]
+    try:
+        text = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"--chat: expected a chat template that renders a user's turn, got {what}") from None
+    return Chat(template_hash(tokenizer), text + _space_before_reply(tokenizer, template, turn, text))
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    several = getattr(tokenizer, "chat_template", None)
+    if isinstance(several, dict) and "default" not in several:
+        raise InputError(
+            f"--chat: expected a tokenizer with one chat template or one named default, got several, "
+            f"{', '.join(sorted(several))}; name the one to use default in its files"
+        )
+    try:
+        return tokenizer.get_chat_template()
+    except (ValueError, NotImplementedError):
+        raise InputError(
+            f"--chat: expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; leave "
+            "--chat out, or use an instruction-tuned model"
+        ) from None
+
+
+def _space_before_reply(tokenizer: PreTrainedTokenizerBase, template: str, turn: list[dict], opening: str) -> str:
+    try:
+        answered = [*turn, {"role": "assistant", "content": REPLY}]
+        text = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
+    except Exception:  # a template need not take a reply
+        return ""
+    between = text.partition(REPLY)[0].removeprefix(opening)
+    return between if between.isspace() else ""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question and its documents become a prompt."""
+
+    format: Format
+    text: str  # with {documents} once and {question}
+    chat: Chat | None = None  # around the prompt, or None
+
+    @property
+    def frame(self) -> str:
+        """All that stands around question and documents."""
+        texts = (self.text, self.format.closed_book or "", self.chat.text if self.chat else "")
+        return FIELD.sub(" ", "\n".join(texts))
+
+    def is_literal(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether no special token belongs to the prompt, so that what looks like one in a document is text.
+
+        One in a chat or in a template of one's own is meant; with it, those of documents are read alike.
+        """
+        return not any(token and token in self.frame for token in tokenizer.all_special_tokens)
+
+    def fill(self, question: Question, documents: list[Document], gold_position: int) -> tuple[str, int, int]:
+        """The prompt up to the answer prefix, and where the gold document's line starts and ends in it.
+
+        Without documents it is the format's closed-book prompt, and both are 0. In a chat it is the user's turn,
+        without white space around it, which templates treat differently.
+        """
+        lines = self.format.lines(documents)
+        parts = (self.text if documents else self.format.closed_book).partition(DOCUMENTS)
+        before, _, after = (part.replace(QUESTION, question.question) for part in parts)
+        prompt = before + "\n".join(lines) + after
+        start = len(before) + sum(len(line) + 1 for line in lines[: max(0, gold_position)])
+        length = len(lines[gold_position]) if lines else 0
+        if self.chat is not None:
+            opening, closing = self.chat.around()
+            start += len(opening) - (len(prompt) - len(prompt.lstrip()))
+            prompt = opening + prompt.strip() + closing
+        return prompt, start, start + length
+
+
+DEFAULT_TEMPLATE = Template(QA, QA.templates[DEFAULT])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring positions of a context, and the token ids that follow each."""
+
+    positions: range
+    next_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One prompt with its answer, as token ids."""
+
+    question: Question
+    n_documents: int
+    gold_position: int  # 0-based; NO_POSITION without documents
+    input_ids: tuple[int, ...]  # prompt, then all answer tokens but the last
+    prompt_length: int  # tokens before the answer's first: the prompt, with the space where that is a token
+    answer_ids: tuple[int, ...]  # teacher-forced; token i is predicted at position prompt_length - 1 + i
+    prompt_ids: tuple[int, ...]  # the prompt by itself, the same whatever the answer: what a model goes on from
+    n_shared: int  # tokens of ``prompt_ids`` that ``input_ids`` begins with; an answer may change those behind them
+    gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown or there is none
+    covers_before: str  # what the answer's first token covers of the text before the answer, without white space
+
+    def __post_init__(self):
+        if len(self.input_ids) != self.prompt_length + len(self.answer_ids) - 1:
+            raise ValueError(
+                f"input_ids: expected {self.prompt_length + len(self.answer_ids) - 1} ids, got {len(self.input_ids)}"
+            )
+
+    @property
+    def where(self) -> str:
+        """The context in words."""
+        position = f", gold position {self.gold_position}" if self.n_documents else ""
+        return f"question {self.question.id}, {condition_name(self.n_documents)}{position}"
+
+    @property
+    def answer_span(self) -> Span:
+        """The positions that an answer token follows."""
+        return Span(range(self.prompt_length - 1, len(self.input_ids)), self.answer_ids)
+
+    @property
+    def reply_span(self) -> Span:
+        """The positions that all tokens behind the prompt by itself follow: a space that is a token, and the answer."""
+        next_ids = (*self.input_ids[self.n_shared :], self.answer_ids[-1])
+        return Span(range(self.n_shared - 1, len(self.input_ids)), next_ids)
+
+    @property
+    def whole_span(self) -> Span:
+        """Every position."""
+        return Span(range(len(self.input_ids)), (*self.input_ids[1:], self.answer_ids[-1]))
+
+
+def load_template(name: str, format: Format = QA) -> str:
+    """The template that a word names, or that of a file, whose one newline at the end is not part of it.
+
+    Raises:
+        InputError: No such file, not one field ``{documents}`` and at least one ``{question}``, or another field.
+    """
+    if name in format.templates:
+        return format.templates[name]
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        words = ", ".join(format.templates)
+        raise InputError(f"--template {name}: expected {words} or a readable text file, got {error}") from None
+    text = text.removesuffix("\n")
+    found = [text.count(field) for field in (DOCUMENTS, QUESTION)]
+    if found[0] != 1 or found[1] < 1:
+        raise InputError(
+            f"--template {name}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
+            f"{found[1]}"
+        )
+    unknown = sorted(set(FIELD.findall(text)) - {DOCUMENTS, QUESTION})
+    if unknown:
+        raise InputError(f"--template {name}: expected no field but {DOCUMENTS} and {QUESTION}, got {unknown[0]}")
+    return text
+
+
+def build_context(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    question: Question,
+    distractors: list[Document],
+    gold_position: int,
+    alias: int = 0,
+) -> Context:
+    """Put the gold document among the distractors, fill the template and tokenise.
+
+    Args:
+        tokenizer: The model's.
+        template: What the prompt looks like.
+        question: What is asked.
+        distractors: The other documents, in order.
+        gold_position: 0-based, or `NO_POSITION` for a prompt without documents.
+        alias: Which of the question's answers goes on with the prompt.
+
+    Raises:
+        CannotAskError: An answer without a token of its own, or with one for unknown words.
+    """
+    documents = [*distractors[:gold_position], question.gold, *distractors[gold_position:]]
+    documents = [] if gold_position == NO_POSITION else documents
+    prompt, start, end = template.fill(question, documents, gold_position)
+    # A reply begins with the prefix; a prompt goes on with it.
+    prefix = question.answer_prefix.lstrip() if template.chat else question.answer_prefix
+    answer = joint(prefix if template.chat else prompt + prefix) + question.answers[alias]
+    tokens = tokenise(tokenizer, prompt + prefix, answer, template.chat is None, template.is_literal(tokenizer))
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens.whole[tokens.answer :]:
+        raise CannotAskError(UNKNOWN_ANSWER)
+    return Context(
+        question=question,
+        n_documents=len(documents),
+        gold_position=gold_position,
+        input_ids=tuple(tokens.whole[:-1]),
+        prompt_length=tokens.answer,
+        answer_ids=tuple(tokens.whole[tokens.answer :]),
+        prompt_ids=tuple(tokens.prompt),
+        n_shared=tokens.parts,
+        gold_span=token_span(tokens.encoded, start, end),
+        covers_before=tokens.covers_before,
+    )

@@ -1,0 +1,307 @@
+"""Asks one question again: interventions at every block in each of its contexts, and patches between them.
+
+One intervention is put at every block in turn, each run restarted from the stored state of its block; the lens reads
+the clean run and what remains of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ..config import PATCH, LayerOptions
+from ..data.prompts import Context
+from ..data.questions import Question
+from ..errors import FaultError, InputError
+from ..lens.files import Lens
+from ..lens.logit_lens import LogitLens
+from ..model.hooks import difference
+from ..model.loading import is_out_of_memory
+from ..store.layers import CONTROL, DESTROY, LAYER_ROWS, RESTORE
+from ..store.trajectory import NONE, trajectories
+from ..sweeping.contexts import ContextBuilder
+from .blocks import ActivationCache, BlockReplay
+from .interventions import EVERY, LAST, Intervention, MeanContributions, patched
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Target of one context at every layer, ``[1 + runs, n_layers + 1]``: the clean run, then one per struck block."""
+
+    ranks: np.ndarray  # int64, 0-based
+    logprobs: np.ndarray  # fp32, nats
+
+    def __post_init__(self):
+        if self.ranks.shape != self.logprobs.shape:
+            raise ValueError(f"expected equal shapes, got {list(self.ranks.shape)} and {list(self.logprobs.shape)}")
+
+
+def read_scan(logit_lens: LogitLens, lens: Lens, clean: Tensor, remains: list[Tensor], target: int) -> Reading:
+    """Read every layer of a scan in one call of the op, so that clean and struck runs are read alike.
+
+    Args:
+        logit_lens: Of the model.
+        lens: What the layers are read with.
+        clean: ``[n_layers + 1, d_model]``.
+        remains: As `scan` gives them: of block ``i`` layers ``i + 1 .. n_layers``.
+        target: Token id.
+    """
+    n_layers = len(clean) - 1
+    by_layer = [torch.stack([clean[j], *(remains[i][j - i - 1] for i in range(j))]) for j in range(n_layers + 1)]
+    read = _read(logit_lens, lens, by_layer, target)
+    ranks, logprobs = (np.repeat(values[None], n_layers + 1, 0) for values in (_clean(read[0]), _clean(read[1])))
+    for layer in range(1, n_layers + 1):
+        for values, found in zip((ranks, logprobs), read, strict=True):
+            values[1 : layer + 1, layer] = found[layer][1:]
+    return Reading(ranks, logprobs)
+
+
+def read_output(logit_lens: LogitLens, lens: Lens, clean: Tensor, ends: Tensor, target: int) -> Reading:
+    """The same at the output alone: ``[1 + runs, 1]``, of states ``[runs, d_model]`` of the last layer."""
+    read = _read(logit_lens, lens, [clean[:0]] * (len(clean) - 1) + [torch.cat([clean[-1:], ends])], target)
+    return Reading(*(found[-1][:, None] for found in read))
+
+
+def _read(logit_lens: LogitLens, lens: Lens, by_layer: list[Tensor], target: int) -> tuple[list, list]:
+    """Ranks and log-probabilities, a row of each layer's states."""
+    if lens.translators is not None:
+        lower = [lens.translators.one(layer, states) for layer, states in enumerate(by_layer[:-1])]
+        by_layer = [*lower, by_layer[-1]]
+    stats = logit_lens.stats(torch.cat(by_layer), target)
+    sizes = np.cumsum([len(states) for states in by_layer])[:-1]
+    return tuple(np.split(values.cpu().numpy(), sizes) for values in (stats.target_rank, stats.target_logprob))
+
+
+def _clean(found: list[np.ndarray]) -> np.ndarray:
+    return np.array([values[0] for values in found])
+
+
+@dataclass(frozen=True)
+class ContextKey:
+    """A context and what is looked for in it."""
+
+    question_id: int
+    documents: int
+    gold_position: int
+    target: int  # token id
+    lens: str
+
+
+def ablation_rows(asked: ContextKey, intervention: str, at: str, reading: Reading, top: int) -> pa.Table:
+    """One row per struck block, with the trajectory of what remains."""
+    found = trajectories(reading.ranks, top)
+    columns = {}
+    for name in ("first_correct", "settle", "depth"):
+        values = getattr(found, name)
+        columns[name] = pa.array(values[1:], mask=values[1:] == NONE)
+        missing = (values[1:] == NONE) | (values[0] == NONE)
+        columns[f"{name}_change"] = pa.array(values[1:] - values[0], mask=missing)
+    return _table(asked, intervention, at, None, reading, top, columns)
+
+
+def patch_rows(asked: ContextKey, intervention: str, source_position: int, reading: Reading, top: int) -> pa.Table:
+    """One row per layer that was patched over, without trajectories."""
+    return _table(asked, intervention, "answer", source_position, reading, top, {})
+
+
+def _table(
+    asked: ContextKey, intervention: str, at: str, source: int | None, reading: Reading, top: int, columns: dict
+) -> pa.Table:
+    ranks, logprobs = reading.ranks[:, -1], reading.logprobs[:, -1]
+    correct = ranks < top
+    columns = columns | {
+        "layer": np.arange(1, len(ranks)),
+        "target_logprob": logprobs[1:],
+        "target_rank": ranks[1:],
+        "correct": correct[1:],
+        "logprob_change": logprobs[1:] - logprobs[0],
+        "rank_change": ranks[1:] - ranks[0],
+        "correct_change": correct[1:].astype(int) - int(correct[0]),
+    }
+    constants = {
+        "question_id": asked.question_id,
+        "documents": asked.documents,
+        "gold_position": asked.gold_position,
+        "intervention": intervention,
+        "at": at,
+        "source_position": source,
+        "lens": asked.lens,
+        "target_id": asked.target,
+    }
+    n = len(ranks) - 1
+    for field in LAYER_ROWS:
+        if field.name not in columns:
+            columns[field.name] = pa.array([constants.get(field.name)] * n, field.type)
+    return pa.table([columns[name] for name in LAYER_ROWS.names], LAYER_ROWS.names).cast(LAYER_ROWS)
+
+
+def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -> list[Tensor]:
+    """What remains of a context when an intervention strikes each block in turn.
+
+    A run that was struck at block i needs blocks ``i + 1 .. n_layers - 1`` alone, so that the whole scan takes
+    ``(n_layers - 1) / 2`` forward passes. All runs that are under way go through a block together. One that the
+    intervention left as it was, bit for bit, is not run: it is the clean run.
+
+    Args:
+        run: The context.
+        start: Gives the output ``[1, token, d_model]`` of block ``index`` (0-based) under the intervention.
+        at_a_time: Runs that go through a block in one call.
+
+    Returns:
+        For each block ``i`` the states ``[n_layers - i, d_model]`` of layers ``i + 1 .. n_layers`` at the last token.
+    """
+    under_way: dict[int, Tensor] = {}  # block that was struck: state
+    kept: list[list[Tensor]] = [[] for _ in run.blocks]
+    for index in range(run.n_layers):
+        struck = list(under_way)
+        for first in range(0, len(struck), at_a_time):
+            chunk = struck[first : first + at_a_time]
+            states = run.block(index, torch.cat([under_way[i] for i in chunk]))
+            under_way.update(zip(chunk, states.split(1), strict=True))
+        clean, started = run.states[index + 1], start(index)
+        if not torch.equal(started, clean):
+            under_way[index] = started
+        for i in range(index + 1):
+            kept[i].append(under_way.get(i, clean)[0, -1].clone())  # a view would hold all tokens
+    return [torch.stack(states) for states in kept]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A context that was asked, where other contexts can take states from it."""
+
+    context: Context
+    states: Tensor  # [n_layers + 1, d_model], at the token that the answer follows
+    correct: bool
+
+
+class AblationRunner:
+    """Turns questions of a run into rows; one context is held at a time."""
+
+    def __init__(
+        self,
+        options: LayerOptions,
+        builder: ContextBuilder,
+        logit_lens: LogitLens,
+        lens: Lens,
+        restarts: BlockReplay,
+        targets: dict[tuple[int, int, int], int],
+        top: int,
+    ):
+        self.means: MeanContributions | None = None
+        self._options, self._builder, self._logit_lens, self._lens = options, builder, logit_lens, lens
+        self._restarts, self._targets, self._top = restarts, targets, top
+        self._cached = restarts.cached
+        self._proven = 0  # tokens of the longest context that was run from held keys and compared with itself run whole
+        self._at_most: int | None = None  # runs at a time, once memory ran out
+
+    def contexts(self, question: Question) -> list[Context]:
+        """All contexts that the run asked a question in."""
+        return self._builder.build(question).contexts
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self._logit_lens.model.device
+
+    def begin_means(self, n_tokens: int) -> None:
+        """Start the mean contributions of contexts of up to ``n_tokens``."""
+        lens, n_tokens = self._logit_lens, n_tokens if self._options.at == "all" else 1
+        self.means = MeanContributions.of_nothing(lens.n_layers, n_tokens, lens.d_model, self.device)
+
+    def add_to_means(self, context: Context) -> None:
+        """Take a context into the mean contributions."""
+        self.means.add(self._record(context, self._ablation_cached), self._tokens)
+
+    def rows(self, question: Question) -> pa.Table:
+        """Rows of one question.
+
+        Raises:
+            FaultError: Names the question, whatever went wrong.
+        """
+        try:
+            tables, answered = [], []
+            for context in self.contexts(question):
+                found, one = self._ablate(context, control=not answered)
+                tables += found
+                answered.append(one)
+            if PATCH in self._options.interventions:
+                tables += self._patch(answered)
+            return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
+        except (InputError, FaultError):
+            raise
+        except Exception as error:
+            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
+
+    @property
+    def _tokens(self) -> slice:
+        return EVERY if self._options.at == "all" else LAST
+
+    @property
+    def _ablation_cached(self) -> bool:
+        """Whether the last token alone is run: nothing else changes where nothing else is struck."""
+        return self._options.at == "answer" and self._cached
+
+    def _record(self, context: Context, cached: bool) -> ActivationCache:
+        ids = torch.tensor([context.input_ids[: context.prompt_length]])
+        run = ActivationCache.record(self._logit_lens, ids, cached)
+        if not cached or context.prompt_length <= 2 * self._proven:
+            return run
+        whole = ActivationCache.record(self._logit_lens, ids)
+        pair = (states.answer_states()[:, None, None] for states in (run, whole))
+        # The gate has seen a few tokens; a real context is longer, than a sliding window say.
+        self._proven, self._cached = context.prompt_length, difference(*pair) <= self._logit_lens.parity.tolerance
+        return run if self._cached else whole
+
+    def _ablate(self, context: Context, control: bool) -> tuple[list[pa.Table], Answered]:
+        run = self._record(context, self._ablation_cached)
+        names = [*self._options.ablations, *([CONTROL] if control and self._options.ablations else [])]
+        tables, clean, asked = [], run.answer_states(), self._asked(context)
+        for name in names:
+            way = Intervention(name, self._tokens, self._restarts.sublayers, self.means)
+            remains = self._scan(run, context, way.of_context(run))
+            reading = read_scan(self._logit_lens, self._lens, clean, remains, asked.target)
+            tables.append(ablation_rows(asked, name, self._options.at, reading, self._top))
+        if not names:
+            reading = read_output(self._logit_lens, self._lens, clean, clean[:0], asked.target)
+        return tables, Answered(context, clean, bool(reading.ranks[0, -1] < self._top))
+
+    def _patch(self, answered: list[Answered]) -> list[pa.Table]:
+        """Every pair of gold positions of one size with success at one and failure at the other, both ways."""
+        tables = []
+        for one in answered:
+            others = [a for a in answered if a.context.n_documents == one.context.n_documents]
+            sources = [a for a in others if a.correct != one.correct]
+            if not sources:
+                continue
+            run, asked = self._record(one.context, self._cached), self._asked(one.context)
+            for source in sources:
+                remains = self._scan(run, one.context, patched(run, source.states))
+                ends = torch.stack([states[-1] for states in remains])
+                reading = read_output(self._logit_lens, self._lens, run.answer_states(), ends, asked.target)
+                name = RESTORE if source.correct else DESTROY
+                tables.append(patch_rows(asked, name, source.context.gold_position, reading, self._top))
+        return tables
+
+    def _asked(self, context: Context) -> ContextKey:
+        key = (context.question.id, context.n_documents, context.gold_position)
+        return ContextKey(*key, self._targets[key], self._lens.name)
+
+    def _scan(self, run: ActivationCache, context: Context, start) -> list[Tensor]:
+        """`scan`, fewer runs at a time from when memory ran out."""
+        on_cpu, cached = run.states[0].device.type == "cpu", run.states[0].shape[1] == 1
+        while True:
+            size = self._restarts.at_a_time(context.prompt_length, cached, on_cpu)
+            size = size if self._at_most is None else min(size, self._at_most)
+            try:
+                return scan(run, start, size)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self._at_most = size // 2

@@ -1,0 +1,337 @@
+"""The blocks of a model: a clean run with the residual stream around each, and starting again before any of them.
+
+A block's attention and feed-forward part are found by what they do. That a model can be started again before a block is
+proven on a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..errors import UnsupportedModelError
+from ..lens.logit_lens import LogitLens
+from ..lens.prefix import check_branching
+from ..model.hooks import difference, first_state, hooked, probe_ids, run_base, stream_of
+
+PROBE_TOKENS = 12
+TOKENS_AT_A_TIME = 16384  # of one call of a block, keys that are held included
+
+
+class FrozenCache(DynamicCache):
+    """Keys and values of the first tokens of a clean run; what a block adds it sees itself, and nobody after it.
+
+    So a state that was intervened on leaves nothing behind for another run to read. One row of keys and values serves
+    a batch of any size.
+    """
+
+    def __init__(self, cache: DynamicCache):
+        super().__init__()
+        self.layers = cache.layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, heads, token, width]`` of the first tokens with those of the new ones behind."""
+        layer = self.layers[layer_idx]
+        return _behind(layer.keys, key_states), _behind(layer.values, value_states)
+
+
+def _behind(held: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([held.expand(len(new), *held.shape[1:]), new], -2)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block was called, but for the state it works on."""
+
+    args: tuple
+    kwargs: dict
+    place: int | str  # of the state, among ``args`` or ``kwargs``
+
+    @classmethod
+    def without_state(cls, args: tuple, kwargs: dict) -> tuple[Call, Tensor]:
+        """The call, and the state: the first floating tensor."""
+        values = [*enumerate(args), *kwargs.items()]
+        place = next(key for key, value in values if isinstance(value, Tensor) and value.is_floating_point())
+        state = args[place] if isinstance(place, int) else kwargs[place]
+        return cls(args, kwargs, place)._with(None), state
+
+    def of(self, block: nn.Module, state: Tensor) -> Tensor:
+        """What the block makes of a state, called in the same way."""
+        call = self._with(state)
+        return stream_of(block(*call.args, **call.kwargs))
+
+    def _with(self, state: Tensor | None) -> Call:
+        if isinstance(self.place, str):
+            return Call(self.args, self.kwargs | {self.place: state}, self.place)
+        return Call((*self.args[: self.place], state, *self.args[self.place + 1 :]), self.kwargs, self.place)
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """One context through the model, with all that is needed to start again before any of its blocks.
+
+    Only the last token where the keys and values of those before it are held: they do not depend on it.
+    """
+
+    blocks: nn.ModuleList
+    states: list[Tensor]  # n_layers + 1 of [1, token, d_model]: layer 0 and the output of every block
+    calls: list[Call]
+
+    @classmethod
+    def record(cls, lens: LogitLens, input_ids: Tensor, cached: bool = False) -> ActivationCache:
+        """Run the model once.
+
+        Args:
+            lens: Of the model.
+            input_ids: ``[1, token]`` int64.
+            cached: Hold keys and values of all tokens but the last, and states of the last alone.
+        """
+        ids, cache = input_ids.to(lens.model.device), None
+        if cached:
+            filled = DynamicCache()  # without a configuration it keeps every token, also behind a sliding window
+            run_base(lens.model, ids[:, :-1], None, filled)
+            ids, cache = ids[:, -1:], FrozenCache(filled)
+        blocks = lens.parts.blocks
+        with lens.undisturbed(), _recording(blocks) as (states, calls):
+            run_base(lens.model, ids, None, cache)
+        return cls(blocks, states, calls)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def block(self, index: int, state: Tensor) -> Tensor:
+        """What block ``index`` (0-based) makes of ``[batch, token, d_model]`` in this context."""
+        with torch.no_grad():
+            return self.calls[index].of(self.blocks[index], state)
+
+    def answer_states(self) -> Tensor:
+        """``[n_layers + 1, d_model]``: every layer at the last token, which the answer follows."""
+        return torch.stack([state[0, -1] for state in self.states])
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[Call]]]:
+    """Within the block, a forward pass fills the two lists of `ActivationCache`."""
+    states: list[Tensor] = []
+    calls: list[Call] = []
+
+    def before(_module, args, kwargs):
+        call, state = Call.without_state(args, kwargs)
+        calls.append(call)
+        if not states:
+            states.append(state)
+
+    def after(_module, _args, _kwargs, output):
+        states.append(stream_of(output))
+
+    with hooked(blocks, before, after):
+        yield states, calls
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A module inside a block that adds to the residual stream."""
+
+    module: nn.Module
+    adds_stream: bool  # the module adds the stream it is given to its own output, as in BLOOM
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The two parts of one block, of which nothing but the identity is left when both are silent."""
+
+    attention: Sublayer
+    mlp: Sublayer
+
+
+def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
+    """Find attention and feed-forward part of every block, whatever their names; None where there are none such.
+
+    Attention is the direct child that carries something from other tokens to the last one. With it the child is
+    sought, the one with the most parameters first, that leaves exactly the identity when both are silent. A block
+    whose attention happens to do nothing has them where another block has them.
+
+    Args:
+        run: A context of several tokens, all of whose states were recorded.
+    """
+    found = [_search(run, index) for index in range(run.n_layers)]
+    known = next((index for index, sublayers in enumerate(found) if sublayers), None)
+    if known is None:
+        return found
+    return [sublayers or _alike(run, index, known, found[known]) for index, sublayers in enumerate(found)]
+
+
+def _search(run: ActivationCache, index: int) -> Sublayers | None:
+    state = run.states[index]
+    seen, changed = _children_seen(run, index, state), _children_seen(run, index, _other_tokens(state))
+    mixing = [m for m in seen if m in changed and _carries(seen[m], changed[m])]
+    if len(mixing) != 1:
+        return None
+    fits = [m for m in seen if m is not mixing[0] and seen[m][1].numel() == state.numel()]
+    others = sorted(fits, key=lambda m: -sum(p.numel() for p in m.parameters()))
+    for other, *adds in product(others, (False, True), (False, True)):
+        attention, mlp = Sublayer(mixing[0], adds[0]), Sublayer(other, adds[1])
+        if _leave_identity(run, index, attention, mlp):
+            return Sublayers(attention, mlp)
+    return None
+
+
+def _alike(run: ActivationCache, index: int, known: int, sublayers: Sublayers) -> Sublayers | None:
+    """The children of a block that have the names of another block's parts."""
+    names = {module: name for name, module in run.blocks[known].named_children()}
+    children = dict(run.blocks[index].named_children())
+    parts = (sublayers.attention, sublayers.mlp)
+    if not all(names[part.module] in children for part in parts):
+        return None
+    own = [Sublayer(children[names[part.module]], part.adds_stream) for part in parts]
+    return Sublayers(*own) if _leave_identity(run, index, *own) else None
+
+
+@contextmanager
+def zero_ablated(sublayer: Sublayer, tokens: slice) -> Iterator[None]:
+    """Within the block, a part of a model adds nothing to the residual stream of these tokens of one context."""
+
+    def after(_module, args, kwargs, output):
+        values = stream_of(output).clone()
+        shape = (1, -1, values.shape[-1])
+        added = _given_stream(args, kwargs, values).view(shape)[:, tokens] if sublayer.adds_stream else 0.0
+        values.view(shape)[:, tokens] = added
+        if isinstance(output, tuple | list):
+            return [values, *output[1:]] if isinstance(output, list) else (values, *output[1:])
+        return values
+
+    with hooked([sublayer.module], after=after):
+        yield
+
+
+def _given_stream(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """The second state that a module is called with; zeros where there is none."""
+    values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape == output.shape]
+    return values[1] if len(values) > 1 else torch.zeros_like(output)
+
+
+def _leave_identity(run: ActivationCache, index: int, attention: Sublayer, mlp: Sublayer) -> bool:
+    state, every = run.states[index], slice(None)
+    try:
+        with zero_ablated(attention, every), zero_ablated(mlp, every):
+            return torch.equal(run.block(index, state), state)
+    except RuntimeError:  # a guess that does not fit
+        return False
+
+
+def _other_tokens(state: Tensor) -> Tensor:
+    """The same last token behind others."""
+    return torch.cat([state[:, :-1].flip(-1), state[:, -1:]], 1)
+
+
+def _children_seen(run: ActivationCache, index: int, state: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Input and output of the direct children of a block that work on the residual stream's width."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def after(module, args, kwargs, output):
+        given, made = first_state(args, kwargs), stream_of(output)
+        if given is not None and isinstance(made, Tensor) and made.shape[-1] == state.shape[-1]:
+            seen[module] = (given.detach().clone(), made.detach().clone())
+
+    with hooked(run.blocks[index].children(), after=after):
+        run.block(index, state)
+    return seen
+
+
+def _carries(seen: tuple[Tensor, Tensor], changed: tuple[Tensor, Tensor]) -> bool:
+    """Whether the last token came out otherwise although it went in the same."""
+    (given, made), (given_changed, made_changed) = seen, changed
+    same_in = torch.equal(_last(given), _last(given_changed))
+    return same_in and not torch.equal(_last(made), _last(made_changed))
+
+
+def _last(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])[-1]
+
+
+@dataclass(frozen=True)
+class BlockReplay:
+    """What was proven of a model's blocks."""
+
+    cached: bool  # the last token alone can be run, on keys and values that are held
+    batched: bool  # a block takes several runs of one context at a time
+    sublayers: list[Sublayers | None]  # of every block
+
+    def at_a_time(self, n_tokens: int, cached: bool, on_cpu: bool) -> int:
+        """Runs of a context of ``n_tokens`` that go through a block together; whole ones gain nothing on a CPU."""
+        if not self.batched or (on_cpu and not cached):
+            return 1
+        return max(1, TOKENS_AT_A_TIME // n_tokens)
+
+
+def check_replay(lens: LogitLens) -> BlockReplay:
+    """Start a short context again before every block: what comes out must be the model's own states.
+
+    Raises:
+        UnsupportedModelError: It is not, or a block cannot be called by itself; the class is named.
+    """
+    ids, name = probe_ids(lens.model, PROBE_TOKENS), type(lens.model).__name__
+    try:
+        run = ActivationCache.record(lens, ids)
+        if len(run.states) != lens.n_layers + 1:
+            raise ValueError(f"{len(run.states) - 1} calls of {lens.n_layers} blocks")
+        own = lens.hidden(ids, torch.tensor([ids.shape[1] - 1]))[:, :, 0]
+        found = max(_difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
+    except Exception as error:  # anything can come out of a model's own code
+        raise _refusal(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    if not found <= lens.parity.tolerance:
+        raise _refusal(name, f"states that differ by {found:.2g}, allowed {lens.parity.tolerance:.2g}")
+    cached = check_branching(lens).used and _cached_is_whole(lens, ids, own)
+    return BlockReplay(cached, _takes_batches(run, lens.parity.tolerance), find_sublayers(run))
+
+
+def _refusal(name: str, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name}: expected blocks that can be started again from a stored state, got {got}; "
+        "--interventions none reads the lens alone"
+    )
+
+
+def _again(run: ActivationCache, first: int) -> Tensor:
+    """``[n_layers - first + 1, 1, d_model]``: the last token from layer ``first`` on, run again."""
+    states = [run.states[first]]
+    for index in range(first, run.n_layers):
+        states.append(run.block(index, states[-1]))
+    return torch.stack([state[:, -1] for state in states])
+
+
+def _difference(states: Tensor, own: Tensor) -> float:
+    return difference(states[:, :, None], own[:, :, None])
+
+
+def _cached_is_whole(lens: LogitLens, ids: Tensor, own: Tensor) -> bool:
+    try:
+        run = ActivationCache.record(lens, ids, cached=True)
+        again = _again(run, 0)
+    except Exception:  # a model without such a cache runs whole
+        return False
+    return _difference(again, own) <= lens.parity.tolerance
+
+
+def _takes_batches(run: ActivationCache, tolerance: float) -> bool:
+    """Two different runs through every block at once, beside each by itself."""
+    try:
+        for index, state in enumerate(run.states[:-1]):
+            pair = [state, 0.5 * state]
+            together = run.block(index, torch.cat(pair))
+            alone = torch.cat([run.block(index, one) for one in pair])
+            if difference(together[None], alone[None]) > tolerance:
+                return False
+    except Exception:  # a mask or a bias that was made for one context, as BLOOM's
+        return False
+    return True

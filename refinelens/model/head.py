@@ -1,0 +1,383 @@
+"""The parts of a causal LM that a lens uses, and how they are found.
+
+What a module computes is found by asking it: its output on chosen rows is compared with formulas.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..kernels.reference import LayerNorm, Norm, RMSNorm, apply_norm, linear_logits, soft_cap
+from .hooks import HALF_REMEDY, first_state, hooked, keep_positions, probe_ids, text_config
+
+ROUNDINGS = 8  # of fp32, in which modules and formulas are compared
+SMALL = 1e-4  # magnitude of rows on which an epsilon is measured
+# Names that configurations use; what a name states is tried and need not be true.
+BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+
+
+def identify_norm(module: nn.Module, d_model: int) -> Norm:
+    """The `LayerNorm` or `RMSNorm` that a module computes, with the module's own parameters.
+
+    Neither class nor attribute names count. A norm without parameters is found too, and one that adds 1
+    to its stored weight.
+
+    Args:
+        module: Maps ``[..., d_model]`` to the same shape.
+        d_model: Width of its input.
+
+    Raises:
+        UnsupportedModelError: No formula gives the module's output.
+    """
+    own = [p.detach() for p in module.parameters(recurse=False) if p.shape == (d_model,)]
+    ask = _Asking(module)
+    x = _rows(d_model, own[0].device if own else None)
+    with torch.no_grad():
+        for eps in _epsilons(module, ask, x):
+            shifted = x + 0.5  # a LayerNorm and an RMSNorm agree on rows of mean 0
+            rows = torch.cat([shifted, shifted * eps**0.5])  # the second half so small that a wrong epsilon shows
+            wanted = ask(rows)
+            for norm, wide in zip(_norms(own, eps), _norms([v.float() for v in own], eps), strict=True):
+                if _agree(apply_norm(rows, wide), wanted):
+                    return norm
+    raise UnsupportedModelError(
+        f"{type(module).__name__}: expected a LayerNorm or RMSNorm (of the stored weight, or of 1 + weight), "
+        "got other values"
+    )
+
+
+def identify_projection(module: nn.Module, d_model: int) -> Tensor:
+    """The weight ``[d_embed, d_model]`` of a linear map without bias, as the module stores it or transposed.
+
+    Raises:
+        UnsupportedModelError: The module computes something else.
+    """
+    weights = [p.detach() for p in module.parameters(recurse=False) if p.dim() == 2 and p.is_floating_point()]
+    with torch.no_grad():
+        for weight in (form for w in weights for form in (w, w.T) if form.shape[1] == d_model):
+            x = _rows(d_model, weight.device) + 0.5
+            if _agree(x @ weight.float().T, _Asking(module)(x)):
+                return weight
+    raise UnsupportedModelError(f"{type(module).__name__}: expected a linear map without bias, got {module}")
+
+
+class _Asking:
+    """A module as a function in fp32, so that half precision hides no difference."""
+
+    def __init__(self, module: nn.Module):
+        self._name = type(module).__name__
+        self._module = copy.deepcopy(module).float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        try:
+            return self._module(x)
+        except Exception as error:  # anything can come out of a model's own code
+            message = f"expected a module that takes rows {list(x.shape)}, got {type(error).__name__}: {error}"
+            raise UnsupportedModelError(f"{self._name}: {message}") from error
+
+
+def _rows(width: int, device: torch.device | None) -> Tensor:
+    """Four random rows of mean 0 and mean square 1, ``[4, width]``."""
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = x - x.mean(-1, keepdim=True)
+    return (x / x.square().mean(-1, keepdim=True).sqrt()).to(device)
+
+
+def _epsilons(module: nn.Module, ask: _Asking, x: Tensor) -> Iterator[float]:
+    """What may be the norm's epsilon: every small number that the module holds, then what its output tells.
+
+    A norm scales a row of mean square v by ``sqrt(v / (v + eps))`` beside what it does to a large row.
+    """
+    yield from sorted({v for v in vars(module).values() if isinstance(v, float) and 0 < v < 1})
+    bias = ask(torch.zeros_like(x))
+    large, small = ask(x / SMALL) - bias, ask(x * SMALL) - bias
+    share = float((large * small).sum() / large.square().sum())
+    if 0 < share < 1:
+        eps = SMALL**2 * (share**-2 - 1)
+        yield float(f"{eps:.4g}")  # as a person would have written it, without the rounding of the output
+        yield eps
+
+
+def _norms(vectors: list[Tensor], eps: float) -> Iterator[Norm]:
+    """Every norm that these vectors can be the weight and bias of; all of them first, none of them last."""
+    for number in range(min(len(vectors), 2), -1, -1):
+        for chosen in permutations(vectors, number):
+            weight, bias = (*chosen, None, None)[:2]
+            yield LayerNorm(weight, bias, eps)
+            yield RMSNorm(weight, eps)
+            if weight is not None:
+                yield RMSNorm(weight, eps, offset=1.0)
+                yield LayerNorm(weight + 1.0, bias, eps)  # Nemotron's, summed in the dtype that it sums in
+
+
+def _agree(got: Tensor, wanted: Tensor) -> bool:
+    if got.shape != wanted.shape or not torch.isfinite(wanted).all():
+        return False
+    return bool((got - wanted).abs().max() <= ROUNDINGS * torch.finfo(torch.float32).eps * wanted.abs().max())
+
+
+@dataclass(frozen=True)
+class LensHead:
+    """The parts of a causal LM that a logit lens uses; tensors are the model's own, not copies.
+
+    From the residual stream to the logits: norm, projection, unembedding and bias, logit scale, softcap.
+    """
+
+    blocks: nn.ModuleList  # n_layers blocks; a block's output is the residual stream [batch, token, d_model]
+    norm: Norm  # what the model's final norm computes, None without one
+    unembedding: Tensor  # [vocab_size, d_embed]
+    bias: Tensor | None  # [vocab_size]
+    softcap: float | None
+    logit_scale: float
+    projection: Tensor | None = None  # [d_embed, d_model], None where d_embed is d_model
+
+    def __post_init__(self):
+        if self.unembedding.dim() != 2:
+            raise UnsupportedModelError(
+                f"unembedding: expected shape [vocab_size, d_model], got {list(self.unembedding.shape)}"
+            )
+        if self.projection is not None and self.projection.shape[:-1] != self.unembedding.shape[1:]:
+            raise UnsupportedModelError(
+                f"projection: expected shape [{self.unembedding.shape[1]}, d_model], got {list(self.projection.shape)}"
+            )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return (self.unembedding if self.projection is None else self.projection).shape[1]
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Norm]:
+        """States ``[..., d_embed]`` and norm for the op, which knows no projection.
+
+        Without projection these are ``hidden`` and the norm. With one, ``hidden`` is normed and projected
+        in fp32, whatever the model's dtype, and rounded once, to the dtype that the op asks for: what the
+        model itself rounds between norm and projection is an error, not a part of its prediction.
+        """
+        if self.projection is None:
+            return hidden, self.norm
+        states = apply_norm(hidden, self.norm) @ self.projection.float().T
+        return states.to(self.unembedding.dtype), None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of a few rows ``[rows, d_model]`` as plain formulas in fp32, ``[rows, vocab_size]``."""
+        states, norm = self.project(hidden)
+        z = linear_logits(apply_norm(states, norm), self.unembedding, self.bias, self.logit_scale)
+        return soft_cap(z, self.softcap)
+
+
+def find_head(model: PreTrainedModel) -> LensHead:
+    """Find blocks, final norm, projection, unembedding, softcap and logit scale of any causal LM.
+
+    Nothing is looked up by architecture: the blocks are the module list of ``num_hidden_layers`` entries
+    that runs, norm and projection are what runs between the last of them and the output embedding, what
+    they compute is found by asking them, and softcap and logit scale are those numbers of the
+    configuration that lead to the model's logits. The parity gate of `LogitLens.from_model` then proves
+    the result.
+
+    Raises:
+        UnsupportedModelError: A part is missing or ambiguous; the model's class is named.
+    """
+    check_device(model)
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
+    if hasattr(head, "base_layer") and not getattr(head, "merged", False):
+        name = next(name for name, module in model.named_modules() if module is head)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected an unembedding without an adapter, got one on {name} "
+            f"({type(head).__module__}.{type(head).__name__}); merge it (merge_and_unload)"
+        )
+    if hasattr(head.weight, "__tensor_flatten__") or not head.weight.is_floating_point():
+        kind = type(head.weight).__name__ if hasattr(head.weight, "__tensor_flatten__") else head.weight.dtype
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected an unembedding of floating numbers, got one of {kind}; leave it out of "
+            "the quantisation"
+        )
+    blocks = _find_blocks(model)
+    states, tail, logits = _run_tail(model, blocks, head)
+    _check_finite(model, states, logits)
+    last = states[-1]
+    norm, projection = _read_tail(model, tail)
+    parts = LensHead(
+        blocks=blocks,
+        norm=norm,
+        unembedding=head.weight.detach(),
+        bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        softcap=None,
+        logit_scale=1.0,
+        projection=projection,
+    )
+    check_widths(model, parts, last, logits)
+    return _with_logit_transform(parts, text_config(model), last, logits)
+
+
+def check_device(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` for weights that lie in several places, or in none until they are needed."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if torch.device("meta") in devices:
+        got = "weights that are loaded when they are needed (offloaded to the CPU or to disk)"
+    elif len(devices) > 1:
+        got = f"one over {', '.join(sorted(map(str, devices)))}"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: expected a whole model on one device, got {got}; load it without device_map, or a "
+        "smaller one"
+    )
+
+
+def check_widths(model: PreTrainedModel, parts: LensHead, states: Tensor, logits: Tensor) -> None:
+    """Raise ``UnsupportedModelError`` unless states and logits of the model fit the parts."""
+    wanted = (parts.d_model, parts.unembedding.dtype)
+    if (states.shape[-1], states.dtype) != wanted:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a residual stream of width {wanted[0]} and {wanted[1]} like the "
+            f"unembedding, got width {states.shape[-1]} and {states.dtype}"
+            + ("" if states.dtype == wanted[1] else HALF_REMEDY)
+        )
+    if logits.shape[-1] != len(parts.unembedding):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected {len(parts.unembedding)} logits like the rows of the unembedding, "
+            f"got {logits.shape[-1]}"
+        )
+
+
+def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    counts = _block_counts(model)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    found = [blocks for _, blocks in outer]
+    if len(found) > 1:
+        ran = _modules_that_run(model, [block for blocks in found for block in blocks])
+        found = [blocks for blocks in found if ran.issuperset(blocks)]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected one list of {' or '.join(map(str, counts))} transformer blocks, got "
+            f"{len(found)}"
+        )
+    return found[0]
+
+
+def _block_counts(model: PreTrainedModel) -> list[int]:
+    """How many blocks the configuration states: a decoder's own number first, which an encoder's would hide."""
+    config = text_config(model)
+    stated = [getattr(config, name, None) for name in BLOCK_COUNTS]
+    return [count for count in dict.fromkeys(stated) if isinstance(count, int) and count > 0]
+
+
+def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Module]:
+    """Those that a text runs through: a second tower, for images say, has blocks too."""
+    ran: set[nn.Module] = set()
+    with hooked(modules, lambda module, _args, _kwargs: ran.add(module)):
+        _run(model)
+    return ran
+
+
+def _run_tail(
+    model: PreTrainedModel, blocks: nn.ModuleList, head: nn.Module
+) -> tuple[list[Tensor], list[tuple[nn.Module, int]], Tensor]:
+    """One pass over a few tokens: the residual stream, what ran after the last block before the head, logits.
+
+    Returns:
+        States of layers 0 to ``n_layers``, each ``[token, d_model]``; innermost modules that changed their input, each
+        with its width; ``[token, vocab_size]`` logits.
+    """
+    tail: list[tuple[nn.Module, int]] = []
+    reached: list[nn.Module] = []
+
+    def after_step(module, args, kwargs, output):
+        state = first_state(args, kwargs)
+        if state is not None and not _same(state, output) and not reached:  # dropout, say, changes nothing
+            tail.append((module, state.shape[-1]))
+
+    inside = set(blocks.modules())
+    steps = [m for m in model.modules() if m not in inside and m is not head and not any(m.children())]
+    n_tokens = probe_ids(model).shape[1]
+    with (
+        hooked(steps, after=after_step),
+        hooked([blocks[-1]], after=lambda *_: tail.clear()),
+        hooked([head], before=lambda *_: reached.append(head)),
+        keep_positions(model, blocks, torch.arange(n_tokens)[None], n_tokens) as kept,
+    ):
+        logits = _run(model)
+    return [states[0] for states in kept], tail, logits[0]
+
+
+def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) -> None:
+    for layer, values in enumerate([*states, logits]):
+        if not values.isfinite().all():
+            where = f"at layer {layer}" if layer < len(states) else "in the logits"
+            wider = "" if values.dtype == torch.float32 else " or try --dtype float32"
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected finite states and logits, got "
+                f"{'NaN' if values.isnan().any() else 'infinity'} {where}; check the weights{wider}"
+            )
+
+
+def _run(model: PreTrainedModel) -> Tensor:
+    """Logits of `probe_ids`."""
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            return model(input_ids=probe_ids(model), use_cache=False).logits
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # anything can come out of a model's own code
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected logits for a text of {probe_ids(model).shape[1]} tokens, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _same(state: Tensor, output: object) -> bool:
+    return isinstance(output, Tensor) and state.shape == output.shape and torch.equal(state, output)
+
+
+def _read_tail(model: PreTrainedModel, tail: list[tuple[nn.Module, int]]) -> tuple[Norm, Tensor | None]:
+    """Final norm and projection, either of which a model may lack."""
+    kinds = [_is_matrix(module) for module, _ in tail]
+    if kinds not in ([], [False], [True], [False, True]):
+        names = ", ".join(type(module).__name__ for module, _ in tail)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a norm, a projection or both between the last block and the output "
+            f"embedding, got {names}"
+        )
+    try:
+        norm = identify_norm(*tail[0]) if False in kinds else None
+        projection = identify_projection(*tail[-1]) if True in kinds else None
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from None
+    return norm, projection
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() == 2 for parameter in module.parameters())
+
+
+def _with_logit_transform(parts: LensHead, config, states: Tensor, logits: Tensor) -> LensHead:
+    """The parts with those of the configuration's numbers that lead to the model's own logits.
+
+    A number can be stated and not used, as MPT's ``logit_scale``. What is stated comes first among those
+    that rounding cannot tell apart; where nothing fits, the parity gate says so.
+    """
+    softcaps = [*_numbers(config, SOFTCAPS), None]
+    scales = [*_numbers(config, FACTORS), *(1.0 / d for d in _numbers(config, DIVISORS)), 1.0]
+    candidates = [replace(parts, softcap=c, logit_scale=s) for c, s in product(softcaps, scales)]
+    differences = [float((p.logits(states).to(logits.device) - logits).abs().max()) for p in candidates]
+    close = (p for p, d in zip(candidates, differences, strict=True) if d <= 2 * min(differences))
+    return next(close, candidates[0])
+
+
+def _numbers(config, names: tuple[str, ...]) -> list[float]:
+    values = (getattr(config, name, None) for name in names)
+    return [float(v) for v in values if isinstance(v, int | float) and v > 0]

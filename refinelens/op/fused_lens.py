@@ -1,0 +1,282 @@
+"""`fused_lens`: the public op. Checks, dispatch, registration as a torch operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..kernels.reference import LensOutput, Norm, fused_lens_reference, kind_of, norm_from
+from .backends import backend_function, check_operands, choose_backend, choose_precision
+
+
+@dataclass(frozen=True, eq=False)
+class LensStats:
+    """Statistics of every hidden row over the whole vocabulary, each of shape ``hidden.shape[:-1]``.
+
+    Logits, log-probabilities and entropies are in nats and fp32. The three target fields are None when
+    no targets were given, the last two unless the precision ``"certified"`` was asked for.
+    """
+
+    argmax: Tensor  # int64, lowest id among equals
+    max_logit: Tensor  # fp32
+    logsumexp: Tensor  # fp32
+    entropy: Tensor  # fp32
+    target_logit: Tensor | None = None  # fp32
+    target_rank: Tensor | None = None  # int64, number of tokens that beat the target
+    target_logprob: Tensor | None = None  # fp32
+    logsumexp_bound: Tensor | None = None  # fp32, distance to the logsumexp of exact logits at most
+    fell_back: Tensor | None = None  # bool, rows whose logits were all computed in fp64
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.argmax.shape:
+                raise InputError(f"{field.name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
+
+    @property
+    def max_logprob(self) -> Tensor:
+        """Log-probability of the argmax, fp32, not above 0."""
+        return _logprob(self.max_logit, self.logsumexp)
+
+    def to(self, device: torch.device | str) -> LensStats:
+        """The same statistics on another device."""
+        return self.map(lambda value: value.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LensStats:
+        """``function`` of every statistic that is there."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return LensStats(**{name: None if value is None else function(value) for name, value in values.items()})
+
+
+@torch.no_grad()
+def fused_lens(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: Norm = None,
+    targets: Tensor | int | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+    precision: str = "auto",
+    check_values: bool = True,
+) -> LensStats:
+    """Norm and unembedding of every hidden row, reduced over the vocabulary without storing the logits.
+
+    The logits are ``softcap * tanh(z / softcap)`` (``z`` itself without a softcap) of
+    ``z = logit_scale * (norm(hidden) @ unembedding.T + bias)``, accumulated in fp32. This is the logit
+    lens (nostalgebraist 2020, "interpreting GPT: the logit lens") when ``hidden`` is the residual stream.
+
+    Args:
+        hidden: ``[..., d_model]``, fp32, fp16 or bf16, CPU or CUDA: states between blocks. The last of the
+            ``hidden_states`` that Transformers returns is behind the final norm already: to read it too, take
+            `LogitLens`, or that one state without a norm.
+        unembedding: ``[vocab_size, d_model]``, dtype and device of ``hidden``.
+        norm: ``LayerNorm``, ``RMSNorm`` or None; applied in fp32.
+        targets: Integer ids in ``[0, vocab_size)``, broadcastable to ``hidden.shape[:-1]``, or None.
+        bias: ``[vocab_size]`` floating, or None.
+        softcap: Positive cap of the logits, or None. On a GPU the cap's absolute error is up to a few 2^-23 times the
+            cap, which is little under those of models, 15 to 50; on a CPU it is relative to the logit.
+        logit_scale: Positive factor of the logits.
+        backend: ``"auto"``, ``"triton"`` (CUDA), ``"cpp"`` (CPU) or ``"reference"`` (plain torch).
+        precision: ``"fp32"``; ``"certified"`` (CPU, ``"cpp"``) for argmax and ranks that no rounding has touched,
+            with a bound on the error of ``logsumexp`` and an index of 2 or 3 bytes a weight that lives as long as
+            the unembedding (`refinelens.op.cpu`); or ``"auto"``, the former but where the latter is never slower
+            and, but for the last places of the entropy, more exact: processors with AMX, from 2048 rows and a width of
+            512 on (`refinelens.op.backends`). So the last bits may differ between fewer rows and more.
+        check_values: False spares a call by Triton the wait for its own result: an id outside the vocabulary then has
+            a rank without meaning and a row that is not finite a logsumexp that is not. Other backends check anyway.
+
+    Returns:
+        LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one
+        and a lower id; so it is 0 exactly when ``argmax`` is the target. Ranks and argmax are decided
+        before the softcap, which is strictly increasing but saturates in fp32.
+
+    Raises:
+        InputError: Shapes, dtypes or devices that do not fit (both values are shown), a target outside
+            the vocabulary, or NaN or infinity in a hidden row (its index is shown).
+
+    Not differentiable.
+    """
+    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    shape = hidden.shape[:-1]
+    flat_targets = None if targets is None else _flatten_targets(targets, hidden)
+    weight, norm_bias, eps, offset = (norm.weight, norm.bias, norm.eps, norm.offset) if norm else (None, None, 0.0, 0.0)
+    out = torch.ops.refinelens.fused_lens(
+        hidden.reshape(-1, hidden.shape[-1]),
+        unembedding,
+        kind_of(norm),
+        weight,
+        norm_bias,
+        eps,
+        offset,
+        flat_targets,
+        bias,
+        softcap,
+        logit_scale,
+        backend,
+        precision,
+        check_values,
+    )
+    absent = _absent(targets, precision)
+    stats = {name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if name not in absent}
+    if targets is not None:
+        stats["target_logprob"] = _logprob(stats["target_logit"], stats["logsumexp"])
+    return LensStats(**stats)
+
+
+def _logprob(logit: Tensor, logsumexp: Tensor) -> Tensor:
+    """Both are rounded, so that their difference could be above 0."""
+    return (logit - logsumexp).clamp(max=0.0)
+
+
+def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
+    try:
+        targets = torch.as_tensor(targets, device=hidden.device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"targets: expected integer ids, got {targets!r} ({error})") from None
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise InputError(f"targets: expected integer ids, got {targets.dtype}")
+    shape = hidden.shape[:-1]
+    try:
+        return targets.to(torch.int64).expand(shape).reshape(-1)
+    except RuntimeError:
+        raise InputError(
+            f"targets: expected a shape that broadcasts to {list(shape)}, got {list(targets.shape)}"
+        ) from None
+
+
+# What the operator returns, in this order; what was not asked for is empty.
+_OUTPUTS = {
+    "argmax": torch.int64,
+    "max_logit": torch.float32,
+    "logsumexp": torch.float32,
+    "entropy": torch.float32,
+    "target_logit": torch.float32,
+    "target_rank": torch.int64,
+    "logsumexp_bound": torch.float32,
+    "fell_back": torch.bool,
+}
+
+
+def _absent(targets: Tensor | None, precision: str) -> set[str]:
+    """The outputs that were not asked for."""
+    absent = {"target_logit", "target_rank"} if targets is None else set()
+    return absent if precision == "certified" else absent | {"logsumexp_bound", "fell_back"}
+
+
+@torch.library.custom_op("refinelens::fused_lens", mutates_args=())
+def _fused_lens_op(
+    hidden: Tensor,
+    unembedding: Tensor,
+    norm: str,
+    norm_weight: Optional[Tensor],  # noqa: UP045 - the schema is inferred from these
+    norm_bias: Optional[Tensor],  # noqa: UP045
+    norm_eps: float,
+    norm_offset: float,
+    targets: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    logit_scale: float,
+    backend: str,
+    precision: str = "auto",
+    check_values: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose_backend(hidden.device.type, backend)[0]
+    chosen_precision = choose_precision(chosen, hidden.device.type, precision, *hidden.shape)[0]
+    # Triton reads no id outside the vocabulary, so that one wait for the device tells of ids and results.
+    at_once = chosen == "triton"
+    if not at_once:
+        _check_targets(targets, unembedding.shape[0])
+    run = fused_lens_reference
+    if hidden.shape[0]:
+        run = backend_function(chosen, chosen_precision, asked=precision == "certified")
+    spec = norm_from(norm, norm_weight, norm_bias, norm_eps, norm_offset)
+    with torch.no_grad():
+        out = run(hidden, unembedding, spec, targets, bias, softcap, logit_scale)
+    saturates = spec is None and softcap is not None
+    if (check_values or not at_once) and not values_fit(out, hidden, targets, unembedding.shape[0], saturates):
+        _check_targets(targets, unembedding.shape[0])
+        raise _broken_row(out, hidden, saturates)
+    values = out._asdict()
+    if hidden.shape[0] == 0:  # the reference's
+        values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
+    empty = {name: hidden.new_empty(0, dtype=_OUTPUTS[name]) for name in _absent(targets, precision)}
+    return tuple((values | empty)[name] for name in _OUTPUTS)
+
+
+@_fused_lens_op.register_fake
+def _(
+    hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
+    backend, precision="auto", check_values=True,
+):  # fmt: skip
+    rows, absent = hidden.shape[0], _absent(targets, precision)
+    return tuple(hidden.new_empty(0 if name in absent else rows, dtype=dtype) for name, dtype in _OUTPUTS.items())
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """A CUDA graph cannot hold a check: it would wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def values_fit(
+    out: LensOutput | LensStats, hidden: Tensor, targets: Tensor | None, n_vocab: int, saturates: bool
+) -> bool:
+    """Whether no id lies outside the vocabulary and no row is broken, in one wait for the device.
+
+    Args:
+        out: Of ``hidden`` and ``targets``.
+        hidden: ``[..., d_model]``.
+        targets: Integer ids or None.
+        saturates: Whether an infinity may leave no trace in ``out``: without a norm the softcap makes it finite.
+    """
+    if out.logsumexp.numel() == 0 or _is_capturing(hidden):
+        return True
+    wrong = _broken(out, hidden, saturates).any()
+    if targets is not None:
+        wrong |= _outside(targets, n_vocab).any()
+    return not wrong
+
+
+def _outside(targets: Tensor, n_vocab: int) -> Tensor:
+    return (targets < 0) | (targets >= n_vocab)
+
+
+def _broken(out: LensOutput | LensStats, hidden: Tensor, saturates: bool) -> Tensor:
+    # A NaN or infinity anywhere in a row reaches its logsumexp, so the statistics are checked, not the
+    # inputs; but for an infinity that no norm turns into NaN and that the softcap makes finite again.
+    # An infinite weight may make a logit -inf, which the sums take; not every backend's entropy does.
+    broken = ~out.logsumexp.isfinite() | out.entropy.isnan()
+    return broken | ~hidden.isfinite().all(-1) if saturates else broken
+
+
+def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
+    if targets is None or targets.numel() == 0 or _is_capturing(targets):
+        return
+    outside = _outside(targets, n_vocab)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
+
+
+def _broken_row(out: LensOutput, hidden: Tensor, saturates: bool) -> InputError:
+    """What is wrong with the first broken row, in words."""
+    broken = _broken(out, hidden, saturates)
+    row = int(broken.nonzero()[0])
+    value = "NaN" if hidden[row].isnan().any() else "infinity"
+    if hidden[row].isfinite().all():
+        half = ", and normed rows that fit float16" if hidden.dtype == torch.float16 else ""
+        return InputError(
+            f"logits of hidden row {row} are not finite although the row is: expected finite weights of norm and "
+            f"unembedding and a finite bias{half}, got logsumexp {float(out.logsumexp[row])} and entropy "
+            f"{float(out.entropy[row])}"
+        )
+    return InputError(
+        f"hidden: expected finite values, got {value} in row {row} of {len(hidden)} (hidden as [rows, d_model]); "
+        f"{int(broken.sum())} rows are affected"
+    )

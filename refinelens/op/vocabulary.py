@@ -1,0 +1,171 @@
+"""What goes over the whole vocabulary besides the lens: KL(final || layer), and the k most likely tokens.
+
+Neither stores logits; a list has a path of its own, as it costs more than a maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..kernels.reference import Norm, apply_norm, row_chunk, soft_cap, z_chunks
+from .backends import check_operands
+from .fused_lens import LensStats
+
+
+@torch.no_grad()
+def kl_to_final(
+    hidden: Tensor,
+    stats: LensStats,
+    unembedding: Tensor,
+    norm: Norm = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """KL divergence of every layer's prediction from the last layer's, ``KL(p_final || p_layer)``, in nats.
+
+    With ``p`` the final prediction, ``KL = sum_v p_v (log p_v - l_v + logsumexp(l))`` for the logits
+    ``l = s * (x_hat . w + b)`` of a layer, and ``sum_v p_v l_v = s * (x_hat . u + sum_v p_v b_v)`` with
+    ``u = sum_v p_v w_v``. So all layers cost two matrix products over the rows of the last one. A softcap is
+    not linear: then the logits of every layer are formed once more, a chunk of the vocabulary at a time.
+
+    Args:
+        hidden: ``[n_layers + 1, ..., d_model]``, the last layer last.
+        stats: ``fused_lens`` of ``hidden`` with the arguments that follow.
+        unembedding, norm, bias, softcap, logit_scale: As in ``fused_lens``.
+
+    Returns:
+        ``[n_layers + 1, ...]`` fp32, not negative; the rounding of logits of size ``m`` is about ``1e-7 * m``.
+
+    Raises:
+        InputError: As ``fused_lens``, and statistics of another shape than ``hidden``.
+
+    Plain torch on every device, in fp32.
+    """
+    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    if hidden.dim() < 2 or hidden.shape[0] == 0 or stats.logsumexp.shape != hidden.shape[:-1]:
+        raise InputError(
+            f"hidden and stats: expected hidden [n_layers + 1, ..., d_model] and its own statistics, got "
+            f"{list(hidden.shape)} and statistics of {list(stats.logsumexp.shape)}"
+        )
+    states = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+    final_logsumexp = stats.logsumexp[-1].reshape(-1, 1)
+    if softcap is None:
+        rows, expect = row_chunk(hidden.device), _expected_linear
+    else:
+        rows, expect = max(1, row_chunk(hidden.device) // len(hidden)), _expected_capped
+    with torch.autocast(hidden.device.type, enabled=False):  # the products are fp32
+        expected = [
+            expect(apply_norm(block, norm), lse, unembedding, bias, softcap, logit_scale)
+            for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)
+        ]
+    # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
+    log_p = torch.cat(expected, 1).view_as(stats.logsumexp) - stats.logsumexp
+    return (log_p[-1] - log_p).clamp(min=0.0)
+
+
+def _expected_linear(x_hat, final_logsumexp, unembedding, bias, _softcap, logit_scale) -> Tensor:
+    """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
+    mean_weights = torch.zeros_like(x_hat[-1])
+    mass, mean_bias = x_hat.new_zeros(2, *final_logsumexp.shape)
+    for first, weights, z in z_chunks(x_hat[-1], unembedding, bias, logit_scale):
+        p = z.sub_(final_logsumexp).exp_()
+        mean_weights.addmm_(p, weights)
+        mass += p.sum(-1, keepdim=True)
+        if bias is not None:
+            # A token that cannot occur (bias -inf) has probability 0 and adds nothing.
+            chunk = bias[first : first + len(weights)].to(p.dtype)
+            mean_bias += p @ chunk.masked_fill(chunk == float("-inf"), 0.0)[:, None]
+    expected = torch.einsum("lnd,nd->ln", x_hat, mean_weights / mass) + (mean_bias / mass)[:, 0]
+    return logit_scale * expected
+
+
+def _expected_capped(x_hat, final_logsumexp, unembedding, bias, softcap, logit_scale) -> Tensor:
+    """The same with a softcap, from the logits of every layer and of the last one, side by side."""
+    n_layers, n_rows, _ = x_hat.shape
+    expected, mass = x_hat.new_zeros(n_layers, n_rows), x_hat.new_zeros(n_rows)
+    for _, _, z in z_chunks(x_hat.flatten(0, 1), unembedding, bias, logit_scale):
+        logits = soft_cap(z, softcap).view(n_layers, n_rows, z.shape[-1])
+        p = (logits[-1] - final_logsumexp).exp()
+        expected += torch.einsum("lnv,nv->ln", logits, p)
+        mass += p.sum(-1)
+    return expected / mass
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The largest logits of every hidden row, each of shape ``[*hidden.shape[:-1], k]``, best first."""
+
+    ids: Tensor  # int64, lower id first among equal logits
+    logits: Tensor  # fp32, nats
+
+    def __post_init__(self):
+        if self.ids.shape != self.logits.shape:
+            raise InputError(f"logits: expected shape {tuple(self.ids.shape)}, got {tuple(self.logits.shape)}")
+
+
+@torch.no_grad()
+def lens_top_k(
+    hidden: Tensor,
+    unembedding: Tensor,
+    k: int,
+    norm: Norm = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TopK:
+    """The ``k`` tokens with the largest logits, without storing the logits.
+
+    Args:
+        k: From 1 to ``vocab_size``. The other arguments are those of ``fused_lens``.
+
+    Returns:
+        TopK, in the order that ``fused_lens`` ranks: ``ids[..., 0]`` is its argmax but for rounding
+        between two different matrix products, and the token at place ``i`` has rank ``i``.
+
+    Raises:
+        InputError: As ``fused_lens``, and a ``k`` outside the vocabulary.
+
+    Plain torch on every device, in fp32, one chunk of the vocabulary at a time.
+    """
+    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    if not 1 <= k <= len(unembedding):
+        raise InputError(f"k: expected 1 to {len(unembedding)}, the size of the vocabulary, got {k}")
+    blocks = [
+        _block_top_k(apply_norm(rows, norm), unembedding, k, bias, logit_scale)
+        for rows in hidden.reshape(-1, hidden.shape[-1]).split(row_chunk(hidden.device))
+    ]
+    z, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    broken = ~z[:, 0].isfinite()
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        raise InputError(f"hidden: expected finite logits, got a largest logit of {float(z[row, 0])} in row {row}")
+    shape = (*hidden.shape[:-1], k)
+    return TopK(ids.view(shape), soft_cap(z, softcap).view(shape))
+
+
+def _block_top_k(x_hat, unembedding, k, bias, logit_scale) -> tuple[Tensor, Tensor]:
+    z = x_hat.new_empty(len(x_hat), 0)
+    ids = torch.empty(len(x_hat), 0, dtype=torch.int64, device=x_hat.device)
+    for first, _, chunk in z_chunks(x_hat, unembedding, bias, logit_scale):
+        chunk_z, chunk_ids = _chunk_top_k(chunk, min(k, chunk.shape[1]))
+        # Ids ascend from left to right among equal logits, and a stable sort leaves them so.
+        z, order = torch.cat([z, chunk_z], 1).sort(descending=True, stable=True)
+        z, order = z[:, :k], order[:, :k]
+        ids = torch.cat([ids, chunk_ids + first], 1).gather(1, order)
+    return z, ids
+
+
+def _chunk_top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row in descending order, equals in ascending order of column."""
+    top, columns = z.topk(k)
+    # topk takes any of several columns that equal the last place: those rows are sorted whole.
+    (tied,) = ((z >= top[:, -1:]).sum(-1) > k).nonzero(as_tuple=True)
+    columns[tied] = z[tied].sort(descending=True, stable=True).indices[:, :k]
+    columns = columns.sort().values
+    top, order = z.gather(1, columns).sort(descending=True, stable=True)
+    return top, columns.gather(1, order)

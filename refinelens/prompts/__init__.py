@@ -1,1 +1,0 @@
-"""Contexts: documents and question as the tokens of a model."""

@@ -1,0 +1,232 @@
+"""The contexts a question is asked in: every size and gold position with the answer measured, or the reason why not.
+
+What a reader must know of their texts is said when a sweep begins and kept in its manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..config import CLOSED_BOOK, SweepOptions, condition_name, gold_positions
+from ..data.prompts import Context, Template, build_context
+from ..data.questions import Alias, Document, Question
+from ..data.scoring import fold, has_word_boundaries
+from ..data.tasks import DistractorSource, Task
+from ..errors import CannotAskError, FaultError, InputError
+from ..lens.logit_lens import LogitLens
+from ..model.identity import encode, ids_of
+from ..model.loading import LoadedModel
+from ..report.findings import counted
+
+NO_ALIAS = Alias(0, "none")  # of a question that is not asked
+CONTEXT_TOO_LONG = "a context longer than the model's positions"
+TOO_FEW_DISTRACTORS = "too few passages without an answer"
+NO_ANSWER = "no answer in the task file"
+NO_EMBEDDING = "a token that the model has no embedding for"
+LOOKED_AT = 100  # questions whose documents are read for unknown words
+UNKNOWN_SHARE = 0.01  # of the tokens of documents, from which on it is said
+THINKING = re.compile(r"[<\[](think|thinking|thought|reasoning|reason)[>\]]\s*$", re.IGNORECASE)
+
+
+def first_alias(question: Question) -> Alias:
+    """The first answer."""
+    return Alias(0, "first" if len(question.answers) > 1 else "only")
+
+
+def best_alias(scores: dict[int, float]) -> Alias:
+    """The answer of the highest score, of equal ones the first.
+
+    Args:
+        scores: By the place of every answer that can be asked for, in their order, see `alias_score`.
+    """
+    index = max(scores, key=scores.__getitem__)
+    if len(scores) == 1:
+        return Alias(index, "the only one that the model can be asked for")
+    others = max(score for place, score in scores.items() if place != index)
+    return Alias(index, f"best of {len(scores)}: {scores[index]:.2f} against {others:.2f} nats a token")
+
+
+def alias_score(lens: LogitLens, context: Context) -> float:
+    """Mean log-probability per token, nats, that the model gives all that follows the prompt by itself.
+
+    That is the teacher-forced answer, with the space before it where that is a token: no answer gets one for nothing.
+    """
+    span = context.reply_span
+    hidden = lens.hidden(torch.tensor([context.input_ids]), torch.tensor([list(span.positions)]))
+    targets = torch.tensor([span.next_ids], device=hidden.device)
+    return float(lens.stats(hidden[-1], targets).target_logprob.double().mean())
+
+
+@dataclass(frozen=True)
+class QuestionContexts:
+    """All contexts of one question, for one of its answers."""
+
+    alias: Alias
+    contexts: list[Context]
+    left_out: dict[str, list[int]]  # context size and reason: the question's id
+    n_tokens: int  # computed to choose the answer
+    n_replaced: int  # of its own passages that hold an answer; others stand for them
+
+
+class ContextBuilder:
+    """Builds the contexts of questions: always the same for one task, template, model and seed."""
+
+    def __init__(
+        self, options: SweepOptions, task: Task, template: Template, loaded: LoadedModel, logit_lens: LogitLens
+    ):
+        self._options = options
+        self._template = template
+        self._loaded = loaded
+        self._logit_lens = logit_lens
+        self._distractors = DistractorSource(task, options.seed)
+
+    def build(self, question: Question) -> QuestionContexts:
+        """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        try:
+            alias, n_tokens = self._alias(question)
+        except CannotAskError as error:
+            reasons = {f"{condition_name(size)}: {error}": [question.id] for size in self._options.documents}
+            return QuestionContexts(NO_ALIAS, [], reasons, 0, 0)
+        contexts, left_out, n_replaced = [], {}, 0
+        for size in self._options.documents:
+            found = self._of_size(question, size, alias.index)
+            if isinstance(found, str):
+                left_out[f"{condition_name(size)}: {found}"] = [question.id]
+            else:
+                contexts += found
+                n_replaced = self._distractors.replaced(question, max(0, size - 1))  # of the largest size
+        return QuestionContexts(alias, contexts, left_out, n_tokens, n_replaced)
+
+    def _of_size(self, question: Question, size: int, alias: int) -> list[Context] | str:
+        """The contexts, or why there are none."""
+        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
+        if distractors is None:
+            return TOO_FEW_DISTRACTORS
+        positions = gold_positions(self._options.gold_positions, size)
+        try:
+            contexts = [self._build(question, distractors, position, alias) for position in positions]
+        except CannotAskError as error:
+            return str(error)
+        return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
+
+    def _build(self, question: Question, distractors: list[Document], gold_position: int, alias: int) -> Context:
+        context = build_context(self._loaded.tokenizer, self._template, question, distractors, gold_position, alias)
+        if not self._loaded.has_embeddings((*context.input_ids, *context.prompt_ids, context.answer_ids[-1])):
+            raise CannotAskError(NO_EMBEDDING)
+        return context
+
+    def _alias(self, question: Question) -> tuple[Alias, int]:
+        """The answer that is the target everywhere, so that contexts can be compared, and the tokens this took.
+
+        Raises:
+            CannotAskError: There is none, or none that this model can be asked for.
+        """
+        if not question.answers:
+            raise CannotAskError(NO_ANSWER)
+        if self._options.alias == "first" or len(question.answers) == 1:
+            return first_alias(question), 0
+        contexts = self._of_aliases(question)
+        if self._any_too_long(list(contexts.values())):
+            return Alias(min(contexts), f"first: {CONTEXT_TOO_LONG}"), 0
+        n_tokens = sum(len(context.input_ids) for context in contexts.values())
+        return best_alias({alias: self._score(context) for alias, context in contexts.items()}), n_tokens
+
+    def _of_aliases(self, question: Question) -> dict[int, Context]:
+        """The oracle context of every answer that the model can be asked for."""
+        found, reason = {}, None
+        for alias in range(len(question.answers)):
+            try:
+                found[alias] = self._build(question, [], 0, alias)
+            except CannotAskError as error:
+                reason = error
+        if not found:
+            raise reason
+        return found
+
+    def _score(self, context: Context) -> float:
+        try:
+            return alias_score(self._logit_lens, context)
+        except InputError as error:
+            raise FaultError(f"{context.where}: {error}") from None
+
+    def _any_too_long(self, contexts: list[Context]) -> bool:
+        lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)
+        limit = self._loaded.max_tokens
+        return limit is not None and any(length > limit for length in lengths)
+
+
+def remarks(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
+    """One line for each thing that numbers are read with, and that no number shows."""
+    task = f"--task {options.task}"
+    distinct = len({(question.question, question.answers) for question in questions})
+    if distinct < len(questions):
+        yield (
+            f"{task}: {counted(len(questions), 'question')}, {distinct} of them distinct; tables and figures count "
+            "equal ones as independent, so that intervals are too narrow"
+        )
+    yield from _special_tokens(task, template, questions, loaded)
+    yield from _unknown_words(task, questions, loaded)
+    yield from _prompt(options, template, questions, loaded)
+    joined = sum(not has_word_boundaries(fold(" ".join(question.answers))) for question in questions)
+    if joined and not template.format.pairs:
+        yield (
+            f"{task}: {counted(joined, 'question')} with answers in a script that does not set words apart; a passage "
+            "that contains one anywhere is taken to hold it, which may leave out more than need be"
+        )
+
+
+def _special_tokens(task: str, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
+    """Those in documents, where the prompt has some too, so that the tokenizer reads all alike."""
+    if template.is_literal(loaded.tokenizer):
+        return
+    names = sorted(filter(None, loaded.tokenizer.all_special_tokens), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, names)))
+    found = [match for question in questions if (match := special.search(_text_of(question)))]
+    if found:
+        yield (
+            f"{task}: {counted(len(found), 'question')} with special tokens of the tokenizer in the text, such as "
+            f"{found[0].group()!r}; the prompt has some of its own, so that the model reads these as special tokens too"
+        )
+
+
+def _text_of(question: Question) -> str:
+    documents = (question.gold, *question.distractors)
+    texts = [text for document in documents for text in (document.title, document.text)]
+    return "\n".join([question.question, question.answer_prefix, *question.answers, *texts])
+
+
+def _unknown_words(task: str, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
+    unknown = loaded.tokenizer.unk_token_id
+    if unknown is None:
+        return
+    ids = [id for question in questions[:LOOKED_AT] for id in ids_of(loaded.tokenizer, question.gold.text)]
+    share = ids.count(unknown) / max(1, len(ids))
+    if share >= UNKNOWN_SHARE:
+        yield (
+            f"{task}: {share:.0%} of the tokens of the gold documents stand for words that the tokenizer does not "
+            "know; the model cannot read those"
+        )
+
+
+def _prompt(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
+    """A second beginning of the text, and a chat that makes the model think before it answers."""
+    tokenizer = loaded.tokenizer
+    if template.chat is not None:
+        opening = THINKING.search(template.chat.around()[1])
+        if opening:
+            yield (
+                f"--chat: the template opens the reply with {opening.group().strip()!r}; the answer is read where the "
+                "model would begin to think"
+            )
+        return
+    prompt = template.fill(questions[0], [questions[0].gold], 0)[0]
+    ids = encode(tokenizer, prompt, True, template.is_literal(tokenizer))["input_ids"]
+    if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
+        yield (
+            f"--template {options.template}: it begins with {tokenizer.bos_token!r}, which the tokenizer puts before "
+            "every text by itself, so that contexts begin with two of them"
+        )

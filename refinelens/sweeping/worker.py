@@ -1,0 +1,43 @@
+"""A process that asks questions for another one: ``python -m refinelens.sweeping.worker FD``, which `Workers` starts.
+
+Over the connection it is given it takes options and manifest, loads everything, says that it is ready, and then answers
+the place of each question with a `QuestionResult`. An exception is the answer to whatever went wrong, and the last
+one.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+
+def main() -> None:
+    """Answer until the other process closes the connection or ends."""
+    # Both are the business of the process that started this one, which lets the current question finish.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    try:
+        _answer(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody is there to be answered
+        return
+    except Exception as error:
+        with suppress(OSError):
+            connection.send(error)
+
+
+def _answer(connection: Connection) -> None:
+    options, spec = connection.recv()
+    from .sweep import SweepInputs
+
+    inputs = SweepInputs.load(options, spec)
+    predictor = inputs.predictor()
+    connection.send(None)  # ready
+    while True:
+        connection.send(predictor.ask(inputs.questions[connection.recv()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Questions and documents, and what counts as an answer."""

@@ -1,0 +1,299 @@
+"""The benchmark: its peers are right, a wrong one is caught, what does not fit is said, and the table is one."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+from refinelens.bench import bench, competitors, measure
+from refinelens.bench.competitors import COMPETITORS, ROW_CHUNK, VOCAB_CHUNK
+from refinelens.bench.measure import Fp64Check
+from refinelens.bench.problem import can_measure_growth, make_problem, random_problem
+from refinelens.bench.table import markdown_table, report_from_json, text_table
+from refinelens.cli import main
+from refinelens.config import BenchOptions
+from refinelens.errors import InputError
+from refinelens.kernels.reference import LayerNorm, RMSNorm
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# One row and one token more than a chunk of the peers; a prime d_model.
+SHAPE = {"rows": ROW_CHUNK + 1, "d_model": 37, "vocab": VOCAB_CHUNK + 1}
+TINY = ["--device", "cpu", "--rows", "33", "--d-model", "17", "--vocab", "301", "--rounds", "2"]
+WEIGHT = torch.linspace(0.5, 1.5, 37)
+NORMS = {
+    "layer": LayerNorm(WEIGHT, WEIGHT - 1),
+    "rms-offset": RMSNorm(WEIGHT, offset=1.0),
+    "none": None,
+}
+
+
+def make_small(norm="layer"):
+    """A problem in which some tokens are equal, so that ranks have ties."""
+    problem = random_problem(**SHAPE, dtype=torch.float32, device="cpu")
+    problem.unembedding[1000:1010] = problem.unembedding[0]
+    problem.targets[:20] = torch.arange(995, 1015)
+    return replace(problem, norm=NORMS[norm])
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """No fresh processes: they would take seconds each."""
+    monkeypatch.setattr(bench, "can_measure_growth", lambda: False)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", [n for n, c in COMPETITORS.items() if c.group != "product"])
+def test_every_competitor_agrees_with_fp64(name, norm, monkeypatch):
+    compile_ = torch.compile  # inductor would take half a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
+    problem, competitor = make_small(norm), COMPETITORS[name]
+    if competitor.obstacle(problem):
+        pytest.skip(competitor.obstacle(problem))
+    found = competitor.run(problem)
+    verdict = Fp64Check(problem).judge(found, len(problem.hidden))
+    assert verdict.wrong is None and verdict.rows == SHAPE["rows"] and verdict.argmax_off == 0
+    assert {"target_rank", "entropy"} <= set(found)
+
+
+def add(amount, rows=slice(None)):
+    def change(values):
+        values = values.clone()
+        values[rows] += amount
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("entropy", add(1e-3), "entropy differs by 0.001"),
+        ("logsumexp", add(float("nan"), rows=7), "logsumexp differs by nan"),
+        ("target_logit", add(1.0, rows=-1), "target_logit differs by 1"),
+        ("argmax", add(1, rows=3), "an argmax lies"),
+        ("argmax", add(-(10**6), rows=3), "argmax lies outside the vocabulary"),
+        ("target_rank", add(1, rows=30), "a rank differs by 1, near ties explain 0"),
+        ("target_rank", add(30, rows=0), "a rank differs by 30, near ties explain"),
+    ],
+)
+def test_a_wrong_statistic_is_caught(name, change, message):
+    problem = make_small()
+    found = COMPETITORS["naive"].run(problem)
+    truth = Fp64Check(problem)
+    assert truth.judge(found, len(problem.hidden)).wrong is None
+    assert message in truth.judge(found | {name: change(found[name])}, len(problem.hidden)).wrong
+
+
+def test_a_bound_that_is_returned_is_allowed_and_no_more():
+    problem = make_small()
+    found = COMPETITORS["naive"].run(problem)
+    found["logsumexp"] = found["logsumexp"] + 1e-3
+    bound = torch.full_like(found["logsumexp"], 1.1e-3)
+    truth, rows = Fp64Check(problem), len(problem.hidden)
+    assert truth.judge(found | {"logsumexp_bound": bound}, rows).wrong is None
+    assert "logsumexp" in truth.judge(found | {"logsumexp_bound": bound / 2}, rows).wrong
+
+
+def replace_run(monkeypatch, name, run):
+    changed = [replace(c, run=run) if c.name == name else c for c in competitors.ALL]
+    monkeypatch.setattr(competitors, "ALL", changed)
+
+
+def wrong_run(problem):
+    found = COMPETITORS["naive"].run(problem)
+    return found | {"target_rank": found["target_rank"] + 100}
+
+
+def test_a_wrong_peer_is_named_and_not_timed(in_process, monkeypatch, capsys):
+    replace_run(monkeypatch, "row-chunks", wrong_run)
+    assert main(["bench", *TINY, "--peers", "row-chunks"]) == 0
+    out = capsys.readouterr().out
+    line = [line for line in out.splitlines() if "256 rows at a time" in line]
+    assert len(line) == 1 and line[0].startswith("Left out: torch, 256 rows at a time: wrong: a rank differs by 100")
+
+
+def test_a_wrong_op_is_exit_code_1(in_process, monkeypatch, capsys):
+    replace_run(monkeypatch, "reference", wrong_run)
+    assert main(["bench", *TINY, "--peers", "none"]) == 1
+    assert "Left out: refinelens, plain torch: wrong" in capsys.readouterr().out
+
+
+def test_an_op_that_is_killed_is_exit_code_1(monkeypatch, capsys):
+    def killed(problem_file, name, rows, threads):
+        raise measure.DoesNotRun("does not fit into memory")
+
+    monkeypatch.setattr(bench, "can_measure_growth", lambda: True)
+    monkeypatch.setattr(bench, "extra_memory", killed)
+    assert main(["bench", *TINY, "--peers", "none"]) == 1
+    assert "Left out: refinelens, plain torch: does not fit into memory." in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_left_out(in_process, monkeypatch, capsys):
+    def fail(problem):
+        raise RuntimeError("no compiler\nand a long story")
+
+    replace_run(monkeypatch, "compiled", fail)
+    assert main(["bench", *TINY, "--peers", "compiled"]) == 0
+    assert "Left out: torch.compile of naive: RuntimeError: no compiler.\n" in capsys.readouterr().out
+
+
+def test_bench_end_to_end(in_process, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["bench", *TINY, "--peers", "row-chunks,argsort", "--json", str(tmp_path / "bench.json")]) == 0
+        assert torch.get_num_threads() == 2, "what was set is restored"
+    finally:
+        torch.set_num_threads(threads)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("33 rows x 17 dimensions x 301 tokens, float32, random states.\n")
+    report = report_from_json(json.loads((tmp_path / "bench.json").read_text()))
+    assert text_table(report) + "\n" == captured.out
+    names = {"reference", "naive", "row-chunks", "argsort", "mm"}
+    assert names <= {result.name for result in report.results} <= names | {"fp32", "certified", "product"}
+    for result in report.results:
+        assert result.seconds > 0 and result.measured_rows == 33 and result.ratio > 0
+        assert (result.verdict is None) == (result.group == "product")
+    assert report.threads == 1 and report.rounds == 2 and report.failed == []
+
+
+def test_triton_from_another_package(monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("refinelens.machine.version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert bench._versions("cuda")["Triton"] == "of a package of another name"
+
+
+def test_two_threads_are_timed_by_wall_clock(in_process):
+    report = bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1, threads=2))
+    assert (report.threads, report.clock) == (2, "wall clock")
+
+
+def test_what_does_not_fit_is_measured_on_fewer_rows(in_process, monkeypatch, capsys):
+    there = 10 * 2 * COMPETITORS["naive"].logit_bytes * 301
+    monkeypatch.setattr(bench, "available_memory", lambda device: there)
+    assert main(["bench", *TINY, "--peers", "none"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "torch, all logits (naive): measured on 10 of 33 rows" in out and "0 of 10" in out
+    assert "plain torch: measured on" not in out, "what holds no logits of all rows needs no limit"
+    monkeypatch.setattr(bench, "available_memory", lambda device: 100)
+    assert main(["bench", *TINY, "--peers", "none"]) == 0
+    assert "Left out: torch, all logits (naive): does not fit" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_is_measured_on_fewer_rows(in_process, monkeypatch):
+    monkeypatch.setattr(bench, "LONGEST", 0.0)
+    report = bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1))
+    assert {result.measured_rows for result in report.results} == {1}
+    naive = report.result("naive")
+    assert naive.seconds == pytest.approx(2 * 5 * 8 * 40 / naive.flops), "scaled to all rows"
+
+
+@pytest.mark.skipif(not can_measure_growth(), reason="the system does not tell a process its peak memory")
+def test_extra_memory_is_that_of_the_logits(tmp_path):
+    """Naive holds several times all logits, 23 MB; the plain-torch op a few chunks."""
+    problem = random_problem(200, 8, 30_000, torch.float32, "cpu")
+    torch.save(problem, tmp_path / "problem.pt")
+    naive = measure.extra_memory(tmp_path / "problem.pt", "naive", 200, threads=1)
+    assert 2 < naive / (200 * 30_000 * 4) < 8
+    assert measure.extra_memory(tmp_path / "problem.pt", "naive", 20, threads=1) < naive / 4
+    with pytest.raises(measure.DoesNotRun, match="KeyError: 'nobody'"):
+        measure.extra_memory(tmp_path / "problem.pt", "nobody", 20, threads=1)
+
+
+def test_states_of_a_model(tiny_model):
+    """Position by position with all layers of each, so that any first rows hold all layers."""
+    problem = make_problem(BenchOptions("cpu", rows=4 * 150 + 1, model=str(tiny_model)))
+    assert problem.hidden.shape == (601, 32) and problem.states == tiny_model.name
+    targets = problem.targets[:600].view(150, 4)
+    assert (targets == targets[:, :1]).all(), "one target for all layers of a position"
+    found = COMPETITORS["naive"].run(problem)
+    assert Fp64Check(problem).judge(found, 601).wrong is None
+    with pytest.raises(InputError, match=r"--rows: expected at most \d+ with --model"):
+        make_problem(BenchOptions("cpu", rows=10**7, model=str(tiny_model)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--rows", "0"], "--rows: expected at least 1, got 0"),
+        (["--threads", "-1"], "--threads: expected at least 1, got -1"),
+        (["--peers", "row-chunks,other"], "got 'other'"),
+        (["--vocab", "9" * 12], "expected states and unembedding that fit into"),
+        (["--model", "smollm2"], "--d-model: expected none beside --model"),
+        (["--json", "no/such/folder/x.json"], "--json: expected a file in a folder that is there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(change, message, capsys):
+    assert main(["bench", *TINY, *change]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("refinelens: ") and message in captured.err
+
+
+def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch, capsys):
+    pytest.importorskip("refinelens._C")
+    monkeypatch.setenv("REFINELENS_ISA", "v9")
+    for command in (["bench", *TINY], ["doctor"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("refinelens: REFINELENS_ISA: expected one of") and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "can_measure_growth", lambda: False)
+        return bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1))
+
+
+def test_one_table_with_aligned_columns(report):
+    naive = replace(report.result("naive"), seconds=1.5, ratio=1.0, peak_share=None, extra_bytes=2_340_000)
+    report = replace(report, results=[naive], peak=None, peak_flops=None, left_out={"Somebody": "not installed"})
+    lines = text_table(report).splitlines()
+    head, rule, row = lines[4:7]
+    assert lines[2].endswith("peak not measured.") and set(rule) == {"-"} and len(head) == len(rule) == len(row)
+    assert row.split()[-9:-7] == ["-", "2"] and " 1500 " in row
+    assert lines[-1] == "Left out: Somebody: not installed."
+    markdown = [line for line in markdown_table(report).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in markdown}) == 1 and len(markdown) == 3
+
+
+def test_goals_are_met_not_met_or_not_measured(report, tmp_path):
+    fast = replace(report.result("naive"), name="fp32", ratio=2.3, peak_share=0.5, extra_bytes=20_000_001)
+    run = {"param": "gpt2-13x256", "extra_info": {"report": asdict(replace(report, results=[fast]))}}
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": [run]}))
+    command = [sys.executable, BENCHMARKS / "table.py", tmp_path / "run.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    goals = done.stdout.split("### Goals")[1]
+    assert "| fp32: times faster than naive, 3328 rows | at least 2.3 | 2.3 | met |" in goals
+    assert "| fp32: share of the FMA peak, 3328 rows | at least 0.85 | 0.5 | not met |" in goals
+    assert "| fp32: extra MB, 3328 rows | at most 20 | 20 | not met |" in goals
+    assert "| fp32: times faster than naive, 416 rows | at least 2.3 | - | not measured |" in goals
+
+
+def test_scaling_writes_its_figure_and_numbers(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("scaling", BENCHMARKS / "scaling.py")
+    scaling = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "scaling", scaling)
+    spec.loader.exec_module(scaling)
+    small = {"ROWS": 4, "D_MODEL": 8, "VOCAB": 50, "ROUNDS": 1, "ODD_ROUNDS": 1, "NAMES": ("fp32", "naive")}
+    small["AXES"] = {"rows": (2, 4), "d_model": (8, 16), "vocab": (32, 64)}
+    for name, value in small.items():
+        monkeypatch.setattr(scaling, name, value)
+    scaling.main(tmp_path)
+    out = capsys.readouterr().out
+    assert "vocab 50257 against 50304: " in out and "2 threads: " in out and out.count("\n") == 7
+    lines = (tmp_path / "scaling.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 2 * 2 + 3 * 2 + 2
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

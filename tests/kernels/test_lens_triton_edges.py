@@ -1,0 +1,231 @@
+"""Ties, values that are not finite, strides and chunks: where the Triton lens could go wrong unseen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lens_cases import (
+    BF16,
+    DEVICE,
+    DTYPES,
+    FEW_ROWS,
+    NORMS,
+    SMALL,
+    TMA,
+    check,
+    operands,
+    poison_buffers,
+    randint,
+    randn,
+)  # fmt: skip
+from refinelens.kernels import config, fused_lens
+from refinelens.kernels.fused_lens import fused_lens_triton
+from refinelens.kernels.reference import RMSNorm, fused_lens_reference
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    poison_buffers(monkeypatch)
+
+
+# Every kind with one split and with more than there are tiles, which is the same in every dtype.
+@pytest.mark.parametrize("same_bits", [True, False])
+@pytest.mark.parametrize(
+    "config, dtype, splits",
+    [
+        *((config, BF16, splits) for config in (SMALL, FEW_ROWS, TMA) for splits in (1, 5)),
+        *((SMALL, dtype, 5) for dtype in DTYPES if dtype != BF16),
+        *(pytest.param(SMALL, dtype, 1, marks=pytest.mark.slow) for dtype in DTYPES if dtype != BF16),
+    ],
+)
+def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits, monkeypatch):
+    monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: same_bits)
+    # Small integers: sums are exact in fp32, so equal logits are equal bits on every backend.
+    n_vocab = 70
+    unembedding = randint(-2, 3, (n_vocab, 16), seed=5).to(dtype)
+    unembedding[40:60] = unembedding[5:25]
+    hidden = randint(-2, 3, (1, 16), seed=6).to(dtype).expand(n_vocab, -1)
+    targets = torch.arange(n_vocab, device=DEVICE)
+    config = replace(config, splits=splits)
+    out = fused_lens_triton(hidden, unembedding, targets=targets, config=config)
+    truth = fused_lens_reference(hidden, unembedding, targets=targets, dtype=torch.float64)
+    for name in ("argmax", "target_rank", "max_logit", "target_logit"):
+        assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
+    assert torch.equal(out.target_rank.sort().values, targets)
+    assert torch.equal(out.target_rank == 0, out.argmax == targets)
+
+
+def test_all_logits_equal():
+    targets = torch.tensor([0, 1, 31, 32, 66], device=DEVICE)  # first, own tile, tile border, last
+    hidden = torch.zeros(5, 17, device=DEVICE)
+    out = fused_lens_triton(hidden, randn(67, 17, seed=2), targets=targets, config=SMALL)
+    assert out.argmax.tolist() == [0] * 5
+    assert torch.equal(out.target_rank, targets)
+    log_v = torch.full((5,), 67.0, device=DEVICE).log()
+    torch.testing.assert_close(out.entropy, log_v)
+    torch.testing.assert_close(out.logsumexp, log_v)
+
+
+def test_peak_that_rises_in_every_tile():
+    # Every tile, and every split, has to move the sums of the ones before it.
+    hidden, unembedding, targets = operands(3, 17, 200, torch.float32)
+    unembedding = unembedding.abs() * torch.arange(200, device=DEVICE)[:, None] / 20
+    _, left_open = check(hidden.abs(), unembedding, targets=targets)
+    assert left_open == 0
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_tokens_that_cannot_occur(splits):
+    # A bias of -inf, here on a whole tile and the last token, takes a token out of the sums. The others
+    # lie so low that the sums of the first tile, still 0, must not be scaled up to them.
+    hidden, unembedding, _ = operands(3, 17, 70, torch.float32)
+    bias = torch.full((70,), -300.0, device=DEVICE)
+    bias[:32] = bias[69] = float("-inf")
+    targets = torch.tensor([40, 0, 69], device=DEVICE)
+    config = replace(SMALL, splits=splits)
+    out = fused_lens_triton(hidden, unembedding, targets=targets, bias=bias, config=config)
+    kept = fused_lens_reference(hidden, unembedding[32:69], bias=bias[32:69], dtype=torch.float64)
+    assert torch.equal(out.argmax, kept.argmax + 32)
+    torch.testing.assert_close(out.logsumexp.double(), kept.logsumexp, rtol=2**-22, atol=0)
+    step = 300 * 2**-23  # of a logit in fp32
+    torch.testing.assert_close(out.entropy.double(), kept.entropy, rtol=0, atol=2 * step)
+    assert out.target_rank[1:].tolist() == [37, 69]  # the 37 tokens that can occur, then ids in order
+
+
+def test_target_never_beats_itself(monkeypatch):
+    # Another order of summation may put the target's own product below its column of the main product.
+    n_vocab = 70
+    hidden = torch.ones(n_vocab, 16, device=DEVICE)
+    unembedding = randint(0, n_vocab, (n_vocab, 1), seed=5) * torch.eye(16, device=DEVICE)[0]
+    targets = torch.arange(n_vocab, device=DEVICE)
+    launch = fused_lens.launch_targets
+
+    def lower(rows, options):
+        launch(rows, options)
+        rows.target_z.sub_(0.5)
+
+    monkeypatch.setattr(fused_lens, "launch_targets", lower)
+    monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: False)
+    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    z = unembedding[:, 0]
+    above = (z[None] > z[:, None] - 0.5).sum(1) - 1  # all that reach the lowered logit but the target itself
+    is_top = out.argmax == targets
+    assert is_top.sum() == 1
+    assert torch.equal(out.target_rank[~is_top], above[~is_top].clamp(min=1))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_nan_stays_in_its_row():
+    hidden, unembedding, targets = operands(35, 17, 67, torch.float32)
+    clean = fused_lens_triton(hidden, unembedding, NORMS["rms"](17), targets, config=SMALL)
+    hidden[3, 5] = float("nan")
+    out = fused_lens_triton(hidden, unembedding, NORMS["rms"](17), targets, config=SMALL)
+    assert out.logsumexp.isnan().nonzero().tolist() == [[3]]
+    assert 0 <= out.argmax[3] < 67
+    others = torch.arange(35, device=DEVICE) != 3
+    for got, expected in zip(out, clean, strict=True):
+        assert torch.equal(got[others], expected[others])
+
+
+def test_nan_in_the_unembedding_reaches_every_row():
+    hidden, unembedding, targets = operands(3, 17, 67, torch.float32)
+    unembedding[66, 0] = float("nan")
+    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    assert out.logsumexp.isnan().all()
+
+
+def test_strides_do_not_matter():
+    _, unembedding, targets = operands(5, 17, 67, torch.float32)
+    hidden = randint(-4, 5, (5, 17), seed=1).float()  # exact squares: their order is the compiler's choice
+    weight, bias = NORMS["layer"](17).weight, randn(67, seed=4)
+    expected = fused_lens_triton(hidden, unembedding, RMSNorm(weight), targets, bias, config=SMALL)
+
+    def every_second(tensor):
+        return torch.stack([tensor, torch.full_like(tensor, 99)], -1).flatten(-2)[..., ::2]
+
+    got = fused_lens_triton(
+        hidden.T.contiguous().T,
+        every_second(unembedding),
+        RMSNorm(every_second(weight)),
+        every_second(targets),
+        every_second(bias),
+        config=SMALL,
+    )
+    transposed = fused_lens_triton(
+        hidden.repeat(2, 1)[:5],
+        unembedding.T.contiguous().T,
+        RMSNorm(weight),
+        targets,
+        bias,
+        config=SMALL,
+    )
+    for name, value in expected._asdict().items():
+        assert torch.equal(getattr(got, name), value), name
+        assert torch.equal(getattr(transposed, name), value), name
+
+
+def test_one_target_for_all_rows_without_a_copy():
+    hidden, unembedding, _ = operands(5, 17, 67, torch.float32)
+    targets = torch.tensor([41], device=DEVICE).expand(5)
+    assert check(hidden, unembedding, targets=targets)[1] == 0
+
+
+def test_chunks_of_rows_give_the_same_bits(monkeypatch):
+    hidden, unembedding, targets = operands(70, 17, 67, torch.float32)
+    whole = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    monkeypatch.setattr(config, "X_HAT_BYTES", 1)  # one row block at a time
+    chunked = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    for got, expected in zip(chunked, whole, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_target_outside_the_vocabulary_is_not_read():
+    hidden, unembedding, targets = operands(3, 17, 67, torch.float32)
+    expected = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    targets[1] = 2**40
+    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    assert out.target_rank[[0, 2]].tolist() == expected.target_rank[[0, 2]].tolist()
+
+
+@pytest.fixture
+def whole_operands(monkeypatch):
+    """Small integers: a target's logit then has the bits of its column, as the kernel by TMA is told here."""
+    monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: True)
+
+    def make(n_vocab):
+        hidden, unembedding = (randint(-2, 3, (rows, 80), seed=rows).to(BF16) for rows in (35, n_vocab))
+        return hidden, unembedding, randint(0, n_vocab, (35,), seed=3)
+
+    return make
+
+
+# No whole tile, exactly one, one and one token more, several and a rest; more splits than tiles with the first ones.
+@pytest.mark.parametrize("n_vocab", [31, 32, 33, 70])
+def test_tma_with_targets(n_vocab, whole_operands):
+    hidden, unembedding, targets = whole_operands(n_vocab)
+    targets[:3] = torch.tensor([0, n_vocab - 1, n_vocab - 1])  # the last ones lie in the rest
+    truth = fused_lens_reference(hidden, unembedding, targets=targets, dtype=torch.float64)
+    for splits in (1, 3):
+        out = fused_lens_triton(hidden, unembedding, targets=targets, config=replace(TMA, splits=splits))
+        plain = fused_lens_triton(hidden, unembedding, config=replace(TMA, splits=splits))
+        for name in ("argmax", "target_rank", "max_logit", "target_logit"):
+            assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
+        assert torch.equal(out.argmax, plain.argmax) and torch.equal(out.logsumexp, plain.logsumexp)
+        torch.testing.assert_close(out.logsumexp.double(), truth.logsumexp, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
+def test_tma_keeps_what_is_wrong_in_its_row(whole_operands):
+    hidden, unembedding, targets = whole_operands(70)
+    clean = fused_lens_triton(hidden, unembedding, None, targets, config=TMA)
+    hidden[3, 5] = float("nan")
+    targets[7], targets[8] = 2**40, -1
+    out = fused_lens_triton(hidden, unembedding, None, targets, config=TMA)
+    assert out.logsumexp.isnan().nonzero().tolist() == [[3]] and 0 <= out.argmax[3] < 70
+    others = torch.tensor([row not in (3, 7, 8) for row in range(35)], device=DEVICE)
+    for got, expected in zip(out, clean, strict=True):
+        assert torch.equal(got[others], expected[others])
+    assert torch.equal(out.argmax[7:9], clean.argmax[7:9]) and torch.equal(out.entropy[7:9], clean.entropy[7:9])

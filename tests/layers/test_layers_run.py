@@ -1,0 +1,424 @@
+"""`refinelens layers` on a sweep of a tiny model: every output, interrupts, damage, and what is refused."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from families import save
+from refinelens.cli import main
+from refinelens.config import LayerOptions, SweepOptions
+from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
+from refinelens.data.tasks import DistractorSource, load_task
+from refinelens.errors import FaultError, InputError, UnsupportedModelError
+from refinelens.layers.ablation import AblationRunner
+from refinelens.layers.analysis import run_layers
+from refinelens.store import layers
+from refinelens.store.folder import RunLock, write_whole
+from refinelens.store.frames import load_run
+from refinelens.store.layers import FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
+from refinelens.store.results import check_folder
+from refinelens.sweeping.sweep import SweepInterrupted, run_sweep
+from tiny import save_tiny_lens, save_tiny_model
+
+ABLATIONS = ("skip", "mean", "attn", "mlp")
+N_LAYERS, TOP = 3, 23  # a threshold that the target passes at some gold positions of a question
+CONTEXTS = 6 * (2 + 4)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Weights so large that where the gold document stands makes a difference."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 25
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def swept(model, question_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    lens = save_tiny_lens(folder / "lens", model, 0.05)
+    options = SweepOptions(str(model), str(question_file), (2, 4), top=(TOP,), lens=("plain", str(lens)), device="cpu")
+    return run_sweep(options, folder / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(swept):
+    return run_layers(swept.path, LayerOptions())
+
+
+@pytest.fixture
+def run(swept, tmp_path):
+    """A copy to do damage to."""
+    shutil.copytree(swept.path, tmp_path / "run", ignore=shutil.ignore_patterns("layers"))
+    return replace(swept, path=tmp_path / "run")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """For what is not about the figure."""
+    draw = lambda path, report: write_whole(path, lambda temporary: temporary.write_bytes(b"figure"))  # noqa: E731
+    monkeypatch.setattr("refinelens.layers.report.draw_layers", draw)
+
+
+def rows_of(folder):
+    return pq.read_table(folder.path / ROWS)
+
+
+def only(rows, **values):
+    return [row for row in rows.to_pylist() if all(row[name] == value for name, value in values.items())]
+
+
+def test_all_outputs_are_there(swept, finished):
+    folder, report = finished
+    assert folder.path == swept.path / "layers"
+    names = {path.name for path in folder.path.iterdir()}
+    assert names == {"manifest.json", PARTS, MEANS, ROWS, FIGURE, *TABLES}
+    rows = rows_of(folder)
+    assert rows.schema.equals(LAYER_ROWS)
+    for name in ABLATIONS:
+        assert len(only(rows, intervention=name)) == CONTEXTS * N_LAYERS
+    assert len(only(rows, intervention="control")) == 6 * N_LAYERS
+    assert report.manifest["status"] == "finished" and len(report.manifest["parts"]) == 6
+    assert (folder.path / FIGURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sweeps_own_files_stay_and_it_can_be_overwritten(swept, finished):
+    assert (swept.path / "layers.png").exists()
+    check_folder(swept.path)
+
+
+def test_clean_runs_are_the_sweeps(swept, finished):
+    stored = {}
+    for row in pq.read_table(swept.path / "predictions").to_pylist():
+        if row["answer_token"] == 0:
+            key = (row["question_id"], row["documents"], row["gold_position"])
+            stored[key] = row["target_logprob"][-1], row["target_rank"][-1], row["target_id"]
+    for row in rows_of(finished[0]).to_pylist():
+        logprob, rank, target = stored[row["question_id"], row["documents"], row["gold_position"]]
+        assert row["target_logprob"] - row["logprob_change"] == pytest.approx(logprob, abs=1e-4)
+        assert (row["target_rank"] - row["rank_change"], row["target_id"]) == (rank, target)
+        assert row["correct"] == (row["target_rank"] < TOP)
+    assert finished[1].largest_difference < 1e-4 and finished[1].noise < 1e-4
+
+
+def test_a_row_is_the_model_with_a_hook(finished, model, question_file):
+    """Skip of the second block at every token, computed from whole logits."""
+    tokenizer, own = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    task = load_task(str(question_file))
+    question = task.questions[3]
+    others = DistractorSource(task, seed=0).choose(question, 3)
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, others, 2)
+    own.transformer.h[1].register_forward_hook(lambda _, args, output: args[0])
+    with torch.no_grad():
+        logits = own(torch.tensor([context.input_ids])).logits[0, context.prompt_length - 1]
+    wanted = {"question_id": 3, "documents": 4, "gold_position": 2, "intervention": "skip", "layer": 2}
+    (row,) = only(rows_of(finished[0]), **wanted)
+    answer = context.answer_ids[0]
+    assert row["target_id"] == answer
+    assert row["target_rank"] == int((logits > logits[answer]).sum())
+    assert row["target_logprob"] == pytest.approx(float(logits.log_softmax(-1)[answer]), abs=1e-4)
+
+
+def test_trajectories_are_of_what_remains(swept, finished):
+    """A skip of the last block leaves the layers below as the sweep read them, and the output as layer n - 1."""
+    plain, lens = {}, finished[1].manifest["lens"]
+    for row in pq.read_table(swept.path / "predictions").to_pylist():
+        if row["answer_token"] == 0 and row["lens"] == lens:
+            plain[row["question_id"], row["documents"], row["gold_position"]] = row["target_rank"]
+    rows = only(rows_of(finished[0]), intervention="skip", layer=N_LAYERS)
+    assert len(rows) == CONTEXTS
+    for row in rows:
+        below = plain[row["question_id"], row["documents"], row["gold_position"]][:N_LAYERS]
+        correct = [rank < TOP for rank in [*below, row["target_rank"]]]
+        first = correct.index(True) if any(correct) else None
+        wrong = [layer for layer, is_correct in enumerate(correct) if not is_correct]
+        settle = (wrong[-1] + 1 if wrong else 0) if correct[-1] else None
+        assert (row["first_correct"], row["settle"]) == (first, settle)
+        assert row["depth"] == (None if settle is None else settle - first)
+    assert any(row["settle_change"] is not None for row in rows)
+
+
+def test_patches_go_between_success_and_failure(finished):
+    rows = rows_of(finished[0])
+    restored, destroyed = only(rows, intervention="restore"), only(rows, intervention="destroy")
+    assert len(restored) == len(destroyed) > 0, "the model is to succeed at some positions of a question alone"
+    for row in restored + destroyed:
+        succeeded = row["target_rank"] - row["rank_change"] < TOP
+        assert succeeded == (row["intervention"] == "destroy")
+        assert row["source_position"] != row["gold_position"] and row["at"] == "answer"
+        if row["layer"] == N_LAYERS:
+            assert row["correct"] == (row["intervention"] == "restore")
+    pairs = {(r["question_id"], r["documents"], r["gold_position"], r["source_position"]) for r in restored}
+    back = {(r["question_id"], r["documents"], r["source_position"], r["gold_position"]) for r in destroyed}
+    assert pairs == back
+    assert {p.intervention for p in finished[1].patchings} == {"restore", "destroy"}
+
+
+def test_at_the_answer_the_other_tokens_stay(run, quick):
+    """Held keys and values, or whole contexts where the gate or a real context refuses them: the same to rounding."""
+    options = LayerOptions(("skip", "mean"), at="answer", examples=2)
+    tables = []
+    for name, answer in ((None, None), ("blocks._cached_is_whole", False), ("ablation.difference", 1.0)):
+        with pytest.MonkeyPatch.context() as patch:
+            if name:
+                patch.setattr(f"refinelens.layers.{name}", lambda *_, answer=answer: answer)
+            tables.append(rows_of(run_layers(run.path, options, overwrite=True)[0]))
+    assert tables[1].equals(tables[2])
+    assert len(set(tables[0]["question_id"].to_pylist())) == 2
+    for name in ("target_rank", "settle"):
+        assert tables[0][name].equals(tables[1][name])
+    changes = [table["logprob_change"].to_numpy() for table in tables[:2]]
+    np.testing.assert_allclose(*changes, atol=1e-4)
+    assert np.abs(changes[0]).max() > 0.01
+
+
+def test_a_context_twice_as_long_is_compared_again(tiny_model, question_file, tmp_path, quick, monkeypatch):
+    from refinelens.layers import ablation
+
+    own, compared = ablation.difference, []
+    monkeypatch.setattr(ablation, "difference", lambda *pair: compared.append(pair) or own(*pair))
+    (tmp_path / "template").write_text("{documents}\n{question}")
+    documents, template = (1, 6), str(tmp_path / "template")
+    sweep = SweepOptions(str(tiny_model), str(question_file), documents, template=template, examples=2, device="cpu")
+    run = run_sweep(sweep, tmp_path / "run")
+    run_layers(run.path, LayerOptions(("skip",), at="answer"))
+    assert len(compared) == 2  # an oracle context, then one of six documents
+
+
+def test_fewer_runs_at_a_time_once_memory_ran_out(run, quick, monkeypatch):
+    from refinelens.layers import ablation
+
+    own, sizes, options = ablation.scan, [], LayerOptions(("skip",), at="answer", examples=1)
+    wanted = rows_of(run_layers(run.path, options)[0])
+
+    def scan(context, start, at_a_time):
+        sizes.append(at_a_time)
+        if at_a_time > 100:
+            raise torch.OutOfMemoryError
+        return own(context, start, at_a_time)
+
+    monkeypatch.setattr(ablation, "scan", scan)
+    found = rows_of(run_layers(run.path, options, overwrite=True)[0])
+    assert found["target_rank"].equals(wanted["target_rank"])
+    assert sizes[0] > 100 >= max(sizes[-5:]), "no second try at what did not fit"
+
+
+def killed_in(monkeypatch, method, call, act):
+    """Calls ``act`` at one of the calls of a method of the scanner, counted from 1."""
+    own, calls = getattr(AblationRunner, method), [0]
+
+    def faulty(self, *arguments, **keywords):
+        calls[0] += 1
+        if calls[0] == call:
+            act()
+        return own(self, *arguments, **keywords)
+
+    monkeypatch.setattr(AblationRunner, method, faulty)
+
+
+@pytest.mark.parametrize(
+    "method, call, kept, signum", [("rows", 3, 3, signal.SIGINT), ("add_to_means", 5, 0, signal.SIGTERM)]
+)
+def test_interrupted_and_gone_on_with(finished, run, quick, method, call, kept, signum):
+    with pytest.MonkeyPatch.context() as patch:
+        killed_in(patch, method, call, lambda: os.kill(os.getpid(), signum))
+        with pytest.raises(SweepInterrupted) as stopped:
+            run_layers(run.path, LayerOptions())
+    assert stopped.value.signum == signum
+    manifest = json.loads((run.path / "layers" / "manifest.json").read_text())
+    assert len(manifest["parts"]) == kept and not (run.path / "layers" / ROWS).exists()
+    folder, report = run_layers(run.path, LayerOptions())
+    assert (folder.path / ROWS).read_bytes() == (finished[0].path / ROWS).read_bytes()
+    assert (folder.path / "layers.csv").read_bytes() == (finished[0].path / "layers.csv").read_bytes()
+    assert len(report.manifest["resumed"]) == 1
+
+
+def test_a_second_signal_ends_it_at_once(run, quick, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    killed_in(monkeypatch, "rows", 2, twice)
+    with pytest.raises(SweepInterrupted):
+        run_layers(run.path, LayerOptions(("skip",)))
+    assert len(json.loads((run.path / "layers" / "manifest.json").read_text())["parts"]) == 1
+
+
+def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
+    with pytest.MonkeyPatch.context() as patch:
+        killed_in(patch, "_ablate", 8, lambda: 1 / 0)
+        with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
+            run_layers(run.path, LayerOptions())
+        killed_in(patch, "_ablate", 2, lambda: open("/nowhere/weights"))
+        with pytest.raises(FaultError, match="question 0: FileNotFoundError: .*; the same command without --overwrite"):
+            run_layers(run.path, LayerOptions(), overwrite=True)
+    folder, _ = run_layers(run.path, LayerOptions())
+    assert rows_of(folder).equals(rows_of(finished[0]))
+
+
+@pytest.mark.parametrize("file", [f"{PARTS}/part-00002.parquet", MEANS, ROWS])
+@pytest.mark.parametrize("damage", ["flipped", "absent"])
+def test_damaged_files_are_made_again(finished, run, quick, file, damage):
+    shutil.copytree(finished[0].path, run.path / "layers")
+    path, heard = run.path / "layers" / file, []
+    whole = path.read_bytes()
+    path.unlink() if damage == "absent" else path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    folder, _ = run_layers(run.path, LayerOptions(), warn=heard.append)
+    assert rows_of(folder).equals(rows_of(finished[0]))
+    assert [file.split("/")[1] in line for line in heard] == ([True] if "part" in file else [])
+
+
+def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, monkeypatch):
+    own, written = layers.write_whole, []
+
+    def write_whole_or_fail(path, write):
+        written.append(path.name)
+        if path.name == "part-00002.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(path, write)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "write_whole", write_whole_or_fail)
+        with pytest.raises(FaultError, match="no free disk left"):
+            run_layers(run.path, LayerOptions())
+    path = run.path / "layers" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert len(manifest["parts"]) == 2
+    path.write_text(json.dumps(manifest | {"parts": manifest["parts"][:1]}))  # killed before it was written
+    folder, _ = run_layers(run.path, LayerOptions())
+    assert rows_of(folder).equals(rows_of(finished[0]))
+
+
+def test_finished_already_needs_no_model(finished, run, quick, no_model):
+    shutil.copytree(finished[0].path, run.path / "layers")
+    for same in (LayerOptions(), LayerOptions(lens="lens", examples=6)):
+        _, report = run_layers(run.path, same)
+        assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
+
+
+def test_the_lens_alone_needs_no_model(run, quick, no_model):
+    folder, report = run_layers(run.path, LayerOptions((), lens="plain"))
+    assert report.manifest["lens"] == "plain" and len(rows_of(folder)) == 0
+    assert {row.of for row in report.statistics} == {"lens"} and report.exits and not report.agreements
+
+
+def refused(capsys, *arguments):
+    """The line that a command ends in, with exit code 2."""
+    assert main(["layers", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("refinelens: ")]
+    assert len(lines) == 1 and not captured.out
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--interventions", "skip,zero"), "--interventions: expected none or some of skip,mean,attn,mlp,patch"),
+        (("--interventions", "skip,skip"), "each once, got 'skip,skip'"),
+        (("--examples", "0"), "--examples: expected 1 or more, got 0"),
+        (("--examples", "7"), "--examples: expected 1 to 6"),
+        (("--lens", "other"), "--lens: expected one of the run's, plain, lens, got other"),
+    ],
+)
+def test_options_that_do_not_fit(swept, capsys, arguments, message, no_model):
+    assert message in refused(capsys, swept.path, *arguments)
+
+
+def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
+    assert "expected a run folder" in refused(capsys, tmp_path / "nothing")
+    (tmp_path / "notes.txt").touch()
+    assert "got other files: notes.txt" in refused(capsys, run.path, "--out", tmp_path)
+    assert "expected a folder that can be written" in refused(capsys, run.path, "--out", tmp_path / "notes.txt")
+    shutil.copytree(finished[0].path, run.path / "layers")
+    line = refused(capsys, run.path, "--interventions", "skip")
+    assert "expected an analysis with --interventions skip, got one with skip,mean,attn,mlp,patch" in line
+    assert "--overwrite" in line
+    assert "with --at answer, got one with all" in refused(capsys, run.path, "--at", "answer")
+    assert "with --examples 5, got one with 6" in refused(capsys, run.path, "--examples", "5")
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    (run.path / "manifest.json").write_text(json.dumps(manifest | {"run_id": "another"}))
+    assert "expected an analysis with run_id another" in refused(capsys, run.path)
+    (run.path / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
+    assert "expected a finished run, got one that is interrupted" in refused(capsys, run.path)
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    (run.path / "layers" / "manifest.json").write_text("{}")
+    assert "--overwrite makes the analysis again" in refused(capsys, run.path)
+    whole = json.loads((finished[0].path / "manifest.json").read_text())
+    for name in ("parts", "resumed"):
+        (run.path / "layers" / "manifest.json").write_text(json.dumps(whole | {name: None}))
+        assert f"expected a list as {name} of manifest.json" in refused(capsys, run.path)
+
+
+def test_one_process_at_a_time(run, capsys, no_model):
+    with RunLock(run.path / "layers"):
+        assert "held by process" in refused(capsys, run.path, "--interventions", "none")
+
+
+def test_another_model_is_refused_and_costs_nothing(finished, run, model, capsys):
+    shutil.copytree(finished[0].path, run.path / "layers")
+    before = sorted((path.name, path.stat().st_size) for path in (run.path / "layers").iterdir())
+    weights = (model / "model.safetensors").read_bytes()
+    try:
+        save_tiny_model(model, seed=1)
+        line = refused(capsys, run.path, "--overwrite")
+    finally:
+        (model / "model.safetensors").write_bytes(weights)
+    assert f"layers {run.path}: expected model.weights_sha256" in line
+    assert sorted((path.name, path.stat().st_size) for path in (run.path / "layers").iterdir()) == before
+
+
+def test_a_family_without_halves_is_refused_by_name_and_can_be_skipped(question_file, tmp_path, quick):
+    folder, template = save("opt-350m", tmp_path / "model"), tmp_path / "template.txt"
+    template.write_text("{documents}\n{question}\n")
+    options = SweepOptions(folder, str(question_file), documents=(2,), template=str(template), device="cpu")
+    run_sweep(options, tmp_path / "run")
+    with pytest.raises(UnsupportedModelError, match="OPTForCausalLM: expected blocks that add attention .* block 1"):
+        run_layers(tmp_path / "run", LayerOptions())
+    assert not (tmp_path / "run" / "layers").exists()
+    found, _ = run_layers(tmp_path / "run", LayerOptions(("skip", "mean", "patch")))
+    assert len(only(rows_of(found), intervention="mean")) == 6 * 2 * 3
+
+
+def test_rows_as_a_data_frame(swept, finished, run):
+    frame = load_run(swept.path).interventions
+    assert len(frame) == len(rows_of(finished[0])) and str(frame["settle"].dtype) == "Int32"
+    with pytest.raises(InputError, match="make one with refinelens layers"):
+        load_run(run.path).interventions  # noqa: B018
+    shutil.copytree(finished[0].path, run.path / "layers")
+    for path, change in ((run.path, {"run_id": "new"}), (run.path / "layers", {"status": "running"})):
+        manifest = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(json.dumps(json.loads(manifest) | change))
+        with pytest.raises(InputError, match="expected a finished analysis of run .* got one of run"):
+            load_run(run.path).interventions  # noqa: B018
+        (path / "manifest.json").write_text(manifest)
+    assert len(load_run(run.path).interventions) == len(frame)
+
+
+def test_the_command_prints_what_it_found(swept, finished, capsys):
+    assert main(["layers", str(swept.path)]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "layer",
+        "ln rank",
+        "skip",
+        "Agreement: none over 3 layers; fewer than 5",
+        "Essential, lens and skip: by both",
+    ):
+        assert words in out
+    assert "Early exit, lens lens: " in out and "restores the answer from layer" in out
+    assert out.rstrip().endswith(MEANS + ", " + PARTS + ", patching.csv")

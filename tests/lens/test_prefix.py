@@ -1,0 +1,345 @@
+"""Prefix reuse: contexts that branch off a cache are those that ran whole, and what cannot branch runs whole."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers as tf
+from transformers import DynamicCache
+
+from families import CASES, GROUPED, ROPE, TOKENS, VOCAB, build
+from refinelens import LogitLens
+from refinelens.config import SweepOptions
+from refinelens.doctor import model_findings
+from refinelens.errors import FaultError, InputError
+from refinelens.lens.prefix import Branches, branch_order, check_branching, difference, shared_length
+from refinelens.model.loading import LoadedModel
+from refinelens.sweeping.predict import Predictor
+from refinelens.sweeping.sweep import run_sweep
+from tiny import shake
+
+pytestmark = pytest.mark.usefixtures("quick_file")
+
+FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
+WINDOWS = ["mistral", "gemma2", "gemma3", "gpt_oss", "phi3-tied", "starcoder2-no-bias", "gpt_neo", "falcon-alibi"]
+EXACT = dict.fromkeys([*FAMILIES, *WINDOWS])
+
+
+def random_ids(length, seed):
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def question(seed=0):
+    """Contexts of one question as token ids: a gold document moves through others; at two sizes, in any order."""
+    start, gold, end = (random_ids(n, seed + i) for i, n in enumerate((3, 5, 4)))
+    others = [random_ids(n, seed + 10 + n) for n in (6, 1, 7, 2)]
+    contexts = []
+    for size in (3, 5):
+        for position in range(size):
+            documents = others[: size - 1]
+            documents.insert(position, gold)
+            contexts.append(tuple(start + sum(documents, []) + end))
+    return contexts
+
+
+def whole(lens, ids, positions):
+    return lens.hidden(torch.tensor([ids]), torch.tensor([positions]))
+
+
+def trie_tokens(contexts):
+    """Tokens of the trie: every different beginning once."""
+    return len({ids[: end + 1] for ids in contexts for end in range(len(ids))})
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_branches_are_the_whole_runs(name):
+    """Several answer tokens; windows of 4 tokens are shorter than what is shared and what is cropped."""
+    lens, contexts = LogitLens.from_model(build(name)), question()
+    assert check_branching(lens).used
+    branches, ran = Branches(lens), 0
+    for index in branch_order(contexts):
+        ids = contexts[index]
+        positions = [len(ids) - 3, len(ids) - 2, len(ids) - 1]
+        branched = branches.hidden(torch.tensor([ids]), torch.tensor([positions]))
+        ran += len(ids) - branches.shared
+        expected = whole(lens, ids, positions)
+        # Both sum the same products in another order, over three layers: far below the gate's 1e-4.
+        assert difference(branched, expected) < 5e-6
+        ours, theirs = (lens.stats(states, torch.tensor([5, 6, 7])) for states in (branched, expected))
+        assert torch.equal(ours.argmax, theirs.argmax) and torch.equal(ours.target_rank, theirs.target_rank)
+    assert ran == trie_tokens(contexts) < sum(map(len, contexts))
+
+
+def test_order_is_a_walk_through_the_trie():
+    contexts = [(1, 2, 3), (1, 9), (1, 2, 4, 5), (7,), (1, 2), (1, 9)]
+    order = branch_order(contexts)
+    assert sorted(order) == list(range(6))
+    walked = [contexts[i] for i in order]
+    shared = [shared_length(a, b) for a, b in zip([()] + walked[:-1], walked, strict=True)]
+    assert sum(map(len, walked)) - sum(shared) == trie_tokens(contexts) == 7
+
+
+@pytest.mark.parametrize(
+    "contexts, shared",
+    [
+        ([[5, 6, 7], [8, 6, 7]], [0, 0]),  # nothing in common
+        ([[5, 6, 7], [5, 6, 7]], [0, 1]),  # the same twice: what is kept runs again
+        ([[5, 6, 7, 8], [5, 6, 7]], [0, 1]),  # one the beginning of the other
+        ([[5, 6, 7], [5, 6, 7, 8, 9]], [0, 3]),
+        ([[5], [5], [5, 6]], [0, 0, 0]),  # the first token is kept
+    ],
+)
+def test_what_is_shared(contexts, shared):
+    lens = LogitLens.from_model(build("llama"))
+    branches, found = Branches(lens), []
+    for ids in contexts:
+        positions = list(range(len(ids) - min(2, len(ids)), len(ids)))
+        branched = branches.hidden(torch.tensor([ids]), torch.tensor([positions]))
+        assert branched.shape == (4, 1, len(positions), 32)
+        torch.testing.assert_close(branched, whole(lens, ids, positions), rtol=1e-5, atol=1e-5)
+        found.append(branches.shared)
+    assert found == shared
+
+
+def test_a_failed_run_leaves_no_cache(monkeypatch):
+    lens = LogitLens.from_model(build("gpt2"))
+    branches, ids, positions = Branches(lens), torch.tensor([[5, 6, 7, 8]]), torch.tensor([[3]])
+    branches.hidden(ids, positions)
+    with monkeypatch.context() as patch:
+        patch.setattr(lens.parts.blocks[1], "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            branches.hidden(ids, positions)
+    expected = whole(lens, [5, 6, 7, 8], [3])
+    torch.testing.assert_close(branches.hidden(ids, positions), expected)
+    assert branches.shared == 0
+
+
+def mamba():
+    return tf.MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=VOCAB, state_size=4, **TOKENS)
+
+
+def hybrid():
+    return tf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"])
+
+
+def dynamic_rope():
+    return tf.LlamaConfig(**GROUPED, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0})
+
+
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        (mamba, "MambaForCausalLM cannot branch: its layers do not go on from a cache of keys and values"),
+        (hybrid, "Lfm2ForCausalLM cannot branch: its layers do not go on from a cache of keys and values"),
+        (dynamic_rope, "LlamaForCausalLM cannot branch: with rope_type dynamic"),
+    ],
+)
+def test_what_cannot_branch_is_refused(config, why):
+    """And doctor says so."""
+    torch.manual_seed(0)
+    model = shake(tf.AutoModelForCausalLM.from_config(config())).eval()
+    reuse = check_branching(LogitLens.from_model(model))
+    assert not reuse.used and reuse.why.startswith(why)
+    loaded = LoadedModel("mine", model, None, "", "", "", "", ())
+    assert dict(model_findings(loaded))["prefix reuse"] == f"contexts run whole: {reuse.why}"
+
+
+def crop_too_little(cache, tokens):
+    for layer in cache.layers:
+        layer.crop(tokens)
+    cache.layers[1].keys = cache.layers[1].keys.roll(1, -2)
+
+
+def crop_nothing(cache, tokens):
+    pass
+
+
+def crop_and_round(cache, tokens):
+    for layer in cache.layers:
+        layer.crop(tokens)
+        layer.values = layer.values.bfloat16().float()
+
+
+@pytest.mark.parametrize("crop", [crop_too_little, crop_nothing, crop_and_round])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "gemma3"])
+def test_gate_refuses_a_cache_that_was_tampered_with(name, crop, monkeypatch):
+    lens = LogitLens.from_model(build(name))
+    monkeypatch.setattr(DynamicCache, "crop", crop)
+    reuse = check_branching(lens)
+    assert not reuse.used and type(lens.model).__name__ in reuse.why
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, question_file):
+    return SweepOptions(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ran_whole(options, tmp_path_factory):
+    return run_sweep(replace(options, reuse_prefix="off"), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def branched(options, tmp_path_factory):
+    return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
+
+
+def predictions(run):
+    return pq.read_table(run.path / "predictions").to_pylist()
+
+
+def assert_same(run, other):
+    for ours, theirs in zip(predictions(run), predictions(other), strict=True):
+        exact = {k: v for k, v in ours.items() if not isinstance(v, list) or not isinstance(v[0], float)}
+        assert exact == {k: theirs[k] for k in exact} and "target_rank" in exact and "argmax" in exact
+        for name in ("target_logprob", "max_logprob", "entropy", "kl"):
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
+
+
+def test_a_sweep_with_reuse_is_the_sweep_without(branched, ran_whole):
+    assert_same(branched, ran_whole)
+    reused, plain = branched.manifest, ran_whole.manifest
+    assert reused["prefix_reuse"]["used"] and "argmax equal" in reused["prefix_reuse"]["why"]
+    assert plain["prefix_reuse"] == {"used": False, "why": "--reuse-prefix off"}
+    tokens = {(r["question_id"], r["documents"], r["gold_position"]): r["n_tokens"] for r in predictions(branched)}
+    assert plain["counts"]["tokens_computed"] == sum(tokens.values()) and plain["counts"]["tokens_saved"] == 0
+    assert sum(reused["counts"][f"tokens_{what}"] for what in ("computed", "saved")) == sum(tokens.values())
+    assert reused["counts"]["tokens_saved"] > 0.2 * sum(tokens.values())
+
+
+def test_one_question_gives_the_same_rows_alone(options, branched, tmp_path):
+    """Nothing is shared between questions, so that which others were asked before changes no bit."""
+    every = predictions(branched)
+    alone = predictions(run_sweep(replace(options, examples=1), tmp_path / "alone"))
+    asked = {row["question_id"] for row in alone}
+    assert len(asked) == 1 and asked != {every[0]["question_id"]}
+    assert alone == [row for row in every if row["question_id"] in asked]
+
+
+def test_the_table_counts_tokens(branched, ran_whole):
+    from refinelens.report.findings import read_report
+    from refinelens.report.tables import notes
+
+    counts = branched.manifest["counts"]
+    computed, saved = counts["tokens_computed"], counts["tokens_saved"]
+    line = f"{computed} tokens computed, {saved} saved by shared prefixes ({(computed + saved) / computed:.2f} times)."
+    assert line in notes(read_report(branched))
+    computed = ran_whole.manifest["counts"]["tokens_computed"]
+    line = f"{computed} tokens computed, 0 saved by shared prefixes; contexts ran whole: --reuse-prefix off."
+    assert line in notes(read_report(ran_whole))
+
+
+def test_a_real_context_may_show_what_the_gate_cannot(options, ran_whole, tmp_path, monkeypatch):
+    """A cache that goes wrong behind 20 tokens, more than the gate runs."""
+    crop = DynamicCache.crop
+
+    def short_memory(cache, tokens):
+        crop(cache, tokens)
+        if cache.get_seq_length() > 20:
+            cache.layers[0].values[..., :10, :] = 0
+
+    monkeypatch.setattr(DynamicCache, "crop", short_memory)
+    run = run_sweep(options, tmp_path / "run")
+    assert predictions(run) == predictions(ran_whole)
+    assert not run.manifest["prefix_reuse"]["used"]
+    assert "GPT2LMHeadModel branched is not the model" in run.manifest["prefix_reuse"]["why"]
+
+
+def test_a_context_twice_as_long_is_a_proof_of_its_own(options, tmp_path, monkeypatch):
+    """Whatever was proven on shorter ones: here a cache that goes wrong behind 20 tokens."""
+    from refinelens.sweeping import predict
+
+    crop, compare, compared = DynamicCache.crop, predict.compare, []
+
+    def short_memory(cache, tokens):
+        crop(cache, tokens)
+        if cache.get_seq_length() > 20:
+            cache.layers[0].values[..., :10, :] = 0
+
+    def spy(lens, pairs):
+        compared.append(len(compared))
+        return compare(lens, pairs)
+
+    options = replace(options, documents=(1, 2, 6), template=str(tmp_path / "template"))
+    (tmp_path / "template").write_text("{documents}\n{question}")
+    whole = run_sweep(replace(options, reuse_prefix="off"), tmp_path / "whole")
+    lengths = sorted({row["n_tokens"] for row in predictions(whole)})
+    monkeypatch.setattr(predict, "compare", spy)
+    run_sweep(options, tmp_path / "right")
+    right = len(compared)
+    assert 1 < right <= np.log2(lengths[-1] / lengths[0]) + 1
+    monkeypatch.setattr(DynamicCache, "crop", short_memory)
+    run = run_sweep(options, tmp_path / "run")
+    assert len(compared) - right == 2 and not run.manifest["prefix_reuse"]["used"]
+    assert_same(run, whole)
+
+
+def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(DynamicCache, "crop", crop_nothing)
+    run = run_sweep(options, tmp_path / "run")
+    assert predictions(run) == predictions(ran_whole)
+    assert "GPT2LMHeadModel cannot branch" in run.manifest["prefix_reuse"]["why"]
+    with pytest.raises(InputError, match="--reuse-prefix on: expected a model whose cache can branch, got GPT2LMHead"):
+        run_sweep(replace(options, reuse_prefix="on"), tmp_path / "on")
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"dtype": "bfloat16"}, "in half precision rounding may change ranks"),
+        ({"batch_size": "2"}, "--batch-size 2"),
+    ],
+)
+def test_auto_says_why_it_runs_whole(options, tmp_path, change, why):
+    run = run_sweep(replace(options, examples=1, **change), tmp_path / "run")
+    assert run.manifest["prefix_reuse"] == {"used": False, "why": why}
+
+
+def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
+    read = Branches.hidden
+
+    def broken(self, ids, positions):
+        states = read(self, ids, positions)
+        return states.fill_(float("nan")) if ids.shape[1] > 40 and self.shared else states
+
+    monkeypatch.setattr(Branches, "hidden", broken)
+    with pytest.raises(FaultError, match=r"^question 0, \d documents, gold position \d: hidden: .* got NaN in row 0"):
+        run_sweep(options, tmp_path / "run")
+
+
+def test_out_of_memory_runs_the_question_whole(options, ran_whole, tmp_path, monkeypatch):
+    read, failed = Branches.hidden, Counter()
+
+    def small_machine(self, ids, positions):
+        states = read(self, ids, positions)
+        if self.shared > 30 and not failed["here"]:
+            failed["here"] += 1
+            raise MemoryError
+        return states
+
+    monkeypatch.setattr(Branches, "hidden", small_machine)
+    run = run_sweep(options, tmp_path / "run")
+    assert_same(run, ran_whole)
+    assert failed["here"] == 1 and run.manifest["counts"]["tokens_saved"] > 0
+
+    def no_machine(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(Predictor, "_hidden", no_machine)
+    with pytest.raises(FaultError, match=r"^question 0, \d documents, .* expected memory for one context of"):
+        run_sweep(options, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"reuse_prefix": "yes"}, "--reuse-prefix: expected auto, on, off, got 'yes'"),
+        ({"reuse_prefix": "on", "batch_size": "4"}, "--reuse-prefix on: expected --batch-size auto or 1, got 4"),
+    ],
+)
+def test_bad_options(options, change, message):
+    with pytest.raises(InputError, match=message):
+        replace(options, **change)

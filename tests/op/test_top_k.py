@@ -1,0 +1,67 @@
+"""Top-k lists: whole-logit truth, ties, chunk borders."""
+
+import pytest
+import torch
+
+import refinelens
+from refinelens import lens_top_k
+from refinelens.errors import InputError
+from refinelens.kernels import reference
+
+
+def whole(hidden, unembedding, k, bias=None, scale=1.0):
+    """The definition: a stable sort of all logits."""
+    z = (hidden.double() @ unembedding.double().T + (0.0 if bias is None else bias.double())) * scale
+    return z.sort(descending=True, stable=True)
+
+
+@pytest.mark.parametrize("k", [1, 5, 32])
+@pytest.mark.parametrize("vocab", [32, 97, 1001])  # all of it, a prime, several chunks with a rest
+def test_agrees_with_sorting_all_logits(monkeypatch, k, vocab):
+    monkeypatch.setattr(reference, "MAX_CHUNK", 64)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 2, 33, generator=generator)
+    unembedding, bias = torch.randn(vocab, 33, generator=generator), torch.randn(vocab, generator=generator)
+    top = lens_top_k(hidden, unembedding, k, bias=bias, softcap=9.0, logit_scale=0.5)
+    z, ids = whole(hidden, unembedding, k, bias, 0.5)
+    assert top.ids.shape == (7, 2, k)
+    assert torch.equal(top.ids, ids[..., :k])
+    torch.testing.assert_close(top.logits.double(), 9 * torch.tanh(z[..., :k] / 9), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_logits_come_in_order_of_id(monkeypatch, seed):
+    monkeypatch.setattr(reference, "MAX_CHUNK", 16)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-1, 2, (600, 3), generator=generator).float()  # more rows than a block
+    unembedding = torch.randint(-1, 2, (50, 3), generator=generator).float()
+    ids = whole(hidden, unembedding, 8)[1][:, :8]
+    assert torch.equal(lens_top_k(hidden, unembedding, 8).ids, ids)
+
+
+def test_first_of_the_list_is_the_argmax_of_the_op():
+    hidden, unembedding = torch.randn(40, 16), torch.randn(500, 16)
+    norm = refinelens.RMSNorm(torch.rand(16))
+    stats = refinelens.fused_lens(hidden, unembedding, norm)
+    top = lens_top_k(hidden, unembedding, 3, norm)
+    assert torch.equal(top.ids[:, 0], stats.argmax)
+    for place in range(3):
+        ranks = refinelens.fused_lens(hidden, unembedding, norm, top.ids[:, place]).target_rank
+        assert (ranks == place).all()
+
+
+def test_no_rows():
+    assert lens_top_k(torch.empty(0, 4), torch.randn(9, 4), 2).ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("k", [0, 10])
+def test_k_outside_the_vocabulary(k):
+    with pytest.raises(InputError, match=f"k: expected 1 to 9.*got {k}"):
+        lens_top_k(torch.randn(2, 4), torch.randn(9, 4), k)
+
+
+def test_a_broken_row_is_named():
+    hidden = torch.randn(3, 4)
+    hidden[1, 2] = float("nan")
+    with pytest.raises(InputError, match="nan in row 1"):
+        lens_top_k(hidden, torch.randn(9, 4), 2)

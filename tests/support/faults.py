@@ -1,0 +1,232 @@
+"""Sweeps in processes of their own that can be killed: forked from one that has done such a sweep already.
+
+`ForkServer` starts that process. It reads a request per line, JSON, and answers each with a number:
+``{"start": {...}}`` with the pid of a new child, which runs the command line as `_child` says, and
+``{"wait": pid}`` with its exit status,
+negative for a signal.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+from refinelens.machine import module_path
+
+STEPS = ("fsync", "replace", "unlink")  # all that a write does to the disk once the bytes are handed over
+
+
+class ForkServer:
+    """The process that forks; a context manager. Its own sweep is that of ``arguments``: its children run warm."""
+
+    def __init__(self, *arguments):
+        self._command = [sys.executable, __file__, *map(str, arguments)]
+
+    def __enter__(self):
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | module_path()
+        )
+        assert self._process.stdout.readline(), "it is ready"
+        return self
+
+    def __exit__(self, *error):
+        self._process.communicate()
+
+    def start(self, *arguments, log, **fault):
+        """Run ``refinelens`` with these arguments and, see `_child`, this fault; returns the pid."""
+        return self._ask(start={"arguments": list(map(str, arguments)), "log": str(log), **fault})
+
+    def wait(self, pid):
+        """The exit status of a child; ``-9`` where SIGKILL ended it."""
+        return self._ask(wait=pid)
+
+    def run(self, *arguments, log, **fault):
+        """Start a child and wait for it."""
+        return self.wait(self.start(*arguments, log=log, **fault))
+
+    def _ask(self, **request):
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+
+def at_step(number, act):
+    """Call ``act`` before one of the `STEPS`, counted from 1, instead of taking it."""
+    taken = [0]
+
+    def wrap(step):
+        def wrapped(*arguments, **keywords):
+            if step is not unlink or os.path.exists(arguments[0]):
+                taken[0] += 1
+                if taken[0] == number:
+                    act()
+            return step(*arguments, **keywords)
+
+        return wrapped
+
+    unlink = os.unlink
+    return {name: wrap(getattr(os, name)) for name in STEPS}
+
+
+def quick_figures(run, *drawn):
+    """In place of `draw_figures`, which takes as long as all the rest of a tiny sweep: the files without figures."""
+    from refinelens.store.folder import write_whole
+    from refinelens.store.results import FIGURES
+
+    for name in FIGURES:
+        write_whole(run.path / name, lambda path: path.write_bytes(b"figure"))
+
+
+def errors_in(log):
+    """The lines in which a child of the fork_server said what went wrong."""
+    return [line for line in log.read_text().splitlines() if line.startswith("refinelens: ")]
+
+
+def wait_for(condition):
+    """Until it holds; a minute at most."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _child(
+    arguments,
+    log,
+    part=8,
+    kill_at_step=None,
+    kill_after=(),
+    signal_at=(),
+    hold_at=None,
+    workers_meet=None,
+    figures=True,
+):
+    """Run the command line with a fault and exit with its code; a signal that it has noted it tells by ``LOG.heard``.
+
+    Args:
+        arguments: Of the command line.
+        log: File for stdout and stderr.
+        part: Questions per part.
+        kill_at_step: Number of the step on the disk before which the process kills itself.
+        kill_after: ``(question, seconds)``: the process ends so long after that question, counted from 1, was asked
+            (0: after the start), wherever it is then: by SIGALRM, whose default is SIGKILL's.
+        signal_at: ``(question, signal)`` pairs: signals that arrive while a question, counted from 1, is asked.
+        hold_at: Question, counted from 1, that is not asked before the file ``LOG.go`` is there.
+        workers_meet: Folder of `faulty_worker` for the workers of the sweep, which are forked too.
+        figures: Whether to draw them, rather than `quick_figures`.
+    """
+    from refinelens import cli
+    from refinelens.report import tables
+    from refinelens.sweeping import sweep, workers
+    from refinelens.sweeping.predict import Predictor
+    from refinelens.sweeping.sweep import StopSignals
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sweep.QUESTIONS_PER_PART = part
+    if not figures:
+        tables.draw_figures = quick_figures
+    if workers_meet:
+        workers.start_process = partial(_fork_worker, Path(workers_meet))
+    if kill_at_step:
+        for name, step in at_step(kill_at_step, lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
+            setattr(os, name, step)
+    rows, asked, take = Predictor.rows, [0], StopSignals._take
+
+    def take_and_tell(self, signum, frame):
+        take(self, signum, frame)
+        Path(f"{log}.heard").touch()
+
+    def arm():
+        if kill_after and kill_after[0] == asked[0]:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, kill_after[1])
+
+    def faulty_rows(self, question):
+        asked[0] += 1
+        arm()
+        for place, signum in signal_at:
+            if asked[0] == place:
+                os.kill(os.getpid(), signum)
+        while asked[0] == hold_at and not Path(f"{log}.go").exists():
+            Path(f"{log}.holds").touch()
+            time.sleep(0.01)
+        return rows(self, question)
+
+    Predictor.rows, StopSignals._take = faulty_rows, take_and_tell
+    arm()
+    return cli.main(arguments)
+
+
+class _Forked:
+    """What `Workers` asks of a process."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _fork_worker(folder, environment, descriptor):
+    """In place of `start_process`, whose processes take seconds to import what they need."""
+    from faulty_worker import run_worker
+
+    def work():
+        os.setsid()
+        os.environ.update(environment)
+        os.closerange(3, descriptor)  # above all the other ends of connections, whose closing could not be seen
+        os.closerange(descriptor + 1, 1024)
+        return run_worker(folder, descriptor)
+
+    return _Forked(_fork(work))
+
+
+def _fork(work):
+    """The pid of a new process that ends with what ``work()`` returns."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            code = work()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def _serve(*arguments):
+    import torch
+
+    from refinelens import cli
+    from refinelens.sweeping import sweep
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    load, loaded = sweep.load_model, {}
+    sweep.load_model = lambda *model: loaded.setdefault(model, load(*model))
+    with redirect_stdout(StringIO()):
+        assert cli.main(list(arguments)) == 0
+    sweep.load_model = lambda *model: loaded.get(model) or load(*model)  # children need not load that one again
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _Forked(request["wait"]).wait()
+        else:
+            answer = _fork(partial(_child, **request["start"]))
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    _serve(*sys.argv[1:])

@@ -1,0 +1,41 @@
+"""A worker that something befalls, which files in a folder say, with the id of the question in which it does.
+
+``kill-9`` ends the worker that is asked question 9 and goes with it, ``always-kill-9`` stays; ``raise-9`` raises;
+``hold-9`` waits until that file is gone, and tells by ``holds-9``; ``hold-start`` before anything is loaded. Every
+worker leaves its pid there.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from refinelens.sweeping import worker
+from refinelens.sweeping.predict import Predictor
+
+
+def run_worker(folder, descriptor):
+    """What ``python -m refinelens.sweeping.worker`` runs, with faults; its exit code."""
+    (folder / f"pid-{os.getpid()}").touch()
+    rows = Predictor.rows
+
+    def hold(where):
+        while (folder / f"hold-{where}").exists():
+            (folder / f"holds-{where}").touch()
+            time.sleep(0.01)
+
+    def faulty_rows(self, question):
+        kill = folder / f"kill-{question.id}"
+        if kill.exists() or (folder / f"always-kill-{question.id}").exists():
+            kill.unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (folder / f"raise-{question.id}").exists():
+            raise RuntimeError("a fault in\na driver")
+        hold(question.id)
+        return rows(self, question)
+
+    Predictor.rows = faulty_rows
+    hold("start")
+    sys.argv = ["worker", str(descriptor)]
+    worker.main()
+    return 0

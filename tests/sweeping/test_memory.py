@@ -1,0 +1,126 @@
+"""Peak memory is flat: measured in fresh processes at two sizes, as the kernel accounts it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tiny import save_tiny_model
+
+RESIDENT = """
+import resource, sys
+def resident():  # the largest resident set so far, kB; macOS counts it in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+"""
+
+OP = f"""{RESIDENT}
+import torch, refinelens
+hidden, unembedding = torch.randn(4096, 16), torch.randn(50257, 16)
+refinelens.fused_lens(hidden[:4], unembedding, targets=5, backend=sys.argv[1])
+before = resident()
+refinelens.fused_lens(hidden, unembedding, targets=5, backend=sys.argv[1])
+print(resident() - before)
+"""
+
+# First all tokens are equal, and every row falls back; then a row has as many equal tokens as it may without.
+CERTIFIED = """
+import resource, torch, refinelens
+torch.set_num_threads(2)
+hidden, every_12th = torch.rand(1024, 16), (torch.arange(30_000) % 12 == 0).float()[:, None]
+for unembedding in (torch.ones(30_000, 16), every_12th.repeat(1, 16)):
+    refinelens.fused_lens(hidden[:4], unembedding, targets=0, precision="certified")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stats = refinelens.fused_lens(hidden, unembedding, targets=0, precision="certified")
+    print([int(stats.fell_back.sum()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before])
+"""
+
+# Every sweep in turn but for its figures, [folder, questions per part, options]: the peak of the resident set and that
+# of objects and tables, kB, when an eighth of the questions is asked and when all are; and of the resident set at the
+# end.
+SWEEPS = f"""{RESIDENT}
+import json, tracemalloc
+import pyarrow, torch
+from refinelens.report import tables as outputs
+from refinelens.sweeping import sweep
+torch.set_num_threads(1)  # models so small gain nothing from more
+outputs.draw_figures = lambda *drawn: None
+def report(progress):
+    global tables
+    tables = max(tables, pyarrow.total_allocated_bytes())
+    if progress.done == 0:
+        tracemalloc.start()  # the task is loaded: from here on nothing should stay
+    elif progress.done in (progress.questions // 8, progress.questions):
+        peaks.append((resident(), (tracemalloc.get_traced_memory()[1] + tables) // 1024))
+    if progress.done == progress.questions:
+        tracemalloc.stop()
+for folder, questions_per_part, options in json.loads(sys.argv[1]):
+    sweep.QUESTIONS_PER_PART = questions_per_part
+    peaks, tables = [], 0
+    sweep.run_sweep(sweep.SweepOptions(documents=(3,), device="cpu", **options), folder, report=report)
+    print(json.dumps([peaks, resident()]))
+"""
+
+
+def printed(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_op_never_holds_rows_by_vocabulary(backend):
+    """Whole logits would be 823 MB."""
+    (growth,) = printed(OP, backend)
+    assert growth < 40_000
+
+
+def test_certified_ranks_hold_no_tokens_of_rows_that_fall_back():
+    """Lists of all rows would be 161 MB; those of rows that do not fall back are 42, and 4 more of each thread."""
+    (all_equal, equal), (none, most) = printed(CERTIFIED)
+    assert (all_equal, none) == (1024, 0)
+    assert equal < 20_000 and most < 80_000
+
+
+@pytest.fixture(scope="session")
+def peaks(tiny_model, question_file, tmp_path_factory):
+    """What `SWEEPS` prints of each of these, by name: one process for all, and that which leaks comes last."""
+    folder = tmp_path_factory.mktemp("memory")
+
+    def sweep(times, model=tiny_model, **options):
+        path = folder / f"{times}.jsonl"
+        path.write_text("\n".join(question_file.read_text().splitlines() * times))
+        return {"model": str(model), "task": str(path), "batch_size": "1", **options}
+
+    sweeps = {"questions": (8, sweep(12)), "every token": (8, sweep(4, positions="all"))}
+    for n_layer, contexts in ((2, 1), (12, 3)):
+        model = save_tiny_model(folder / f"model{n_layer}", vocab_size=60_000, n_layer=n_layer, n_embd=8)
+        sweeps[f"{n_layer} layers"] = 8, sweep(1, model, batch_size=str(contexts))
+    sweeps["leak"] = 10**9, sweep(12, batch_size="3", reuse_prefix="off")
+    given = [(str(folder / name), *options) for name, options in sweeps.items()]
+    return dict(zip(sweeps, printed(SWEEPS, json.dumps(given)), strict=True))
+
+
+def growth(peaks):
+    """From the first eighth of the questions to all: peak resident set, and objects and tables, kB."""
+    (resident, objects), (last_resident, last_objects) = peaks[0]
+    return last_resident - resident, last_objects - objects
+
+
+def test_sweep_does_not_grow_with_questions(peaks):
+    """From 9 to 72: what stays is the normalised text of the passages; holding every row would show."""
+    (resident, objects), (_, leaking) = growth(peaks["questions"]), growth(peaks["leak"])
+    assert resident < 25_000
+    assert objects < 500 < leaking, f"objects grow by {objects} kB, and by {leaking} kB when rows are kept"
+
+
+def test_reading_every_token_does_not_grow_with_questions(peaks):
+    """From 3 to 24 questions: only the rows of one of them are held."""
+    resident, objects = growth(peaks["every token"])
+    assert resident < 25_000 and objects < 600
+
+
+def test_sweep_does_not_grow_with_layers_times_positions_times_vocabulary(peaks):
+    """All logits of a batch would be 60,000 ids x 4 bytes x (3 or 13 layers) x (1 or 3 contexts) x 3 tokens."""
+    grown = peaks["12 layers"][1] - peaks["2 layers"][1]
+    assert 60_000 * 4 * (13 * 3 - 3 * 1) * 3 / 1024 > 25_000 > grown

@@ -1,0 +1,591 @@
+"""The sweep on a tiny model: every output, pairing, teacher forcing, batching, interrupts and full disks."""
+
+import csv
+import errno
+import json
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refinelens.config import LayerOptions, SweepOptions
+from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
+from refinelens.data.tasks import DistractorSource, load_task
+from refinelens.errors import FaultError, InputError
+from refinelens.layers.analysis import run_layers
+from refinelens.report.summary import summarise
+from refinelens.store import results
+from refinelens.store.folder import LOCK, RunLock
+from refinelens.store.results import PREDICTIONS, open_run
+from refinelens.store.trajectory import choose_tokens, read_trajectories
+from refinelens.sweeping.sweep import SweepInputs, SweepInterrupted, resume_sweep, run_sweep
+from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
+
+TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
+OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
+KEYS = [name for name, _ in results.KEYS]
+pytestmark = pytest.mark.usefixtures("quick")  # `finished`, which is swept before, has figures
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, question_file):
+    return SweepOptions(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
+
+
+def predictions(run):
+    return pq.read_table(run.path / "predictions").to_pylist()
+
+
+def test_all_outputs_are_there(finished):
+    assert {p.name for p in finished.path.iterdir()} == OUTPUTS
+    assert not any(b"\r" in path.read_bytes() for path in finished.path.glob("*.csv"))
+    table = pq.read_table(finished.path / "predictions" / "part-00000.parquet")
+    assert table.schema.equals(PREDICTIONS)
+    tokens = {0: 1, 1: 2, 2: 1, 3: 3, 4: 1, 5: 1}  # answers of one, two and three words
+    assert table.num_rows == sum(tokens.values()) * (2 + 4)
+    keys = {tuple(row[k] for k in KEYS) for row in table.to_pylist()}
+    contexts = [(n, p) for n in (2, 4) for p in range(n)]
+    assert keys == {(q, n, p, t, "plain") for q, count in tokens.items() for n, p in contexts for t in range(count)}
+
+
+def test_a_token_for_unknown_words_may_begin_every_text(options, tmp_path):
+    """As OPT's does: it says nothing of the words of the questions."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    unknown = tokenizer.unk_token_id
+    begin = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", unknown)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    folder = save_tiny_model(tmp_path / "model", tokenizer=tokenizer)
+    inputs = SweepInputs.load(replace(options, model=str(folder)))
+    ids = inputs.builder().build(inputs.questions[0]).contexts[0].input_ids
+    assert ids[0] == unknown and inputs.loaded.tokenizer("red")["input_ids"][0] == unknown
+
+
+def test_replaced_passages_are_counted(options, finished, question_file, tmp_path):
+    """Once a question, those of its largest context."""
+    record, *others = map(json.loads, question_file.read_text().splitlines())
+    texts = ("a red door .", "a white door .", "the gate is red .")
+    record["ctxs"] += [{"title": "own", "text": text, "isgold": False} for text in texts]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (record, *others)))
+    run = run_sweep(replace(options, task=str(path)), tmp_path / "run")
+    assert run.manifest["counts"]["passages_replaced"] == 2
+    assert finished.manifest["counts"]["passages_replaced"] == 0
+
+
+def test_predictions_are_the_models_own(finished, tiny_model, question_file):
+    """Rows are recomputed from a plain forward pass over the teacher-forced context."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    task = load_task(str(question_file))
+    question = task.questions[3]
+    distractors = DistractorSource(task, seed=0).choose(question, 3)
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, distractors, 2)
+    rows = [r for r in predictions(finished) if (r["question_id"], r["documents"], r["gold_position"]) == (3, 4, 2)]
+    assert [r["answer_text"] for r in rows] == ["black", "iron", "gate"]
+    with torch.no_grad():
+        logits = model(torch.tensor([context.input_ids])).logits[0, list(context.answer_span.positions)]
+    log_p = logits.log_softmax(-1)
+    for token, row in enumerate(rows):
+        answer = context.answer_ids[token]
+        assert row["target_id"] == row["answer_id"] == answer
+        assert row["argmax"][-1] == int(logits[token].argmax())
+        assert row["argmax_text"][-1] == tokenizer.decode([row["argmax"][-1]])
+        assert row["target_rank"][-1] == int((logits[token] > logits[token, answer]).sum())
+        assert row["target_logprob"][-1] == pytest.approx(float(log_p[token, answer]), abs=1e-4)
+        assert row["max_logprob"][-1] == pytest.approx(float(log_p[token].max()), abs=1e-4)
+        entropy = float(-(log_p[token].exp() * log_p[token]).sum())
+        assert row["entropy"][-1] == pytest.approx(entropy, abs=1e-4)
+        assert all(len(row[name]) == 4 for name in ("argmax", "target_rank", "entropy", "kl", "argmax_text"))
+
+
+def test_trajectories_and_summary_follow_from_predictions(finished):
+    rows = {tuple(r[k] for k in KEYS): r for r in predictions(finished)}
+    table = pq.read_table(finished.path / "trajectories.parquet").to_pylist()
+    assert len(table) == len(rows)
+    for row in table:
+        correct = [rank == 0 for rank in rows[tuple(row[k] for k in KEYS)]["target_rank"]]
+        assert row["first_correct"] == (correct.index(True) if any(correct) else None)
+        assert (row["settle"] is None) == (row["depth"] is None) == (not correct[-1]) == (not row["final_correct"])
+        assert row["answer_correct"] == correct[-1] and row["top"] == 1
+        logprobs = rows[tuple(row[k] for k in KEYS)]["target_logprob"]
+        assert len(row["logprob_gain"]) == 3
+        assert sum(row["logprob_gain"]) == pytest.approx(logprobs[-1] - logprobs[0], abs=1e-4)
+    with (finished.path / "summary.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(int(r["documents"]), int(r["gold_position"])) for r in lines] == [(n, p) for n in (2, 4) for p in range(n)]
+    for line in lines:
+        cell = [
+            r
+            for r in table
+            if r["answer_token"] == 0
+            and (r["documents"], r["gold_position"]) == (int(line["documents"]), int(line["gold_position"]))
+        ]
+        assert int(line["n"]) == len(cell) == 6
+        assert float(line["accuracy"]) == pytest.approx(np.mean([r["answer_correct"] for r in cell]), rel=1e-5)
+        depths = [r["depth"] for r in cell if r["depth"] is not None]
+        if depths:
+            assert float(line["mean_depth"]) == pytest.approx(np.mean(depths), rel=1e-5)
+        else:
+            assert line["mean_depth"] == ""
+
+
+def test_manifest_repeats_the_run(finished, options, tmp_path):
+    manifest = finished.manifest
+    assert manifest["status"] == "finished" and manifest["counts"]["done"] == 6
+    assert manifest["started"] <= manifest["finished"]
+    assert manifest["model"]["parity"]["argmax_equal"] and len(manifest["task"]["sha256"]) == 64
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["arguments"].items()}
+    again = run_sweep(SweepOptions(**arguments), tmp_path / "again")
+    assert predictions(again) == predictions(finished)
+    for name in ("config_sha256", "weights_sha256"):
+        assert again.manifest["model"][name] == manifest["model"][name]
+
+
+def test_other_weights_have_another_hash(finished, options, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[17, 101] += 1e-3  # one of 4,096 values; 1,024 are sampled
+    model.save_pretrained(folder)
+    other = run_sweep(replace(options, model=str(folder), examples=1), tmp_path / "run").manifest["model"]
+    assert other["weights_sha256"] != finished.manifest["model"]["weights_sha256"]
+    assert other["config_sha256"] == finished.manifest["model"]["config_sha256"]
+
+
+@pytest.mark.parametrize("batch_size", ["3", "64"])
+def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_size):
+    batched = predictions(run_sweep(replace(options, batch_size=batch_size), tmp_path / "run"))
+    for ours, single in zip(batched, predictions(finished), strict=True):
+        assert ours["argmax"] == single["argmax"] and ours["target_rank"] == single["target_rank"]
+        np.testing.assert_allclose(ours["target_logprob"], single["target_logprob"], atol=1e-4)
+
+
+def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_path, monkeypatch):
+    """However many that are, the rows are the same; with few at a time a context is not divided."""
+    from refinelens.lens.logit_lens import LogitLens
+
+    read, calls = LogitLens.read, []
+
+    def spy(self, hidden, *arguments):
+        calls.append(hidden.shape[2])
+        return read(self, hidden, *arguments)
+
+    monkeypatch.setattr(LogitLens, "read", spy)
+    run_sweep(options, tmp_path / "run")
+    tokens = [1, 2, 1, 3, 1, 1]  # answers of one, two and three words
+    assert calls == [n * (2 + 4) for n in tokens]
+    calls.clear()
+    monkeypatch.setattr("refinelens.sweeping.predict.ROWS_AT_A_TIME", 1)
+    single = run_sweep(options, tmp_path / "single")
+    assert calls == [n for n in tokens for _ in range(2 + 4)]
+    for ours, theirs in zip(predictions(finished), predictions(single), strict=True):
+        exact = {name: value for name, value in ours.items() if name not in ("kl", "target_logprob", "entropy")}
+        assert exact == {name: theirs[name] for name in exact}
+        np.testing.assert_allclose(ours["kl"], theirs["kl"], atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sweep_on_a_gpu(finished, options, tmp_path):
+    run = run_sweep(replace(options, device="auto", dtype="float32"), tmp_path / "run")
+    assert run.manifest["model"]["backend"] == "triton" and run.manifest["model"]["device"] == "cuda"
+    for ours, on_cpu in zip(predictions(run), predictions(finished), strict=True):
+        assert ours["argmax"][-1] == on_cpu["argmax"][-1]
+        np.testing.assert_allclose(ours["target_logprob"], on_cpu["target_logprob"], atol=1e-2)
+
+
+def test_prediction_as_target(options, tmp_path):
+    run = run_sweep(replace(options, target="prediction"), tmp_path / "run")
+    for row in predictions(run):
+        assert row["target_id"] == row["argmax"][-1] and row["target_rank"][-1] == 0
+    table = pq.read_table(run.path / "trajectories.parquet").to_pylist()
+    assert all(r["final_correct"] and r["settle"] is not None for r in table)
+    by_key = {tuple(r[k] for k in KEYS): r for r in predictions(run)}
+    for r in table:
+        row = by_key[tuple(r[k] for k in KEYS)]
+        assert r["answer_correct"] == (row["answer_id"] == row["target_id"])
+
+
+def test_an_identity_lens_is_the_plain_one(options, tiny_model, tmp_path):
+    """Two lenses of one sweep, read from the same forward passes, in the order given."""
+    folder = save_tiny_lens(tmp_path / "identity", tiny_model, scale=0)
+    run = run_sweep(replace(options, lens=(str(folder), "plain"), top=(5, 1)), tmp_path / "run")
+    assert [entry["name"] for entry in run.manifest["lenses"]] == ["identity", "plain"]
+    by_lens = {}
+    for row in predictions(run):
+        by_lens.setdefault(row.pop("lens"), []).append(row)
+    assert by_lens["identity"] == by_lens["plain"] and run.manifest["counts"]["rows"] == 2 * len(by_lens["plain"])
+    with (run.path / "summary.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    readings = [("identity", "5"), ("identity", "1"), ("plain", "5"), ("plain", "1")]
+    assert [(line.pop("lens"), line["top"]) for line in lines] == [reading for reading in readings for _ in range(6)]
+    assert lines[:12] == lines[12:]
+
+
+def test_a_random_lens_differs_below_the_output_only(finished, options, tiny_model, tmp_path):
+    folder = save_tiny_lens(tmp_path / "random", tiny_model, scale=0.5)
+    run = run_sweep(replace(options, lens=(str(folder),)), tmp_path / "run")
+    pairs = list(zip(predictions(run), predictions(finished), strict=True))
+    assert all(ours["target_rank"][-1] == plain["target_rank"][-1] for ours, plain in pairs)
+    assert all(abs(ours["kl"][-1]) < 1e-4 for ours, _ in pairs)
+    assert any(ours["target_rank"][:-1] != plain["target_rank"][:-1] for ours, plain in pairs)
+
+
+def test_several_thresholds_are_several_sweeps(options, tmp_path):
+    """Each threshold of a run equals a run of its own, rows of one prediction side by side."""
+    several = pq.read_table(run_sweep(replace(options, top=(1, 20, 9)), tmp_path / "run").path / "trajectories.parquet")
+    assert several.schema.equals(results.TRAJECTORIES)
+    rows = several.to_pylist()
+    assert [row["top"] for row in rows] == [1, 20, 9] * (len(rows) // 3)
+    for top in (1, 20, 9):
+        own = run_sweep(replace(options, top=(top,)), tmp_path / f"top{top}").path / "trajectories.parquet"
+        assert pq.read_table(own).to_pylist() == [row for row in rows if row["top"] == top]
+
+
+def test_all_answer_tokens_in_tables(finished):
+    table = read_trajectories(finished, (1,))
+    first, every = (summarise(choose_tokens(table, tokens), ("plain",), (1,), 3) for tokens in ("first", "all"))
+    assert [r.n for r in first] == [r.n for r in every] == [6] * 6
+    tokens = [r for r in table.to_pylist() if (r["documents"], r["gold_position"]) == (2, 0)]
+    assert len(tokens) == 9
+    assert every[0].share_censored.value == pytest.approx(1 - np.mean([r["final_correct"] for r in tokens]))
+
+
+def test_too_long_at_one_size_is_left_out_at_all_its_positions(finished, tmp_path, question_file):
+    """Room for the shortest contexts of four documents only: nothing is truncated, pairs stay whole."""
+    limit = min(r["n_tokens"] for r in predictions(finished) if r["documents"] == 4)
+    model = save_tiny_model(tmp_path / "model", n_positions=limit)
+    options = SweepOptions(model=str(model), task=str(question_file), documents=(2, 4), device="cpu")
+    run = run_sweep(options, tmp_path / "run")
+    rows = predictions(run)
+    left_out = run.manifest["counts"]["left_out"]
+    asked = {n: {r["question_id"] for r in rows if r["documents"] == n} for n in (2, 4)}
+    assert len(asked[2]) == 6 and 0 < len(asked[4]) < 6
+    assert left_out == {"4 documents: a context longer than the model's positions": sorted(set(range(6)) - asked[4])}
+    for n, questions in asked.items():
+        for question in questions:
+            positions = {r["gold_position"] for r in rows if (r["question_id"], r["documents"]) == (question, n)}
+            assert positions == set(range(n))
+    assert max(r["n_tokens"] for r in rows) <= limit
+
+
+def test_too_few_distractors_are_counted(options, tmp_path):
+    run = run_sweep(replace(options, documents=(2, 9)), tmp_path / "run")
+    assert run.manifest["counts"]["left_out"] == {"9 documents: too few passages without an answer": list(range(6))}
+    assert {r["documents"] for r in predictions(run)} == {2}
+
+
+def test_no_question_can_be_asked_and_the_old_run_stays(options, tmp_path):
+    old = run_sweep(replace(options, examples=1), tmp_path / "run")
+    before = predictions(old)
+    with pytest.raises(InputError, match="got none .6 at 9 documents: too few passages without an answer."):
+        run_sweep(replace(options, documents=(9,)), tmp_path / "run", overwrite=True)
+    assert predictions(old) == before
+
+
+def test_interrupt_keeps_finished_questions(options, tmp_path):
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(options, tmp_path / "run", report=stop)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == 2
+    assert len({r["question_id"] for r in predictions(run)}) == 2
+    assert {p.name for p in run.path.iterdir()} == OUTPUTS
+
+
+def test_interrupt_before_anything_is_finished(options, tmp_path):
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SweepInterrupted) as interrupt:
+        run_sweep(options, tmp_path / "run", report=stop)
+    assert interrupt.value.run is None and not (tmp_path / "run").exists()
+
+
+def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
+    from refinelens.lens.logit_lens import LogitLens
+
+    hidden, calls = LogitLens.hidden, []
+
+    def broken(self, *arguments):
+        calls.append(arguments)
+        return hidden(self, *arguments).fill_(float("nan")) if len(calls) == 8 else hidden(self, *arguments)
+
+    monkeypatch.setattr(LogitLens, "hidden", broken)
+    options = replace(options, reuse_prefix="off")  # one call per context, in order
+    with pytest.raises(FaultError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
+        run_sweep(options, tmp_path / "run")
+    assert open_run(tmp_path / "run").manifest["counts"]["done"] == 1
+    good = predictions(run_sweep(options, tmp_path / "good"))
+    calls.clear()
+    with pytest.raises(FaultError, match="question 1"):
+        run_sweep(options, tmp_path / "good", overwrite=True)
+    assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
+
+
+@pytest.mark.parametrize("generate", [0, 3])
+def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, generate):
+    """Whether the lens finds it, which reads all contexts of a question at once, or generation before."""
+    from refinelens.lens.logit_lens import LogitLens
+
+    hidden, broken = LogitLens.hidden, []
+
+    def break_one(self, ids, *rest):
+        states = hidden(self, ids, *rest)
+        broken.extend([ids[4].tolist()] if not broken else [])
+        for row, own in enumerate(ids.tolist()):
+            if all(a == b for a, b in zip(own, broken[0], strict=False)):  # but for padding
+                states[:, row] = float("nan")
+        return states
+
+    monkeypatch.setattr(LogitLens, "hidden", break_one)
+    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: .* got NaN"):
+        run_sweep(replace(options, batch_size="6", generate=generate, dtype="float32"), tmp_path / "run")
+
+
+def test_disk_full_while_writing(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
+    write_table, calls = pq.write_table, []
+
+    def full(table, where, **kwargs):
+        calls.append(where)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_table(table, where, **kwargs)
+
+    monkeypatch.setattr(results.pq, "write_table", full)
+    with pytest.raises(FaultError, match="no free disk left; what was written stays readable; .* sweep --resume"):
+        run_sweep(options, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
+    assert len({r["question_id"] for r in predictions(run)}) == 2
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkeypatch):
+    old = run_sweep(replace(options, examples=2), tmp_path / "run")
+    before = {path: path.read_bytes() for path in old.path.rglob("*.*")}
+
+    def full(table, where, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.pq, "write_table", full)
+    for out in (old.path, tmp_path / "new"):
+        with pytest.raises(FaultError, match="no free disk left"):
+            run_sweep(options, out, overwrite=True)
+    assert {path: path.read_bytes() for path in old.path.rglob("*.*")} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
+    """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
+    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
+    other = replace(options, seed=7, examples=1)
+
+    def start_another(progress):
+        if progress.done == 3:
+            with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
+                run_sweep(other, tmp_path / "run", overwrite=True)
+
+    run_sweep(options, tmp_path / "run", report=start_another)
+
+    def remove_the_lock(progress):
+        if progress.done == 3:
+            (tmp_path / "run" / LOCK).unlink()
+            run_sweep(other, tmp_path / "run", overwrite=True)
+
+    with pytest.raises(FaultError, match="expected this sweep's own run, got another that replaced it$"):
+        run_sweep(options, tmp_path / "run", overwrite=True, report=remove_the_lock)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["arguments"]["seed"] == 7 and run.manifest["status"] == "finished"
+    assert predictions(run) == predictions(run_sweep(other, tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
+    from refinelens.sweeping.predict import Predictor
+
+    read, sizes = Predictor._states, []
+
+    def small_machine(self, batch):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise error
+        return read(self, batch)
+
+    monkeypatch.setattr(Predictor, "_states", small_machine)
+    most, said = 1, []
+    run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
+    assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
+    assert set(sizes[3:]) == {1}, "what was found to fit is kept"
+    assert "out of memory with 6 contexts of" in said[0] and "from here on at most 3 at a time" in said[0]
+    assert "from here on at most 1 at a time" in said[1] and len(said) == 2
+    assert run.manifest["contexts_at_a_time_at_most"] == 1
+    most = 0
+    with pytest.raises(FaultError, match="expected memory for one context of"):
+        run_sweep(options, tmp_path / "none")
+
+
+def test_equal_questions_are_said(options, question_file, tmp_path):
+    """A line for all of them, and none where questions differ in their answers alone."""
+    line, *others = question_file.read_text().splitlines()
+    path = tmp_path / "equal.jsonl"
+    for text, words in (
+        ([line] * 3, "3 questions, 1 of them distinct;"),
+        ([line, *others[:2], line], "4 questions, 3 of them distinct;"),
+        ([line, line.replace('"answers": ["red"]', '"answers": ["red", "door"]')], None),
+    ):
+        path.write_text("\n".join(text))
+        said = []
+        run_sweep(replace(options, task=str(path), documents=(1,)), tmp_path / "run", overwrite=True, warn=said.append)
+        assert len(said) == (words is not None) and all(f"--task {path}: {words}" in one for one in said)
+
+
+def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
+    """Else a GPU would try the smaller batch beside the tensors of the larger one."""
+    from refinelens.sweeping.predict import Predictor
+
+    read, held = Predictor._states, []
+
+    def small_machine(self, batch):
+        assert all(tensor() is None for tensor in held)
+        states = torch.zeros(4)
+        held.append(weakref.ref(states))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, batch)
+
+    monkeypatch.setattr(Predictor, "_states", small_machine)
+    run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
+    assert len(held) > 2
+
+
+def test_any_other_fault_keeps_finished_questions(options, tmp_path):
+    def fault(progress):
+        if progress.done == 4:
+            raise RuntimeError("a fault in a driver")
+
+    with pytest.raises(RuntimeError, match="driver"):
+        run_sweep(options, tmp_path / "run", report=fault)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "failed" and len({r["question_id"] for r in predictions(run)}) == 4
+
+
+def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypatch):
+    usage = results.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match="MB of free disk, got 0.0 MB"):
+        run_sweep(options, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_is_protected(finished, options, tmp_path):
+    before = json.dumps(finished.manifest)
+    with pytest.raises(InputError, match="arguments that is finished; see it with refinelens show .*, choose another"):
+        run_sweep(options, finished.path)
+    with pytest.raises(InputError, match=r"other arguments \(seed 0 there, 1 here\)"):
+        run_sweep(replace(options, seed=1), finished.path)
+    assert json.dumps(finished.manifest) == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="expected a new folder or a run to overwrite"):
+        run_sweep(options, mine, overwrite=True)
+    (mine / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(InputError, match="got other files, such as thesis.txt"):
+        run_sweep(options, mine, overwrite=True)
+    (mine / "thesis.txt").rename(tmp_path / "thesis.txt")
+    with pytest.raises(InputError, match="expected the manifest of a run, got something else"):
+        run_sweep(options, mine, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious" and len(list(mine.iterdir())) == 1
+
+
+def test_a_run_of_an_older_schema_is_refused_but_may_be_overwritten(options, tmp_path):
+    run = run_sweep(replace(options, examples=1), tmp_path / "run")
+    run.write_manifest(run.manifest | {"schema_version": 1, "refinelens_version": "0.0.9"})
+    with pytest.raises(InputError, match="make the run again with a sweep, or read it with the refinelens .* .0.0.9."):
+        open_run(run.path)
+    again = run_sweep(replace(options, examples=1), run.path, overwrite=True)
+    assert again.manifest["schema_version"] == results.SCHEMA_VERSION
+
+
+def test_overwrite_replaces_a_run(options, tmp_path):
+    run_sweep(replace(options, examples=3), tmp_path / "run")
+    run = run_sweep(replace(options, examples=1), tmp_path / "run", overwrite=True)
+    assert len({r["question_id"] for r in predictions(run)}) == 1
+
+
+def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
+    """And nothing else: no file that an analysis does not have, none of another program, none that somebody writes."""
+    run = run_sweep(replace(options, examples=2), tmp_path / "run")
+    layers = run.path / "layers"
+
+    def overwritten():
+        return run_sweep(replace(options, examples=2), run.path, overwrite=True)
+
+    run_layers(run.path, LayerOptions(()))
+    (layers / "notes.txt").write_text("precious")
+    before = {file.name for file in layers.iterdir()}
+    run = overwritten()
+    assert {file.name for file in layers.iterdir()} == before
+    (layers / "notes.txt").unlink()
+    with RunLock(layers):
+        run = overwritten()
+    assert {file.name for file in layers.iterdir()} == before - {"notes.txt"}
+    run = overwritten()
+    assert not layers.exists()
+    layers.mkdir()
+    (layers / "manifest.json").write_text('{"name": "an app"}')
+    run = overwritten()
+    assert (layers / "manifest.json").exists()
+    (layers / "manifest.json").unlink()
+    run_layers(run.path, LayerOptions(()))
+    (layers / "parts").mkdir()
+    (layers / "parts" / "notes.txt").write_text("precious")
+    run = overwritten()
+    assert [file.name for file in layers.iterdir()] == ["parts"], "the analysis goes, the notes stay"
+    assert (layers / "parts" / "notes.txt").read_text() == "precious"
+
+
+def test_a_resume_keeps_the_analysis(options, tmp_path):
+    """Also where all of the run's parts were damaged."""
+    run = run_sweep(replace(options, examples=2), tmp_path / "run")
+    run_layers(run.path, LayerOptions(()))
+    before = {file: file.read_bytes() for file in (run.path / "layers").iterdir()}
+    run.part_path(0).unlink()
+    assert resume_sweep(run.path).manifest["status"] == "finished"
+    assert {file: file.read_bytes() for file in (run.path / "layers").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"documents": (-1,)}, "--documents: expected closed-book, oracle or sizes such as 5,10, got '-1'"),
+        ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
+        ({"seed": -1}, "--seed: expected 0 or more, got -1"),
+        ({"top": (0,)}, "--top: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '0'"),
+        ({"top": (5, 5)}, "each once, got '5,5'"),
+        ({"lens": ("plain", "plain")}, "--lens: expected plain or folders, each once"),
+        ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
+        ({"target": "gold"}, "--target: expected answer, prediction, got 'gold'"),
+        ({"positions": "last"}, "--positions: expected answer, all, got 'last'"),
+        ({"answer_tokens": "last"}, "--answer-tokens: expected first, all, got 'last'"),
+        ({"dtype": "float64"}, "--dtype: expected auto, float32, float16, bfloat16, got 'float64'"),
+    ],
+)
+def test_bad_options(options, change, message):
+    with pytest.raises(InputError, match=message):
+        replace(options, **change)

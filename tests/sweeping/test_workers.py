@@ -1,0 +1,254 @@
+"""Several processes ask one sweep's questions: the same run, whatever befalls them."""
+
+import errno
+import os
+import re
+import shutil
+import signal
+from multiprocessing import Pipe
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from faults import errors_in, wait_for
+from refinelens.cli import main
+from refinelens.config import SweepOptions
+from refinelens.errors import FaultError, InputError
+from refinelens.machine import PACKAGE_ROOT, module_path
+from refinelens.store.results import open_run
+from refinelens.sweeping.manifest import RunSpec
+from refinelens.sweeping.workers import Workers, _Worker, check_workers
+
+HAS_PROC = Path("/proc/self/stat").exists()
+FAULT_FREE = {"part": 4, "figures": False}
+
+
+@pytest.fixture(scope="module")
+def task(question_file, tmp_path_factory):
+    """18 questions."""
+    path = tmp_path_factory.mktemp("task") / "task.jsonl"
+    lines = question_file.read_text().splitlines()
+    words = ("given", "high", "quality")
+    path.write_text("\n".join(line.replace(" door", f" {word} door") for word in words for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_model, task):
+    """The command line of a sweep, less the folder."""
+    return ["sweep", *map(str, ["--model", tiny_model, "--task", task, "--documents", "2,3", "--device", "cpu"])]
+
+
+@pytest.fixture(scope="module")
+def whole(fork_server, sweep, tmp_path_factory):
+    """The sweep by one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert fork_server.run(*sweep, "--out", folder / "run", log=folder / "log", **FAULT_FREE) == 0
+    return open_run(folder / "run")
+
+
+@pytest.fixture
+def by_workers(fork_server, sweep, tmp_path):
+    """Starts the sweep with this many workers, which meet what ``faults`` say; pid, log and their folder of traces."""
+
+    def start(count, *faults, options=()):
+        folder, log = tmp_path / "faults", tmp_path / "log"
+        folder.mkdir()
+        for fault in faults:
+            (folder / fault).touch()
+        command = [*sweep, "--workers", count, "--out", tmp_path / "run", *options]
+        return fork_server.start(*command, log=log, workers_meet=str(folder), **FAULT_FREE), log, folder
+
+    return start
+
+
+@pytest.fixture
+def finish(fork_server, whole, tmp_path):
+    """Goes on with the sweep, once the fault is gone, and compares."""
+
+    def resume(*options):
+        command = ["sweep", "--resume", tmp_path / "run", *options]
+        fault = {"workers_meet": str(tmp_path / "faults")} if options else {}
+        assert fork_server.run(*command, log=tmp_path / "log", **FAULT_FREE, **fault) == 0
+        assert_same(tmp_path / "run", whole)
+
+    return resume
+
+
+def assert_same(path, whole):
+    """Every byte that tells of predictions, and every sum."""
+    run = open_run(path)
+    assert run.manifest["status"] == "finished"
+    assert run.manifest["parts"] == whole.manifest["parts"] and run.manifest["counts"] == whole.manifest["counts"]
+    assert run.manifest["prefix_reuse"]["used"] == whole.manifest["prefix_reuse"]["used"]
+    for name in ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def only_error(log):
+    (line,) = errors_in(log)
+    return line
+
+
+def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch, quick):
+    """Started as they are for users; the last part is short."""
+    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # as the run they are compared with has
+    assert main([*sweep, "--workers", "2", "--out", str(tmp_path / "run")]) == 0
+    assert_same(tmp_path / "run", whole)
+    assert open_run(tmp_path / "run").manifest["workers"] == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_killed_worker_loses_nothing(fork_server, by_workers, whole, tmp_path):
+    pid, log, faults = by_workers(3, "kill-5", "kill-11")
+    assert fork_server.wait(pid) == 0
+    assert_same(tmp_path / "run", whole)
+    said = r"refinelens: worker \d+ was ended by SIGKILL; its question goes to another; {} of 3 left"
+    for left, line in zip((2, 1), errors_in(log), strict=True):
+        assert re.fullmatch(said.format(left), line)
+    assert not list(faults.glob("kill-*"))
+
+
+def test_a_question_that_kills_every_worker(fork_server, by_workers, finish, tmp_path):
+    """What was finished before it is kept; with the cause gone a resume, also by workers, lacks nothing."""
+    pid, log, faults = by_workers(2, "always-kill-9")
+    assert fork_server.wait(pid) == 1
+    line = errors_in(log)[-1]
+    assert "--workers 2: expected one that lives, got none; the last of them was ended by SIGKILL; refinelens" in line
+    assert open_run(tmp_path / "run").manifest["counts"]["done"] == 9
+    (faults / "always-kill-9").unlink()
+    finish("--workers", 2)
+    assert open_run(tmp_path / "run").manifest["resumed"][0]["workers"] == 2
+
+
+def test_an_exception_in_a_worker(fork_server, by_workers, finish, tmp_path):
+    pid, log, _ = by_workers(2, "raise-9")
+    assert fork_server.wait(pid) == 1
+    line = only_error(log)
+    assert f"question 9: RuntimeError: a fault in a driver; refinelens sweep --resume {tmp_path}" in line
+    finish()
+
+
+def test_no_room_for_a_process(sweep, tmp_path, capfd, monkeypatch):
+    """What is said is about processes, not about the disk, and the one that was started ends."""
+    ended = []
+    first = SimpleNamespace(pid=0, kill=lambda: ended.append(first), wait=lambda: -signal.SIGKILL)
+    answers = iter([first, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")])
+
+    def start(environment, descriptor):
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("refinelens.sweeping.workers.start_process", start)
+    assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 1
+    said = "--workers 3: expected 3 processes, could not start number 2: Resource temporarily unavailable; use fewer"
+    assert capfd.readouterr().err == f"refinelens: {said}\n"
+    assert ended == [first] and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_a_worker_cannot_use():
+    """It is said to be the worker's, not one of the run's."""
+    ours, theirs = Pipe()
+    theirs.send(OSError(errno.EMFILE, "Too many open files"))
+    with pytest.raises(FaultError, match=r"^worker 7: OSError: \[Errno 24\] Too many open files$"):
+        _Worker(SimpleNamespace(pid=7), ours).receive()
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_every_question_finish(fork_server, by_workers, finish, tmp_path, signum, code):
+    """Two are asked when it comes, to the workers too; both are there afterwards, and no worker is."""
+    pid, log, faults = by_workers(2, "hold-8", "hold-9")
+    wait_for(lambda: all((faults / f"holds-{i}").exists() for i in (8, 9)))
+    workers = pids_in(faults)
+    for each in (*workers, pid):
+        os.kill(each, signum)
+    wait_for((tmp_path / "log.heard").exists)
+    for i in (8, 9):
+        (faults / f"hold-{i}").unlink()
+    assert fork_server.wait(pid) == code
+    assert "interrupted; the finished questions stay readable" in only_error(log)
+    assert open_run(tmp_path / "run").manifest["counts"]["done"] == 10
+    assert len(workers) == 2 and not any(map(is_alive, workers))
+    finish()
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="the system does not say whether a process runs")
+def test_workers_do_not_outlive_a_killed_sweep(fork_server, by_workers, finish, tmp_path):
+    pid, _, faults = by_workers(2, "hold-9")
+    wait_for(lambda: (faults / "holds-9").exists() and open_run(tmp_path / "run").manifest["parts"])
+    os.kill(pid, signal.SIGKILL)
+    assert fork_server.wait(pid) == -signal.SIGKILL
+    (faults / "hold-9").unlink()
+    wait_for(lambda: not any(map(is_alive, pids_in(faults))))
+    finish()
+
+
+def test_a_worker_compares_what_it_loads(fork_server, by_workers, tmp_path, tiny_model):
+    """A model that changes while the sweep starts is not asked."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    pid, log, faults = by_workers(2, "hold-start", options=["--model", model])
+    wait_for((faults / "holds-start").exists)
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 0.001'))
+    (faults / "hold-start").unlink()
+    assert fork_server.wait(pid) == 2
+    assert f"--out {tmp_path / 'run'}: expected model.config_sha256" in only_error(log)
+    assert not (tmp_path / "run").exists()
+
+
+def pids_in(folder):
+    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+
+
+def is_alive(pid):
+    """Whether a process runs, a zombie not counted; on a system without /proc no process does."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
+    def environments(device, count):
+        workers = Workers(SweepOptions(), RunSpec(tmp_path, {"model": {"device": device}}, "--out"), count, pytest.fail)
+        return [workers._environment(i, count) for i in range(count)]
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [e["OMP_NUM_THREADS"] for e in environments("cpu", 3)] == ["2"] * 3
+    assert {e["OMP_NUM_THREADS"] for e in environments("cpu", 9)} == {"1"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("cuda", 3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("cuda", 2)] == ["3", "GPU-5a"]
+
+
+def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
+    """Started from a folder whose modules have names of the standard library, a real one answers."""
+    for name in ("tempfile", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
+    monkeypatch.chdir(tmp_path)
+    workers = Workers(SweepOptions(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "--out"), 1, pytest.fail)
+    worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor spec", None, None))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        worker.receive()
+    assert worker.process.wait() == 0
+    worker.end()
+
+
+def test_a_process_imports_this_package(monkeypatch):
+    """Wherever it was found: on the path, or by the current folder or an import hook."""
+    monkeypatch.setattr("sys.path", ["", "/first", PACKAGE_ROOT, "/last"])
+    assert module_path() == {"PYTHONPATH": os.pathsep.join(["/first", PACKAGE_ROOT, "/last"])}
+    monkeypatch.setattr("sys.path", ["", "/first"])
+    assert module_path() == {"PYTHONPATH": os.pathsep.join([PACKAGE_ROOT, "/first"])}
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_such_number(count):
+    with pytest.raises(InputError, match=f"--workers: expected 1 or more processes, got {count}"):
+        check_workers(count)
