@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0, 1 for a fault or a benchmark that finds the op wrong or failing, 2 for input that does not fit, 130 and 143 for
-    a sweep that SIGINT (Ctrl-C) and SIGTERM stopped.
+    a sweep, an analysis or a fit that SIGINT (Ctrl-C) and SIGTERM stopped.
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
@@ -107,14 +107,14 @@ def _watch(sweep: Callable[..., Run]) -> int:
 
     from .progress import sweep_progress
     from .report.tables import print_table
-    from .sweeping.sweep import SweepInterrupted
+    from .store.process import Interrupted
 
     code, summary = 0, []
     try:
         with sweep_progress(Console(stderr=True)) as report:
             run = sweep(report=report, summary=summary.append, warn=_say)
-    except SweepInterrupted as stop:
-        code, run = 128 + stop.signum, stop.run
+    except Interrupted as stop:
+        code, run = 128 + stop.signum, stop.folder
         kept = "no question was finished and nothing was written"
         if run:
             kept = f"the finished questions stay readable, refinelens sweep --resume {run.path} goes on with them"
@@ -136,13 +136,13 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .layers.analysis import how_to_resume, run_layers
     from .layers.report import print_layers
     from .progress import fit_progress
-    from .sweeping.sweep import SweepInterrupted
+    from .store.process import Interrupted
 
     given = (arguments.folder, options, arguments.out, arguments.overwrite, ["refinelens", *argv])
     try:
         with fit_progress(Console(stderr=True)) as report:
             folder, found = run_layers(*given, report, _say)
-    except SweepInterrupted as stop:
+    except Interrupted as stop:
         _say(f"interrupted; {how_to_resume(arguments.overwrite)}")
         return 128 + stop.signum
     print_layers(Console(), found)
@@ -162,11 +162,16 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     if options.objective != "kl":
         check_idle(values, TRAINING, "--objective kl", options.objective)
     _calm_libraries()
-    from .fitting.fit import fit_lens
+    from .fitting.fit import HOW_TO_RESUME, fit_lens
     from .fitting.quality import print_quality
+    from .store.process import Interrupted
 
-    with fit_progress(Console(stderr=True)) as report:
-        fitted = fit_lens(options, arguments.out, arguments.overwrite, ["refinelens", *argv], report)
+    try:
+        with fit_progress(Console(stderr=True)) as report:
+            fitted = fit_lens(options, arguments.out, arguments.overwrite, ["refinelens", *argv], report)
+    except Interrupted as stop:
+        _say(f"interrupted; {HOW_TO_RESUME}")
+        return 128 + stop.signum
     print_quality(Console(), fitted.manifest)
     print(f"\n{arguments.out}: {', '.join(sorted(p.name for p in fitted.path.iterdir()))}")
     return 0
@@ -271,7 +276,7 @@ def _folder_of_its_own(arguments: argparse.Namespace) -> Iterator[str]:
         except FileExistsError:
             continue
         except OSError as error:
-            from .store.folder import disk_error
+            from .store.files import disk_error
 
             raise disk_error(out, error, begun=False) from None
     try:

@@ -27,7 +27,7 @@ from .machine import now
 from .model.identity import text_of
 from .op.vocabulary import lens_top_k
 from .report.findings import counted
-from .store.folder import write_output
+from .store.files import write_output
 from .store.frames import Choice
 from .store.results import Run
 from .sweeping.manifest import RunSpec

@@ -16,31 +16,41 @@ from torch import Tensor
 from .. import __version__
 from ..config import FitOptions
 from ..errors import FaultError, InputError
-from ..lens.files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
+from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, model_entry, save_lens
 from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
 from ..machine import now, packages
 from ..model.loading import LoadedModel, is_out_of_memory, load_model
-from ..store.folder import RunLock, disk_error, write_whole
-from ..store.results import check_disk
+from ..store.files import check_disk, disk_error, write_whole
+from ..store.folder import MANIFEST, Folder, MadeOf
+from ..store.process import Interrupted, RunLock, StopSignals
 from . import objectives
 from .objectives import Statistics, train
 from .quality import FIGURE, TABLE, draw_figure, measure, write_csv
 from .text import Split, States, Text, load_text
 
-NAME = "statistics.safetensors"
+STATISTICS = "statistics.safetensors"
 CHECKPOINT_SECONDS = 60.0
 REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
-OUTPUTS = {MANIFEST, TENSORS, TABLE, FIGURE, NAME}
+BEGIN_AGAIN = "pass --overwrite to begin again"
+HOW_TO_RESUME = "the same command goes on from the last checkpoint, if there is one"
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class LensFolder(Folder):
+    """A lens, which its manifest makes whole; before that, the statistics that a fit goes on from."""
+
+    NAME = "a lens"
+    DERIVED = (TENSORS, TABLE, FIGURE, STATISTICS)
+    MARKS = (MANIFEST, STATISTICS)
 
 
 def save(folder: Path, identity: dict, done: int, fit: Statistics, choose: Statistics) -> None:
     """Write the statistics of the first ``done`` sequences."""
     tensors = fit.tensors("fit") | choose.tensors("choose")
     metadata = {"identity": json.dumps(identity), "done": str(done)}
-    write_whole(folder / NAME, lambda path: save_file(tensors, path, metadata))
+    write_whole(folder / STATISTICS, lambda path: save_file(tensors, path, metadata))
 
 
 def load(
@@ -52,7 +62,7 @@ def load(
         InputError: The file is of another fit (the first difference is named), or damaged, and must not be
             overwritten.
     """
-    if not (folder / NAME).exists():
+    if not (folder / STATISTICS).exists():
         return None
     try:
         return _read(folder, identity, device)
@@ -63,7 +73,7 @@ def load(
 
 
 def _read(folder: Path, identity: dict, device: torch.device) -> tuple[int, Statistics, Statistics]:
-    path = folder / NAME
+    path = folder / STATISTICS
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -72,15 +82,10 @@ def _read(folder: Path, identity: dict, device: torch.device) -> tuple[int, Stat
         state = [Statistics.from_tensors(tensors, prefix, device) for prefix in ("fit", "choose")]
         done = int(metadata["done"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--out {folder}: expected a whole {NAME}, got: {error}; pass --overwrite to begin again"
-        ) from None
+        raise InputError(f"--out {folder}: expected a whole {STATISTICS}, got: {error}; {BEGIN_AGAIN}") from None
+    made_of = MadeOf(folder, there, "--out", "the stopped fit", BEGIN_AGAIN)
     for key, value in identity.items():
-        if there.get(key) != value:
-            raise InputError(
-                f"--out {folder}: expected to go on with {key} {there.get(key)}, got {value}; pass --overwrite to "
-                "begin again"
-            )
+        made_of.require(key, value)
     return done, *state
 
 
@@ -114,21 +119,25 @@ def fit_lens(
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
         FaultError: No free disk or no memory; the same call goes on from the last checkpoint.
+        Interrupted: SIGINT or SIGTERM, after the current sequence and a checkpoint; a second one at once.
     """
     folder = Path(out)
-    _check_folder(out, folder)
-    with RunLock(folder):
-        if (folder / MANIFEST).exists() and not overwrite:
+    if folder.resolve().name in ("", PLAIN) or "," in folder.name or not out.strip():
+        raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
+    LensFolder(folder).check_foreign()
+    with StopSignals("the current sequence, then a checkpoint") as signals, RunLock(folder):
+        LensFolder(folder).remove_temporary()
+        if LensFolder(folder).exists and not overwrite:
             raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         logit_lens = LogitLens.from_model(loaded.model)
         check_disk(out, 2 * _statistics_bytes(logit_lens))
         try:
-            return Fitted(folder, _fit(options, folder, overwrite, argv, text, loaded, logit_lens, report))
+            return Fitted(folder, _fit(options, folder, overwrite, argv, text, loaded, logit_lens, report, signals))
         except OSError as error:
             fault = disk_error(out, error)
-            raise type(fault)(f"{fault}; the same command goes on from the last checkpoint") from None
+            raise type(fault)(f"{fault}; {HOW_TO_RESUME}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -146,13 +155,20 @@ def _fit(
     text: Text,
     loaded: LoadedModel,
     logit_lens: LogitLens,
-    report: Progress,
+    told: Progress,
+    signals: StopSignals,
 ) -> dict:
     """Fit and write everything; the manifest."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        told(stage, done, total)
+        signals.stop_if_received()
+
     started = time.monotonic()
     states = States(options, text, loaded, logit_lens)
     identity = _identity(options, text.sha256, loaded, states.split)
-    gathered = _gather(folder, identity, overwrite, states, logit_lens, report)
+    signals.finish_first()
+    gathered = _gather(folder, identity, overwrite, states, logit_lens, told, signals)
     lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
     quality = measure(logit_lens, _with_progress(states, states.split.report, report), {"plain": None, **lenses})
     manifest = {
@@ -169,7 +185,7 @@ def _fit(
     write_csv(folder, manifest)
     draw_figure(folder, manifest)
     manifest = save_lens(folder, lenses[options.objective], manifest)
-    (folder / NAME).unlink(missing_ok=True)
+    (folder / STATISTICS).unlink(missing_ok=True)
     return manifest
 
 
@@ -192,7 +208,13 @@ def _manifest(
 
 
 def _gather(
-    folder: Path, identity: dict, overwrite: bool, states: States, logit_lens: LogitLens, report: Progress
+    folder: Path,
+    identity: dict,
+    overwrite: bool,
+    states: States,
+    logit_lens: LogitLens,
+    report: Progress,
+    signals: StopSignals,
 ) -> tuple[Statistics, Statistics]:
     """Statistics of the sequences to fit on and to choose by, kept on disk from time to time and when all are read."""
     device = logit_lens.model.device
@@ -206,10 +228,13 @@ def _gather(
             (fit if done in states.split.fit else choose).add(hidden)
             done, adding = done + 1, False
             report("reading", done, end)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if signals.received is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save(folder, identity, done, fit, choose)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
+                signals.stop_if_received()
+    except Interrupted:  # the checkpoint is written, or it was the second signal
+        raise
+    except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
         if not adding:  # a sequence that was added by half is in no state to go on from
             save(folder, identity, done, fit, choose)
         raise
@@ -281,14 +306,3 @@ def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel, split:
 def _statistics_bytes(logit_lens: LogitLens) -> int:
     """Two sums of squares for each of two roles, fp64."""
     return 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2
-
-
-def _check_folder(out: str, folder: Path) -> None:
-    """Refuse a folder that no lens can have, or that holds anything that is not a lens's."""
-    if folder.resolve().name in ("", PLAIN) or "," in folder.name or not out.strip():
-        raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in names if name not in OUTPUTS and not name.startswith(".")]
-    if foreign or (folder.exists() and not folder.is_dir()):
-        got = f"other files, such as {foreign[0]}" if foreign else "a file"
-        raise InputError(f"--out {folder}: expected a new folder or that of a lens, got {got}")

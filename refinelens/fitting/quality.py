@@ -17,7 +17,7 @@ from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
 from ..report.findings import counted
 from ..report.tables import WIDTH
-from ..store.folder import write_cells, write_whole
+from ..store.files import write_cells, write_whole
 
 NEGLIGIBLE = 1e-12  # variance as a share of the mean square: rounding
 TABLE = "quality.csv"

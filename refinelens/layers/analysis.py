@@ -6,21 +6,23 @@ finished.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .. import __version__
 from ..config import LayerOptions
 from ..data.questions import Question
-from ..errors import FaultError, InputError, UnsupportedModelError
+from ..errors import FaultError, UnsupportedModelError
 from ..machine import now, packages
-from ..store.folder import RunLock, disk_error, sha256_of, write_whole
-from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, entries_of, parts_of
+from ..store.files import disk_error
+from ..store.folder import FolderWriter, MadeOf, process_entry
+from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, write_rows
+from ..store.process import RunLock, StopSignals
 from ..store.results import LAYERS, Run, open_run
 from ..sweeping.manifest import RunSpec
-from ..sweeping.sweep import StopSignals, SweepInputs, SweepInterrupted
+from ..sweeping.sweep import SweepInputs
 from .ablation import AblationRunner
 from .blocks import BlockReplay, check_replay
 from .examples import RunExamples
@@ -37,38 +39,30 @@ def begin(
     overwrite: bool,
     argv: list[str] | None,
     warn: Callable[[str], None],
-) -> tuple[dict, bool]:
+) -> dict:
     """The manifest to work with: a new one, or that of an analysis that goes on, without its damaged parts.
 
     Nothing is written: what is there stays until model and task are known to fit.
-
-    Returns:
-        The manifest, and whether the analysis goes on.
 
     Raises:
         InputError: An analysis of another run or with other options is there, and ``overwrite`` is not set.
     """
     new = _new(examples, options, argv)
     folder.check_foreign()
-    there = None if overwrite else folder.manifest()
-    if there is None:
-        return new, False
-    for (name, wanted), found in zip(_identity(new).items(), _identity(there).values(), strict=True):
-        if found != wanted:
-            raise InputError(
-                f"{folder.path}: expected an analysis with {name} {wanted}, got one with {found}; choose another "
-                "--out or pass --overwrite"
-            )
-    whole = []
-    for part in parts_of(there):
-        if folder.read_part(part) is None:
-            warn(f"{folder.path / 'parts' / part.file}: expected the part as it was written; it is computed again")
-        else:
-            whole.append(part)
+    if overwrite or not folder.exists:
+        return new
+    there = folder.checked_manifest()
+    remedy = "choose another --out or pass --overwrite"
+    made_of = MadeOf(folder.path, _identity(there), "--out", "the analysis", remedy)
+    for name, wanted in _identity(new).items():
+        made_of.require(name, wanted)
+    whole, damaged = folder.whole_parts(there)
+    for line in damaged:
+        warn(line)
     if len(whole) == len(there["questions"]) or not options.interventions:
-        return there, True
-    entry = {"started": now(), "argv": argv, "refinelens_version": __version__, "packages": packages()}
-    return there | {"status": "running", "parts": entries_of(whole), "resumed": [*there["resumed"], entry]}, True
+        return there
+    parts, resumed = [vars(part) for part in whole], [*there["resumed"], process_entry(argv)]
+    return there | {"status": "running", "parts": parts, "resumed": resumed}
 
 
 def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -> dict:
@@ -120,31 +114,6 @@ def open_runner(run: Run, examples: RunExamples, options: LayerOptions) -> tuple
     return runner, {question.id: question for question in inputs.questions}
 
 
-def prepare_means(
-    runner: AblationRunner,
-    folder: LayersFolder,
-    manifest: dict,
-    questions: dict[int, Question],
-    stop_if_told: Callable[[], None],
-    report: Callable[[str, int, int], None],
-) -> None:
-    """Give the runner the mean contributions over all contexts: from the disk, or one pass over every context."""
-    path = folder.path / MEANS
-    if path.exists() and sha256_of(path) == manifest["means_sha256"]:
-        runner.means = MeanContributions.load(path, runner.device)
-        return
-    ids = manifest["questions"]
-    runner.begin_means(max(c.prompt_length for id in ids for c in runner.contexts(questions[id])))
-    for done, id in enumerate(ids):
-        stop_if_told()
-        report("means", done, len(ids))
-        for context in runner.contexts(questions[id]):
-            runner.add_to_means(context)
-    write_whole(path, runner.means.save)
-    manifest |= {"means_sha256": sha256_of(path)}
-    folder.write_manifest(manifest)
-
-
 def _check_sublayers(name: str, restarts: BlockReplay, options: LayerOptions) -> None:
     if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):
         raise UnsupportedModelError(
@@ -176,15 +145,16 @@ def run_layers(
     Raises:
         InputError: Input that does not fit, a model that is not the run's or cannot be intervened on.
         FaultError: Something broke; what was finished stays, and the same call goes on with it.
-        SweepInterrupted: SIGINT or SIGTERM, after the current question was written; a second one at once.
+        Interrupted: SIGINT or SIGTERM, after the current question was written; a second one at once.
     """
     run = open_run(path)
     examples = RunExamples.read(run, options.lens, options.examples)
     folder = LayersFolder(Path(out or run.path / LAYERS))
-    with StopSignals() as signals, RunLock(folder.path):
+    with StopSignals("the current question") as signals, RunLock(folder.path):
         try:
-            manifest, resumed = begin(folder, examples, options, overwrite, argv, warn)
-            analysis = _Analysis(run, examples, options, folder, manifest, resumed, signals, report)
+            manifest = begin(folder, examples, options, overwrite, argv, warn)
+            writer = FolderWriter(folder, manifest)
+            analysis = _Analysis(run, examples, options, writer, signals, report)
             analysis.finish()
             return folder, analysis.conclude()
         except OSError as error:
@@ -205,55 +175,52 @@ class _Analysis:
     run: Run
     examples: RunExamples
     options: LayerOptions
-    folder: LayersFolder
-    manifest: dict
-    resumed: bool  # with what is in the folder
+    writer: FolderWriter
     signals: StopSignals
     report: Progress
 
     def finish(self) -> None:
         """Ask what is missing; the manifest names every question as soon as its rows are on the disk."""
-        parts = parts_of(self.manifest)
-        asked = {part.question_id for part in parts}
-        missing = [id for id in self.manifest["questions"] if id not in asked]
-        if not missing or not self.options.interventions:
-            self._place()
+        manifest, folder = self.writer.manifest, self.writer.folder
+        ids, asked = manifest["questions"], {part["question_id"] for part in manifest["parts"]}
+        missing = [id for id in ids if id not in asked] if self.options.interventions else []
+        if missing:
+            self.report("loading the model", 0, 1)
+            runner, questions = open_runner(self.run, self.examples, self.options)
+            self.signals.finish_first()
+        self.writer.place()
+        if missing and "mean" in self.options.interventions:
+            self._prepare_means(runner, questions)
+        for done, id in enumerate(missing, len(ids) - len(missing)):
+            self._next("questions", done, len(ids))
+            path, rows = folder.part_path(ids.index(id)), runner.rows(questions[id])
+            part = QuestionPart(id, path.name, len(rows), self.writer.write(path, partial(write_rows, rows)))
+            self.writer.save(parts=[*self.writer.manifest["parts"], vars(part)])
+
+    def _prepare_means(self, runner: AblationRunner, questions: dict[int, Question]) -> None:
+        """Give the runner the mean contributions over all contexts: from the disk, or one pass over every context."""
+        manifest, folder = self.writer.manifest, self.writer.folder
+        if folder.is_whole(MEANS, manifest):
+            runner.means = MeanContributions.load(folder.path / MEANS, runner.device)
             return
-        began, spent = time.monotonic(), self.manifest["seconds"]
-        for part in self._ask(missing):
-            parts.append(part)
-            self.manifest |= {"parts": entries_of(parts)}
-            self.manifest["seconds"] = round(spent + time.monotonic() - began, 3)
-            self.folder.write_manifest(self.manifest)
+        ids = manifest["questions"]
+        runner.begin_means(max(c.prompt_length for id in ids for c in runner.contexts(questions[id])))
+        for done, id in enumerate(ids):
+            self._next("means", done, len(ids))
+            for context in runner.contexts(questions[id]):
+                runner.add_to_means(context)
+        self.writer.write_named(MEANS, runner.means.save)
 
-    def _ask(self, missing: list[int]) -> Iterator[QuestionPart]:
-        """A part per question, until a signal comes."""
-        n = len(self.manifest["questions"])
-        self.report("loading the model", 0, 1)
-        runner, questions = open_runner(self.run, self.examples, self.options)
-        self._place()
-        self.signals.wait_for_questions()
-        if "mean" in self.options.interventions:
-            prepare_means(runner, self.folder, self.manifest, questions, self._stop_if_told, self.report)
-        for done, id in enumerate(missing, n - len(missing)):
-            self._stop_if_told()
-            self.report("questions", done, n)
-            yield self.folder.write_part(self.manifest["questions"].index(id), id, runner.rows(questions[id]))
-
-    def _place(self) -> None:
-        """Make the folder this analysis's; another one that was there goes."""
-        if not self.resumed:
-            self.folder.clear()
-        self.folder.write_manifest(self.manifest)
-
-    def _stop_if_told(self) -> None:
-        if self.signals.received is not None:
-            raise SweepInterrupted(self.signals.received)
+    def _next(self, stage: str, done: int, total: int) -> None:
+        """Between two questions: stop if a signal came, or say what is next."""
+        self.signals.stop_if_received()
+        self.report(stage, done, total)
 
     def conclude(self) -> LayersReport:
         """Write tables and figure of a finished analysis."""
-        self.manifest |= {"status": "finished"}
-        report = read_report(self.folder, self.manifest, self.examples)
-        write_outputs(self.folder, report)
-        self.folder.write_manifest(self.manifest)
+        writer = self.writer
+        report = read_report(writer.folder, writer.manifest | {"status": "finished"}, self.examples)
+        write_outputs(writer.folder, report)
+        if writer.manifest["status"] != "finished":
+            writer.save(status="finished")
         return report

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from ..errors import InputError
 from ..report.findings import lens_names
-from ..store.folder import is_held
 from ..store.layers import KEYS
+from ..store.process import is_held
 from ..store.results import Run, status_words
 from ..store.trajectory import choose_tokens, list_matrix
 

@@ -19,7 +19,7 @@ from ..report.figures import COLOURS, MARKERS
 from ..report.findings import counted, format_estimate, title
 from ..report.tables import WIDTH, write_csv
 from ..stats import FEW_QUESTIONS
-from ..store.folder import write_whole
+from ..store.files import write_whole
 from ..store.layers import CONTROL, DESTROY, FIGURE, LAYER_ROWS, RESTORE, ROWS, LayersFolder
 from .examples import RunExamples
 from .measures import (

@@ -7,7 +7,6 @@ to the layer's states, the embedding output first.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import reprlib
@@ -26,7 +25,8 @@ from torch import Tensor
 from ..config import check_utf8
 from ..errors import InputError
 from ..model.loading import LoadedModel, memory_for
-from ..store.folder import check_entries, read_json_object, sha256_of, write_whole
+from ..store.files import check_entries, read_json_object, sha256_of, write_whole
+from ..store.folder import MANIFEST, Folder
 from .logit_lens import LogitLens
 from .translators import DTYPES, MODEL_KEYS, Translators, check_made_for
 
@@ -40,7 +40,6 @@ WIDEST = 8  # bytes of a number
 SLACK = 2**16  # bytes of a file beside its numbers, for each layer and once more
 PLAIN = "plain"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 TENSORS = "lens.safetensors"
 
 
@@ -209,8 +208,7 @@ def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
     tensors = {"weight": translators.weight.contiguous(), "bias": translators.bias.contiguous()}
     write_whole(path / TENSORS, lambda temporary: save_file(tensors, temporary))
     manifest = manifest | {"tensors_sha256": sha256_of(path / TENSORS)}
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    Folder(path).write_manifest(manifest)
     return manifest
 
 

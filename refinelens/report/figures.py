@@ -7,7 +7,7 @@ import textwrap
 
 from ..config import CLOSED_BOOK, ORACLE, condition_name
 from ..stats import FEW_QUESTIONS
-from ..store.folder import write_whole
+from ..store.files import write_whole
 from ..store.results import Run
 from .findings import Report, counted, title
 from .summary import LayerProfile, SummaryRow, caution_lines

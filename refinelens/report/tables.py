@@ -15,7 +15,8 @@ from rich.table import Table
 from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, check_top
 from ..errors import FaultError, InputError
 from ..stats import FEW_QUESTIONS, Estimate
-from ..store.folder import RunLock, write_cells
+from ..store.files import write_cells
+from ..store.process import RunLock
 from ..store.results import DERIVED, Run
 from ..store.trajectory import trajectory_tables
 from .figures import draw_figures

@@ -1,283 +1,342 @@
-"""Folders of results: files that appear whole or not at all, one writer at a time, and nothing foreign removed.
+"""A folder of results of any kind: what lies in it, how it begins, grows, goes on and is held to what it was made of.
 
-That holds also when the power fails. A JSON object that somebody else wrote is read with the entries that are needed.
+A kind is a subclass of `Folder` that names its files and what its manifest must hold; `store.layers` is a short one.
+One process at a time writes a folder (`store.process`), with a `FolderWriter`.
 """
 
 from __future__ import annotations
 
-import csv
-import errno
 import hashlib
 import json
-import os
-import reprlib
-import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .. import __version__
 from ..errors import FaultError, InputError
-from ..machine import now
+from ..machine import now, packages
+from .files import check_shape, disk_error, sha256_of, sync_folder, temporary_of, write_temporary, write_whole
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_ALLOWED = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOLCK),
-}
-LARGEST_JSON = 16 * 2**20  # bytes
-SHAPE_WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
-WORDS = {str: "a text", int: "a positive whole number", bool: "true or false", dict: "an object"}
+MANIFEST = "manifest.json"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, flush to disk, rename, flush the folder: the file is there whole or not at all."""
-    try:
-        temporary = write_temporary(path, write)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary_of(path).unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Folder:
+    """A manifest, parts that are only ever added, and files that are made of them.
 
-
-def write_cells(path: Path, lines: Iterable[Sequence]) -> None:
-    """`write_whole` of a CSV file, its names first."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
-
-    write_whole(path, write)
-
-
-def write_output(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole` of a file that ``--out`` names.
-
-    Raises:
-        InputError: It cannot be written there.
-        FaultError: No free disk.
-    """
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise disk_error(path, error, "file", begun=False) from None
-
-
-def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write and flush the temporary file of ``path`` and return it; a failed one is removed."""
-    temporary = temporary_of(path)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def temporary_of(path: Path) -> Path:
-    """Where a file is written before it has its name."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder: a rename is not on the disk before."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def disk_error(path: str | Path, error: OSError, kind: str = "folder", begun: bool = True) -> InputError | FaultError:
-    """One line for a failed write to a folder or a single file: a fault, unless nobody could write there.
-
-    Before anything was ``begun`` there, want of disk alone is a fault.
-    """
-    if error.errno in NO_ROOM:
-        kept = " what was written stays readable;" if kind == "folder" else ""
-        return FaultError(f"--out {path}: no free disk left;{kept} free some")
-    message = f"--out {path}: expected a {kind} that can be written, got: {error.strerror or error}"
-    return FaultError(message) if begun and error.errno not in NOT_ALLOWED else InputError(message)
-
-
-def read_json_object(path: Path) -> dict:
-    """The JSON object in a file of at most `LARGEST_JSON` bytes.
-
-    Raises:
-        InputError: No such file, a larger one, or something else in it.
-        OSError: It cannot be read.
-    """
-    if not path.is_file():
-        raise InputError(f"expected the file {path.name}, got none")
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"expected at most {LARGEST_JSON} bytes in {path.name}, got {path.stat().st_size}")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"expected a JSON object in {path.name}, got: {error}") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"expected a JSON object in {path.name}, got {reprlib.repr(entries)}")
-    return entries
-
-
-def check_entries(entries: dict, types: dict[str, type], name: str) -> None:
-    """Refuse an object without the entries that are needed, or with some of another type.
-
-    Args:
-        entries: As JSON was read.
-        types: ``str``, ``int`` (at least 1), ``bool`` or ``dict`` of every entry that must be there.
-        name: Of the object, for the message.
-
-    Raises:
-        InputError: Names the first entry that does not fit.
-    """
-    for key, kind in types.items():
-        if key not in entries:
-            raise InputError(f"expected {key} in {name}, got none")
-        value = entries[key]
-        if type(value) is not kind or (kind is int and value < 1):
-            raise InputError(f"expected {key} in {name} to be {WORDS[kind]}, got {reprlib.repr(value)}")
-
-
-def check_shape(value, shape, name: str) -> None:
-    """Refuse JSON of another shape than expected.
-
-    Args:
-        value: As JSON was read.
-        shape: A type (``int`` from 0 on; ``float`` takes whole numbers too), an object with the entries that must be
-            there, or a list with the shape of each of its entries, of which there must be one.
-        name: Of the value, for the message.
-
-    Raises:
-        InputError: Names the first place that does not fit.
-    """
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key, inner in shape.items():
-            check_shape(value.get(key), inner, f"{key} of {name}")
-    elif isinstance(shape, list) and isinstance(value, list) and value:
-        for entry in value:
-            check_shape(entry, shape[0], f"an entry of {name}")
-    elif not _is(value, shape):
-        kind = {dict: "an object", list: "a list of one entry or more"}.get(type(shape)) or SHAPE_WORDS[shape]
-        raise InputError(f"expected {kind} as {name}, got {reprlib.repr(value)}")
-
-
-def _is(value, kind) -> bool:
-    if kind is int:
-        return type(value) is int and value >= 0
-    return type(value) in ((int, float) if kind is float else (kind,))
-
-
-def sha256_of(path: Path) -> str:
-    """Of the bytes of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-LOCK = ".refinelens.lock"
-
-
-class RunLock:
-    """Holds a folder, made if it is absent, while the block runs.
-
-    The kernel lets go of the lock when the process ends, however it ends: a file that was left behind holds nothing.
-
-    Raises:
-        InputError: Another process holds the folder.
-            Also if no such folder can be made, or its system or file system has no locks.
-        FaultError: No free disk.
+    The manifest names parts by their checksums, and so it does the files of ``NAMED``; a file is there whole before
+    the manifest names it, and is not written to any more from then on.
     """
 
-    def __init__(self, folder: str | Path):
-        if fcntl is None:
+    path: Path
+
+    NAME: ClassVar[str]  # of the kind, with its article
+    MAKE: ClassVar[str]  # what makes such a folder
+    REMAKE: ClassVar[str]  # what helps where a manifest cannot be used
+    REPAIR: ClassVar[str]  # what computes a damaged part again, of {path}
+    VERSION: ClassVar[int]  # of the schema
+    KEYS: ClassVar[dict[str, type]]  # entries of a manifest of any version of the schema
+    SHAPE: ClassVar[dict]  # what is read of a manifest of this version, see `check_shape`
+    PART: ClassVar[type]  # a part as the manifest names it: with ``file``, ``sha256``, and ``first`` to order them by
+    PARTS: ClassVar[str | None] = None  # folder of the parts
+    NAMED: ClassVar[dict[str, str]] = {}  # files, and the entries of the manifest with their checksums
+    DERIVED: ClassVar[tuple[str, ...]] = ()  # files that can be written from the others at any time
+    BESIDE: ClassVar[tuple[str, ...]] = ()  # what else may lie there
+    MARKS: ClassVar[tuple[str, ...]] = (MANIFEST,)  # files by one of which such a folder is known
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a manifest."""
+        return (self.path / MANIFEST).exists()
+
+    @property
+    def manifest(self) -> dict:
+        """The manifest as written last."""
+        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+
+    @property
+    def parts_path(self) -> Path:
+        """Folder of the parts."""
+        return self.path / self.PARTS
+
+    def part_path(self, index: int) -> Path:
+        """File of one part."""
+        return self.parts_path / f"part-{index:05d}.parquet"
+
+    def any_manifest(self) -> dict:
+        """The manifest, also one of another version of the schema.
+
+        Raises:
+            InputError: The folder does not hold such results.
+        """
+        try:
+            manifest = self.manifest
+        except FileNotFoundError:
             raise InputError(
-                "expected Linux or macOS, whose file locks keep runs whole, got another system; on Windows use WSL"
+                f"{self.path}: expected {self.NAME} folder with {MANIFEST}, got none; {self.MAKE}"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{self.path}/{MANIFEST}: expected a readable file, got: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            manifest = None
+        if not isinstance(manifest, dict) or any(
+            key not in manifest or not isinstance(manifest[key], kind) for key, kind in self.KEYS.items()
+        ):
+            raise self._not_a_manifest("something else")
+        return manifest
+
+    def checked_manifest(self) -> dict:
+        """The manifest, with everything that is read of it.
+
+        Raises:
+            InputError: The folder does not hold such results, or those of another version of the schema.
+        """
+        manifest = self.any_manifest()
+        if manifest["schema_version"] != self.VERSION:
+            version, written = manifest["schema_version"], manifest.get("refinelens_version", "another version")
+            raise InputError(
+                f"{self.path}: expected schema version {self.VERSION}, got {version}; {self.REMAKE}, or read it with "
+                f"the refinelens that wrote it ({written})"
             )
-        self._folder = Path(folder)
-        self._path = self._folder / LOCK
-
-    def __enter__(self) -> RunLock:
         try:
-            self._made = not self._folder.exists()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = self._acquire()
-        except OSError as error:
-            raise disk_error(self._folder, error, begun=False) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
+            check_shape(manifest, self.SHAPE, f"{self.path}/{MANIFEST}")
+        except InputError as error:
+            raise InputError(f"{error}; bring it back, or {self.REMAKE}") from None
         try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
-        except OSError as error:
-            self.__exit__()
-            raise disk_error(self._folder, error, begun=False) from None
-        return self
+            self.parts_of(manifest)
+        except (KeyError, TypeError):
+            raise self._not_a_manifest("one without its parts") from None
+        return manifest
 
-    def __exit__(self, *error) -> None:
-        # Removed before it is let go: whoever opened this file meanwhile sees that it lost its name.
-        with suppress(OSError):
-            if _same_file(self._descriptor, self._path):
-                self._path.unlink()
-        os.close(self._descriptor)
-        if self._made:
-            with suppress(OSError):  # it holds something now
-                self._folder.rmdir()
+    def _not_a_manifest(self, got: str) -> InputError:
+        return InputError(
+            f"{self.path}/{MANIFEST}: expected the manifest of {self.NAME}, got {got}; bring it back, or {self.REMAKE}"
+        )
 
-    def _acquire(self) -> int:
-        tries = iter(range(5))
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+    def write_manifest(self, manifest: dict) -> None:
+        """Replace the manifest. Parts stand in a line each: there can be thousands."""
+        text = json.dumps(manifest | ({"parts": []} if "parts" in manifest else {}), indent=2, ensure_ascii=False)
+        if parts := ",\n".join(f"    {json.dumps(part, ensure_ascii=False)}" for part in manifest.get("parts", [])):
+            text = text.replace('\n  "parts": []', f'\n  "parts": [\n{parts}\n  ]')
+        write_whole(self.path / MANIFEST, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    @classmethod
+    def parts_of(cls, manifest: dict) -> list:
+        """The parts that a manifest names, in order."""
+        return sorted((cls.PART(**entry) for entry in manifest["parts"]), key=lambda part: part.first)
+
+    def whole_parts(self, manifest: dict) -> tuple[list, list[str]]:
+        """The parts that are as they were written, and a line on every other one, which is as good as absent."""
+        whole, damaged = [], []
+        for part in self.parts_of(manifest):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _same_file(descriptor, self._path):
-                    return descriptor
-            except BlockingIOError:
-                holder = os.pread(descriptor, 1000, 0)
-                os.close(descriptor)
-                if next(tries, None) is not None:  # `is_held` takes it for a moment
-                    time.sleep(0.01)
-                    continue
-                raise InputError(
-                    f"{self._folder}: expected a folder that no other process writes, got one held by "
-                    f"{_words(holder)}; wait for it or stop it"
-                ) from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+                if part.file is not None:
+                    self._bytes_of(part)
+                whole.append(part)
+            except InputError as error:
+                damaged.append(str(error))
+        return whole, damaged
+
+    def read_part(self, part, columns: list[str] | None = None) -> pa.Table:
+        """A few columns of one part, its checksum compared first.
+
+        Raises:
+            InputError: Names a part that is not there or not as it was written, and how it comes back.
+        """
+        return pq.read_table(pa.BufferReader(self._bytes_of(part)), columns=columns)
+
+    def _bytes_of(self, part) -> bytes:
+        path, repair = self.parts_path / part.file, self.REPAIR.format(path=self.path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path}: expected a file that can be read, got: {error.strerror or error}; {repair}"
+            ) from None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != part.sha256:
+            got = f"{sha256[:12]} ({len(data)} bytes)"
+            raise InputError(f"{path}: expected sha256 {str(part.sha256)[:12]}, got {got}; {repair}")
+        return data
+
+    def is_whole(self, name: str, manifest: dict) -> bool:
+        """Whether one of ``NAMED`` is there as the manifest names it."""
+        return (self.path / name).exists() and sha256_of(self.path / name) == manifest[self.NAMED[name]]
+
+    def check_foreign(self) -> None:
+        """Refuse to write where anything lies that is no such folder's; what is hidden is nobody's business.
+
+        Raises:
+            InputError: Names a file that such a folder does not have, or has beside others by which it is known.
+        """
+        try:
+            names = sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
+        except OSError as error:
+            raise disk_error(self.path, error, begun=False) from None
+        names = [name for name in names if not name.startswith(".")]
+        foreign = [name for name in names if name not in self._own_names()]
+        if foreign or (names and not set(names) & set(self.MARKS)):
+            other = (foreign + names)[0]
+            raise InputError(
+                f"--out {self.path}: expected a new folder or {self.NAME}, got other files, such as {other}"
+            )
+
+    def _own_names(self) -> tuple[str, ...]:
+        parts = [self.PARTS] if self.PARTS else []
+        return (MANIFEST, *parts, *self.NAMED, *self.DERIVED, *self.BESIDE)
+
+    def _part_files(self, pattern: str) -> list[Path]:
+        return list(self.parts_path.glob(pattern)) if self.PARTS else []
+
+    def remove_temporary(self) -> None:
+        """Remove what a process that was killed had not given its name yet."""
+        for name in self._own_names():
+            temporary_of(self.path / name).unlink(missing_ok=True)
+        for path in self._part_files(".part-*.parquet.tmp"):
+            path.unlink()
+
+    def remove_unnamed(self, manifest: dict) -> None:
+        """Remove what another manifest named, or a killed process had not named yet, and what was derived from it."""
+        for name in (*self.DERIVED, *(name for name, entry in self.NAMED.items() if not manifest.get(entry))):
+            (self.path / name).unlink(missing_ok=True)
+        named = {part.file for part in self.parts_of(manifest)}
+        for path in self._part_files("part-*.parquet"):
+            if path.name not in named:
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove all that is the folder's own, the manifest last: what is left by a kill can be told."""
+        self.remove_temporary()
+        self.remove_unnamed({"parts": []} | dict.fromkeys(self.NAMED.values()))
+        with suppress(OSError):  # there is none, or somebody keeps something in it
+            self.parts_path.rmdir()
+        (self.path / MANIFEST).unlink(missing_ok=True)
 
 
-def is_held(folder: str | Path) -> bool:
-    """Whether a process holds a folder now; also where that cannot be told."""
-    try:
-        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
-    except OSError as error:
-        return not isinstance(error, FileNotFoundError)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # or a system without locks
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+class FolderWriter:
+    """Writes one folder, which it has the lock of, so that the manifest is true after every step on the disk.
+
+    Args:
+        folder: What is written.
+        manifest: What to begin or to go on with; nothing is there of it before `place`, which `write` calls too.
+    """
+
+    def __init__(self, folder: Folder, manifest: dict):
+        self.folder = folder
+        self.manifest = manifest
+        self._signature: tuple | None = None  # what the file system says of the manifest once it is this one
+        self._seconds, self._started = manifest["seconds"] or 0.0, time.monotonic()
+        folder.remove_temporary()
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the folder is this process's: it can be gone on with, and what was there before is gone."""
+        return self._signature is not None
+
+    def place(self) -> None:
+        """Put the manifest in its place; from then on what another one left goes."""
+        if not self.is_placed:
+            self._write_manifest()
+            sync_folder(self.folder.path.absolute().parent)
+            if self.manifest["status"] != "finished":
+                self.folder.remove_unnamed(self.manifest)
+
+    def write(self, path: Path, write: Callable[[Path], object]) -> str:
+        """Write a file whole and return its checksum; another folder gives way once it lies on the disk."""
+        self._check_own()
+        path.parent.mkdir(exist_ok=True)
+        temporary = write_temporary(path, write)
+        try:
+            sha256 = sha256_of(temporary)
+            self.place()
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        return sha256
+
+    def write_named(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write one of the folder's ``NAMED`` and name it."""
+        self.save(**{self.folder.NAMED[name]: self.write(self.folder.path / name, write)})
+
+    def save(self, **entries) -> None:
+        """Change entries of the manifest, and bring it and the time that was spent to the disk."""
+        self._check_own()
+        self.manifest |= entries
+        self.manifest["seconds"] = round(self._seconds + time.monotonic() - self._started, 3)
+        self._write_manifest()
+
+    def withdraw(self) -> None:
+        """Take the manifest of a folder that came to nothing away again."""
+        (self.folder.path / MANIFEST).unlink()
+        self._signature = None
+        with suppress(OSError):  # no part was begun
+            self.folder.parts_path.rmdir()
+
+    def _write_manifest(self) -> None:
+        self.folder.write_manifest(self.manifest)
+        self._signature = _signature(self.folder.path / MANIFEST)
+
+    def _check_own(self) -> None:
+        """Refuse to go on in a folder that somebody else made theirs, against the lock."""
+        if not self.is_placed or _signature(self.folder.path / MANIFEST) == self._signature:
+            return
+        there = self.folder.manifest
+        if any(there[key] != self.manifest[key] for key in ("run_id", "started")):
+            self._signature = None
+            raise FaultError(f"--out {self.folder.path}: expected this process's own, got another that replaced it")
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+def _signature(path: Path) -> tuple:
+    """Changes when a file is replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _words(holder: bytes) -> str:
-    try:
-        entries = json.loads(holder)
-        return f"process {entries['pid']} on {entries['host']} since {entries['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "a process that has just started"
+def process_entry(argv: list[str] | None) -> dict:
+    """What a manifest says of a process that begins a folder or goes on with it."""
+    return {"started": now(), "argv": argv, "refinelens_version": __version__, "packages": packages()}
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """What a folder was made of: whoever goes on with it is held to that."""
+
+    path: Path
+    manifest: dict  # or other entries that say it
+    command: str  # that holds to it, as its errors begin
+    name: str = "the run"
+    remedy: str = "bring that back, or make another run"
+
+    def require(self, field: str, here: object) -> None:
+        """Refuse what is no longer as it was.
+
+        Args:
+            field: Its place in the manifest, such as ``model.weights_sha256``.
+            here: What was found now.
+
+        Raises:
+            InputError: Names the field and both values.
+        """
+        there = self.manifest
+        for key in field.split("."):
+            there = there[int(key)] if isinstance(there, list) else there.get(key)
+        if there != here:
+            raise InputError(
+                f"{self.command} {self.path}: expected {field} {_short(there)}, as {self.name} has it, got "
+                f"{_short(here)}; {self.remedy}"
+            )
+
+
+def _short(value: object) -> str:
+    """A value on one line; of a longer text its hash."""
+    text = str(value)
+    if len(text) > 64 or "\n" in text:
+        return f"with sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return text[:12] if len(text) == 64 else text

@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ..errors import InputError
-from .folder import write_output
+from .files import write_output
 from .layers import ROWS, LayersFolder
 from .results import LAYERS, PREDICTIONS, TRAJECTORIES, Run, open_run
 from .trajectory import trajectory_tables
@@ -161,7 +161,7 @@ class LoadedRun:
             InputError: It has not been run, was stopped, or the run was replaced since.
         """
         folder = LayersFolder(self.run.path / LAYERS)
-        found = folder.manifest()
+        found = folder.checked_manifest() if folder.exists else None
         if found is None or found["status"] != "finished" or found["run_id"] != self.manifest["run_id"]:
             got = "none" if found is None else f"one of run {found['run_id']} that is {found['status']}"
             raise InputError(

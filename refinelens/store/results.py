@@ -1,14 +1,7 @@
-"""A run on disk: manifest, Parquet parts and their schema, and what may be replaced where it is written.
-
-Every file appears whole or not at all.
-"""
+"""A run on disk: its files, the schema of its parts and tables, and what may be replaced where it is written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import InputError
-from .folder import LOCK, check_shape, disk_error, temporary_of, write_whole
+from .files import write_whole
+from .folder import Folder
 
 SCHEMA_VERSION = 6
-MANIFEST = "manifest.json"
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 LAYERS = "layers"  # folder of what `refinelens layers` makes of the run
-OUTPUTS = (MANIFEST, "predictions", *DERIVED, LAYERS, LOCK)
 # What tables and figures read of a manifest: types, objects with entries, lists of one thing or more.
 SHAPE = {
     "status": str,
@@ -43,8 +35,6 @@ SHAPE = {
     "task": {"name": str},
     "counts": {"questions": int, "left_out": dict},
 }
-MANIFEST_REMEDY = "bring it back, or remove the folder and make the run again with a sweep"
-MANIFEST_KEYS = {"schema_version", "status", "arguments", "seed", "model", "task", "counts"}
 
 NO_ANSWER_TOKEN = -1  # of a token of the prompt that another one follows
 KEYS = [
@@ -112,6 +102,14 @@ class Part:
     counts: dict[str, int] = field(default_factory=dict)  # of contexts and the like, for the sums in the manifest
     left_out: dict[str, list[int]] = field(default_factory=dict)  # reason: question ids
 
+    def __post_init__(self):
+        object.__setattr__(self, "questions", tuple(self.questions))  # a manifest holds a list
+
+    @property
+    def first(self) -> int:
+        """0-based place of its first question."""
+        return self.questions[0]
+
 
 @dataclass(frozen=True)
 class QuestionResult:
@@ -124,38 +122,27 @@ class QuestionResult:
     warnings: tuple[str, ...]  # lines to be said: what went wrong and was put right
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run folder."""
+class Run(Folder):
+    """The folder of a run."""
 
-    path: Path
-
-    @property
-    def manifest(self) -> dict:
-        """The manifest as written last."""
-        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+    NAME = "a run"
+    MAKE = "make one with a sweep"
+    REMAKE = "remove the folder and make the run again with a sweep"
+    REPAIR = "refinelens sweep --resume {path} computes it again"
+    VERSION = SCHEMA_VERSION
+    KEYS = dict.fromkeys(("schema_version", "status", "seed"), object)
+    KEYS |= dict.fromkeys(("arguments", "model", "task", "counts"), dict)
+    SHAPE = SHAPE
+    PART = Part
+    PARTS = "predictions"
+    DERIVED = DERIVED
+    BESIDE = (LAYERS,)
 
     @property
     def vocab_size(self) -> int | None:
         """Tokens of the model, None where the manifest does not say."""
         size = self.manifest["model"].get("vocab_size")
         return size if type(size) is int else None
-
-    @property
-    def parts_path(self) -> Path:
-        """Folder of the parts."""
-        return self.path / "predictions"
-
-    def part_path(self, index: int) -> Path:
-        """File of one part."""
-        return self.parts_path / f"part-{index:05d}.parquet"
-
-    def write_manifest(self, manifest: dict) -> None:
-        """Replace the manifest. Parts stand in a line each: there can be thousands."""
-        parts = ",\n".join(f"    {json.dumps(part, ensure_ascii=False)}" for part in manifest["parts"])
-        text = json.dumps(manifest | {"parts": []}, indent=2, ensure_ascii=False)
-        text = text.replace('\n  "parts": []', f'\n  "parts": [\n{parts}\n  ]') + "\n"
-        write_whole(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_trajectories(self, tables: Iterable[pa.Table]) -> None:
         """Write the trajectories of the whole run, a table at a time."""
@@ -168,46 +155,40 @@ class Run:
         write_whole(self.path / "trajectories.parquet", write)
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """The parts that the manifest names in order, a few columns of each.
-
-        Raises:
-            InputError: Names a part that is not there or not as it was written, and how it comes back.
-        """
-        for part in parts_of(self.manifest):
+        """The parts that the manifest names in order, a few columns of each; for the errors see `read_part`."""
+        for part in self.parts_of(self.manifest):
             if part.file is not None:
                 yield self.read_part(part, columns)
 
-    def read_part(self, part: Part, columns: list[str] | None = None) -> pa.Table:
-        """One part, its checksum compared first; for the errors see `parts`."""
-        path = self.parts_path / part.file
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise _damaged(self, path, f"a file that can be read, got: {error.strerror or error}") from None
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != part.sha256:
-            raise _damaged(self, path, f"sha256 {str(part.sha256)[:12]}, got {sha256[:12]} ({len(data)} bytes)")
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+    def check_replaceable(self) -> None:
+        """Refuse a folder that holds anything but a run; one of another schema version may be overwritten too.
 
+        Raises:
+            InputError: Names what is not a run's.
+        """
+        self.check_foreign()
+        if self.exists:
+            self.any_manifest()
 
-def write_rows(rows: list[pa.Table], path: Path) -> None:
-    """Write predictions as Parquet: the same bytes however the rows are divided, and whether or not they were read."""
-    whole = pa.concat_tables(table.cast(PREDICTIONS) for table in rows)  # Parquet renames the items of lists
-    pq.write_table(whole.combine_chunks(), path, compression="zstd")
+    def check_overwrite(self, overwrite: bool, arguments: dict) -> None:
+        """Refuse to replace a run that is there, in a folder that is held here, unless that was asked for.
 
-
-def parts_of(manifest: dict) -> list[Part]:
-    """The parts that a manifest names, in the order of their questions."""
-    parts = [Part(**entry | {"questions": tuple(entry["questions"])}) for entry in manifest["parts"]]
-    return sorted(parts, key=lambda part: part.questions)
-
-
-def _damaged(run: Run, path: Path, got: str) -> InputError:
-    return InputError(f"{path}: expected {got}; refinelens sweep --resume {run.path} computes it again")
-
-
-def _no_manifest(path: str | Path, got: str) -> InputError:
-    return InputError(f"{path}/{MANIFEST}: expected the manifest of a run, got {got}; {MANIFEST_REMEDY}")
+        Raises:
+            InputError: A run is there and ``overwrite`` is not set; says how its arguments differ.
+        """
+        if overwrite or not self.exists:
+            return
+        manifest = self.any_manifest()
+        old = manifest["arguments"]
+        changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
+        finished, path = manifest["status"] == "finished", self.path
+        command = f"see it with refinelens show {path}" if finished else f"go on with refinelens sweep --resume {path}"
+        command = "" if changed else f"{command}, "
+        what = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments"
+        raise InputError(
+            f"--out {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
+            f"{command}choose another folder or pass --overwrite"
+        )
 
 
 def open_run(path: str | Path) -> Run:
@@ -217,86 +198,14 @@ def open_run(path: str | Path) -> Run:
         InputError: The folder does not hold a run, or one of another schema version.
     """
     run = Run(Path(path))
-    manifest = read_manifest(run.path)
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        written = manifest.get("refinelens_version", "another version")
-        raise InputError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}; make the run again "
-            f"with a sweep, or read it with the refinelens that wrote it ({written})"
-        )
-    try:
-        parts_of(manifest)
-    except (KeyError, TypeError):
-        raise _no_manifest(path, "one without its parts") from None
-    try:
-        check_shape(manifest, SHAPE, f"{path}/{MANIFEST}")
-    except InputError as error:
-        raise InputError(f"{error}; {MANIFEST_REMEDY}") from None
+    run.checked_manifest()
     return run
 
 
-def read_manifest(path: Path) -> dict:
-    """The manifest in a folder, also one of another schema version.
-
-    Raises:
-        InputError: The folder does not hold a run.
-    """
-    try:
-        manifest = Run(path).manifest
-        complete = isinstance(manifest, dict) and MANIFEST_KEYS <= manifest.keys()
-        complete = complete and all(isinstance(manifest[key], dict) for key in ("arguments", "model", "task", "counts"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected a run folder with {MANIFEST}, got none; make one with a sweep") from None
-    except OSError as error:
-        raise InputError(f"{path}/{MANIFEST}: expected a readable file, got: {error.strerror}") from None
-    except ValueError:
-        complete = False
-    if not complete:
-        raise _no_manifest(path, "something else")
-    return manifest
-
-
-def check_folder(path: str | Path) -> None:
-    """Refuse an output folder that holds anything that is not a run's.
-
-    Raises:
-        InputError: Names a file that a run does not have, or that is there without the manifest of its run.
-    """
-    path = Path(path)
-    try:
-        names = sorted(p.name for p in path.iterdir()) if path.exists() else []
-    except OSError as error:
-        raise disk_error(path, error, begun=False) from None
-    left_by_a_kill = {LOCK, *(temporary_of(path / name).name for name in OUTPUTS)}
-    names = [name for name in names if name not in left_by_a_kill]
-    foreign = [name for name in names if name not in OUTPUTS]
-    if foreign or (names and MANIFEST not in names):
-        other = (foreign + names)[0]
-        raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got other files, such as {other}")
-    if names:
-        read_manifest(path)  # a run of another schema version may be overwritten too
-
-
-def check_overwrite(path: str | Path, overwrite: bool, arguments: dict) -> None:
-    """Refuse to replace a run that is there, in a folder that is held here, unless that was asked for.
-
-    Raises:
-        InputError: A run is there and ``overwrite`` is not set; says how its arguments differ.
-    """
-    path = Path(path)
-    if overwrite or not (path / MANIFEST).exists():
-        return
-    manifest = read_manifest(path)
-    old = manifest["arguments"]
-    changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
-    finished = manifest["status"] == "finished"
-    command = f"see it with refinelens show {path}" if finished else f"go on with refinelens sweep --resume {path}"
-    command = "" if changed else f"{command}, "
-    what = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments"
-    raise InputError(
-        f"--out {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
-        f"{command}choose another folder or pass --overwrite"
-    )
+def write_rows(rows: list[pa.Table], path: Path) -> None:
+    """Write predictions as Parquet: the same bytes however the rows are divided, and whether or not they were read."""
+    whole = pa.concat_tables(table.cast(PREDICTIONS) for table in rows)  # Parquet renames the items of lists
+    pq.write_table(whole.combine_chunks(), path, compression="zstd")
 
 
 def status_words(manifest: dict, held: bool) -> str:
@@ -306,19 +215,3 @@ def status_words(manifest: dict, held: bool) -> str:
         return status
     word = "unfinished" if status == "running" else status  # whatever ended it left no time to say so
     return f"{word} ({counts.get('done', 0)} of {counts.get('questions', 0)} questions)"
-
-
-def check_disk(path: str | Path, needed: int) -> None:
-    """Refuse to start a run that will not fit.
-
-    Raises:
-        InputError: Less than ``needed`` bytes are free where ``path`` will be.
-    """
-    existing = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path}: expected a folder that can be written, got no permission for {existing}")
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise InputError(
-            f"--out {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import uuid
 from dataclasses import asdict, dataclass
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..config import SweepOptions
 from ..data.questions import QA
-from ..errors import InputError
 from ..machine import device_name, now, packages, working_folder
-from ..store.results import SCHEMA_VERSION, Part, Run, open_run, parts_of
+from ..store.folder import MadeOf, process_entry
+from ..store.results import SCHEMA_VERSION, Part, Run, open_run
 
 if TYPE_CHECKING:
     from ..data.prompts import Chat, Template
@@ -103,42 +102,12 @@ def make_manifest(
 
 def resumed_entry(argv: list[str] | None, device_type: str, workers: int) -> dict:
     """What the manifest of a run says of a process that goes on with it."""
-    return {
-        "started": now(),
-        "argv": argv,
-        "workers": workers,
-        "refinelens_version": __version__,
-        "packages": packages(),
-        "device_name": device_name(device_type),
-    }
+    return process_entry(argv) | {"workers": workers, "device_name": device_name(device_type)}
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """What a run was made of: whoever goes on with it is held to that."""
-
-    path: Path  # of the run
-    manifest: dict
-    command: str  # that holds to it, as its errors begin
-
-    def require(self, field: str, here: object) -> None:
-        """Refuse what is no longer as the manifest says.
-
-        Args:
-            field: Its place in the manifest, such as ``model.weights_sha256``.
-            here: What was found now.
-
-        Raises:
-            InputError: Names the field and both values.
-        """
-        there = self.manifest
-        for key in field.split("."):
-            there = there[int(key) if isinstance(there, list) else key]
-        if there != here:
-            raise InputError(
-                f"{self.command} {self.path}: expected {field} {_short(there)}, as the run has it, got {_short(here)}; "
-                "bring that back, or make another run"
-            )
+class RunSpec(MadeOf):
+    """What a run was made of, its options among it."""
 
     @property
     def options(self) -> SweepOptions:
@@ -181,14 +150,8 @@ class RunState:
             InputError: The folder does not hold a run, or one of another schema version.
         """
         run = open_run(path)
-        manifest, whole, damaged = run.manifest, [], []
-        for part in parts_of(manifest):
-            try:
-                if part.file is not None:
-                    run.read_part(part, ["question_id"])
-                whole.append(part)
-            except InputError as error:
-                damaged.append(str(error))
+        manifest = run.manifest
+        whole, damaged = run.whole_parts(manifest)
         return cls(run, manifest, tuple(whole), tuple(damaged))
 
     @property
@@ -208,14 +171,6 @@ class RunState:
 
     def resume_manifest(self, entry: dict) -> dict:
         """The manifest to go on with: the whole parts, and ``entry`` for the process that does."""
-        parts = [asdict(part) for part in self.parts]
+        parts = [vars(part) for part in self.parts]
         resumed = [*self.manifest["resumed"], entry]
         return self.manifest | {"status": "running", "finished": None, "parts": parts, "resumed": resumed}
-
-
-def _short(value: object) -> str:
-    """A value on one line; of a longer text its hash."""
-    text = str(value)
-    if len(text) > 64 or "\n" in text:
-        return f"with sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return text[:12] if len(text) == 64 else text

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -25,59 +22,18 @@ from ..op.backends import choose_backend
 from ..progress import SweepProgress
 from ..report.findings import Report, read_report
 from ..report.tables import write_outputs
-from ..store.folder import RunLock, disk_error
-from ..store.results import QuestionResult, Run, check_disk, check_folder, check_overwrite, open_run
+from ..store.files import check_disk, disk_error
+from ..store.process import Interrupted, RunLock, StopSignals
+from ..store.results import QuestionResult, Run, open_run
 from .contexts import ContextBuilder, remarks
 from .manifest import RunSpec, RunState, make_manifest, resumed_entry
 from .predict import Predictor
 from .recorder import RunWriter
 from .workers import Workers, check_workers
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-HINT = b"\nrefinelens: finishing the current question, then its tables; once more to stop at once\n"
+UNIT = "the current question, then its tables"
 GENERATORS = {KV.name: generate_kv_task, TINY.name: generate_tiny_task}
 QUESTIONS_PER_PART = 8
-
-
-class SweepInterrupted(KeyboardInterrupt):
-    """A sweep was stopped; ``run`` holds all finished questions, or is None if there are none yet."""
-
-    def __init__(self, signum: int, run: Run | None = None):
-        self.signum = signum
-        self.run = run
-
-
-class StopSignals:
-    """Takes the signals while the block runs, and gives them back after it.
-
-    They end the block at once until `wait_for_questions` is called: before, there is nothing to finish.
-    """
-
-    def __init__(self):
-        self.received: int | None = None
-        self._patient = False
-        self._old: dict = {}
-
-    def wait_for_questions(self) -> None:
-        """From now on the first signal is only noted in ``received``."""
-        self._patient = True
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # signals are the business of no other thread
-            heard = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]  # as under nohup
-            self._old = {signum: signal.signal(signum, self._take) for signum in heard}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
-
-    def _take(self, signum: int, frame) -> None:
-        if self.received is not None or not self._patient:
-            raise SweepInterrupted(signum)
-        self.received = signum
-        if sys.stderr.isatty():
-            os.write(sys.stderr.fileno(), HINT)  # print might be in the middle of another line
 
 
 @dataclass(frozen=True)
@@ -219,14 +175,14 @@ def run_sweep(
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
         FaultError: Something broke, such as no free disk; what was written stays, and `resume_sweep` goes on with it.
-        SweepInterrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
+        Interrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
             written; a second signal writes nothing more.
     """
     check_workers(workers)
-    check_folder(out)
     run = Run(Path(out))
-    with StopSignals() as signals, RunLock(out):
-        check_overwrite(out, overwrite, options.arguments())
+    run.check_replaceable()
+    with StopSignals(UNIT) as signals, RunLock(out):
+        run.check_overwrite(overwrite, options.arguments())
         runner = SweepInputs.load(options)
         check_top(options.top, len(runner.logit_lens.parts.unembedding))
         manifest = runner.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
@@ -256,19 +212,19 @@ def resume_sweep(
     Raises:
         InputError: No run, one of another schema version, or a model, task, template, lens, device or dtype that is no
             longer the run's; names the field and both values. Or another process that writes to the folder.
-        FaultError: See `run_sweep`; also `SweepInterrupted`.
+        FaultError: See `run_sweep`; also `Interrupted`.
     """
     check_workers(workers)
     open_run(path)
-    with StopSignals() as signals, RunLock(path):
+    with StopSignals(UNIT) as signals, RunLock(path):
         state = RunState.read(path)
         run, spec = state.run, state.spec
         for line in state.damaged:
             warn(line)
         try:
             runner = SweepInputs.load(spec.options, spec)
-        except SweepInterrupted as stop:
-            raise SweepInterrupted(stop.signum, run if state.has_rows else None) from None
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, run if state.has_rows else None) from None
         manifest = state.resume_manifest(resumed_entry(argv, runner.loaded.model.device.type, workers))
         if workers > 1:
             runner = Workers(spec.options, replace(spec, manifest=manifest), workers, warn)
@@ -299,7 +255,7 @@ class _Sweep:
         try:
             stop = self._ask_until_stopped()
             self._conclude("interrupted" if stop else "finished")
-        except SweepInterrupted as second_signal:
+        except Interrupted as second_signal:
             stop = second_signal
         except OSError as error:
             recorder.give_up()
@@ -307,7 +263,7 @@ class _Sweep:
         except FaultError as error:
             raise self._with_advice(error) from error.__cause__
         if stop:
-            raise SweepInterrupted(stop.signum, recorder.run if recorder.has_rows else None)
+            raise Interrupted(stop.signum, recorder.run if recorder.has_rows else None)
         if not recorder.has_rows:
             reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
             raise InputError(
@@ -315,18 +271,18 @@ class _Sweep:
             )
         return recorder.run
 
-    def _ask_until_stopped(self) -> SweepInterrupted | None:
+    def _ask_until_stopped(self) -> Interrupted | None:
         """Ask what is missing; returns what stopped it, if anything did, and concludes the run only on a fault."""
         try:
             self._ask_missing()
-        except (SweepInterrupted, OSError):
+        except (Interrupted, OSError):
             raise
         except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
-            return SweepInterrupted(signal.SIGINT)
+            return Interrupted(signal.SIGINT)
         except Exception:
             self._conclude("failed")
             raise
-        return SweepInterrupted(self.signals.received) if self.recorder.missing() else None
+        return Interrupted(self.signals.received) if self.recorder.missing() else None
 
     def _ask_missing(self) -> None:
         """Ask every question that has no rows yet, until a signal comes."""
@@ -334,7 +290,7 @@ class _Sweep:
         missing = recorder.missing()
         progress = SweepProgress(recorder.done + len(missing), recorder.done)
         self.report(progress)
-        signals.wait_for_questions()
+        signals.finish_first()
         with closing(self.runner.ask(missing, stopped=lambda: signals.received is not None)) as outcomes:
             for place, outcome in outcomes:
                 for line in outcome.warnings:
@@ -351,7 +307,7 @@ class _Sweep:
             self.summary(report)
 
     def _with_advice(self, error: InputError | FaultError) -> InputError | FaultError:
-        if not self.recorder.can_be_resumed:
+        if not self.recorder.is_placed:
             return error
         path = self.recorder.run.path
         return type(error)(f"{error}; refinelens sweep --resume {path} goes on with the finished questions")

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from refinelens.fitting.text import Split, States, load_text, sequences
 from refinelens.lens.files import load_lens
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.loading import load_model
-from refinelens.store.folder import LOCK
+from refinelens.store.process import LOCK, Interrupted
 from tiny import WORDS, tiny_gpt2, word_tokenizer
 
 
@@ -217,7 +219,57 @@ def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, m
     assert begun[0][1] == stop_after  # what was read is not read again
     for name, tensor in load_file(fitted.path / "lens.safetensors").items():
         assert torch.equal(load_file(tmp_path / "words" / "lens.safetensors")[name], tensor)
-    assert not (tmp_path / "words" / fit.NAME).exists()
+    assert not (tmp_path / "words" / fit.STATISTICS).exists()
+
+
+@pytest.mark.parametrize("stage, at, signum", [("reading", 3, signal.SIGINT), ("solving", 0, signal.SIGTERM)])
+def test_a_signal_lets_the_sequence_finish(model, text, fitted, tmp_path, stage, at, signum):
+    """Nothing is begun after it; the lens becomes the one of a fit that was never stopped."""
+    told = []
+
+    def report(*now):
+        told.append(now)
+        if now[:2] == (stage, at):
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(Interrupted) as stopped:
+        fit.fit_lens(options(model, text), str(tmp_path / "words"), report=report)
+    assert stopped.value.signum == signum and told[-1][:2] == (stage, at)
+    assert {path.name for path in (tmp_path / "words").iterdir()} == {fit.STATISTICS}
+    begun = []
+    fit.fit_lens(options(model, text), str(tmp_path / "words"), report=lambda *stage: begun.append(stage))
+    assert begun[0][1] == (at or begun[0][2]), "what was read is not read again"
+    for name, tensor in load_file(fitted.path / "lens.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "words" / "lens.safetensors")[name], tensor)
+
+
+def test_a_second_signal_writes_nothing(model, text, tmp_path):
+    def report(stage, done, total):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        fit.fit_lens(options(model, text), str(tmp_path / "lens"), report=report)
+    assert stopped.value.signum == signal.SIGTERM and not (tmp_path / "lens").exists()
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_says_how_to_go_on(model, text, tmp_path, capsys, monkeypatch, signum, code):
+    add, calls = Statistics.add, []
+
+    def add_and_stop(self, hidden):
+        calls.append(hidden)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signum)
+        add(self, hidden)
+
+    monkeypatch.setattr(Statistics, "add", add_and_stop)
+    command = ["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "lens")]
+    assert main(command) == code
+    said = "refinelens: interrupted; the same command goes on from the last checkpoint, if there is one\n"
+    assert capsys.readouterr().err == said
+    assert len(calls) == 2 and (tmp_path / "lens" / fit.STATISTICS).exists()
 
 
 def stopped(model, text, folder, monkeypatch):
@@ -233,10 +285,10 @@ def stopped(model, text, folder, monkeypatch):
 
 def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, monkeypatch):
     stopped(model, text, tmp_path / "lens", monkeypatch)
-    with pytest.raises(InputError, match="go on with tokens 3000, got 4000; pass --overwrite"):
+    with pytest.raises(InputError, match="expected tokens 3000, as the stopped fit has it, got 4000; pass --overwrite"):
         fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
     monkeypatch.setattr(States, "_split", lambda states: Split(200, range(13), range(13, 14), range(14, 15)))
-    with pytest.raises(InputError, match=r"go on with sequences \[.*\], got \[13, 1, 1\]; pass --overwrite"):
+    with pytest.raises(InputError, match=r"expected sequences \[.*\], as the stopped fit has it, got \[13, 1, 1\]"):
         fit.fit_lens(options(model, text), str(tmp_path / "lens"))
     monkeypatch.undo()
     fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"), overwrite=True)
@@ -244,7 +296,7 @@ def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, mo
 
 def test_a_damaged_checkpoint_is_named(model, text, tmp_path, monkeypatch):
     stopped(model, text, tmp_path / "lens", monkeypatch)
-    path = tmp_path / "lens" / fit.NAME
+    path = tmp_path / "lens" / fit.STATISTICS
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="expected a whole statistics.safetensors"):
         fit.fit_lens(options(model, text), str(tmp_path / "lens"))
@@ -285,7 +337,7 @@ BAD = [
     (["--out", ""], "--out: expected a value, got ''"),
     (["--steps", "5"], "--steps: expected --objective kl, which alone has this option, got linear"),
     (["--seed", "5"], "--seed: expected --objective kl, which alone has this option, got linear"),
-    (["--out", "FOREIGN"], "expected a new folder or that of a lens, got other files, such as mine.txt"),
+    (["--out", "FOREIGN"], "expected a new folder or a lens, got other files, such as mine.txt"),
     (["--out", "LENS"], "expected a new folder, got a lens; choose another or pass --overwrite"),
     (["--model", "nowhere/at/all"], "--model: expected a folder"),
 ]
@@ -424,7 +476,7 @@ def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert "no free disk left; what was written stays readable; free some; the same command goes on from the" in printed
     assert printed.count("\n") == 1
-    assert [path.name for path in (tmp_path / "l").glob("*.safetensors")] == [fit.NAME]
+    assert [path.name for path in (tmp_path / "l").glob("*.safetensors")] == [fit.STATISTICS]
 
 
 def test_two_fits_and_one_folder(model, text, tmp_path):

@@ -21,12 +21,11 @@ from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError, UnsupportedModelError
 from refinelens.layers.ablation import AblationRunner
 from refinelens.layers.analysis import run_layers
-from refinelens.store import layers
-from refinelens.store.folder import RunLock, write_whole
+from refinelens.store.files import write_whole
 from refinelens.store.frames import load_run
 from refinelens.store.layers import FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
-from refinelens.store.results import check_folder
-from refinelens.sweeping.sweep import SweepInterrupted, run_sweep
+from refinelens.store.process import Interrupted, RunLock
+from refinelens.sweeping.sweep import run_sweep
 from tiny import save_tiny_lens, save_tiny_model
 
 ABLATIONS = ("skip", "mean", "attn", "mlp")
@@ -98,7 +97,7 @@ def test_all_outputs_are_there(swept, finished):
 
 def test_the_sweeps_own_files_stay_and_it_can_be_overwritten(swept, finished):
     assert (swept.path / "layers.png").exists()
-    check_folder(swept.path)
+    swept.check_replaceable()
 
 
 def test_clean_runs_are_the_sweeps(swept, finished):
@@ -236,7 +235,7 @@ def killed_in(monkeypatch, method, call, act):
 def test_interrupted_and_gone_on_with(finished, run, quick, method, call, kept, signum):
     with pytest.MonkeyPatch.context() as patch:
         killed_in(patch, method, call, lambda: os.kill(os.getpid(), signum))
-        with pytest.raises(SweepInterrupted) as stopped:
+        with pytest.raises(Interrupted) as stopped:
             run_layers(run.path, LayerOptions())
     assert stopped.value.signum == signum
     manifest = json.loads((run.path / "layers" / "manifest.json").read_text())
@@ -253,7 +252,7 @@ def test_a_second_signal_ends_it_at_once(run, quick, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     killed_in(monkeypatch, "rows", 2, twice)
-    with pytest.raises(SweepInterrupted):
+    with pytest.raises(Interrupted):
         run_layers(run.path, LayerOptions(("skip",)))
     assert len(json.loads((run.path / "layers" / "manifest.json").read_text())["parts"]) == 1
 
@@ -283,16 +282,15 @@ def test_damaged_files_are_made_again(finished, run, quick, file, damage):
 
 
 def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, monkeypatch):
-    own, written = layers.write_whole, []
+    replace_file = os.replace
 
-    def write_whole_or_fail(path, write):
-        written.append(path.name)
-        if path.name == "part-00002.parquet":
+    def replace_or_fail(source, target):
+        if os.fspath(target).endswith("part-00002.parquet"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        own(path, write)
+        replace_file(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "write_whole", write_whole_or_fail)
+        patch.setattr(os, "replace", replace_or_fail)
         with pytest.raises(FaultError, match="no free disk left"):
             run_layers(run.path, LayerOptions())
     path = run.path / "layers" / "manifest.json"
@@ -342,26 +340,26 @@ def test_options_that_do_not_fit(swept, capsys, arguments, message, no_model):
 def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     assert "expected a run folder" in refused(capsys, tmp_path / "nothing")
     (tmp_path / "notes.txt").touch()
-    assert "got other files: notes.txt" in refused(capsys, run.path, "--out", tmp_path)
+    assert "got other files, such as notes.txt" in refused(capsys, run.path, "--out", tmp_path)
     assert "expected a folder that can be written" in refused(capsys, run.path, "--out", tmp_path / "notes.txt")
     shutil.copytree(finished[0].path, run.path / "layers")
     line = refused(capsys, run.path, "--interventions", "skip")
-    assert "expected an analysis with --interventions skip, got one with skip,mean,attn,mlp,patch" in line
+    assert "expected --interventions skip,mean,attn,mlp,patch, as the analysis has it, got skip" in line
     assert "--overwrite" in line
-    assert "with --at answer, got one with all" in refused(capsys, run.path, "--at", "answer")
-    assert "with --examples 5, got one with 6" in refused(capsys, run.path, "--examples", "5")
+    assert "expected --at all, as the analysis has it, got answer" in refused(capsys, run.path, "--at", "answer")
+    assert "expected --examples 6, as the analysis has it, got 5" in refused(capsys, run.path, "--examples", "5")
     manifest = json.loads((run.path / "manifest.json").read_text())
     (run.path / "manifest.json").write_text(json.dumps(manifest | {"run_id": "another"}))
-    assert "expected an analysis with run_id another" in refused(capsys, run.path)
+    assert f"expected run_id {manifest['run_id']}, as the analysis has it, got another" in refused(capsys, run.path)
     (run.path / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
     assert "expected a finished run, got one that is interrupted" in refused(capsys, run.path)
     (run.path / "manifest.json").write_text(json.dumps(manifest))
     (run.path / "layers" / "manifest.json").write_text("{}")
-    assert "--overwrite makes the analysis again" in refused(capsys, run.path)
+    assert "make the analysis again with --overwrite" in refused(capsys, run.path)
     whole = json.loads((finished[0].path / "manifest.json").read_text())
     for name in ("parts", "resumed"):
         (run.path / "layers" / "manifest.json").write_text(json.dumps(whole | {name: None}))
-        assert f"expected a list as {name} of manifest.json" in refused(capsys, run.path)
+        assert f"expected a list as {name} of {run.path}/layers/manifest.json" in refused(capsys, run.path)
 
 
 def test_one_process_at_a_time(run, capsys, no_model):

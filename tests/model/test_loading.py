@@ -20,7 +20,7 @@ from refinelens.lens.files import model_entry, save_lens
 from refinelens.lens.translators import unembed_hash
 from refinelens.model import identity
 from refinelens.model.loading import load_model
-from refinelens.store import folder
+from refinelens.store import process
 from refinelens.store.results import open_run
 from tiny import save_tiny_lens, save_tiny_model, tiny_gpt2
 
@@ -353,7 +353,7 @@ def test_a_terminal_without_unicode(tiny_model, question_file, tmp_path):
 
 def test_a_system_without_file_locks_is_named(sweep, tmp_path, monkeypatch, capsys):
     """Windows has no fcntl: one line, before anything is loaded."""
-    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.setattr(process, "fcntl", None)
     assert main([*sweep, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("refinelens: expected Linux or macOS, whose file locks keep runs whole, got another system")

@@ -414,7 +414,7 @@ def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch, quick):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("refinelens.store.folder.os.pwrite", full)
+    monkeypatch.setattr("refinelens.store.process.os.pwrite", full)
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "refinement by gold position" in capsys.readouterr().out
     assert not (tmp_path / "run" / "depth.png").exists()

@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys, monkey
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("refinelens.store.folder.os.fsync", fail)
+    monkeypatch.setattr("refinelens.store.files.os.fsync", fail)
     out = tmp_path / "out"
     assert main(["export", str(run.path), "--format", kind, "--out", str(out)]) == code
     assert capsys.readouterr().err == f"refinelens: --out {out}: {message}\n"

@@ -75,7 +75,7 @@ def at_step(number, act):
 
 def quick_figures(run, *drawn):
     """In place of `draw_figures`, which takes as long as all the rest of a tiny sweep: the files without figures."""
-    from refinelens.store.folder import write_whole
+    from refinelens.store.files import write_whole
     from refinelens.store.results import FIGURES
 
     for name in FIGURES:
@@ -122,9 +122,9 @@ def _child(
     """
     from refinelens import cli
     from refinelens.report import tables
+    from refinelens.store.process import StopSignals
     from refinelens.sweeping import sweep, workers
     from refinelens.sweeping.predict import Predictor
-    from refinelens.sweeping.sweep import StopSignals
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

@@ -85,7 +85,7 @@ def write_part(run, index, rows):
     """Write one part of a run and return its entry in a manifest."""
     from dataclasses import asdict
 
-    from refinelens.store.folder import sha256_of
+    from refinelens.store.files import sha256_of
     from refinelens.store.results import PREDICTIONS, Part, write_rows
 
     path = run.part_path(index)

@@ -17,8 +17,9 @@ import pytest
 from faults import at_step, quick_figures, wait_for
 from refinelens.cli import main
 from refinelens.model.loading import load_model
-from refinelens.store.folder import LOCK, RunLock
-from refinelens.store.results import DERIVED, LAYERS, MANIFEST, open_run, parts_of
+from refinelens.store.folder import MANIFEST
+from refinelens.store.process import LOCK, RunLock
+from refinelens.store.results import DERIVED, LAYERS, open_run
 from refinelens.sweeping import sweep as sweep_module
 from tiny import save_tiny_lens, save_tiny_model
 
@@ -77,7 +78,7 @@ def whole(fork_server, sweep, tmp_path_factory):
     assert run.manifest["counts"]["left_out"] == {
         f"{n} documents: too few passages without an answer": [5, 12] for n in (2, 3)
     }
-    assert [part.questions for part in parts_of(run.manifest)][-2:] == [(8, 12), (12, 14)]
+    assert [part.questions for part in run.parts_of(run.manifest)][-2:] == [(8, 12), (12, 14)]
     return run, seconds
 
 

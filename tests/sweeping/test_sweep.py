@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -19,10 +20,10 @@ from refinelens.errors import FaultError, InputError
 from refinelens.layers.analysis import run_layers
 from refinelens.report.summary import summarise
 from refinelens.store import results
-from refinelens.store.folder import LOCK, RunLock
+from refinelens.store.process import LOCK, Interrupted, RunLock
 from refinelens.store.results import PREDICTIONS, open_run
 from refinelens.store.trajectory import choose_tokens, read_trajectories
-from refinelens.sweeping.sweep import SweepInputs, SweepInterrupted, resume_sweep, run_sweep
+from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
 
 TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
@@ -310,9 +311,9 @@ def test_interrupt_before_anything_is_finished(options, tmp_path):
     def stop(progress):
         raise KeyboardInterrupt
 
-    with pytest.raises(SweepInterrupted) as interrupt:
+    with pytest.raises(Interrupted) as interrupt:
         run_sweep(options, tmp_path / "run", report=stop)
-    assert interrupt.value.run is None and not (tmp_path / "run").exists()
+    assert interrupt.value.folder is None and not (tmp_path / "run").exists()
 
 
 def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
@@ -407,7 +408,7 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
             (tmp_path / "run" / LOCK).unlink()
             run_sweep(other, tmp_path / "run", overwrite=True)
 
-    with pytest.raises(FaultError, match="expected this sweep's own run, got another that replaced it$"):
+    with pytest.raises(FaultError, match="expected this process's own, got another that replaced it$"):
         run_sweep(options, tmp_path / "run", overwrite=True, report=remove_the_lock)
     run = open_run(tmp_path / "run")
     assert run.manifest["arguments"]["seed"] == 7 and run.manifest["status"] == "finished"
@@ -485,8 +486,8 @@ def test_any_other_fault_keeps_finished_questions(options, tmp_path):
 
 
 def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypatch):
-    usage = results.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(InputError, match="MB of free disk, got 0.0 MB"):
         run_sweep(options, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -502,7 +503,7 @@ def test_output_folder_is_protected(finished, options, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="expected a new folder or a run to overwrite"):
+    with pytest.raises(InputError, match="expected a new folder or a run, got other files"):
         run_sweep(options, mine, overwrite=True)
     (mine / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(InputError, match="got other files, such as thesis.txt"):
