@@ -84,16 +84,16 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers"))]
     if others:
         raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
-    from .sweeping.manifest import RunState
+    from .store.results import open_run
 
-    if RunState.read(path).is_finished:
+    run = open_run(path)
+    if run.is_finished:
         from rich.console import Console
 
         from .report.tables import show_run
-        from .store.results import open_run
 
         print(f"{path}: finished already\n")
-        show_run(open_run(path), Console())
+        show_run(run, Console())
         return 0
     _calm_libraries()
     from .sweeping.sweep import resume_sweep

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from ..store.process import Interrupted, RunLock, StopSignals
 from . import objectives
 from .objectives import Statistics, train
 from .quality import FIGURE, TABLE, draw_figure, measure, write_csv
-from .text import Split, States, Text, load_text
+from .text import States, Text, load_text
 
 STATISTICS = "statistics.safetensors"
 CHECKPOINT_SECONDS = 60.0
@@ -44,49 +45,6 @@ class LensFolder(Folder):
     NAME = "a lens"
     DERIVED = (TENSORS, TABLE, FIGURE, STATISTICS)
     MARKS = (MANIFEST, STATISTICS)
-
-
-def save(folder: Path, identity: dict, done: int, fit: Statistics, choose: Statistics) -> None:
-    """Write the statistics of the first ``done`` sequences."""
-    tensors = fit.tensors("fit") | choose.tensors("choose")
-    metadata = {"identity": json.dumps(identity), "done": str(done)}
-    write_whole(folder / STATISTICS, lambda path: save_file(tensors, path, metadata))
-
-
-def load(
-    folder: Path, identity: dict, device: torch.device, overwrite: bool = False
-) -> tuple[int, Statistics, Statistics] | None:
-    """(sequences done, statistics to fit, statistics to choose), or None if there is nothing to go on from.
-
-    Raises:
-        InputError: The file is of another fit (the first difference is named), or damaged, and must not be
-            overwritten.
-    """
-    if not (folder / STATISTICS).exists():
-        return None
-    try:
-        return _read(folder, identity, device)
-    except InputError:
-        if overwrite:
-            return None
-        raise
-
-
-def _read(folder: Path, identity: dict, device: torch.device) -> tuple[int, Statistics, Statistics]:
-    path = folder / STATISTICS
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        there = json.loads(metadata["identity"])
-        state = [Statistics.from_tensors(tensors, prefix, device) for prefix in ("fit", "choose")]
-        done = int(metadata["done"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--out {folder}: expected a whole {STATISTICS}, got: {error}; {BEGIN_AGAIN}") from None
-    made_of = MadeOf(folder, there, "--out", "the stopped fit", BEGIN_AGAIN)
-    for key, value in identity.items():
-        made_of.require(key, value)
-    return done, *state
 
 
 @dataclass(frozen=True)
@@ -121,20 +79,23 @@ def fit_lens(
         FaultError: No free disk or no memory; the same call goes on from the last checkpoint.
         Interrupted: SIGINT or SIGTERM, after the current sequence and a checkpoint; a second one at once.
     """
-    folder = Path(out)
-    if folder.resolve().name in ("", PLAIN) or "," in folder.name or not out.strip():
+    folder = LensFolder(Path(out))
+    if folder.path.resolve().name in ("", PLAIN) or "," in folder.path.name or not out.strip():
         raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
-    LensFolder(folder).check_foreign()
-    with StopSignals("the current sequence, then a checkpoint") as signals, RunLock(folder):
-        LensFolder(folder).remove_temporary()
-        if LensFolder(folder).exists and not overwrite:
+    folder.check_foreign()
+    with StopSignals("the current sequence, then a checkpoint") as signals, RunLock(folder.path):
+        folder.remove_temporary()
+        if folder.exists and not overwrite:
             raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         logit_lens = LogitLens.from_model(loaded.model)
-        check_disk(out, 2 * _statistics_bytes(logit_lens))
+        statistics_bytes = 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2  # fit, choose; two sums each; fp64
+        check_disk(out, 2 * statistics_bytes)
         try:
-            return Fitted(folder, _fit(options, folder, overwrite, argv, text, loaded, logit_lens, report, signals))
+            states = States(options, text, loaded, logit_lens)
+            fit = _Fit(options, folder.path, overwrite, text, loaded, logit_lens, states, signals, report)
+            return Fitted(folder.path, fit.finish(argv))
         except OSError as error:
             fault = disk_error(out, error)
             raise type(fault)(f"{fault}; {HOW_TO_RESUME}") from None
@@ -142,167 +103,166 @@ def fit_lens(
             if not is_out_of_memory(error):
                 raise
             raise FaultError(
-                f"--model {options.model}: expected memory for {_statistics_bytes(logit_lens) / 1e9:.1f} GB of "
-                "statistics beside the model, got out of memory; use a larger machine or a smaller model"
+                f"--model {options.model}: expected memory for {statistics_bytes / 1e9:.1f} GB of statistics beside "
+                "the model, got out of memory; use a larger machine or a smaller model"
             ) from None
 
 
-def _fit(
-    options: FitOptions,
-    folder: Path,
-    overwrite: bool,
-    argv: list[str] | None,
-    text: Text,
-    loaded: LoadedModel,
-    logit_lens: LogitLens,
-    told: Progress,
-    signals: StopSignals,
-) -> dict:
-    """Fit and write everything; the manifest."""
+@dataclass(frozen=True)
+class _Fit:
+    """A fit under way, in a folder that is held."""
 
-    def report(stage: str, done: int, total: int) -> None:
-        told(stage, done, total)
-        signals.stop_if_received()
+    options: FitOptions
+    path: Path  # of the lens
+    overwrite: bool
+    text: Text
+    loaded: LoadedModel
+    logit_lens: LogitLens
+    states: States
+    signals: StopSignals
+    told: Progress
 
-    started = time.monotonic()
-    states = States(options, text, loaded, logit_lens)
-    identity = _identity(options, text.sha256, loaded, states.split)
-    signals.finish_first()
-    gathered = _gather(folder, identity, overwrite, states, logit_lens, told, signals)
-    lenses, strengths = _solve(options, *gathered, states, logit_lens, report)
-    quality = measure(logit_lens, _with_progress(states, states.split.report, report), {"plain": None, **lenses})
-    manifest = {
-        **_manifest(options, argv, text, loaded, logit_lens),
-        "tokens": {
-            "fit": states.split.tokens(states.split.fit),
-            "choose": states.split.tokens(states.split.choose),
-            "report": quality["plain"].tokens,
-        },
-        "ridge": strengths,
-        "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    write_csv(folder, manifest)
-    draw_figure(folder, manifest)
-    manifest = save_lens(folder, lenses[options.objective], manifest)
-    (folder / STATISTICS).unlink(missing_ok=True)
-    return manifest
+    def finish(self, argv: list[str] | None) -> dict:
+        """Fit and write everything; the manifest."""
+        started, split = time.monotonic(), self.states.split
+        self.signals.finish_first()
+        lenses, strengths = self._solve(*self._gather())
+        quality = measure(self.logit_lens, self._sample(split.report), {"plain": None, **lenses})
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.options.objective,
+            "refinelens_version": __version__,
+            "model": model_entry(self.loaded, self.logit_lens),
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "text": {"name": self.text.name, "sha256": self.text.sha256},
+            "arguments": self.options.arguments(),
+            "argv": argv,
+            "packages": packages(),
+            "finished": now(),
+            "tokens": {
+                "fit": split.tokens(split.fit),
+                "choose": split.tokens(split.choose),
+                "report": quality["plain"].tokens,
+            },
+            "ridge": strengths,
+            "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        write_csv(self.path, manifest)
+        draw_figure(self.path, manifest)
+        manifest = save_lens(self.path, lenses[self.options.objective], manifest)
+        (self.path / STATISTICS).unlink(missing_ok=True)
+        return manifest
 
+    def _identity(self) -> dict:
+        """What two fits must share for one to go on where the other stopped."""
+        split, loaded = self.states.split, self.loaded
+        return {
+            "tokens": self.options.tokens,
+            "text_sha256": self.text.sha256,
+            "config_sha256": loaded.config_sha256,
+            "weights_sha256": loaded.weights_sha256,
+            "tokenizer_sha256": loaded.tokenizer_sha256,
+            "device": loaded.model.device.type,
+            "sequences": [len(split.fit), len(split.choose), len(split.report)],
+        }
 
-def _manifest(
-    options: FitOptions, argv: list[str] | None, text: Text, loaded: LoadedModel, logit_lens: LogitLens
-) -> dict:
-    """What is known of a lens without its numbers."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": options.objective,
-        "refinelens_version": __version__,
-        "model": model_entry(loaded, logit_lens),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "text": {"name": text.name, "sha256": text.sha256},
-        "arguments": options.arguments(),
-        "argv": argv,
-        "packages": packages(),
-        "finished": now(),
-    }
+    def _save(self, done: int, fit: Statistics, choose: Statistics) -> None:
+        """Write the statistics of the first ``done`` sequences."""
+        tensors = fit.tensors("fit") | choose.tensors("choose")
+        metadata = {"identity": json.dumps(self._identity()), "done": str(done)}
+        write_whole(self.path / STATISTICS, lambda path: save_file(tensors, path, metadata))
 
+    def _begun(self) -> tuple[int, Statistics, Statistics]:
+        """(sequences done, statistics to fit, statistics to choose), of a fit that was stopped or of a new one.
 
-def _gather(
-    folder: Path,
-    identity: dict,
-    overwrite: bool,
-    states: States,
-    logit_lens: LogitLens,
-    report: Progress,
-    signals: StopSignals,
-) -> tuple[Statistics, Statistics]:
-    """Statistics of the sequences to fit on and to choose by, kept on disk from time to time and when all are read."""
-    device = logit_lens.model.device
-    begun = load(folder, identity, device, overwrite)
-    done, fit, choose = begun or (0, *(Statistics.empty(logit_lens.n_layers, logit_lens.d_model, device) for _ in "12"))
-    end, saved, adding = states.split.choose.stop, time.monotonic(), False
-    report("reading", done, end)
-    try:
-        for hidden in states.of(range(done, end)):
-            adding = True
-            (fit if done in states.split.fit else choose).add(hidden)
-            done, adding = done + 1, False
-            report("reading", done, end)
-            if signals.received is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save(folder, identity, done, fit, choose)
-                saved = time.monotonic()
-                signals.stop_if_received()
-    except Interrupted:  # the checkpoint is written, or it was the second signal
-        raise
-    except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
-        if not adding:  # a sequence that was added by half is in no state to go on from
-            save(folder, identity, done, fit, choose)
-        raise
-    save(folder, identity, done, fit, choose)
-    return fit, choose
+        Raises:
+            InputError: The file is of another fit (the first difference is named), or damaged, and must not be
+                overwritten.
+        """
+        if (self.path / STATISTICS).exists():
+            try:
+                return self._read()
+            except InputError:
+                if not self.overwrite:
+                    raise
+        size = self.logit_lens.n_layers, self.logit_lens.d_model, self.logit_lens.model.device
+        return 0, Statistics.empty(*size), Statistics.empty(*size)
 
+    def _read(self) -> tuple[int, Statistics, Statistics]:
+        try:
+            with safe_open(self.path / STATISTICS, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            there, device = json.loads(metadata["identity"]), self.logit_lens.model.device
+            state = [Statistics.from_tensors(tensors, prefix, device) for prefix in ("fit", "choose")]
+            done = int(metadata["done"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--out {self.path}: expected a whole {STATISTICS}, got: {error}; {BEGIN_AGAIN}") from None
+        made_of = MadeOf(self.path, there, "--out", "the stopped fit", BEGIN_AGAIN)
+        for key, value in self._identity().items():
+            made_of.require(key, value)
+        return done, *state
 
-def _solve(
-    options: FitOptions, fit: Statistics, choose: Statistics, states: States, logit_lens: LogitLens, report: Progress
-) -> tuple[dict[str, Translators], list[float]]:
-    """The translators of every objective up to the one asked for, as the model needs them, and the ridge strengths."""
-    report("solving", 0, 1)
-    translators, strengths = objectives.solve(fit, choose)
-    lenses = {"linear": translators}
-    if options.objective == "kl":
-        lenses["kl"] = _train(options, logit_lens, translators, fit, states, report)
-    try:
-        return {name: logit_lens.adapted(lens) for name, lens in lenses.items()}, strengths
-    except InputError as error:
-        raise InputError(f"--dtype: {error}") from None
+    def _gather(self) -> tuple[Statistics, Statistics]:
+        """Statistics of the sequences to fit on and to choose by, kept on disk now and then and when all are read."""
+        split = self.states.split
+        done, fit, choose = self._begun()
+        end, saved, adding = split.choose.stop, time.monotonic(), False
+        self.told("reading", done, end)
+        try:
+            for hidden in self.states.of(range(done, end)):
+                adding = True
+                (fit if done in split.fit else choose).add(hidden)
+                done, adding = done + 1, False
+                self.told("reading", done, end)
+                if self.signals.received is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save(done, fit, choose)
+                    saved = time.monotonic()
+                    self.signals.stop_if_received()
+        except Interrupted:  # the checkpoint is written, or it was the second signal
+            raise
+        except KeyboardInterrupt:  # not by our signals: from another thread, or from ``told``
+            if not adding:  # a sequence that was added by half is in no state to go on from
+                self._save(done, fit, choose)
+            raise
+        self._save(done, fit, choose)
+        return fit, choose
 
+    def _report(self, stage: str, done: int, total: int) -> None:
+        """Say how far a stage is that comes after the last checkpoint, or stop there."""
+        self.told(stage, done, total)
+        self.signals.stop_if_received()
 
-def _train(
-    options: FitOptions,
-    logit_lens: LogitLens,
-    start: Translators,
-    statistics: Statistics,
-    states: States,
-    report: Progress,
-) -> Translators:
-    """The trained translators, but at layers where ``start`` reads the sequences to choose by better."""
+    def _solve(self, fit: Statistics, choose: Statistics) -> tuple[dict[str, Translators], list[float]]:
+        """The translators of every objective up to the one asked for, as the model needs them; the ridge strengths."""
+        self._report("solving", 0, 1)
+        translators, strengths = objectives.solve(fit, choose)
+        lenses = {"linear": translators}
+        if self.options.objective == "kl":
+            lenses["kl"] = self._train(translators, fit)
+        try:
+            return {name: self.logit_lens.adapted(lens) for name, lens in lenses.items()}, strengths
+        except InputError as error:
+            raise InputError(f"--dtype: {error}") from None
 
-    def on_step(done: int, total: int) -> None:
-        report("training", done, total)
+    def _train(self, start: Translators, statistics: Statistics) -> Translators:
+        """The trained translators, but at layers where ``start`` reads the sequences to choose by better."""
+        states, options, lens = self.states, self.options, self.logit_lens
+        on_step = partial(self._report, "training")
+        texts = (statistics, lambda: states.of(states.split.fit))
+        trained = train(lens, start, *texts, options.steps, options.seed, on_step)
+        both = {"start": lens.adapted(start), "trained": lens.adapted(trained)}
+        quality = measure(lens, self._sample(states.split.choose), both)
+        pairs = zip(quality["trained"].kl[:-1], quality["start"].kl[:-1], strict=True)
+        better = torch.tensor([trained_kl < start_kl for trained_kl, start_kl in pairs], device=trained.bias.device)
+        return Translators(
+            torch.where(better[:, None, None], trained.weight, start.weight),
+            torch.where(better[:, None], trained.bias, start.bias),
+        )
 
-    trained = train(
-        logit_lens, start, statistics, lambda: states.of(states.split.fit), options.steps, options.seed, on_step
-    )
-    both = {"start": logit_lens.adapted(start), "trained": logit_lens.adapted(trained)}
-    quality = measure(logit_lens, _with_progress(states, states.split.choose, report), both)
-    pairs = zip(quality["trained"].kl[:-1], quality["start"].kl[:-1], strict=True)
-    better = torch.tensor([trained_kl < start_kl for trained_kl, start_kl in pairs], device=trained.bias.device)
-    return Translators(
-        torch.where(better[:, None, None], trained.weight, start.weight),
-        torch.where(better[:, None], trained.bias, start.bias),
-    )
-
-
-def _with_progress(states: States, sequences: range, report: Progress) -> Iterator[Tensor]:
-    """The states of a sample of some sequences."""
-    for index, hidden in enumerate(states.sample(sequences, REPORT_TOKENS)):
-        report("measuring", index, len(sequences))
-        yield hidden
-
-
-def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel, split: Split) -> dict:
-    """What two fits must share for one to go on where the other stopped."""
-    return {
-        "tokens": options.tokens,
-        "text_sha256": text_sha256,
-        "config_sha256": loaded.config_sha256,
-        "weights_sha256": loaded.weights_sha256,
-        "tokenizer_sha256": loaded.tokenizer_sha256,
-        "device": loaded.model.device.type,
-        "sequences": [len(split.fit), len(split.choose), len(split.report)],
-    }
-
-
-def _statistics_bytes(logit_lens: LogitLens) -> int:
-    """Two sums of squares for each of two roles, fp64."""
-    return 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2
+    def _sample(self, sequences: range) -> Iterator[Tensor]:
+        """The states of a sample of some sequences."""
+        for index, hidden in enumerate(self.states.sample(sequences, REPORT_TOKENS)):
+            self._report("measuring", index, len(sequences))
+            yield hidden

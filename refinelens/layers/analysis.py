@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .. import __version__
 from ..config import LayerOptions
 from ..data.questions import Question
 from ..errors import FaultError, UnsupportedModelError
-from ..machine import now, packages
 from ..store.files import disk_error
-from ..store.folder import FolderWriter, MadeOf, process_entry
+from ..store.folder import FolderWriter, MadeOf, go_on, process_entry
 from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, write_rows
 from ..store.process import RunLock, StopSignals
 from ..store.results import LAYERS, Run, open_run
@@ -61,24 +59,20 @@ def begin(
         warn(line)
     if len(whole) == len(there["questions"]) or not options.interventions:
         return there
-    parts, resumed = [vars(part) for part in whole], [*there["resumed"], process_entry(argv)]
-    return there | {"status": "running", "parts": parts, "resumed": resumed}
+    return go_on(there, whole, process_entry(argv))
 
 
 def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -> dict:
     run = examples.manifest
     return {
         "schema_version": SCHEMA_VERSION,
-        "refinelens_version": __version__,
+        **process_entry(argv),
         "run_id": run["run_id"],
         "status": "running",
         "arguments": options.arguments(),
-        "argv": argv,
         "lens": examples.lens,
         "model": run["model"]["name"],
         "task": run["task"]["name"],
-        "packages": packages(),
-        "started": now(),
         "seconds": 0.0,
         "resumed": [],
         "questions": examples.questions,

@@ -72,8 +72,7 @@ def read_tuned_lens(folder: Path) -> tuple[Translators, dict]:
 def _read_config(path: Path) -> dict:
     # Entries that nobody knows are left alone, as the package does.
     config = {key: value for key, value in read_json_object(path).items() if value is not None}
-    check_entries(config, REQUIRED, path.name)
-    check_entries(config, {key: kind for key, kind in OPTIONAL.items() if key in config}, path.name)
+    check_entries(config, REQUIRED | {key: OPTIONAL[key] for key in OPTIONAL if key in config}, path.name, least=1)
     if config.get("lens_type", LENS_TYPE) != LENS_TYPE:
         raise InputError(f"expected the lens_type {LENS_TYPE} in {path.name}, got {config['lens_type']!r}")
     return config
@@ -263,8 +262,7 @@ def _read_manifest(path: Path) -> dict:
     version = manifest.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise InputError(f"expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}")
-    check_entries(manifest, {"format_version": int, "kind": str, "model": dict}, path.name)
-    check_entries(manifest["model"], MODEL_KEYS, f"model of {path.name}")
+    check_entries(manifest, {"format_version": int, "kind": str, "model": MODEL_KEYS}, path.name, least=1)
     if manifest["kind"] in (PLAIN, KIND):
         raise InputError(f"expected the kind of a fitted lens in {path.name}, got {manifest['kind']}")
     return manifest

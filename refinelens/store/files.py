@@ -20,8 +20,9 @@ NOT_ALLOWED = {
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOLCK),
 }
 LARGEST_JSON = 16 * 2**20  # bytes
-SHAPE_WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
-WORDS = {str: "a text", int: "a positive whole number", bool: "true or false", dict: "an object"}
+WORDS = {str: "a text", int: "a {}whole number", float: "a number", bool: "true or false", dict: "an object"}
+WORDS[list] = "a list"
+NESTED = {dict: "an object", list: "a list of one entry or more"}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -132,52 +133,30 @@ def read_json_object(path: Path) -> dict:
     return entries
 
 
-def check_entries(entries: dict, types: dict[str, type], name: str) -> None:
-    """Refuse an object without the entries that are needed, or with some of another type.
+def check_entries(entries: dict, shape: dict, name: str, least: int = 0) -> None:
+    """Refuse an object without the entries that are needed, or with some of another shape.
 
     Args:
         entries: As JSON was read.
-        types: ``str``, ``int`` (at least 1), ``bool`` or ``dict`` of every entry that must be there.
+        shape: By entry a type (``float`` takes whole numbers too), an object of such, or a list with the shape of each
+            of its entries, of which there must be one.
         name: Of the object, for the message.
+        least: The smallest whole number that fits, 0 or 1.
 
     Raises:
         InputError: Names the first entry that does not fit.
     """
-    for key, kind in types.items():
+    for key, kind in shape.items():
         if key not in entries:
             raise InputError(f"expected {key} in {name}, got none")
         value = entries[key]
-        if type(value) is not kind or (kind is int and value < 1):
-            raise InputError(f"expected {key} in {name} to be {WORDS[kind]}, got {reprlib.repr(value)}")
-
-
-def check_shape(value, shape, name: str) -> None:
-    """Refuse JSON of another shape than expected.
-
-    Args:
-        value: As JSON was read.
-        shape: A type (``int`` from 0 on; ``float`` takes whole numbers too), an object with the entries that must be
-            there, or a list with the shape of each of its entries, of which there must be one.
-        name: Of the value, for the message.
-
-    Raises:
-        InputError: Names the first place that does not fit.
-    """
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key, inner in shape.items():
-            check_shape(value.get(key), inner, f"{key} of {name}")
-    elif isinstance(shape, list) and isinstance(value, list) and value:
-        for entry in value:
-            check_shape(entry, shape[0], f"an entry of {name}")
-    elif not _is(value, shape):
-        kind = {dict: "an object", list: "a list of one entry or more"}.get(type(shape)) or SHAPE_WORDS[shape]
-        raise InputError(f"expected {kind} as {name}, got {reprlib.repr(value)}")
-
-
-def _is(value, kind) -> bool:
-    if kind is int:
-        return type(value) is int and value >= 0
-    return type(value) in ((int, float) if kind is float else (kind,))
+        if isinstance(kind, list) and isinstance(value, list) and value:
+            value, kind = dict(enumerate(value)), dict.fromkeys(range(len(value)), kind[0])
+        if isinstance(kind, dict) and isinstance(value, dict):
+            check_entries(value, kind, f"{key} of {name}", least)
+        elif type(value) not in ((int, float) if kind is float else (kind,)) or (kind is int and value < least):
+            words = NESTED.get(type(kind)) or WORDS[kind].format("positive " * least)
+            raise InputError(f"expected {key} in {name} to be {words}, got {reprlib.repr(value)}")
 
 
 def sha256_of(path: Path) -> str:

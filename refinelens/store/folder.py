@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from .. import __version__
 from ..errors import FaultError, InputError
 from ..machine import now, packages
-from .files import check_shape, disk_error, sha256_of, sync_folder, temporary_of, write_temporary, write_whole
+from .files import check_entries, disk_error, sha256_of, sync_folder, temporary_of, write_temporary, write_whole
 
 MANIFEST = "manifest.json"
 
@@ -41,8 +41,8 @@ class Folder:
     REMAKE: ClassVar[str]  # what helps where a manifest cannot be used
     REPAIR: ClassVar[str]  # what computes a damaged part again, of {path}
     VERSION: ClassVar[int]  # of the schema
-    KEYS: ClassVar[dict[str, type]]  # entries of a manifest of any version of the schema
-    SHAPE: ClassVar[dict]  # what is read of a manifest of this version, see `check_shape`
+    KEYS: ClassVar[dict]  # what a manifest of any version of the schema holds
+    SHAPE: ClassVar[dict]  # what is read of a manifest of this version, see `check_entries`
     PART: ClassVar[type]  # a part as the manifest names it: with ``file``, ``sha256``, and ``first`` to order them by
     PARTS: ClassVar[str | None] = None  # folder of the parts
     NAMED: ClassVar[dict[str, str]] = {}  # files, and the entries of the manifest with their checksums
@@ -77,18 +77,16 @@ class Folder:
         """
         try:
             manifest = self.manifest
+            if not isinstance(manifest, dict):
+                raise ValueError
+            check_entries(manifest, self.KEYS, MANIFEST)
         except FileNotFoundError:
-            raise InputError(
-                f"{self.path}: expected {self.NAME} folder with {MANIFEST}, got none; {self.MAKE}"
-            ) from None
+            got = f"got none; {self.MAKE}"
+            raise InputError(f"{self.path}: expected {self.NAME} folder with {MANIFEST}, {got}") from None
         except OSError as error:
             raise InputError(f"{self.path}/{MANIFEST}: expected a readable file, got: {error.strerror}") from None
         except (ValueError, RecursionError):
-            manifest = None
-        if not isinstance(manifest, dict) or any(
-            key not in manifest or not isinstance(manifest[key], kind) for key, kind in self.KEYS.items()
-        ):
-            raise self._not_a_manifest("something else")
+            raise self._not_a_manifest("something else") from None
         return manifest
 
     def checked_manifest(self) -> dict:
@@ -105,11 +103,10 @@ class Folder:
                 f"the refinelens that wrote it ({written})"
             )
         try:
-            check_shape(manifest, self.SHAPE, f"{self.path}/{MANIFEST}")
+            check_entries(manifest, self.SHAPE, f"{self.path}/{MANIFEST}")
+            self.parts_of(manifest)
         except InputError as error:
             raise InputError(f"{error}; bring it back, or {self.REMAKE}") from None
-        try:
-            self.parts_of(manifest)
         except (KeyError, TypeError):
             raise self._not_a_manifest("one without its parts") from None
         return manifest
@@ -302,6 +299,12 @@ def _signature(path: Path) -> tuple:
 def process_entry(argv: list[str] | None) -> dict:
     """What a manifest says of a process that begins a folder or goes on with it."""
     return {"started": now(), "argv": argv, "refinelens_version": __version__, "packages": packages()}
+
+
+def go_on(manifest: dict, parts: list, entry: dict) -> dict:
+    """The manifest of a folder that goes on with these of its parts; ``entry`` is of the process that does."""
+    resumed = [*manifest["resumed"], entry]
+    return manifest | {"status": "running", "parts": [vars(part) for part in parts], "resumed": resumed}
 
 
 @dataclass(frozen=True)

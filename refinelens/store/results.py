@@ -130,8 +130,7 @@ class Run(Folder):
     REMAKE = "remove the folder and make the run again with a sweep"
     REPAIR = "refinelens sweep --resume {path} computes it again"
     VERSION = SCHEMA_VERSION
-    KEYS = dict.fromkeys(("schema_version", "status", "seed"), object)
-    KEYS |= dict.fromkeys(("arguments", "model", "task", "counts"), dict)
+    KEYS = {"schema_version": int, "status": str, "arguments": dict, "model": dict, "task": dict, "counts": dict}
     SHAPE = SHAPE
     PART = Part
     PARTS = "predictions"
@@ -143,6 +142,12 @@ class Run(Folder):
         """Tokens of the model, None where the manifest does not say."""
         size = self.manifest["model"].get("vocab_size")
         return size if type(size) is int else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to ask; what a damaged part holds is asked again."""
+        manifest = self.manifest
+        return manifest["status"] == "finished" and not self.whole_parts(manifest)[1]
 
     def write_trajectories(self, tables: Iterable[pa.Table]) -> None:
         """Write the trajectories of the whole run, a table at a time."""

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..config import SweepOptions
 from ..data.questions import QA
-from ..machine import device_name, now, packages, working_folder
+from ..machine import device_name, working_folder
 from ..store.folder import MadeOf, process_entry
-from ..store.results import SCHEMA_VERSION, Part, Run, open_run
+from ..store.results import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from ..data.prompts import Chat, Template
@@ -44,11 +43,10 @@ def make_manifest(
     device = loaded.model.device
     return {
         "schema_version": SCHEMA_VERSION,
-        "refinelens_version": __version__,
+        **process_entry(argv),
         "run_id": uuid.uuid4().hex,  # tells two runs in one folder apart
         "status": "running",
         "arguments": arguments,
-        "argv": argv,
         "folder": working_folder(),  # that relative paths among the arguments start from
         "remarks": remarks,
         "seed": arguments["seed"],
@@ -87,9 +85,7 @@ def make_manifest(
         "template": template.text,
         "closed_book_template": template.format.closed_book,
         "chat": None if template.chat is None else asdict(template.chat),
-        "packages": packages(),
         "platform": platform.platform(),
-        "started": now(),
         "finished": None,
         "seconds": None,
         "workers": workers,
@@ -131,46 +127,3 @@ class RunSpec(MadeOf):
         from ..data.prompts import Chat
 
         return Chat(**self.manifest["chat"])
-
-
-@dataclass(frozen=True)
-class RunState:
-    """A run as it lies on the disk; damaged parts are as good as absent."""
-
-    run: Run
-    manifest: dict
-    parts: tuple[Part, ...]  # as they were written
-    damaged: tuple[str, ...]  # one line per other part
-
-    @classmethod
-    def read(cls, path: str | Path) -> RunState:
-        """Read a run and compare every checksum.
-
-        Raises:
-            InputError: The folder does not hold a run, or one of another schema version.
-        """
-        run = open_run(path)
-        manifest = run.manifest
-        whole, damaged = run.whole_parts(manifest)
-        return cls(run, manifest, tuple(whole), tuple(damaged))
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is nothing left to ask."""
-        return self.manifest["status"] == "finished" and not self.damaged
-
-    @property
-    def spec(self) -> RunSpec:
-        """What the run was made of."""
-        return RunSpec(self.run.path, self.manifest, "--resume")
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether a whole part has any."""
-        return any(part.rows for part in self.parts)
-
-    def resume_manifest(self, entry: dict) -> dict:
-        """The manifest to go on with: the whole parts, and ``entry`` for the process that does."""
-        parts = [vars(part) for part in self.parts]
-        resumed = [*self.manifest["resumed"], entry]
-        return self.manifest | {"status": "running", "finished": None, "parts": parts, "resumed": resumed}

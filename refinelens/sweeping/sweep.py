@@ -23,10 +23,11 @@ from ..progress import SweepProgress
 from ..report.findings import Report, read_report
 from ..report.tables import write_outputs
 from ..store.files import check_disk, disk_error
+from ..store.folder import go_on
 from ..store.process import Interrupted, RunLock, StopSignals
 from ..store.results import QuestionResult, Run, open_run
 from .contexts import ContextBuilder, remarks
-from .manifest import RunSpec, RunState, make_manifest, resumed_entry
+from .manifest import RunSpec, make_manifest, resumed_entry
 from .predict import Predictor
 from .recorder import RunWriter
 from .workers import Workers, check_workers
@@ -215,17 +216,19 @@ def resume_sweep(
         FaultError: See `run_sweep`; also `Interrupted`.
     """
     check_workers(workers)
-    open_run(path)
+    run = open_run(path)
     with StopSignals(UNIT) as signals, RunLock(path):
-        state = RunState.read(path)
-        run, spec = state.run, state.spec
-        for line in state.damaged:
+        manifest = run.checked_manifest()  # another process may have written it meanwhile
+        spec = RunSpec(run.path, manifest, "--resume")
+        parts, damaged = run.whole_parts(manifest)
+        for line in damaged:
             warn(line)
         try:
             runner = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
-            raise Interrupted(stop.signum, run if state.has_rows else None) from None
-        manifest = state.resume_manifest(resumed_entry(argv, runner.loaded.model.device.type, workers))
+            raise Interrupted(stop.signum, run if any(part.rows for part in parts) else None) from None
+        entry = resumed_entry(argv, runner.loaded.model.device.type, workers)
+        manifest = go_on(manifest, parts, entry) | {"finished": None}
         if workers > 1:
             runner = Workers(spec.options, replace(spec, manifest=manifest), workers, warn)
         return _Sweep(runner, _begin(run, manifest, resumed=True), signals, report, summary, warn).finish()

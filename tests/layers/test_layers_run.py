@@ -359,7 +359,7 @@ def test_folders_that_do_not_fit(finished, run, capsys, tmp_path, no_model):
     whole = json.loads((finished[0].path / "manifest.json").read_text())
     for name in ("parts", "resumed"):
         (run.path / "layers" / "manifest.json").write_text(json.dumps(whole | {name: None}))
-        assert f"expected a list as {name} of {run.path}/layers/manifest.json" in refused(capsys, run.path)
+        assert f"expected {name} in {run.path}/layers/manifest.json to be a list, got None" in refused(capsys, run.path)
 
 
 def test_one_process_at_a_time(run, capsys, no_model):

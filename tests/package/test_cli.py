@@ -382,7 +382,7 @@ def test_show_of_a_damaged_run(sweep, tmp_path, capsys, quick):
     for change, message in (
         ({"counts": []}, "expected the manifest of a run"),
         ({"parts": [{"file": "part-00000.parquet"}]}, "expected the manifest of a run, got one without its parts"),
-        ({"seed": "none"}, f"expected a whole number as seed of {run}/manifest.json, got 'none'; bring it back"),
+        ({"seed": "none"}, f"expected seed in {run}/manifest.json to be a whole number, got 'none'; bring it back"),
         ({"schema_version": 99}, "expected schema version 6, got 99"),
     ):
         (run / "manifest.json").write_text(json.dumps(manifest | change))
