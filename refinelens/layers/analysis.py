@@ -22,7 +22,7 @@ from ..store.results import LAYERS, Run, open_run
 from ..sweeping.manifest import RunSpec
 from ..sweeping.sweep import SweepInputs
 from .ablation import AblationRunner
-from .blocks import BlockReplay, check_replay
+from .blocks import check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
 from .report import LayersReport, read_report, write_outputs
@@ -92,30 +92,6 @@ def _identity(manifest: dict) -> dict[str, object]:
     }
 
 
-def open_runner(run: Run, examples: RunExamples, options: LayerOptions) -> tuple[AblationRunner, dict[int, Question]]:
-    """Load model, task and lens of a run, and its questions by id.
-
-    Raises:
-        InputError: Something that is no longer the run's, or a model whose blocks cannot be intervened on.
-    """
-    spec = RunSpec(run.path, examples.manifest, "layers")
-    inputs = SweepInputs.load(spec.options, spec)
-    lens = next(lens for lens in inputs.lenses if lens.name == examples.lens)
-    restarts = check_replay(inputs.logit_lens)
-    _check_sublayers(type(inputs.loaded.model).__name__, restarts, options)
-    targets = examples.by_key(examples.target_id)
-    runner = AblationRunner(options, inputs.builder(), inputs.logit_lens, lens, restarts, targets, examples.top)
-    return runner, {question.id: question for question in inputs.questions}
-
-
-def _check_sublayers(name: str, restarts: BlockReplay, options: LayerOptions) -> None:
-    if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):
-        raise UnsupportedModelError(
-            f"{name}: expected blocks that add attention and feed-forward part to the residual stream and nothing "
-            f"else, got another in block {restarts.sublayers.index(None) + 1}; use --interventions skip,mean,patch"
-        )
-
-
 def run_layers(
     path: str | Path,
     options: LayerOptions,
@@ -180,7 +156,7 @@ class _Analysis:
         missing = [id for id in ids if id not in asked] if self.options.interventions else []
         if missing:
             self.report("loading the model", 0, 1)
-            runner, questions = open_runner(self.run, self.examples, self.options)
+            runner, questions = self._load()
             self.signals.finish_first()
         self.writer.place()
         if missing and "mean" in self.options.interventions:
@@ -190,6 +166,27 @@ class _Analysis:
             path, rows = folder.part_path(ids.index(id)), runner.rows(questions[id])
             part = QuestionPart(id, path.name, len(rows), self.writer.write(path, partial(write_rows, rows)))
             self.writer.save(parts=[*self.writer.manifest["parts"], vars(part)])
+
+    def _load(self) -> tuple[AblationRunner, dict[int, Question]]:
+        """Load model, task and lens of the run, and its questions by id.
+
+        Raises:
+            InputError: Something that is no longer the run's, or a model whose blocks cannot be intervened on.
+        """
+        examples, options = self.examples, self.options
+        spec = RunSpec(self.run.path, examples.manifest, "layers")
+        inputs = SweepInputs.load(spec.options, spec)
+        lens = next(lens for lens in inputs.lenses if lens.name == examples.lens)
+        restarts = check_replay(inputs.logit_lens)
+        if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):
+            raise UnsupportedModelError(
+                f"{type(inputs.loaded.model).__name__}: expected blocks that add attention and feed-forward part to "
+                "the residual stream and nothing else, got another in block "
+                f"{restarts.sublayers.index(None) + 1}; use --interventions skip,mean,patch"
+            )
+        targets = examples.by_key(examples.target_id)
+        runner = AblationRunner(options, inputs.builder(), inputs.logit_lens, lens, restarts, targets, examples.top)
+        return runner, {question.id: question for question in inputs.questions}
 
     def _prepare_means(self, runner: AblationRunner, questions: dict[int, Question]) -> None:
         """Give the runner the mean contributions over all contexts: from the disk, or one pass over every context."""

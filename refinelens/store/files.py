@@ -25,14 +25,26 @@ WORDS[list] = "a list"
 NESTED = {dict: "an object", list: "a list of one entry or more"}
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, flush to disk, rename, flush the folder: the file is there whole or not at all."""
+def write_whole(
+    path: Path, write: Callable[[Path], object], on_disk: Callable[[Path], object] = lambda temporary: None
+) -> None:
+    """Write under a temporary name, flush to disk, rename, flush the folder: the file is there whole or not at all.
+
+    Args:
+        path: The file.
+        write: Writes the file of the name it is given.
+        on_disk: Called with that name before the file gets its own.
+    """
+    temporary = temporary_of(path)
     try:
-        temporary = write_temporary(path, write)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        on_disk(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
-        temporary_of(path).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_cells(path: Path, lines: Iterable[Sequence]) -> None:
@@ -56,19 +68,6 @@ def write_output(path: Path, write: Callable[[Path], object]) -> None:
         write_whole(path, write)
     except OSError as error:
         raise disk_error(path, error, "file", begun=False) from None
-
-
-def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write and flush the temporary file of ``path`` and return it; a failed one is removed."""
-    temporary = temporary_of(path)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
 
 
 def temporary_of(path: Path) -> Path:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from .. import __version__
 from ..errors import FaultError, InputError
 from ..machine import now, packages
-from .files import check_entries, disk_error, sha256_of, sync_folder, temporary_of, write_temporary, write_whole
+from .files import check_entries, disk_error, sha256_of, sync_folder, temporary_of, write_whole
 
 MANIFEST = "manifest.json"
 
@@ -164,7 +164,7 @@ class Folder:
 
     def is_whole(self, name: str, manifest: dict) -> bool:
         """Whether one of ``NAMED`` is there as the manifest names it."""
-        return (self.path / name).exists() and sha256_of(self.path / name) == manifest[self.NAMED[name]]
+        return (self.path / name).exists() and sha256_of(self.path / name) == manifest.get(self.NAMED[name])
 
     def check_foreign(self) -> None:
         """Refuse to write where anything lies that is no such folder's; what is hidden is nobody's business.
@@ -246,17 +246,16 @@ class FolderWriter:
 
     def write(self, path: Path, write: Callable[[Path], object]) -> str:
         """Write a file whole and return its checksum; another folder gives way once it lies on the disk."""
+        sums = []
+
+        def on_disk(temporary: Path) -> None:
+            sums.append(sha256_of(temporary))
+            self.place()
+
         self._check_own()
         path.parent.mkdir(exist_ok=True)
-        temporary = write_temporary(path, write)
-        try:
-            sha256 = sha256_of(temporary)
-            self.place()
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
-        return sha256
+        write_whole(path, write, on_disk)
+        return sums[0]
 
     def write_named(self, name: str, write: Callable[[Path], object]) -> None:
         """Write one of the folder's ``NAMED`` and name it."""

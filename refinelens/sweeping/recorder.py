@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,13 @@ from ..store.results import LAYERS, Part, QuestionResult, Run, write_rows
 class _Open:
     """The part that is being filled."""
 
-    index: int
     first: int  # 0-based place of its first question among those drawn
     written: int  # place behind its last question that an earlier file holds
     done: int  # place behind its last question so far
     end: int  # place behind its last question once it is whole
-    rows: list[pa.Table] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    left_out: dict[str, list[int]] = field(default_factory=dict)
+    rows: list[pa.Table]
+    counts: Counter[str]
+    left_out: dict[str, list[int]]
 
 
 class RunWriter(FolderWriter):
@@ -87,9 +86,10 @@ class RunWriter(FolderWriter):
 
     def add(self, place: int, outcome: QuestionResult) -> None:
         """Take all that came of the question at the next of the missing places."""
-        begun = self._open = self._open or self._begun(place)
+        begun = self._open or self._begun(place)
         if place != begun.done:
             raise ValueError(f"expected the question at place {begun.done}, got {place}")
+        self._open = begun
         begun.rows.append(outcome.rows)
         begun.counts.update(outcome.counts)
         for reason, ids in outcome.left_out.items():
@@ -126,21 +126,15 @@ class RunWriter(FolderWriter):
     def _begun(self, place: int) -> _Open:
         """The part that a question belongs to: a new one, or one that an interrupt cut short, to be filled further."""
         size, n = self.manifest["questions_per_part"], self.manifest["counts"]["questions"]
-        index = place // size
-        first, end = index * size, min((index + 1) * size, n)
-        part = self._parts.get(first)
-        if part is None:
-            return _Open(index, first, first, first, end)
-        rows = [self.run.read_part(part)] if part.file else []
+        first = place - place % size
+        part = self._parts.get(first) or Part(None, (first, first), 0, None)
+        rows, done = [self.run.read_part(part)] if part.file else [], part.questions[1]
         left_out = {reason: list(ids) for reason, ids in part.left_out.items()}
-        done = part.questions[1]
-        return _Open(index, first, done, done, end, rows, Counter(part.counts), left_out)
+        return _Open(first, done, done, min(first + size, n), rows, Counter(part.counts), left_out)
 
     def _write_part(self) -> None:
         begun, self._open = self._open, None
-        if begun.done == begun.written:
-            return
-        path, file, sha256 = self.run.part_path(begun.index), None, None
+        path, file, sha256 = self.run.part_path(begun.first // self.manifest["questions_per_part"]), None, None
         if begun.done < begun.end:
             path = path.with_stem(f"{path.stem}-first-{begun.done - begun.first}")
         n_rows = sum(map(len, begun.rows))
