@@ -83,7 +83,7 @@ def _check(lens: LogitLens, ids: Tensor) -> int:
 
 @contextmanager
 def _hooks(lens: LogitLens, indices: list[int], hook: Callable) -> Iterator[None]:
-    handles = [lens.parts.blocks[i].register_forward_hook(hook, with_kwargs=True) for i in indices]
+    handles = [lens.blocks[i].register_forward_hook(hook, with_kwargs=True) for i in indices]
     try:
         yield
     finally:

@@ -39,8 +39,8 @@ def main() -> None:
         normal(N_LAYERS + 1, 1, options.positions, D_MODEL),
         torch.arange(options.positions, device=device),
     )
-    parts = LensHead(torch.nn.ModuleList(), None, normal(VOCAB, D_MODEL) / D_MODEL**0.5, None, None, 1.0)
-    lens = LogitLens(None, parts, "auto", None)
+    head = LensHead(normal(VOCAB, D_MODEL) / D_MODEL**0.5)
+    lens = LogitLens(None, head, torch.nn.ModuleList(), "auto", None)
     maps = Translators(normal(N_LAYERS, D_MODEL, D_MODEL) / D_MODEL**0.5, normal(N_LAYERS, D_MODEL))
     zeros = Translators(torch.zeros_like(maps.weight), torch.zeros_like(maps.bias))
     plain, same = (lens.read(hidden, targets, t, kl=False).stats for t in (None, zeros))

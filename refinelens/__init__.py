@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "fused_lens": "op.fused_lens",
-    "LensStats": "op.fused_lens",
+    "LensHead": "kernels.reference",
+    "LensStats": "kernels.reference",
     "LayerNorm": "kernels.reference",
     "RMSNorm": "kernels.reference",
     "lens_top_k": "op.vocabulary",

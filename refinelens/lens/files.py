@@ -226,7 +226,7 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
     if lens.translators is None:
         return lens
     try:
-        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.parts.unembedding)
+        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
         with memory_for(f"--lens {lens.name}"):
             return replace(lens, translators=logit_lens.adapted(lens.translators), note=note)
     except InputError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from threading import RLock
 from weakref import WeakKeyDictionary
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
-from ..model.head import LensHead, check_device, check_widths, find_head
+from ..kernels.reference import LensHead, LensStats
+from ..model.head import check_device, check_widths, find_blocks, find_head
 from ..model.hooks import difference, hooks_on, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence
 from ..op.backends import choose_backend
-from ..op.fused_lens import LensStats, fused_lens, values_fit
+from ..op.fused_lens import fused_lens, values_fit
 from ..op.vocabulary import kl_to_final
 from .translators import MODEL_KEYS, Translators, check_made_for
 
@@ -77,7 +78,7 @@ def _in_own_dtype(method: Callable) -> Callable:
 
     @wraps(method)
     def run(self: LogitLens, *arguments, **options):
-        with torch.autocast(self.parts.unembedding.device.type, enabled=False):
+        with torch.autocast(self.head.weight.device.type, enabled=False):
             return method(self, *arguments, **options)
 
     return run
@@ -88,13 +89,14 @@ _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of models t
 
 @dataclass(frozen=True)
 class LogitLens:
-    """A model with the parts of its logit lens; make one with `LogitLens.from_model`.
+    """A model with the head of its logit lens; make one with `LogitLens.from_model`.
 
     Several threads may use one lens.
     """
 
     model: PreTrainedModel
-    parts: LensHead
+    head: LensHead
+    blocks: nn.ModuleList
     backend: str
     parity: ParityReport
     independence: Independence = Independence(None, False)
@@ -117,8 +119,8 @@ class LogitLens:
         model.eval()
         check_device(model)
         with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):
-            parts = find_head(model)
-            parity = check_parity(model, parts, backend)
+            head, blocks = find_head(model), find_blocks(model)
+            parity = check_parity(model, head, blocks, backend)
             if not parity.passed:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "
@@ -126,18 +128,18 @@ class LogitLens:
                     f"{parity.max_difference:.4g}, argmax {'equal' if parity.argmax_equal else 'different'}, "
                     f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
                 )
-            independence = check_independence(model, parts.blocks)
-        return cls(model, parts, backend, parity, independence, hooks_on(modules_around(model)))
+            independence = check_independence(model, blocks)
+        return cls(model, head, blocks, backend, parity, independence, hooks_on(modules_around(model)))
 
     @property
     def n_layers(self) -> int:
         """Number of transformer blocks; layers run from 0 (embedding output) to this."""
-        return len(self.parts.blocks)
+        return len(self.blocks)
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.parts.d_model
+        return self.head.d_model
 
     @cached_property
     def entry(self) -> dict:
@@ -168,9 +170,9 @@ class LogitLens:
         """
         made_for = translators.made_for
         if made_for is not None and not any(made_for is known for known in self._accepted):
-            check_made_for(made_for, self.entry, self.parts.unembedding)
+            check_made_for(made_for, self.entry, self.head.weight)
             self._accepted.append(made_for)
-        device, dtype = self.parts.unembedding.device, self.parts.unembedding.dtype
+        device, dtype = self.head.weight.device, self.head.weight.dtype
         if (translators.weight.device, translators.weight.dtype) == (device, dtype):
             return translators
         try:
@@ -180,8 +182,9 @@ class LogitLens:
 
     @_in_own_dtype
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
-        """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
-        return _apply(self.parts, hidden, targets, self.backend, check_values)
+        """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's head."""
+        hidden = hidden.to(self.head.weight.device)
+        return fused_lens(hidden, self.head, targets=targets, backend=self.backend, check_values=check_values)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -244,7 +247,7 @@ class LogitLens:
         n_tokens = rows.input_ids.shape[1]
         device = self.model.device
         mask = None if rows.mask is None else rows.mask.to(device)
-        with self.undisturbed(), keep_positions(self.model, self.parts.blocks, rows.positions, n_tokens) as kept:
+        with self.undisturbed(), keep_positions(self.model, self.blocks, rows.positions, n_tokens) as kept:
             run_base(self.model, rows.input_ids.to(device), mask, cache)
         return torch.stack(kept)
 
@@ -299,18 +302,18 @@ class LogitLens:
         translators = None if translators is None else self.adapted(translators)
         if hidden.dim() < 3:
             raise InputError(f"hidden: expected [n_layers + 1, batch, n_positions, d_model], got {list(hidden.shape)}")
-        states = hidden.flatten(1, -2).to(self.parts.unembedding.device)  # [n_layers + 1, N, d_model]
+        states = hidden.flatten(1, -2).to(self.head.weight.device)  # [n_layers + 1, N, d_model]
         if targets is not None:
             targets = _spread(torch.as_tensor(targets, device=states.device), hidden.shape[1:-1])
         at_once = self._checks_at_once(states)
         reading = self._read_blocks(states, targets, translators, kl, check_values=not at_once)
-        if at_once and not values_fit(reading.stats, states, targets, len(self.parts.unembedding), saturates=False):
+        if at_once and not values_fit(reading.stats, states, targets, self.head.vocab_size, saturates=False):
             self._read_blocks(states, targets, translators, kl, check_values=True)  # says what is wrong
         return reading.view(hidden.shape[:-1])
 
     def _checks_at_once(self, states: Tensor) -> bool:
         """Triton is waited for once, not after every block, unless an infinity could leave no trace in the results."""
-        leaves_trace = self.parts.norm is not None or self.parts.softcap is None
+        leaves_trace = self.head.norm is not None or self.head.softcap is None
         return leaves_trace and choose_backend(states.device.type, self.backend)[0] == "triton"
 
     def _read_blocks(
@@ -326,7 +329,7 @@ class LogitLens:
             if check_values and translators is not None and not torch.isfinite(block).all():
                 raise InputError(f"lens: expected translated states that fit {block.dtype}; use --dtype float32")
             stats = self.stats(block, None if targets is None else targets[start : start + step], check_values)
-            blocks.append(LayerReading(stats, _kl(self.parts, block, stats) if kl else None))
+            blocks.append(LayerReading(stats, kl_to_final(block, stats, self.head) if kl else None))
         return _joined(blocks)
 
     def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -377,38 +380,13 @@ def _joined(blocks: list[LayerReading]) -> LayerReading:
     if len(blocks) == 1:
         return blocks[0]
 
-    def join(columns: list[Tensor | None]) -> Tensor | None:
-        return None if columns[0] is None else torch.cat(columns, 1)
-
-    names = [field.name for field in fields(LensStats)]
-    stats = LensStats(**{name: join([getattr(block.stats, name) for block in blocks]) for name in names})
-    return LayerReading(stats, join([block.kl for block in blocks]))
+    kl = None if blocks[0].kl is None else torch.cat([block.kl for block in blocks], 1)
+    return LayerReading(LensStats.cat([block.stats for block in blocks], 1), kl)
 
 
-def _kl(parts: LensHead, hidden: Tensor, stats: LensStats) -> Tensor:
-    states, norm = parts.project(hidden)
-    return kl_to_final(states, stats, parts.unembedding, norm, parts.bias, parts.softcap, parts.logit_scale)
-
-
-def _apply(
-    parts: LensHead, hidden: Tensor, targets: Tensor | int | None, backend: str, check_values: bool = True
-) -> LensStats:
-    with torch.no_grad():
-        states, norm = parts.project(hidden.to(parts.unembedding.device))
-        return fused_lens(
-            states,
-            parts.unembedding,
-            norm=norm,
-            targets=targets,
-            bias=parts.bias,
-            softcap=parts.softcap,
-            logit_scale=parts.logit_scale,
-            backend=backend,
-            check_values=check_values,
-        )
-
-
-def check_parity(model: PreTrainedModel, parts: LensHead, backend: str = "auto") -> ParityReport:
+def check_parity(
+    model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, backend: str = "auto"
+) -> ParityReport:
     """Compare the states that a lens reads, and the lens at the last layer, with the model's own forward pass.
 
     States come from the base model alone; those of every layer must be the ones that ``model(...)`` computes on its
@@ -419,16 +397,16 @@ def check_parity(model: PreTrainedModel, parts: LensHead, backend: str = "auto")
         UnsupportedModelError: States of another forward pass, another width or dtype.
     """
     ids = probe_ids(model)
-    keep = partial(keep_positions, model, parts.blocks, torch.arange(ids.shape[1])[None], ids.shape[1])
+    keep = partial(keep_positions, model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1])
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         with keep() as of_model:
             own = model(input_ids=ids, use_cache=False).logits[0].float()
         with keep() as kept:
             run_base(model, ids)
     last = kept[-1][0]
-    check_widths(model, parts, last, own)
-    eps = torch.finfo(parts.unembedding.dtype).eps
-    tolerance = FP32_PARITY if parts.unembedding.dtype == torch.float32 else ROUNDINGS * eps
+    check_widths(model, head, last, own)
+    eps = torch.finfo(head.weight.dtype).eps
+    tolerance = FP32_PARITY if head.weight.dtype == torch.float32 else ROUNDINGS * eps
     for layer, pair in enumerate(zip(kept, of_model, strict=True)):
         if (found := difference(*(states[None] for states in pair))) > tolerance:
             raise UnsupportedModelError(
@@ -436,10 +414,10 @@ def check_parity(model: PreTrainedModel, parts: LensHead, backend: str = "auto")
                 f"got others from layer {layer} on (difference {found:.2g} of the largest, allowed {tolerance:.2g}): "
                 "it changes what goes in, as prompts of virtual tokens, scaled embeddings or hooks do; undo that"
             )
-    lens = parts.logits(last).to(own.device)
+    lens = head.logits(last).to(own.device)
     logit_range = float(own.max() - own.min())
     allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
-    stats = _apply(parts, last, None, backend).to(own.device)
+    stats = fused_lens(last.to(head.weight.device), head, backend=backend).to(own.device)
     close = [
         (stats.max_logit - own.amax(-1)).abs().max() <= allowed,
         (stats.logsumexp - own.logsumexp(-1)).abs().max() <= allowed,

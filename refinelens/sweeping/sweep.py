@@ -185,7 +185,7 @@ def run_sweep(
     with StopSignals(UNIT) as signals, RunLock(out):
         run.check_overwrite(overwrite, options.arguments())
         runner = SweepInputs.load(options)
-        check_top(options.top, len(runner.logit_lens.parts.unembedding))
+        check_top(options.top, runner.logit_lens.head.vocab_size)
         manifest = runner.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
         for line in runner.remarks:

@@ -109,7 +109,7 @@ def test_a_failed_run_leaves_no_cache(monkeypatch):
     branches, ids, positions = Branches(lens), torch.tensor([[5, 6, 7, 8]]), torch.tensor([[3]])
     branches.hidden(ids, positions)
     with monkeypatch.context() as patch:
-        patch.setattr(lens.parts.blocks[1], "forward", lambda *_, **__: 1 / 0)
+        patch.setattr(lens.blocks[1], "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             branches.hidden(ids, positions)
     expected = whole(lens, [5, 6, 7, 8], [3])

@@ -54,19 +54,19 @@ def test_random_translators_are_the_formula(family, dtype):
     lens = LogitLens.from_model(tiny(family).to(dtype))
     hidden, targets = hidden_and_targets(lens)
     translators = random_translators(dtype=dtype)
-    reading, parts = lens.read(hidden, targets, translators), lens.parts
+    reading, head = lens.read(hidden, targets, translators), lens.head
 
     def computed(in_dtype):
         moved, wanted = by_hand(hidden, translators, in_dtype).flatten(0, 2), targets.expand(N_LAYERS + 1, -1, -1)
-        rest = (parts.bias, parts.softcap, parts.logit_scale, in_dtype)
-        return truth(moved, parts.unembedding, parts.norm, wanted.flatten(), *rest)
+        rest = (head.bias, head.softcap, head.scale, in_dtype)
+        return truth(moved, head.weight, head.norm, wanted.flatten(), *rest)
 
     exact, own = computed(torch.float64), computed(dtype)
     stats = type(reading.stats)(
         **{name: None if value is None else value.flatten() for name, value in vars(reading.stats).items()}
     )
     assert_matches_truth(stats, exact, own, targets.expand(N_LAYERS + 1, -1, -1).flatten())
-    wanted, torchs = (kl_to_last(values["z"], parts.softcap, hidden.shape[:-1]) for values in (exact, own))
+    wanted, torchs = (kl_to_last(values["z"], head.softcap, hidden.shape[:-1]) for values in (exact, own))
     slack = 64 * torch.finfo(torch.float32).eps * float(exact["z"].abs().max())
     assert (reading.kl - wanted).abs().max() <= (torchs - wanted).abs().max() + slack
     assert (reading.kl[:-1] > 0.1).all() and not reading.kl[-1].any()
@@ -166,7 +166,7 @@ def ahead(lens, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", 20 * D_MODEL * 4)
     ahead = replace(lens, backend="triton")
-    assert ahead._checks_at_once(ahead.parts.unembedding) and not lens._checks_at_once(lens.parts.unembedding)
+    assert ahead._checks_at_once(ahead.head.weight) and not lens._checks_at_once(lens.head.weight)
     return ahead
 
 

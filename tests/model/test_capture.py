@@ -6,7 +6,7 @@ import torch
 from families import VOCAB, build
 from refinelens import LogitLens
 from refinelens.errors import InputError
-from refinelens.model.head import find_head
+from refinelens.model.head import find_blocks
 from refinelens.model.hooks import keep_positions, run_base
 
 
@@ -22,8 +22,8 @@ def test_padding_on_the_right_changes_nothing():
 
 def test_hooks_are_removed_also_after_an_exception():
     model = build("gpt2")
-    parts = find_head(model)
-    with pytest.raises(RuntimeError), keep_positions(model, parts.blocks, torch.tensor([[0]]), 2) as kept:
+    blocks = find_blocks(model)
+    with pytest.raises(RuntimeError), keep_positions(model, blocks, torch.tensor([[0]]), 2) as kept:
         run_base(model, torch.tensor([[1, 2]]))
         raise RuntimeError
     assert len(kept) == 4

@@ -379,7 +379,7 @@ def test_a_decoder_is_counted_by_its_own_blocks(model):
 def test_a_softcap_by_another_name():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 2, "chunk_size": 8}
     model = make(tf.xLSTMConfig(vocab_size=VOCAB, **sizes, output_logit_soft_cap=2.0))
-    assert LogitLens.from_model(model).parts.softcap == 2.0
+    assert LogitLens.from_model(model).head.softcap == 2.0
 
 
 def test_prophetnet_has_three_streams():

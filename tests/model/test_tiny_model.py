@@ -19,7 +19,7 @@ from refinelens.cli import main
 from refinelens.config import FitOptions, LayerOptions, SweepOptions
 from refinelens.data.generated import HELD_OUT, context_text, generate_tiny_task, vocabulary
 from refinelens.fitting.fit import fit_lens
-from refinelens.kernels.reference import LayerNorm, fused_lens_reference
+from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
 from refinelens.layers.analysis import run_layers
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.loading import TINY, load_model
@@ -42,7 +42,7 @@ def test_weights_are_small_and_in_half_precision():
 
 def test_the_architecture_is_gpt2s(loaded):
     lens = LogitLens.from_model(loaded.model)
-    assert type(loaded.model).__name__ == "GPT2LMHeadModel" and isinstance(lens.parts.norm, LayerNorm)
+    assert type(loaded.model).__name__ == "GPT2LMHeadModel" and isinstance(lens.head.norm, LayerNorm)
     assert (lens.n_layers, lens.d_model, loaded.model.config.n_head) == (8, 128, 4)
     assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight
     assert 1.6e6 < loaded.model.num_parameters() < 1.8e6
@@ -205,8 +205,8 @@ def test_ranks_of_trained_states_are_those_of_fp64(loaded, precision):
     ids = loaded.tokenizer(context_text(random.Random(1), 10, 10, HELD_OUT)[0], return_tensors="pt")["input_ids"]
     hidden = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)).flatten(0, 2)
     targets = ids[0, 1:].repeat(9)
-    unembedding, norm = lens.parts.unembedding, lens.parts.norm
+    unembedding, norm = lens.head.weight, lens.head.norm
     stats = fused_lens(hidden, unembedding, norm, targets, precision=precision)
-    exact = fused_lens_reference(hidden, unembedding, norm, targets, dtype=torch.float64)
+    exact = fused_lens_reference(hidden, LensHead(unembedding, norm), targets, dtype=torch.float64)
     differ = (stats.target_rank != exact.target_rank) | (stats.argmax != exact.argmax)
     assert differ.float().mean() <= (0.0 if precision == "certified" else 0.01)
