@@ -164,8 +164,8 @@ class _Analysis:
         for done, id in enumerate(missing, len(ids) - len(missing)):
             self._next("questions", done, len(ids))
             path, rows = folder.part_path(ids.index(id)), runner.rows(questions[id])
-            part = QuestionPart(id, path.name, len(rows), self.writer.write(path, partial(write_rows, rows)))
-            self.writer.save(parts=[*self.writer.manifest["parts"], vars(part)])
+            sha256 = self.writer.write(path, partial(write_rows, rows))
+            self.writer.append(QuestionPart(id, path.name, len(rows), sha256))
 
     def _load(self) -> tuple[AblationRunner, dict[int, Question]]:
         """Load model, task and lens of the run, and its questions by id.

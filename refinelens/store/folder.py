@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,12 @@ class Folder:
     @classmethod
     def parts_of(cls, manifest: dict) -> list:
         """The parts that a manifest names, in order."""
-        return sorted((cls.PART(**entry) for entry in manifest["parts"]), key=lambda part: part.first)
+        return cls.in_order(cls.PART(**entry) for entry in manifest["parts"])
+
+    @staticmethod
+    def in_order(parts: Iterable) -> list:
+        """Parts in the order that a manifest has them in, whenever they were written."""
+        return sorted(parts, key=lambda part: part.first)
 
     def whole_parts(self, manifest: dict) -> tuple[list, list[str]]:
         """The parts that are as they were written, and a line on every other one, which is as good as absent."""
@@ -260,6 +265,11 @@ class FolderWriter:
     def write_named(self, name: str, write: Callable[[Path], object]) -> None:
         """Write one of the folder's ``NAMED`` and name it."""
         self.save(**{self.folder.NAMED[name]: self.write(self.folder.path / name, write)})
+
+    def append(self, part) -> None:
+        """Name a part that was written."""
+        parts = self.folder.in_order([*self.folder.parts_of(self.manifest), part])
+        self.save(parts=[vars(part) for part in parts])
 
     def save(self, **entries) -> None:
         """Change entries of the manifest, and bring it and the time that was spent to the disk."""
