@@ -1,4 +1,4 @@
-"""The certified lens on a CPU: argmax and rank of exact logits, by C++; csrc/screen_kernels.hpp has the proof."""
+"""The certified lens on a CPU: argmax and rank of exact logits, by C++ (proof: csrc/screen/screen_kernels.hpp)."""
 
 from __future__ import annotations
 

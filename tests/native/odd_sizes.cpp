@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "fused_lens.hpp"
+#include "lens/fused_lens.hpp"
 
 using namespace refinelens;
 
@@ -74,7 +74,7 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
   for (int64_t& t : targets) t = random() % c.vocab;
   const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
                             c.bias ? bias.data() : nullptr, 1.0f, c.softcap, c.targets ? targets.data() : nullptr};
-  fused_lens(problem, lens_kernels(picked_isa()), threads,
+  fused_lens(problem, lens_kernels(selected_isa()), threads,
              {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(),
               c.targets ? target_logit.data() : nullptr, c.targets ? rank.data() : nullptr});
   bool good = true;
@@ -108,7 +108,7 @@ int main(int argc, char** argv) {
                               nullptr, 1.0f, 0.0f, nullptr};
     int64_t argmax[3];
     float numbers[9];
-    fused_lens(problem, lens_kernels(picked_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
+    fused_lens(problem, lens_kernels(selected_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
     return 0;
   }
   bool good = true;
@@ -122,6 +122,6 @@ int main(int argc, char** argv) {
             const bool odd = ++count % 2;
             good &= agrees({rows, d_model, vocab, element, norm, odd, !odd, odd ? 0.0f : 5.0f}, 1 + count % 3, random);
           }
-  std::printf("%d cases with %s\n", count, isa_description(picked_isa()));
+  std::printf("%d cases with %s\n", count, isa_description(selected_isa()));
   return good ? 0 : 1;
 }
