@@ -34,7 +34,7 @@ class ExactSum {
   }
 
   void add_product(double a, double b) {
-    const double product = a * b;
+    volatile const double product = a * b;  // else the compiler may fuse it with a sum, unrounded
     add(product);
     add(std::fma(a, b, -product));
   }
