@@ -2,8 +2,9 @@
 // screen/screen_kernels.cpp, screen/screen_amx.cpp), each as a table of functions.
 #pragma once
 
-// GCC alone compiles a part of a file for another processor by a pragma; elsewhere only the baseline is built.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// GCC alone compiles a part of a file for another processor by a pragma; elsewhere, and with REFINELENS_PORTABLE, only
+// the baseline is built, which needs no x86 header.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(REFINELENS_PORTABLE)
 #define REFINELENS_X86_LEVELS 1
 #else
 #define REFINELENS_X86_LEVELS 0
