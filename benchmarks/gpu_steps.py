@@ -185,15 +185,15 @@ def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
 def shares_of_a_model(measured: dict[str, float]) -> None:
     """The lens beside the model's own pass: a GPT-2 of random weights in bf16, 8 contexts of 1,024 tokens."""
     model = AutoModelForCausalLM.from_config(GPT2Config(), dtype=torch.bfloat16).to(DEVICE)
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     ids = torch.randint(0, 50257, (8, 1024), generator=torch.Generator().manual_seed(0))
     for name, positions in (("the last position", torch.tensor([1023])), ("every position", torch.arange(1024))):
         hidden = lens.hidden(ids, positions)
         targets = torch.zeros(hidden.shape[1:-1], dtype=torch.int64, device=DEVICE)
         times = timed({
             "model": lambda positions=positions: lens.hidden(ids, positions),
-            "lens": lambda hidden=hidden, targets=targets: lens.read(hidden, targets, kl=False),
-            "lens and KL": lambda hidden=hidden, targets=targets: lens.read(hidden, targets),
+            "lens": lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets, kl=False),
+            "lens and KL": lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets),
         })  # fmt: skip
         for part, (seconds, spread) in times.items():
             share = seconds / times["model"][0]

@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(options.model, "cpu")
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     restarts, contexts = check_replay(lens), _contexts(loaded, options)
     lengths = ", ".join(str(ids.shape[1]) for ids in contexts)
     print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")

@@ -93,7 +93,7 @@ def _spearman_by_rankdata(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _columns(ranks: np.ndarray) -> np.ndarray:
-    result = trajectories(ranks)
+    result = trajectories(ranks, axis=-1)
     return np.stack([result.first_correct, result.settle, result.flips, result.largest_gain])
 
 

@@ -42,7 +42,7 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     yield "softcap", "none" if head.softcap is None else f"{head.softcap:g}"
     yield "logit scale", f"{head.scale:g}"
     yield "max tokens", "no limit stated" if loaded.max_tokens is None else str(loaded.max_tokens)
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     parity = lens.parity
     allowed = parity.tolerance * parity.logit_range
     difference = f"largest difference {parity.max_difference:.2g}, allowed {allowed:.2g}"

@@ -131,7 +131,7 @@ def _model_problem(options: BenchOptions, device: str, rows: int) -> Problem:
     """States of every layer on the built-in passages, position by position; targets are the next tokens."""
     name = options.model
     loaded = load_model(name, device, options.dtype, options.trust_remote_code)
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     head = lens.head
     if head.bias is not None or head.softcap is not None or head.scale != 1.0 or head.projection is not None:
         raise InputError(

@@ -89,7 +89,7 @@ def fit_lens(
             raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-        logit_lens = LogitLens.from_model(loaded.model)
+        logit_lens = LogitLens(loaded.model)
         statistics_bytes = 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2  # fit, choose; two sums each; fp64
         check_disk(out, 2 * statistics_bytes)
         try:

@@ -94,7 +94,7 @@ class ContextKey:
 
 def ablation_rows(asked: ContextKey, intervention: str, at: str, reading: Reading, top: int) -> pa.Table:
     """One row per struck block, with the trajectory of what remains."""
-    found = trajectories(reading.ranks, top)
+    found = trajectories(reading.ranks, top, axis=-1)
     columns = {}
     for name in ("first_correct", "settle", "depth"):
         values = getattr(found, name)

@@ -123,7 +123,7 @@ class LayerMetrics:
 def measure_lens(examples: RunExamples) -> LayerMetrics:
     """What the lens says of layers ``0 .. n_layers``; layer 0 gains nothing over a layer before."""
     layers, top = examples.layers, examples.top
-    found = trajectories(layers["target_rank"], top)
+    found = trajectories(layers["target_rank"], top, axis=-1)
     numbers = np.arange(examples.n_layers + 1)
     argmax = layers["argmax"]
     values = {

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +28,10 @@ from ..errors import InputError
 from ..model.loading import LoadedModel, memory_for
 from ..store.files import check_entries, read_json_object, sha256_of, write_whole
 from ..store.folder import MANIFEST, Folder
-from .logit_lens import LogitLens
 from .translators import DTYPES, MODEL_KEYS, Translators, check_made_for
+
+if TYPE_CHECKING:
+    from .logit_lens import LogitLens
 
 KIND = "tuned"
 CONFIG = "config.json"

@@ -1,6 +1,6 @@
 """The fused lens on a CPU by C++: the plain one, and the certified one for half precision.
 
-The certified lens gives argmax and rank of exact logits; csrc/screen_kernels.hpp has the proof.
+The certified lens gives argmax and rank of exact logits; csrc/screen/screen_kernels.hpp has the proof.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ def kl_to_final(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    *,
+    last_is_normed: bool = False,
 ) -> Tensor:
     """KL divergence of every layer's prediction from the last layer's, ``KL(p_final || p_layer)``, in nats.
 
@@ -36,6 +38,7 @@ def kl_to_final(
         hidden: ``[n_layers + 1, ..., d_model]``, the last layer last.
         stats: ``fused_lens`` of ``hidden`` with the arguments that follow.
         unembedding, norm, bias, softcap, logit_scale: As in ``fused_lens``.
+        last_is_normed: The last layer's states are behind norm (and projection) already, and so are its statistics.
 
     Returns:
         ``[n_layers + 1, ...]`` fp32, not negative; the rounding of logits of size ``m`` is about ``1e-7 * m``.
@@ -57,9 +60,15 @@ def kl_to_final(
         rows, expect = row_chunk(hidden.device), _expected_linear
     else:
         rows, expect = max(1, row_chunk(hidden.device) // len(hidden)), _expected_capped
+
+    def normed(block: Tensor) -> Tensor:
+        if not last_is_normed:
+            return apply_norm(block, head.norm)
+        return torch.cat([apply_norm(block[:-1], head.norm), apply_norm(block[-1:], None)])
+
     with torch.autocast(hidden.device.type, enabled=False):  # the products are fp32
         expected = [
-            expect(apply_norm(block, head.norm), lse, head)
+            expect(normed(block), lse, head)
             for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)
         ]
     # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.

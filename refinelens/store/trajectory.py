@@ -38,9 +38,9 @@ NONE = -1  # stands for a value that does not exist
 INT64_MAX = np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trajectories:
-    """Per example, int64 ``[...]``, `NONE` where the value does not exist."""
+    """Per example, int64 ``[...]``, -1 where the value does not exist."""
 
     first_correct: np.ndarray
     settle: np.ndarray
@@ -57,25 +57,37 @@ class Trajectories:
         """Refinement depth, settle - first-correct, int64 ``[...]``."""
         return np.where(self.settle == NONE, NONE, self.settle - self.first_correct)
 
+    def __repr__(self) -> str:
+        settled = ~self.censored
+        counts = f"{int(settled.sum())} of {settled.size} settled"
+        if not settled.any():
+            return f"Trajectories {list(settled.shape)}: {counts}"
+        means = ((name, getattr(self, name)[settled].mean()) for name in ("first_correct", "settle", "depth"))
+        return f"Trajectories {list(settled.shape)}: {counts}; mean {', '.join(f'{n} {m:.2f}' for n, m in means)}"
+
     @property
     def censored(self) -> np.ndarray:
         """Not correct at the output, bool ``[...]``."""
         return np.asarray(self.settle == NONE)
 
 
-def trajectories(ranks: np.ndarray, k: int = 1) -> Trajectories:
+def trajectories(ranks: np.ndarray, k: int = 1, *, axis: int = 0) -> Trajectories:
     """Trajectories of target ranks, in one pass and without the GIL.
 
     Args:
-        ranks: ``[..., n_layers + 1]`` of any integer dtype, 0-based ranks of the target at every layer. Anything but a
-            C-contiguous int64 array is copied first.
+        ranks: ``[n_layers + 1, ...]`` of any integer dtype, array or tensor: 0-based ranks of the target at every
+            layer, such as ``LayerReading.rank``. Anything but int64 that is contiguous along the layers is copied first.
         k: A layer is correct when its rank is below k.
+        axis: Of the layers.
+
+    Returns:
+        Trajectories of the other axes.
 
     Raises:
         InputError: No layer, another dtype, or k below 1.
         ValueError: A rank below 0.
     """
-    ranks = _checked_ranks(ranks)
+    ranks = _checked_ranks(ranks, axis)
     summarise = summarise_numpy if _C is None else _C.summarise_trajectories
     return Trajectories(*summarise(ranks, _checked_k(k)))
 
@@ -97,10 +109,13 @@ def summarise_numpy(ranks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, 
     return first.astype(np.int64), settle.astype(np.int64), flips.astype(np.int64), largest_gain.astype(np.int64)
 
 
-def _checked_ranks(ranks: np.ndarray) -> np.ndarray:
-    ranks = np.asarray(ranks)
-    if ranks.ndim == 0 or ranks.shape[-1] == 0:
-        raise InputError(f"ranks: expected shape [..., n_layers + 1] with a layer or more, got {list(ranks.shape)}")
+def _checked_ranks(ranks: np.ndarray, axis: int) -> np.ndarray:
+    if ranks is None:
+        raise InputError("ranks: expected those of targets, got None; read with targets")
+    ranks = np.asarray(ranks.detach().cpu() if hasattr(ranks, "detach") else ranks)  # a tensor may be on a GPU
+    if not -ranks.ndim <= axis < ranks.ndim or ranks.shape[axis] == 0:
+        raise InputError(f"ranks: expected n_layers + 1 along axis {axis}, one or more, got {list(ranks.shape)}")
+    ranks = np.moveaxis(ranks, axis, -1)
     if ranks.dtype.kind not in "iu" or (ranks.dtype == np.uint64 and ranks.max(initial=0) > INT64_MAX):
         raise InputError(f"ranks: expected integers below 2**63, got {ranks.dtype}; convert them")
     return np.require(ranks, np.int64, ["C_CONTIGUOUS", "ALIGNED"])
@@ -152,7 +167,7 @@ def _tables(part: pa.Table, tops: tuple[int, ...]) -> list[pa.Table]:
     }
     tables = []
     for top in tops:
-        result = trajectories(ranks, top)
+        result = trajectories(ranks, top, axis=-1)
         values = {
             **{name: part[name] for name, _ in KEYS},
             "top": np.full(len(part), top),

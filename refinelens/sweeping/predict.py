@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,9 @@ from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
 from ..errors import FaultError, InputError
 from ..lens.files import Lens
-from ..lens.logit_lens import LayerReading, LogitLens
+from ..lens.logit_lens import LogitLens
 from ..lens.prefix import Branches, branch_order, choose_reuse, compare
+from ..lens.reading import LayerReading
 from ..model.identity import text_of
 from ..model.loading import LoadedModel, is_out_of_memory
 from ..store.results import NO_ANSWER_TOKEN, PREDICTIONS, QuestionResult
@@ -117,7 +118,8 @@ def read_contexts(
         targets = logit_lens.stats(hidden[-1]).argmax
     else:
         targets = torch.tensor([[id for one in ran for id in one.span.next_ids]], device=hidden.device)
-    readings = {lens.name: logit_lens.read(hidden, targets, lens.translators).to("cpu") for lens in lenses}
+    read = partial(logit_lens.read_states, hidden, targets, check_last=False)
+    readings = {lens.name: read(lens.translators).to("cpu") for lens in lenses}
     targets, found, start = targets[0].cpu(), [], 0
     for one in ran:
         end = start + len(one.span.next_ids)

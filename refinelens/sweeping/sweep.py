@@ -83,7 +83,7 @@ class SweepInputs:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             chat = spec.chat if spec else render_chat(loaded.tokenizer)  # the template may write the date
             template = replace(template, chat=chat)
-        logit_lens = LogitLens.from_model(loaded.model)
+        logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         return cls(options, task, template, questions, lenses, loaded, logit_lens)

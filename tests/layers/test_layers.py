@@ -27,7 +27,7 @@ OTHER = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed
 
 
 def lens_of(model):
-    return LogitLens.from_model(model)
+    return LogitLens(model)
 
 
 def ablated(lens, name, tokens=EVERY, cached=False, at_a_time=1, ids=IDS, means=None):

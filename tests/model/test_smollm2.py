@@ -29,7 +29,7 @@ def load_once():
 
 def test_parity_and_ranks_on_real_states(load_once):
     """SmolLM2 has duplicate unembedding rows; the op must agree with whole fp64 logits on its own states."""
-    lens = LogitLens.from_model(load_once.model)
+    lens = LogitLens(load_once.model)
     assert lens.parity.max_difference <= 1e-4 * lens.parity.logit_range
     ids = load_once.tokenizer("The capital of France is Paris, and the capital of Italy is", return_tensors="pt")
     positions = torch.arange(ids["input_ids"].shape[1] - 1)
@@ -45,7 +45,7 @@ def test_parity_and_ranks_on_real_states(load_once):
 @pytest.fixture(scope="module")
 def states(load_once):
     """Of all layers at 24 positions, what they are to predict, and their statistics in fp64."""
-    lens = LogitLens.from_model(load_once.model)
+    lens = LogitLens(load_once.model)
     text = "The bridge over the river was built in the year 1873 by an engineer who had never seen the sea before."
     ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :25]
     hidden, targets = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)), ids[:, 1:]

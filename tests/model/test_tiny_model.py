@@ -41,7 +41,7 @@ def test_weights_are_small_and_in_half_precision():
 
 
 def test_the_architecture_is_gpt2s(loaded):
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     assert type(loaded.model).__name__ == "GPT2LMHeadModel" and isinstance(lens.head.norm, LayerNorm)
     assert (lens.n_layers, lens.d_model, loaded.model.config.n_head) == (8, 128, 4)
     assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight
@@ -65,11 +65,11 @@ def test_it_answers_questions_about_entities_it_never_saw(loaded, n_documents, a
 
 def test_parity_on_trained_states(loaded):
     """At every position of a context the lens at the last layer is the model, and below it is not."""
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     text, _ = context_text(random.Random(0), 10, 10, HELD_OUT)
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
     positions, targets = torch.arange(ids.shape[1] - 1), ids[:, 1:]
-    stats = lens.trajectory(ids, positions, targets)
+    stats = lens.read(ids, targets, positions).stats
     with torch.no_grad():
         logits = loaded.model(ids).logits[:, :-1]
     assert torch.equal(stats.argmax[-1], logits.argmax(-1))
@@ -201,7 +201,7 @@ def test_the_answer_stands_before_the_last_layers(layers):
 @pytest.mark.parametrize("precision", ["fp32", "certified"])
 def test_ranks_of_trained_states_are_those_of_fp64(loaded, precision):
     """Certified to the last one; fp32 but for near-ties, of which half-precision weights leave some."""
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     ids = loaded.tokenizer(context_text(random.Random(1), 10, 10, HELD_OUT)[0], return_tensors="pt")["input_ids"]
     hidden = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)).flatten(0, 2)
     targets = ids[0, 1:].repeat(9)

@@ -265,7 +265,7 @@ CALLS = {
     "spearman": lambda rows: spearman(rows[:3], rows[0]),
     "kendall_tau_b": lambda rows: kendall_tau_b(rows[:3], rows[0]),
     "top_k_overlap": lambda rows: top_k_overlap(rows[:3], rows[0], 10),
-    "trajectories": lambda rows: trajectories(rows.reshape(-1, 10)),
+    "trajectories": lambda rows: trajectories(rows.reshape(-1, 10), axis=-1),
 }
 
 

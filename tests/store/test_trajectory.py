@@ -1,13 +1,16 @@
 """First-correct, settle, depth, flips, censoring and largest gain: hand-made cases, and C++ against numpy."""
 
 from dataclasses import astuple
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from refinelens import InputError
 from refinelens.store import trajectory
 from refinelens.store.trajectory import INT64_MAX, NONE, Trajectories, summarise_numpy, trajectories
 
@@ -27,6 +30,9 @@ CASES = [
 ]
 
 
+settled = partial(trajectories, axis=-1)  # layers last
+
+
 def use_reference(monkeypatch):
     monkeypatch.setattr(trajectory, "_C", None)
 
@@ -41,7 +47,7 @@ def test_definitions(ranks, first, settle, depth, flips, gain, backend, monkeypa
     if backend == "numpy":
         use_reference(monkeypatch)
     for lead in ((), (1,), (1, 1, 1)):
-        result = trajectories(np.array(ranks).reshape(*lead, -1))
+        result = settled(np.array(ranks).reshape(*lead, -1))
         found = [int(column.item()) for column in columns(result)]
         assert found == [first, settle, depth, flips, gain]
         assert result.censored.item() == (settle == NONE)
@@ -49,13 +55,13 @@ def test_definitions(ranks, first, settle, depth, flips, gain, backend, monkeypa
 
 
 def test_top_k():
-    result = trajectories(np.array([[9, 4, 2, 4, 0]]), k=5)
+    result = settled(np.array([[9, 4, 2, 4, 0]]), k=5)
     assert (result.first_correct[0], result.settle[0]) == (1, 1)
 
 
 def assert_equals_reference(ranks, k):
     references = summarise_numpy(np.asarray(ranks, np.int64), k)
-    for ours, reference in zip(astuple(trajectories(ranks, k)), references, strict=True):
+    for ours, reference in zip(astuple(settled(ranks, k)), references, strict=True):
         assert ours.dtype == reference.dtype == np.int64
         np.testing.assert_array_equal(ours, reference)
 
@@ -73,7 +79,7 @@ def test_cpp_equals_numpy(shape, k):
 def test_all_censored():
     ranks = np.random.default_rng(0).integers(1, 5, (50, 9))
     assert_equals_reference(ranks, 1)
-    result = trajectories(ranks)
+    result = settled(ranks)
     assert result.censored.all() and (result.depth == NONE).all() and (result.flips == NONE).all()
 
 
@@ -107,16 +113,16 @@ def strided_views(ranks):
 def test_memory_layouts(name):
     ranks = np.random.default_rng(1).integers(0, 4, (13, 7))
     view = strided_views(ranks)[name]
-    np.testing.assert_array_equal(astuple(trajectories(view)), astuple(trajectories(ranks)))
+    np.testing.assert_array_equal(astuple(settled(view)), astuple(settled(ranks)))
 
 
 def test_broadcast_view():
     ranks = np.broadcast_to(np.array([4, 0, 2, 0]), (3, 2, 4))
-    assert (trajectories(ranks).settle == 3).all() and trajectories(ranks).settle.shape == (3, 2)
+    assert (settled(ranks).settle == 3).all() and settled(ranks).settle.shape == (3, 2)
 
 
 BAD = [
-    (np.int64(3), 1, r"n_layers \+ 1\] with a layer or more, got \[\]"),
+    (np.int64(3), 1, r"n_layers \+ 1 along axis -1, one or more, got \[\]"),
     (np.zeros((2, 0), int), 1, r"got \[2, 0\]"),
     (np.zeros((2, 3)), 1, "expected integers below .*, got float64"),
     (np.zeros((2, 3), bool), 1, "got bool"),
@@ -134,10 +140,23 @@ def test_bad_input(ranks, k, message, backend, monkeypatch):
     if backend == "numpy":
         use_reference(monkeypatch)
     with pytest.raises(ValueError, match=message) as caught:
-        trajectories(ranks, k)
+        settled(ranks, k)
     assert "\n" not in str(caught.value)
 
 
 def test_columns_of_unequal_shape():
     with pytest.raises(ValueError, match="equal shapes"):
         Trajectories(*(np.zeros(n, int) for n in (2, 2, 2, 3)))
+
+
+def test_layers_come_first_as_in_a_reading():
+    ranks = np.random.default_rng(0).integers(0, 4, (7, 3, 5))
+    for held in (ranks, torch.tensor(ranks)):
+        found = trajectories(held, k=2)
+        np.testing.assert_array_equal(astuple(found), astuple(settled(np.moveaxis(ranks, 0, -1), k=2)))
+        assert found.depth.shape == (3, 5)
+    line = repr(trajectories(np.array([[3, 2], [0, 1], [0, 0]])))
+    assert line == "Trajectories [2]: 2 of 2 settled; mean first_correct 1.50, settle 1.50, depth 0.00"
+    assert repr(trajectories(np.ones((2, 3), int))) == "Trajectories [3]: 0 of 3 settled"
+    with pytest.raises(InputError, match="ranks: expected those of targets, got None"):
+        trajectories(None)

@@ -187,7 +187,7 @@ def test_no_alias_is_given_a_space(tmp_path):
     with torch.no_grad():
         logprobs = loaded.model(torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = [float(logprobs[place - 1, whole[place]]) for place in range(len(prompt), len(whole))]
-    assert alias_score(LogitLens.from_model(loaded.model), context) == pytest.approx(np.mean(expected), abs=1e-5)
+    assert alias_score(LogitLens(loaded.model), context) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_unknown_alias(options):
