@@ -76,7 +76,7 @@ def trajectories(ranks: np.ndarray, k: int = 1, *, axis: int = 0) -> Trajectorie
 
     Args:
         ranks: ``[n_layers + 1, ...]`` of any integer dtype, array or tensor: 0-based ranks of the target at every
-            layer, such as ``LayerReading.rank``. Anything but int64 that is contiguous along the layers is copied first.
+            layer, such as ``LayerReading.rank``. All but int64 that is contiguous along the layers is copied first.
         k: A layer is correct when its rank is below k.
         axis: Of the layers.
 
