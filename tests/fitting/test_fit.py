@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from faults import at_step
 from refinelens.cli import main
 from refinelens.config import FitOptions
-from refinelens.errors import InputError
+from refinelens.errors import FaultError, InputError
 from refinelens.fitting import fit, objectives
 from refinelens.fitting.objectives import Statistics, _Correction
 from refinelens.fitting.quality import measure
@@ -477,6 +478,34 @@ def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
     assert "no free disk left; what was written stays readable; free some; the same command goes on from the" in printed
     assert printed.count("\n") == 1
     assert [path.name for path in (tmp_path / "l").glob("*.safetensors")] == [fit.STATISTICS]
+
+
+def test_no_write_of_a_fit_may_fail_unseen(model, text, tmp_path, monkeypatch):
+    """Every flush, rename and removal in turn; the same call makes the lens that it was to be."""
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("refinelens.fitting.fit.draw_figure", lambda *_: None)
+    loaded = load_model(str(model), "cpu")
+    monkeypatch.setattr("refinelens.fitting.fit.load_model", lambda *_: loaded)
+    whole = fit.fit_lens(options(model, text), str(tmp_path / "whole"))
+    for step in range(1, 100):
+        folder = tmp_path / str(step) / "whole"
+        with monkeypatch.context() as patch:
+            for name, function in at_step(step, fail).items():
+                patch.setattr(os, name, function)
+            try:
+                fit.fit_lens(options(model, text), str(folder))
+                break
+            except FaultError as error:
+                assert "no free disk left" in str(error)
+        if not (folder / "manifest.json").exists():
+            fit.fit_lens(options(model, text), str(folder))
+        for name in ("lens.safetensors", "quality.csv"):
+            assert (folder / name).read_bytes() == (whole.path / name).read_bytes()
+        assert load_lens(folder).manifest["quality"] == whole.manifest["quality"]
+    assert step > 10
 
 
 def test_two_fits_and_one_folder(model, text, tmp_path):
