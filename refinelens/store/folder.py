@@ -294,7 +294,7 @@ class FolderWriter:
         if not self.is_placed or _signature(self.folder.path / MANIFEST) == self._signature:
             return
         there = self.folder.manifest
-        if any(there[key] != self.manifest[key] for key in ("run_id", "started")):
+        if any(there.get(key) != self.manifest[key] for key in ("run_id", "started")):
             self._signature = None
             raise FaultError(f"--out {self.folder.path}: expected this process's own, got another that replaced it")
 
