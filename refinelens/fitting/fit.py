@@ -21,17 +21,19 @@ from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
 from ..machine import now, packages
 from ..model.loading import LoadedModel, is_out_of_memory, load_model
+from ..report.figures import QUALITY_FIGURE, draw_quality
+from ..report.tables import QUALITY_TABLE, write_quality
 from ..store.folder import RunLock, disk_error, write_whole
 from ..store.results import check_disk
 from . import objectives
 from .objectives import Statistics, train
-from .quality import FIGURE, TABLE, draw_figure, measure, write_csv
+from .quality import measure
 from .text import Split, States, Text, load_text
 
 NAME = "statistics.safetensors"
 CHECKPOINT_SECONDS = 60.0
 REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
-OUTPUTS = {MANIFEST, TENSORS, TABLE, FIGURE, NAME}
+OUTPUTS = {MANIFEST, TENSORS, QUALITY_TABLE, QUALITY_FIGURE, NAME}
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -166,8 +168,8 @@ def _fit(
         "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
         "seconds": round(time.monotonic() - started, 3),
     }
-    write_csv(folder, manifest)
-    draw_figure(folder, manifest)
+    write_quality(folder, manifest)
+    draw_quality(folder, manifest)
     manifest = save_lens(folder, lenses[options.objective], manifest)
     (folder / NAME).unlink(missing_ok=True)
     return manifest

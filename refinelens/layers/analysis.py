@@ -16,6 +16,7 @@ from ..config import LayerOptions
 from ..data.questions import Question
 from ..errors import FaultError, InputError, UnsupportedModelError
 from ..machine import now, packages
+from ..report.rows import LayersReport
 from ..store.folder import RunLock, disk_error, sha256_of, write_whole
 from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, entries_of, parts_of
 from ..store.results import LAYERS, Run, open_run
@@ -25,7 +26,7 @@ from .ablation import AblationRunner
 from .blocks import BlockReplay, check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
-from .report import LayersReport, read_report, write_outputs
+from .report import read_report, write_outputs
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

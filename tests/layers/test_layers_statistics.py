@@ -13,26 +13,28 @@ from scipy import stats
 
 from refinelens.layers.examples import RunExamples
 from refinelens.layers.measures import (
-    COST,
-    GAIN,
-    LENS,
-    AblationResults,
-    EarlyExit,
-    Essential,
     LayerMetrics,
-    LayerStatistic,
     agreements,
     early_exits,
     essential_layers,
-    essential_threshold,
     layer_statistics,
-    lower_bounds,
     measure_ablations,
     measure_lens,
     patchings,
 )
-from refinelens.layers.report import LayersReport, draw_layers, print_layers
-from refinelens.stats import Estimate, mean_estimates, share_difference, share_estimate
+from refinelens.report.figures import draw_layers, layers_figure
+from refinelens.report.rows import (
+    COST,
+    GAIN,
+    LENS,
+    EarlyExit,
+    Essential,
+    LayersReport,
+    LayerStatistic,
+    essential_threshold,
+)
+from refinelens.report.tables import print_layers
+from refinelens.stats import Estimate, lower_bounds, mean_estimates, share_difference, share_estimate
 from refinelens.store.layers import LAYER_ROWS
 
 RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
@@ -90,7 +92,7 @@ def rows_of(intervention, ranks_before, ranks, source=None):
 
 def test_what_an_intervention_costs():
     rows = rows_of("skip", [0, 0, 0, 2], [[1, 0, 5], [0, 0, 0], [3, 0, 0], [2, 1, 0]])
-    found = layer_statistics(measure_ablations(AblationResults.of(rows, "skip", 3)), 0)
+    found = layer_statistics(measure_ablations(LayerMetrics.of_rows(rows, "skip", 3)), 0)
     assert value_of(found, gold_position=None, layer=1, statistic=COST) == (1 + 0 + 3 + 0) / 4
     assert value_of(found, gold_position=1, layer=3, statistic=COST) == -1
     assert value_of(found, gold_position=0, layer=1, statistic="log_rank_cost") == pytest.approx(math.log(2 * 4) / 2)
@@ -235,7 +237,7 @@ def test_an_agreement_says_over_how_many_layers_and_of_what_its_interval_is(inte
     run = RUN | {"model": {"name": "m", "n_layers": 5}}
     of_five = replace(examples(np.hstack([RANKS, RANKS[:, -2:]])), manifest=run)
     rows = rows_of("skip", [0] * 4, [[9, 8, 7, 6, 5]] * 4)
-    lens, cost = measure_lens(of_five), measure_ablations(AblationResults.of(rows, "skip", 5))
+    lens, cost = measure_lens(of_five), measure_ablations(LayerMetrics.of_rows(rows, "skip", 5))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
     manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
     rows = agreements(lens, [cost], 0)
@@ -253,7 +255,7 @@ def test_of_one_question_there_is_no_interval_and_no_verdict():
     """However large gain and cost: no brackets, no star, and one question, not 1 questions."""
     one = examples().of_questions([4])
     rows = rows_of("skip", [0] * 4, [[9, 9, 9]] * 4)
-    lens, cost = measure_lens(one), measure_ablations(AblationResults.of(rows.slice(0, 6), "skip", 3))
+    lens, cost = measure_lens(one), measure_ablations(LayerMetrics.of_rows(rows.slice(0, 6), "skip", 3))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
     manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
     found = (agreements(lens, [cost], 0), essential_layers(lens, [cost], 0.01), early_exits(statistics), [])
@@ -271,10 +273,10 @@ def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
     one = 1 - zero
     ranks = [[zero, one, zero], [one, zero, zero], [zero, zero, zero], [one, one, zero]]
     rows = rows_of(name, [one] * 4, ranks, source=[1, 0, 1, 0])
-    whole, *pairs = patchings(AblationResults.of(rows, name, 3), 0)
+    whole, *pairs = patchings(LayerMetrics.of_rows(rows, name, 3), 0)
     assert (whole.from_layer.value, whole.examples, whole.questions) == ((3 + 2 + 1 + 3) / 4, 4, 2)
     assert {(p.gold_position, p.source_position): p.from_layer.value for p in pairs} == {(0, 1): 2.0, (1, 0): 2.5}
-    assert patchings(AblationResults.of(rows, "other", 3), 0) == []
+    assert patchings(LayerMetrics.of_rows(rows, "other", 3), 0) == []
 
 
 @pytest.mark.filterwarnings("error")
@@ -296,32 +298,24 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
 
 @pytest.mark.parametrize("peak", [3.0, 12.0], ids=["linear", "logarithmic"])
 @pytest.mark.parametrize("half", [0.0, 0.5, math.nan])
-def test_every_marker_is_whole(tmp_path, monkeypatch, peak, half):
+def test_every_marker_is_whole(peak, half):
     """A bar that ends where a line does takes no room from it."""
-    from matplotlib import pyplot
-
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
     statistics = [
         LayerStatistic(LENS, 5, position, layer, GAIN, 9, Estimate(v, v - half, v + half))
         for position in (None, 0, 4)
         for layer, v in ((1, peak), (2, -0.3), (3, 0.1))
     ]
     manifest = {"lens": "plain", "arguments": {"at": "all"}}
-    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
-    (axes,) = figures[0].axes
+    figure = layers_figure(LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(1, peak), (2, -0.3)]))[:, 1]
     assert 0.02 < ends[1] < ends[0] < 0.98 and axes.get_yscale() == ("linear" if peak < 4 else "symlog")
-    monkeypatch.undo()
-    pyplot.close(figures[0])
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_gold_position_looks_the_same_at_every_context_size(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    figures, asked = [], {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}
-    monkeypatch.setattr(pyplot, "close", figures.append)
+def test_a_gold_position_looks_the_same_at_every_context_size():
+    asked = {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}
     statistics = [
         LayerStatistic(of, documents, position, layer, name, 9, Estimate(1.0, 0.0, 2.0))
         for of, name, sizes in ((LENS, GAIN, asked), ("restore", "accuracy", {5: asked[5]}))
@@ -330,8 +324,7 @@ def test_a_gold_position_looks_the_same_at_every_context_size(tmp_path, monkeypa
         for layer in (1, 2, 3)
     ]
     manifest = {"lens": "plain", "arguments": {"at": "all"}}
-    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
-    (figure,) = figures
+    figure = layers_figure(LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
     (legend,) = figure.legends
     shown = dict(zip([t.get_text() for t in legend.get_texts()], legend.legend_handles, strict=True))
     assert len(shown) == 1 + 4 + 1  # closed-book, gold positions, the interval
