@@ -15,6 +15,7 @@ Reports = dict[str, Report]  # by case of bench_fused_lens.py
 Measured = Callable[[Reports], float | None]
 SMALL, LARGE, SMALL_AVX2 = "gpt2-13x32", "gpt2-13x256", "gpt2-13x32-avx2"
 REAL, REAL_AVX512 = "smollm2-31x64", "smollm2-31x64-avx512"
+BOTH = ((416, SMALL), (3328, LARGE))
 
 
 def _of(case: str, name: str, number: Callable[[Result], float | None]) -> Measured:
@@ -54,23 +55,19 @@ def _ids_off(case: str, name: str) -> Measured:
 
 
 GOALS = [
-    Goal("fp32: times faster than naive, 416 rows", _speed(SMALL), 2.3, at_least=True),
-    Goal("fp32: times faster than naive, 3328 rows", _speed(LARGE), 2.3, at_least=True),
-    Goal("fp32: time over our own matrix product, 416 rows", _time_over(SMALL, "product"), 1.05),
-    Goal("fp32: time over our own matrix product, 3328 rows", _time_over(LARGE, "product"), 1.05),
-    Goal("fp32: share of the FMA peak, 416 rows", _peak_share(SMALL), 0.85, at_least=True),
-    Goal("fp32: share of the FMA peak, 3328 rows", _peak_share(LARGE), 0.85, at_least=True),
-    Goal("fp32: time over torch.mm on AMD, 416 rows", _time_over(SMALL, "mm", vendor="AMD"), 0.75),
-    Goal("fp32: time over torch.mm on AMD, 3328 rows", _time_over(LARGE, "mm", vendor="AMD"), 0.75),
+    *(Goal(f"fp32: times faster than naive, {n} rows", _speed(case), 2.3, at_least=True) for n, case in BOTH),
+    *(Goal(f"fp32: time over our own matrix product, {n} rows", _time_over(case, "product"), 1.05) for n, case in BOTH),
+    *(Goal(f"fp32: share of the FMA peak, {n} rows", _peak_share(case), 0.85, at_least=True) for n, case in BOTH),
+    *(Goal(f"fp32: time over torch.mm on AMD, {n} rows", _time_over(case, "mm", "AMD"), 0.75) for n, case in BOTH),
     Goal("fp32: extra memory, 3328 rows", _megabytes(LARGE, "fp32"), 20, unit="MB"),
     Goal("fp32 on AVX2: times faster than naive, 416 rows", _speed(SMALL_AVX2), 1.5, at_least=True),
     Goal("certified: times faster than naive, real states", _speed(REAL, "certified"), 4, 6, at_least=True),
     Goal("certified on AVX-512 without AMX: the same", _speed(REAL_AVX512, "certified"), 4, at_least=True),
     Goal("certified: argmax and ranks off fp64, 1984 real rows", _ids_off(REAL, "certified"), 0),
-    Goal("plain torch: times faster than naive, 416 rows", _speed(SMALL, "reference"), 1.4, at_least=True),
-    Goal("plain torch: times faster than naive, 3328 rows", _speed(LARGE, "reference"), 1.4, at_least=True),
+    *(Goal(f"plain torch: times faster than naive, {n} rows", _speed(case, "reference"), 1.4, at_least=True)
+      for n, case in BOTH),
     Goal("plain torch: extra memory, 3328 rows", _megabytes(LARGE, "reference"), 40, unit="MB"),
-]
+]  # fmt: skip
 
 
 def main(path: str) -> None:

@@ -209,7 +209,7 @@ def _needs_kernel(problem: Problem) -> str | None:
 
 
 HALF = (torch.bfloat16, torch.float16)
-ALL = [
+_ALL = (
     Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), OURS, obstacle=_needs_kernel),
     Competitor(
         "certified",
@@ -241,8 +241,8 @@ ALL = [
     ),
     Competitor("mm", "matrix product: torch.mm", _torch_product, PRODUCT, logit_bytes=4),
     Competitor("product", "matrix product: refinelens", _own_product, PRODUCT, obstacle=_needs_cpp),
-]
-COMPETITORS = {competitor.name: competitor for competitor in ALL}
+)
+COMPETITORS = {competitor.name: competitor for competitor in _ALL}
 
 
 def choose(baselines: str, competitors: dict[str, Competitor] = COMPETITORS) -> list[Competitor]:

@@ -79,8 +79,8 @@ def print_table(console: Console, report: Report) -> None:
     """Print the summary of a run and, under it, what a reader needs to trust it."""
     console.width = max(console.width, WIDTH)  # a pipe reports 80
     _print(console, [f"{title(report.manifest)}: refinement by gold position\n"])
-    told = {"lens": len(report.lenses) > 1, "top": len(report.tops) > 1, "gen.": report.has_generations}
-    headings = [heading for heading in HEADINGS if told.get(heading, True)]
+    shown = {"lens": len(report.lenses) > 1, "top": len(report.tops) > 1, "gen.": report.has_generations}
+    headings = [heading for heading in HEADINGS if shown.get(heading, True)]
     table = _table(headings)
     for row, after in zip(report.rows, [*report.rows[1:], None], strict=True):
         section = (row.lens, row.top, row.documents)
@@ -121,11 +121,12 @@ def notes(report: Report) -> list[str]:
     reasons = ", ".join(f"{len(ids)} at {reason}" for reason, ids in counts["left_out"].items())
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
+    generated = "; gen.: what the model writes contains an answer (best_subspan_em)" if arguments["generate"] else ""
     oracle = ", 1 oracle, the gold one alone" if any(row.documents == ORACLE for row in report.rows) else ""
     lines = [
         f"docs: documents, 0 is closed-book{oracle}. gold: 0-based position of the gold document. accuracy: the first "
         "answer token is the model's own prediction; all: so is every one after the true ones before it"
-        f"{_generated_words(arguments['generate'])}. settled: examples whose target is correct at the output; all that "
+        f"{generated}. settled: examples whose target is correct at the output; all that "
         "stands to the right is over them alone, the others are censored; a depth of fewer than "
         f"{FEW_QUESTIONS} questions has no interval. first, settle: mean layers, 0 (embedding) to "
         f"{n_layers} (output); depth = settle - first. at out.: share whose settle is layer {n_layers}; unseen: not "
@@ -152,8 +153,8 @@ def notes(report: Report) -> list[str]:
     if "tokens_saved" in counts:
         lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
     if arguments["generate"]:
-        generated = counted(counts["tokens_generated"], "token")
-        lines.append(f"{generated} generated, at most {arguments['generate']} a context.")
+        written = counted(counts["tokens_generated"], "token")
+        lines.append(f"{written} generated, at most {arguments['generate']} a context.")
     if manifest["status"] != "finished":
         status = "unfinished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
@@ -224,10 +225,6 @@ def _lens_words(entry: dict) -> str:
         return "plain logit lens"
     words = f"{entry['kind']} lens" if entry["name"] == entry["kind"] else f"{entry['name']} ({entry['kind']} lens)"
     return f"{words}; {entry['note']};" if entry["note"] else words
-
-
-def _generated_words(limit: int) -> str:
-    return "; gen.: what the model writes contains an answer (best_subspan_em)" if limit else ""
 
 
 def _prefix_words(reuse: dict, computed: int, saved: int) -> str:
@@ -372,16 +369,14 @@ def print_quality(console: Console, manifest: dict) -> None:
         cells = [form.format(quality[lens][name][layer]) for name, (_, form) in MEASURES.items() for lens in quality]
         table.add_row(str(layer), "" if strength is None else f"{strength:.0e}", *cells)
     console.print(table)
-    _print(
-        console,
-        [
-            "ridge: strength as a share of the states' mean variance. var.: share explained of the output's residual "
-            "stream. KL: KL(final || layer) in nats, final the model's own prediction. top-1: share of tokens with the "
-            "model's own argmax.",
-            f"Fitted on {counted(tokens['fit'], 'token')} of the text {manifest['text']['name']}, strength chosen on "
-            f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
-        ],
-    )
+    lines = [
+        "ridge: strength as a share of the states' mean variance. var.: share explained of the output's residual "
+        "stream. KL: KL(final || layer) in nats, final the model's own prediction. top-1: share of tokens with the "
+        "model's own argmax.",
+        f"Fitted on {counted(tokens['fit'], 'token')} of the text {manifest['text']['name']}, strength chosen on "
+        f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
+    ]
+    _print(console, lines)
 
 
 def write_quality(folder: Path, manifest: dict) -> None:

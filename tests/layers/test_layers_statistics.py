@@ -55,6 +55,21 @@ def examples(ranks=RANKS):
     return RunExamples(RUN, "plain", arrays, np.full(4, 7), np.full(4, 7), lists)
 
 
+def report_of(statistics, ablations=(), run=RUN, agree=(), essential=(), exits=(), **arguments):
+    """What tables and figures are made of, of an analysis of one question."""
+    arguments = {"interventions": list(ablations), "at": "all"} | arguments
+    manifest = {"lens": "plain", "arguments": arguments, "parts": [{}], "seconds": 1.0}
+    return LayersReport(
+        manifest, run, list(ablations), 0.0, 0.0, statistics, list(agree), list(essential), list(exits), []
+    )
+
+
+def text_of(report):
+    console = Console(record=True, file=io.StringIO(), width=200)
+    print_layers(console, report)
+    return console.export_text()
+
+
 def value_of(rows, **wanted):
     (row,) = [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
     return row.value.value
@@ -224,10 +239,7 @@ def test_early_exit_and_absent_patches_in_words():
         share = Estimate(0.8, 0.5, 1.0)
         exits = [EarlyExit(0, gold, 9, share, 2, share, share) for gold in (None, position)]
         statistics = [replace(row, documents=0) for row in layer_statistics(measure_lens(examples()), 0)]
-        console = Console(record=True, file=io.StringIO(), width=200)
-        manifest = {"lens": "plain", "arguments": {"interventions": ["patch"], "at": "all"}}
-        print_layers(console, LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], exits, []))
-        text = console.export_text()
+        text = text_of(report_of(statistics, exits=exits, interventions=["patch"]))
         assert "Essential" not in text, "nothing was intervened in"
         assert words in text and "Patching: no question is answered at one gold position and not at another." in text
 
@@ -239,16 +251,13 @@ def test_an_agreement_says_over_how_many_layers_and_of_what_its_interval_is(inte
     rows = rows_of("skip", [0] * 4, [[9, 8, 7, 6, 5]] * 4)
     lens, cost = measure_lens(of_five), measure_ablations(LayerMetrics.of_rows(rows, "skip", 5))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
-    manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
     rows = agreements(lens, [cost], 0)
     if interval:  # these two questions are too few for one
         rows = [replace(row, value=Estimate(0.5, 0.25, 0.75)) for row in rows]
-    found = (rows, [], early_exits(statistics), [])
-    console = Console(record=True, file=io.StringIO(), width=200)
-    print_layers(console, LayersReport(manifest, run, ["skip"], 0.0, 0.0, statistics, *found))
+    text = text_of(report_of(statistics, ["skip"], run, agree=rows, exits=early_exits(statistics)))
     one = r"0.50 \[0.25,0.75\]" if interval else r"-?[\d.]+"
     words = f"Spearman {one}, Kendall {one}{'; intervals over questions' if interval else ''}"
-    assert re.search(rf"\nAgreement of gain and skip over 5 layers: {words}\.\n", console.export_text())
+    assert re.search(rf"\nAgreement of gain and skip over 5 layers: {words}\.\n", text)
 
 
 def test_of_one_question_there_is_no_interval_and_no_verdict():
@@ -257,11 +266,8 @@ def test_of_one_question_there_is_no_interval_and_no_verdict():
     rows = rows_of("skip", [0] * 4, [[9, 9, 9]] * 4)
     lens, cost = measure_lens(one), measure_ablations(LayerMetrics.of_rows(rows.slice(0, 6), "skip", 3))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
-    manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
-    found = (agreements(lens, [cost], 0), essential_layers(lens, [cost], 0.01), early_exits(statistics), [])
-    console = Console(record=True, file=io.StringIO(), width=200)
-    print_layers(console, LayersReport(manifest, RUN, ["skip"], 0.0, 0.0, statistics, *found))
-    text = console.export_text()
+    found = (agreements(lens, [cost], 0), essential_layers(lens, [cost], 0.01), early_exits(statistics))
+    text = text_of(report_of(statistics, ["skip"], RUN, *found))
     assert "2 documents, 1 question, plain lens" in text and "\n1 question in 1 s." in text
     assert "Agreement: none over 3 layers; fewer than 5 agree by chance too often." in text
     assert "Essential: no verdict on fewer than 5 questions." in text
@@ -290,9 +296,8 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
         for position, v in [(None, 10.0**layer), *((p, 10.0**layer - p) for p in range(9))]
     ]
     for ablations in (["skip"], []):
-        manifest = {"lens": "plain", "arguments": {"at": "all"}}
         path = tmp_path / f"{len(ablations)}.png"
-        draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
+        draw_layers(path, report_of(statistics, ablations))
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -305,8 +310,7 @@ def test_every_marker_is_whole(peak, half):
         for position in (None, 0, 4)
         for layer, v in ((1, peak), (2, -0.3), (3, 0.1))
     ]
-    manifest = {"lens": "plain", "arguments": {"at": "all"}}
-    figure = layers_figure(LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
+    figure = layers_figure(report_of(statistics))
     figure.draw_without_rendering()
     (axes,) = figure.axes
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(1, peak), (2, -0.3)]))[:, 1]
@@ -323,8 +327,7 @@ def test_a_gold_position_looks_the_same_at_every_context_size():
         for position in (None, *positions)
         for layer in (1, 2, 3)
     ]
-    manifest = {"lens": "plain", "arguments": {"at": "all"}}
-    figure = layers_figure(LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
+    figure = layers_figure(report_of(statistics))
     (legend,) = figure.legends
     shown = dict(zip([t.get_text() for t in legend.get_texts()], legend.legend_handles, strict=True))
     assert len(shown) == 1 + 4 + 1  # closed-book, gold positions, the interval
