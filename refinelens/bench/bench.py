@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from .. import __version__
-from ..config import BenchOptions
+from ..config import BenchConfig
 from ..machine import device_name, package_version
 from ..op.backends import instruction_set
 from .competitors import NAIVE, Competitor, choose
@@ -54,7 +54,7 @@ class Entry:
         return "; ".join(remarks) or None
 
 
-def run_bench(options: BenchOptions, say: Callable[[str], None] = lambda text: None) -> Report:
+def run_bench(options: BenchConfig, say: Callable[[str], None] = lambda text: None) -> Report:
     """Check and time every competitor on one problem.
 
     Args:
@@ -72,7 +72,7 @@ def run_bench(options: BenchOptions, say: Callable[[str], None] = lambda text: N
 
 
 @contextmanager
-def open_session(options: BenchOptions, say: Callable[[str], None] = lambda text: None) -> Iterator[Session]:
+def open_session(options: BenchConfig, say: Callable[[str], None] = lambda text: None) -> Iterator[Session]:
     """A session to call ``round`` of as often as wanted, while torch has the options' number of threads."""
     chosen = choose(options.peers)
     with torch_threads(options.threads), torch.no_grad():
@@ -82,7 +82,7 @@ def open_session(options: BenchOptions, say: Callable[[str], None] = lambda text
 class Session:
     """Competitors that are right, ready to be timed; made by `open_session`."""
 
-    def __init__(self, options: BenchOptions, competitors: list[Competitor], say: Callable[[str], None]):
+    def __init__(self, options: BenchConfig, competitors: list[Competitor], say: Callable[[str], None]):
         self.options = options
         self._instruction_set = _instruction_set()
         say("making the problem")

@@ -256,5 +256,5 @@ def choose(peers_wanted: str) -> list[Competitor]:
     names = {"all": known, "none": []}.get(peers_wanted, peers_wanted.split(","))
     for name in names:
         if name not in known:
-            raise InputError(f"--peers: expected all, none or some of {','.join(known)}, got {name!r}")
+            raise InputError(f"``peers``: expected all, none or some of {','.join(known)}, got {name!r}")
     return [c for c in ALL if c.group != "peer" or c.name in (NAIVE, *names)]

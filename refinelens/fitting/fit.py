@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
-from ..config import FitOptions
+from ..config import FitConfig
 from ..errors import FaultError, InputError
 from ..lens.files import FORMAT_VERSION, MANIFEST, PLAIN, TENSORS, model_entry, save_lens
 from ..lens.logit_lens import LogitLens
@@ -73,13 +73,13 @@ def _read(folder: Path, identity: dict, device: torch.device) -> tuple[int, Stat
         done = int(metadata["done"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--out {folder}: expected a whole {NAME}, got: {error}; pass --overwrite to begin again"
+            f"``out`` {folder}: expected a whole {NAME}, got: {error}; pass ``overwrite=True`` to begin again"
         ) from None
     for key, value in identity.items():
         if there.get(key) != value:
             raise InputError(
-                f"--out {folder}: expected to go on with {key} {there.get(key)}, got {value}; pass --overwrite to "
-                "begin again"
+                f"``out`` {folder}: expected to go on with {key} {there.get(key)}, got {value}; pass "
+                "``overwrite=True`` to begin again"
             )
     return done, *state
 
@@ -93,7 +93,7 @@ class Fitted:
 
 
 def fit_lens(
-    options: FitOptions,
+    options: FitConfig,
     out: str,
     overwrite: bool = False,
     argv: list[str] | None = None,
@@ -119,7 +119,9 @@ def fit_lens(
     _check_folder(out, folder)
     with RunLock(folder):
         if (folder / MANIFEST).exists() and not overwrite:
-            raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
+            raise InputError(
+                f"``out`` {out}: expected a new folder, got a lens; choose another or pass ``overwrite=True``"
+            )
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         logit_lens = LogitLens.from_model(loaded.model)
@@ -133,13 +135,13 @@ def fit_lens(
             if not is_out_of_memory(error):
                 raise
             raise FaultError(
-                f"--model {options.model}: expected memory for {_statistics_bytes(logit_lens) / 1e9:.1f} GB of "
+                f"``model`` {options.model}: expected memory for {_statistics_bytes(logit_lens) / 1e9:.1f} GB of "
                 "statistics beside the model, got out of memory; use a larger machine or a smaller model"
             ) from None
 
 
 def _fit(
-    options: FitOptions,
+    options: FitConfig,
     folder: Path,
     overwrite: bool,
     argv: list[str] | None,
@@ -174,7 +176,7 @@ def _fit(
 
 
 def _manifest(
-    options: FitOptions, argv: list[str] | None, text: Text, loaded: LoadedModel, logit_lens: LogitLens
+    options: FitConfig, argv: list[str] | None, text: Text, loaded: LoadedModel, logit_lens: LogitLens
 ) -> dict:
     """What is known of a lens without its numbers."""
     return {
@@ -218,7 +220,7 @@ def _gather(
 
 
 def _solve(
-    options: FitOptions, fit: Statistics, choose: Statistics, states: States, logit_lens: LogitLens, report: Progress
+    options: FitConfig, fit: Statistics, choose: Statistics, states: States, logit_lens: LogitLens, report: Progress
 ) -> tuple[dict[str, Translators], list[float]]:
     """The translators of every objective up to the one asked for, as the model needs them, and the ridge strengths."""
     report("solving", 0, 1)
@@ -229,11 +231,11 @@ def _solve(
     try:
         return {name: logit_lens.adapted(lens) for name, lens in lenses.items()}, strengths
     except InputError as error:
-        raise InputError(f"--dtype: {error}") from None
+        raise InputError(f"``dtype``: {error}") from None
 
 
 def _train(
-    options: FitOptions,
+    options: FitConfig,
     logit_lens: LogitLens,
     start: Translators,
     statistics: Statistics,
@@ -265,7 +267,7 @@ def _with_progress(states: States, sequences: range, report: Progress) -> Iterat
         yield hidden
 
 
-def _identity(options: FitOptions, text_sha256: str, loaded: LoadedModel, split: Split) -> dict:
+def _identity(options: FitConfig, text_sha256: str, loaded: LoadedModel, split: Split) -> dict:
     """What two fits must share for one to go on where the other stopped."""
     return {
         "tokens": options.tokens,
@@ -286,9 +288,11 @@ def _statistics_bytes(logit_lens: LogitLens) -> int:
 def _check_folder(out: str, folder: Path) -> None:
     """Refuse a folder that no lens can have, or that holds anything that is not a lens's."""
     if folder.resolve().name in ("", PLAIN) or "," in folder.name or not out.strip():
-        raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
+        raise InputError(
+            f"``out``: expected a folder that ``lens`` can name, without a comma and not {PLAIN}, got {out!r}"
+        )
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in names if name not in OUTPUTS and not name.startswith(".")]
     if foreign or (folder.exists() and not folder.is_dir()):
         got = f"other files, such as {foreign[0]}" if foreign else "a file"
-        raise InputError(f"--out {folder}: expected a new folder or that of a lens, got {got}")
+        raise InputError(f"``out`` {folder}: expected a new folder or that of a lens, got {got}")

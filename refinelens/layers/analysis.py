@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..config import LayerOptions
+from ..config import LayersConfig
 from ..data.questions import Question
 from ..errors import FaultError, InputError, UnsupportedModelError
 from ..machine import now, packages
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 def begin(
     folder: LayersFolder,
     examples: RunExamples,
-    options: LayerOptions,
+    options: LayersConfig,
     overwrite: bool,
     argv: list[str] | None,
     warn: Callable[[str], None],
@@ -57,7 +57,7 @@ def begin(
         if found != wanted:
             raise InputError(
                 f"{folder.path}: expected an analysis with {name} {wanted}, got one with {found}; choose another "
-                "--out or pass --overwrite"
+                "``out`` or pass ``overwrite=True``"
             )
     whole = []
     for part in parts_of(there):
@@ -71,7 +71,7 @@ def begin(
     return there | {"status": "running", "parts": entries_of(whole), "resumed": [*there["resumed"], entry]}, True
 
 
-def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -> dict:
+def _new(examples: RunExamples, options: LayersConfig, argv: list[str] | None) -> dict:
     run = examples.manifest
     return {
         "schema_version": SCHEMA_VERSION,
@@ -97,14 +97,14 @@ def _identity(manifest: dict) -> dict[str, object]:
     """What an analysis that goes on was begun with, as it is asked for; run and number determine the questions."""
     return {
         "run_id": manifest["run_id"],
-        "--lens": manifest["lens"],
-        "--interventions": ",".join(manifest["arguments"]["interventions"]) or "none",
-        "--at": manifest["arguments"]["at"],
-        "--examples": len(manifest["questions"]),
+        "``lens``": manifest["lens"],
+        "``interventions``": ",".join(manifest["arguments"]["interventions"]) or "none",
+        "``at``": manifest["arguments"]["at"],
+        "``examples``": len(manifest["questions"]),
     }
 
 
-def open_runner(run: Run, examples: RunExamples, options: LayerOptions) -> tuple[AblationRunner, dict[int, Question]]:
+def open_runner(run: Run, examples: RunExamples, options: LayersConfig) -> tuple[AblationRunner, dict[int, Question]]:
     """Load model, task and lens of a run, and its questions by id.
 
     Raises:
@@ -145,17 +145,17 @@ def prepare_means(
     folder.write_manifest(manifest)
 
 
-def _check_sublayers(name: str, restarts: BlockReplay, options: LayerOptions) -> None:
+def _check_sublayers(name: str, restarts: BlockReplay, options: LayersConfig) -> None:
     if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):
         raise UnsupportedModelError(
             f"{name}: expected blocks that add attention and feed-forward part to the residual stream and nothing "
-            f"else, got another in block {restarts.sublayers.index(None) + 1}; use --interventions skip,mean,patch"
+            f"else, got another in block {restarts.sublayers.index(None) + 1}; use ``interventions='skip,mean,patch'``"
         )
 
 
 def run_layers(
     path: str | Path,
-    options: LayerOptions,
+    options: LayersConfig,
     out: str | Path | None = None,
     overwrite: bool = False,
     argv: list[str] | None = None,
@@ -195,7 +195,7 @@ def run_layers(
 
 def how_to_resume(overwrite: bool) -> str:
     """What becomes of an analysis that was stopped, in words; ``overwrite`` again would begin it anew."""
-    return f"the same command {'without --overwrite ' if overwrite else ''}goes on with what is finished"
+    return f"the same command {'without ``overwrite=True`` ' if overwrite else ''}goes on with what is finished"
 
 
 @dataclass
@@ -204,7 +204,7 @@ class _Analysis:
 
     run: Run
     examples: RunExamples
-    options: LayerOptions
+    options: LayersConfig
     folder: LayersFolder
     manifest: dict
     resumed: bool  # with what is in the folder

@@ -269,7 +269,7 @@ def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) 
     for layer, values in enumerate([*states, logits]):
         if not values.isfinite().all():
             where = f"at layer {layer}" if layer < len(states) else "in the logits"
-            wider = "" if values.dtype == torch.float32 else " or try --dtype float32"
+            wider = "" if values.dtype == torch.float32 else " or try ``dtype='float32'``"
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected finite states and logits, got "
                 f"{'NaN' if values.isnan().any() else 'infinity'} {where}; check the weights{wider}"

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import ORACLE, condition_name
-from ..errors import InputError
+from ..errors import InputError, resume_call
 from ..stats import NO_ESTIMATE, Estimate, mean_estimates, paired_estimate, ratio, sums_and_counts
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, read_trajectories
@@ -337,7 +337,7 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     table = read_trajectories(run, tops)
     if not len(table):
         raise InputError(
-            f"{run.path}: expected a run with rows, got none yet; refinelens sweep --resume {run.path} goes on with it"
+            f"{run.path}: expected a run with rows, got none yet; {resume_call(run.path)} goes on with it"
         )
     table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
     cautions = find_cautions(table, lenses, tops, n_layers)

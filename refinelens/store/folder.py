@@ -51,7 +51,7 @@ def write_cells(path: Path, lines: Iterable[Sequence]) -> None:
 
 
 def write_output(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole` of a file that ``--out`` names.
+    """`write_whole` of a file that ``out`` names.
 
     Raises:
         InputError: It cannot be written there.
@@ -97,8 +97,8 @@ def disk_error(path: str | Path, error: OSError, kind: str = "folder", begun: bo
     """
     if error.errno in NO_ROOM:
         kept = " what was written stays readable;" if kind == "folder" else ""
-        return FaultError(f"--out {path}: no free disk left;{kept} free some")
-    message = f"--out {path}: expected a {kind} that can be written, got: {error.strerror or error}"
+        return FaultError(f"``out`` {path}: no free disk left;{kept} free some")
+    message = f"``out`` {path}: expected a {kind} that can be written, got: {error.strerror or error}"
     return FaultError(message) if begun and error.errno not in NOT_ALLOWED else InputError(message)
 
 

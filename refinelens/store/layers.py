@@ -93,11 +93,11 @@ class LayersFolder:
         try:
             manifest = self._read()
         except (InputError, OSError) as error:
-            raise InputError(f"{self.path}: {error}; --overwrite makes the analysis again") from None
+            raise InputError(f"{self.path}: {error}; ``overwrite=True`` makes the analysis again") from None
         if manifest["schema_version"] != SCHEMA_VERSION:
             raise InputError(
-                f"{self.path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}; --overwrite "
-                "makes the analysis again"
+                f"{self.path}: expected schema version {SCHEMA_VERSION}, got {manifest['schema_version']}; "
+                "``overwrite=True`` makes the analysis again"
             )
         return manifest
 
@@ -186,7 +186,7 @@ class LayersFolder:
         known = {*NAMES, *(temporary_of(self.path / name).name for name in NAMES)}
         foreign = ", ".join(sorted(set(names) - known)[:3])
         if foreign:
-            raise InputError(f"--out {self.path}: expected a new folder or an analysis, got other files: {foreign}")
+            raise InputError(f"``out`` {self.path}: expected a new folder or an analysis, got other files: {foreign}")
 
 
 def parts_of(manifest: dict) -> list[QuestionPart]:

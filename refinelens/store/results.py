@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import InputError
+from ..errors import InputError, resume_call
 from .folder import LOCK, check_shape, disk_error, temporary_of, write_whole
 
 SCHEMA_VERSION = 6
@@ -54,7 +54,7 @@ KEYS = [
     ("answer_token", pa.int32()),  # 0-based token of the answer that follows; NO_ANSWER_TOKEN before the answer
     ("lens", pa.string()),  # plain, or the name of a lens
 ]
-# One row per question x context size x gold position x lens x token: of the answer or, with --positions all, of the
+# One row per question x context size x gold position x lens x token: of the answer or, with positions='all', of the
 # whole context. The tokens of a context stand together, in order. Lists run over layers 0 .. n_layers.
 PREDICTIONS = pa.schema(
     [
@@ -203,7 +203,7 @@ def parts_of(manifest: dict) -> list[Part]:
 
 
 def _damaged(run: Run, path: Path, got: str) -> InputError:
-    return InputError(f"{path}: expected {got}; refinelens sweep --resume {run.path} computes it again")
+    return InputError(f"{path}: expected {got}; {resume_call(run.path)} computes it again")
 
 
 def _no_manifest(path: str | Path, got: str) -> InputError:
@@ -272,7 +272,9 @@ def check_folder(path: str | Path) -> None:
     foreign = [name for name in names if name not in OUTPUTS]
     if foreign or (names and MANIFEST not in names):
         other = (foreign + names)[0]
-        raise InputError(f"--out {path}: expected a new folder or a run to overwrite, got other files, such as {other}")
+        raise InputError(
+            f"``out`` {path}: expected a new folder or a run to overwrite, got other files, such as {other}"
+        )
     if names:
         read_manifest(path)  # a run of another schema version may be overwritten too
 
@@ -290,12 +292,12 @@ def check_overwrite(path: str | Path, overwrite: bool, arguments: dict) -> None:
     old = manifest["arguments"]
     changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
     finished = manifest["status"] == "finished"
-    command = f"see it with refinelens show {path}" if finished else f"go on with refinelens sweep --resume {path}"
+    command = f"see it with refinelens show {path}" if finished else f"go on with {resume_call(path)}"
     command = "" if changed else f"{command}, "
     what = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments"
     raise InputError(
-        f"--out {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
-        f"{command}choose another folder or pass --overwrite"
+        f"``out`` {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
+        f"{command}choose another folder or pass ``overwrite=True``"
     )
 
 
@@ -316,9 +318,9 @@ def check_disk(path: str | Path, needed: int) -> None:
     """
     existing = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path}: expected a folder that can be written, got no permission for {existing}")
+        raise InputError(f"``out`` {path}: expected a folder that can be written, got no permission for {existing}")
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"--out {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
+            f"``out`` {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
         )

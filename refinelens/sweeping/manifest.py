@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..config import SweepOptions
+from ..config import SweepConfig
 from ..data.questions import QA
 from ..errors import InputError
 from ..machine import device_name, now, packages, working_folder
@@ -141,12 +141,12 @@ class RunSpec:
             )
 
     @property
-    def options(self) -> SweepOptions:
+    def options(self) -> SweepConfig:
         """The options that the run was made with; files and folders are found from any folder."""
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in self.manifest["arguments"].items()}
+        values = dict(self.manifest["arguments"])
         for name in ("model", "task", "template"):
             values[name] = self._from_here(values[name])
-        return SweepOptions(**values | {"lens": tuple(map(self._from_here, values["lens"]))})
+        return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
 
     def _from_here(self, name: str) -> str:
         """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
@@ -199,7 +199,7 @@ class RunState:
     @property
     def spec(self) -> RunSpec:
         """What the run was made of."""
-        return RunSpec(self.run.path, self.manifest, "--resume")
+        return RunSpec(self.run.path, self.manifest, "``resume``")
 
     @property
     def has_rows(self) -> bool:

@@ -211,7 +211,7 @@ class RunWriter:
             return
         if self.run.manifest["run_id"] != self._manifest["run_id"]:
             self._written = None
-            raise FaultError(f"--out {self.run.path}: expected this sweep's own run, got another that replaced it")
+            raise FaultError(f"``out`` {self.run.path}: expected this sweep's own run, got another that replaced it")
 
     def _remove_temporary(self) -> None:
         """Remove what a process that was killed had not given its name yet."""

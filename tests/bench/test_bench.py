@@ -17,7 +17,7 @@ from refinelens.bench.measure import Fp64Check
 from refinelens.bench.problem import can_measure_growth, make_problem, random_problem
 from refinelens.bench.table import markdown_table, report_from_json, text_table
 from refinelens.cli import main
-from refinelens.config import BenchOptions
+from refinelens.config import BenchConfig
 from refinelens.errors import InputError
 from refinelens.kernels.reference import LayerNorm, RMSNorm
 
@@ -174,7 +174,7 @@ def test_triton_from_another_package(monkeypatch):
 
 
 def test_two_threads_are_timed_by_wall_clock(in_process):
-    report = bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1, threads=2))
+    report = bench.run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1, threads=2))
     assert (report.threads, report.clock) == (2, "wall clock")
 
 
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_measured_on_fewer_rows(in_process, monkeypatch, ca
 
 def test_what_takes_too_long_is_measured_on_fewer_rows(in_process, monkeypatch):
     monkeypatch.setattr(bench, "LONGEST", 0.0)
-    report = bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1))
+    report = bench.run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1))
     assert {result.measured_rows for result in report.results} == {1}
     naive = report.result("naive")
     assert naive.seconds == pytest.approx(2 * 5 * 8 * 40 / naive.flops), "scaled to all rows"
@@ -212,14 +212,14 @@ def test_extra_memory_is_that_of_the_logits(tmp_path):
 
 def test_states_of_a_model(tiny_model):
     """Position by position with all layers of each, so that any first rows hold all layers."""
-    problem = make_problem(BenchOptions("cpu", rows=4 * 150 + 1, model=str(tiny_model)))
+    problem = make_problem(BenchConfig("cpu", rows=4 * 150 + 1, model=str(tiny_model)))
     assert problem.hidden.shape == (601, 32) and problem.states == tiny_model.name
     targets = problem.targets[:600].view(150, 4)
     assert (targets == targets[:, :1]).all(), "one target for all layers of a position"
     found = COMPETITORS["naive"].run(problem)
     assert Fp64Check(problem).judge(found, 601).wrong is None
-    with pytest.raises(InputError, match=r"--rows: expected at most \d+ with --model"):
-        make_problem(BenchOptions("cpu", rows=10**7, model=str(tiny_model)))
+    with pytest.raises(InputError, match=r"``rows``: expected at most \d+ with ``model``"):
+        make_problem(BenchConfig("cpu", rows=10**7, model=str(tiny_model)))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch, capsys):
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "can_measure_growth", lambda: False)
-        return bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1))
+        return bench.run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1))
 
 
 def test_one_table_with_aligned_columns(report):
