@@ -15,7 +15,7 @@ import torch
 from refinelens import _C, fused_lens
 from refinelens.bench import competitors
 from refinelens.bench.problem import make_problem
-from refinelens.config import BenchOptions
+from refinelens.config import BenchConfig
 from refinelens.kernels.reference import LensHead, LensStats, apply_norm, fused_lens_reference
 
 ROWS = 1024  # at a time
@@ -53,7 +53,7 @@ def naive(hidden, targets, problem):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512, help="positions; rows are 31 times as many (default: 512)")
-    problem = make_problem(BenchOptions(device="cpu", model="smollm2", rows=31 * parser.parse_args().tokens))
+    problem = make_problem(BenchConfig(device="cpu", model="smollm2", rows=31 * parser.parse_args().tokens))
     mismatches, worst, settled, fell_back = {}, 0.0, 0, 0
     for hidden, targets in zip(problem.hidden.split(ROWS), problem.targets.split(ROWS), strict=True):
         exact = fused_lens_reference(hidden, LensHead(problem.unembedding, problem.norm), targets, dtype=torch.float64)

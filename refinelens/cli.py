@@ -11,19 +11,21 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import check_utf8
-from .errors import FaultError, InputError
-from .parser import build_parser, check_idle, check_values, options_given
+from . import config
+from .errors import FaultError, InputError, resume_call
+from .parser import build_parser, check_idle, check_values, config_of, known_options, option_of
 
 if TYPE_CHECKING:
     from .store.results import Run
+
+MARK = re.compile(r"``(?:(\w+)\()?(\w+)(?:='?(.*?)'?)?\)?``")  # as `refinelens.errors` has it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         for word in argv:
-            check_utf8("command line", word)
+            config.check_utf8("command line", word)
         check_values(arguments)
+        _calm_libraries()
         return COMMANDS[arguments.command](arguments, argv)
     except (InputError, FaultError) as error:
         _say(str(error))
@@ -59,23 +62,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     """One line on stderr."""
-    print(f"refinelens: {' '.join(message.split())}", file=sys.stderr)
+    print(f"refinelens: {' '.join(in_options(message).split())}", file=sys.stderr)
+
+
+def in_options(message: str) -> str:
+    """A message of the library with the options of the command line in place of its parameters."""
+
+    def option(mark: re.Match) -> str:
+        command, name, value = mark.groups()
+        if option_of(name) not in known_options():
+            return mark.group()
+        words = (command and f"refinelens {command}", option_of(name), value if value != "True" else None)
+        return " ".join(filter(None, words))
+
+    return MARK.sub(option, message)
 
 
 def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.resume is not None:
         return _resume(arguments, argv)
-    from .config import SweepOptions, default_task, parse_documents
-
-    arguments.task = arguments.task or default_task(arguments.model)
-    values = options_given(arguments, SweepOptions)
-    values["documents"] = parse_documents(arguments.documents)
-    values["top"] = _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
-    options = SweepOptions(**values | {"lens": tuple(arguments.lens.split(","))})
-    _calm_libraries()
+    options = config_of(arguments, config.SweepConfig)
     from .sweeping.sweep import run_sweep
 
-    with _folder_of_its_own(arguments) as out:
+    with _folder_of_its_own(arguments.out, options) as out:
         return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
 
 
@@ -95,7 +104,6 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
         print(f"{path}: finished already\n")
         show_run(run, Console())
         return 0
-    _calm_libraries()
     from .sweeping.sweep import resume_sweep
 
     return _watch(partial(resume_sweep, path, ["refinelens", *argv], arguments.workers))
@@ -117,7 +125,7 @@ def _watch(sweep: Callable[..., Run]) -> int:
         code, run = 128 + stop.signum, stop.folder
         kept = "no question was finished and nothing was written"
         if run:
-            kept = f"the finished questions stay readable, refinelens sweep --resume {run.path} goes on with them"
+            kept = f"the finished questions stay readable, {resume_call(run.path)} goes on with them"
         _say(f"interrupted; {kept}")
     if summary:  # a second signal leaves no time for it
         print_table(Console(), summary[-1])
@@ -128,11 +136,7 @@ def _watch(sweep: Callable[..., Run]) -> int:
 def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .config import LayerOptions, parse_interventions
-
-    names = parse_interventions(arguments.interventions)
-    options = LayerOptions(names, arguments.at, arguments.examples, arguments.lens)
-    _calm_libraries()
+    options = config_of(arguments, config.LayersConfig)
     from .layers.analysis import how_to_resume, run_layers
     from .progress import fit_progress
     from .report.tables import print_layers
@@ -153,15 +157,11 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .config import TRAINING, FitOptions, default_task
     from .progress import fit_progress
 
-    arguments.text = arguments.text or default_task(arguments.model)
-    values = options_given(arguments, FitOptions)
-    options = FitOptions(**values)
+    options = config_of(arguments, config.FitConfig)
     if options.objective != "kl":
-        check_idle(values, TRAINING, "--objective kl", options.objective)
-    _calm_libraries()
+        check_idle(arguments, config.TRAINING, "--objective kl", options.objective)
     from .fitting.fit import HOW_TO_RESUME, fit_lens
     from .report.tables import print_quality
     from .store.process import Interrupted
@@ -192,24 +192,23 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .report.tables import show_run
     from .store.results import open_run
 
-    top = None if arguments.top is None else _parse_numbers("--top", arguments.top, "numbers such as 1,5,10")
-    show_run(open_run(arguments.folder), Console(), top)
+    options = config_of(arguments, config.ShowConfig)
+    show_run(open_run(arguments.folder), Console(), options.top)
     return 0
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from .store.frames import Choice, check_new_file, export_run
+    from .store.frames import check_new_file, export_run
     from .store.results import open_run
 
     run, out = open_run(arguments.folder), Path(arguments.out)
-    values = options_given(arguments, Choice)
     if arguments.format != "lens-json":
-        check_idle(values, values.keys(), "--format lens-json", arguments.format)
+        names = [field.name for field in fields(config.WidgetConfig)]
+        check_idle(arguments, names, "--format lens-json", arguments.format)
         print(f"{out}: {export_run(run, out, arguments.format)} rows")
         return 0
-    choice = Choice(**values)
+    choice = config_of(arguments, config.WidgetConfig)
     check_new_file(out)
-    _calm_libraries()
     from .lens_json import export_lens_json
 
     print(f"{out}: {export_lens_json(run, out, choice)}")
@@ -217,30 +216,20 @@ def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
-    _calm_libraries()
+    options = config_of(arguments, config.DoctorConfig)
     from .doctor import findings
 
-    for name, value in findings():
-        print(f"{name:<16} {value}")
-    if arguments.model is not None:
-        from .doctor import model_findings
-        from .model.loading import load_model
-
-        given = (arguments.model, arguments.device, arguments.dtype, arguments.trust_remote_code)
-        for name, value in model_findings(load_model(*given)):
-            print(f"{name:<16} {value}", flush=True)
+    for name, value in findings(options):
+        print(f"{name:<16} {in_options(value)}", flush=True)
     return 0
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    from .config import BenchOptions
-
-    options = BenchOptions(**options_given(arguments, BenchOptions))
+    options = config_of(arguments, config.BenchConfig)
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise InputError(f"--json: expected a file in a folder that is there, got {arguments.json}")
-    _calm_libraries()
     from .bench.bench import run_bench
     from .bench.table import text_table
 
@@ -252,21 +241,13 @@ def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 1 if report.failed else 0
 
 
-def _parse_numbers(option: str, text: str, expected: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{option}: expected {expected}, got {text!r}") from None
-
-
 @contextmanager
-def _folder_of_its_own(arguments: argparse.Namespace) -> Iterator[str]:
+def _folder_of_its_own(wanted: str | None, options: config.SweepConfig) -> Iterator[str]:
     """The folder of a sweep: the one asked for, or one made here, that no other sweep of this second has."""
-    if arguments.out:
-        yield arguments.out
+    if wanted:
+        yield wanted
         return
-    names = (arguments.model, arguments.task)
-    words = [re.sub(r"(\.jsonl)?(\.gz)?(\.gguf)?$", "", Path(name).name) for name in names]
+    words = [re.sub(r"(\.jsonl)?(\.gz)?(\.gguf)?$", "", Path(name).name) for name in (options.model, options.task)]
     name = f"{'-'.join(words)}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in count(1):
         out = Path("runs") / (name if number == 1 else f"{name}-{number}")

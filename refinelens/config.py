@@ -1,11 +1,18 @@
-"""The options of everything that runs, checked before anything heavy is loaded.
+"""Every option of everything that runs, stated once: its default, what it may be and its help.
+
+A config is a frozen dataclass of such options, checked before anything heavy is loaded. Python passes values to its
+fields; the parser of the command line is made from the same fields (`refinelens.parser`) and passes what was typed.
 
 Conditions of a question are how many documents its context has and where the gold one may stand among them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import Field, dataclass, field, fields
+from operator import index
+from typing import Any
 
 from .errors import InputError
 
@@ -13,36 +20,333 @@ CLOSED_BOOK, ORACLE = 0, 1  # no document; the gold document alone
 MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
 NO_POSITION = -1  # of the gold document, where there is none
 WORDS = {"closed-book": CLOSED_BOOK, "oracle": ORACLE}
-CHOICES = {  # words that options take
-    "target": ("answer", "prediction"),
-    "positions": ("answer", "all"),
-    "answer_tokens": ("first", "all"),
-    "alias": ("first", "best"),
-    "reuse_prefix": ("auto", "on", "off"),
-    "dtype": ("auto", "float32", "float16", "bfloat16"),
-}
-OBJECTIVES = ("linear", "kl")
+DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
 TRAINING = ("steps", "seed")  # options of the objective kl alone
 SHORTEST = 16  # tokens of a sequence
 SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one to report on
-ABLATIONS = ("skip", "mean", "attn", "mlp")
 PATCH = "patch"
-INTERVENTIONS = (*ABLATIONS, PATCH)
-AT = ("all", "answer")
-SIZES = {"rows": "--rows", "d_model": "--d-model", "vocab": "--vocab", "rounds": "--rounds", "threads": "--threads"}
+INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
+ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
 
-def parse_documents(text: str) -> tuple[int, ...]:
-    """Context sizes such as ``closed-book,oracle,5,10`` in ascending order, each once.
+@dataclass(frozen=True)
+class Kind:
+    """What an option takes: how a value is read, of the command line or of Python, and what errors call it."""
 
-    Raises:
-        InputError: Neither a word nor a number.
+    read: Callable[[Any], Any]
+    expected: str
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _number(value: object) -> int:
+    return int(value) if isinstance(value, str) else index(value)
+
+
+def _parts(value: object) -> list:
+    """Of ``5,10``, of several values, or of a single one."""
+    if isinstance(value, str):
+        return value.split(",")
+    return list(value) if isinstance(value, Iterable) else [value]
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    return tuple(sorted({WORDS[part] if part in WORDS else _number(part) for part in _parts(value)}))
+
+
+def _typed(value: object) -> str:
+    """As the command line has it, which is how a manifest holds it."""
+    return value if isinstance(value, str) else ",".join(map(str, _parts(value)))
+
+
+FLAG = Kind(_flag, "True or False")
+NUMBER = Kind(index, "a whole number")
+NAME = Kind(os.fspath, "a name or a path")
+NUMBERS = Kind(lambda value: tuple(map(_number, _parts(value))), "numbers such as 1,5,10")
+NAMES = Kind(lambda value: tuple(map(os.fspath, _parts(value))), "names or paths")
+KINDS = {"bool": FLAG, "int": NUMBER, "str": NAME, "tuple[int, ...]": NUMBERS, "tuple[str, ...]": NAMES}
+SIZES = Kind(_sizes, "closed-book, oracle or sizes such as 5,10")
+EDITS = Kind(lambda value: () if value == "none" else NAMES.read(value), f"none or some of {','.join(INTERVENTIONS)}")
+TYPED = Kind(_typed, "a word or a list")
+
+
+def _option(default, help: str, group: str | None = None, kind: Kind | None = None, metavar=None, choices=None):
+    """A field of a config.
+
+    Args:
+        default: None where it depends on something else.
+        help: For the command line; the default is added to it, unless it speaks of a default itself.
+        group: Heading that it stands under in the command line's help.
+        kind: What it takes, by default what its annotation says.
+        metavar: Its value in the command line's help.
+        choices: The only values, if they are few.
     """
-    try:
-        return tuple(sorted({WORDS[part] if part in WORDS else int(part) for part in text.split(",")}))
-    except ValueError:
-        raise InputError(f"--documents: expected closed-book, oracle or sizes such as 5,10, got {text!r}") from None
+    metadata = {"help": help, "group": group, "kind": kind, "metavar": metavar, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def kind_of(option: Field) -> Kind:
+    """What a field of a config takes."""
+    return option.metadata["kind"] or KINDS[option.type.removesuffix(" | None")]
+
+
+def _choice(help: str, group: str | None, *words: str):
+    """One of a few words, by default the first."""
+    return _option(words[0], help, group, choices=words)
+
+
+def _device(help: str = "(default: CUDA if there is one)", group: str | None = None):
+    return _choice(help, group, "auto", "cpu", "cuda")
+
+
+def _dtype(help: str = "(default: float32 on a CPU, the checkpoint's own on CUDA)", group: str | None = None):
+    return _choice(help, group, *DTYPE_NAMES)
+
+
+def _trust(group: str | None = None):
+    return _option(False, "run the code that a model brings (default: refuse it)", group)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of one command: what is given is read by the kind of its field, and None stands for the default."""
+
+    def __post_init__(self):
+        for option in fields(self):
+            name, kind, choices = option.name, kind_of(option), option.metadata["choices"]
+            value = getattr(self, name)
+            value = option.default if value is None else value
+            try:
+                read = None if value is None else kind.read(value)
+            except (TypeError, ValueError):
+                raise InputError(f"``{name}``: expected {kind.expected}, got {value!r}") from None
+            _expect(choices is None or read in choices, name, ", ".join(choices or ()), repr(value))
+            object.__setattr__(self, name, read)
+
+    def arguments(self) -> dict:
+        """The options as a manifest holds them."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _expect(fits: object, name: str, expected: str, got: object) -> None:
+    if not fits:
+        raise InputError(f"``{name}``: expected {expected}, got {got}")
+
+
+@dataclass(frozen=True)
+class SweepConfig(Config):
+    """Everything that decides the numbers of a run, except what the machine decides."""
+
+    model: str = _option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
+    task: str = _option(
+        None,
+        "builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny or FILE.jsonl[.gz] in a "
+        "format of Lost in the Middle (default: builtin; tiny for the model tiny)",
+        ASKED,
+    )
+    documents: tuple[int, ...] = _option(
+        (5, 10),
+        "context sizes, the gold document included; also closed-book (no document) and oracle (the gold one alone)",
+        ASKED,
+        SIZES,
+        "N[,N]",
+    )
+    gold_positions: str = _option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|P[,P]")
+    examples: int | None = _option(None, "questions drawn by the seed (default: all; of kv and tiny 100)", ASKED)
+    target: str = _choice(
+        "whose rank at every layer: the answer's token, or the model's own prediction", READ, "answer", "prediction"
+    )
+    positions: str = _choice(
+        "where it is read: before each answer token, or at every token of the context, with the next one as target",
+        READ,
+        "answer",
+        "all",
+    )
+    answer_tokens: str = _choice("that tables and figures are about; the data have all", READ, "first", "all")
+    generate: int = _option(
+        0,
+        "also write up to N tokens after each prompt, greedily, and score them by best_subspan_em (default: none)",
+        READ,
+    )
+    top: tuple[int, ...] = _option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
+    lens: tuple[str, ...] = _option(("plain",), "plain, or folders of lenses", READ, metavar="LENS[,LENS]")
+    template: str = _option(
+        "default",
+        "Lost in the Middle's prompt; the one with the question also before the documents; or a text file with "
+        "{documents} and {question}",
+        ASKED,
+        metavar="default|query-aware|FILE",
+    )
+    chat: bool = _option(False, "put the prompt into the tokenizer's chat template, as the user's turn", ASKED)
+    alias: str = _choice(
+        "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
+    )
+    device: str = _device(group=RUNS)
+    dtype: str = _dtype(group=RUNS)
+    batch_size: str = _option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
+    reuse_prefix: str = _choice(
+        "run documents that contexts share once; auto: on a CPU in float32, if proven", RUNS, "auto", "on", "off"
+    )
+    seed: int = _option(0, "of questions, distractors, intervals", ASKED)
+    trust_remote_code: bool = _trust(RUNS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task is None:
+            object.__setattr__(self, "task", default_task(self.model))
+        sizes, lenses, batch = ",".join(map(str, self.documents)), self.lens, self.batch_size
+        _expect(self.documents and min(self.documents) >= 0, "documents", SIZES.expected, repr(sizes))
+        _expect(max(self.documents) <= MOST_DOCUMENTS, "documents", f"sizes up to {MOST_DOCUMENTS}", sizes)
+        for size in self.documents:
+            gold_positions(self.gold_positions, size)
+        _expect(self.seed >= 0, "seed", "0 or more", self.seed)
+        _expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
+        check_top(self.top)
+        distinct = lenses and all(lenses) and len(set(lenses)) == len(lenses)
+        _expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))
+        fits = batch == "auto" or (batch.isdecimal() and int(batch) > 0)
+        _expect(fits, "batch_size", "auto or a positive number", repr(batch))
+        if self.reuse_prefix == "on":
+            on = "reuse_prefix='on'"
+            _expect(self.positions == "answer", on, "``positions='answer'``", "all, which runs every token")
+            _expect(batch in ("auto", "1"), on, "``batch_size`` auto or 1", batch)
+
+
+@dataclass(frozen=True)
+class FitConfig(Config):
+    """Everything that decides the numbers of a lens, except what the machine decides."""
+
+    model: str = _option("smollm2", "as in sweep")
+    text: str = _option(
+        None, "builtin (Python's own reference), tiny, text or .jsonl[.gz] (default: builtin; tiny for the model tiny)"
+    )
+    tokens: int = _option(200_000, "read at most, a fifth held out")
+    objective: str = _choice("linear: ridge regression in closed form; kl: trained from there", None, "linear", "kl")
+    steps: int = _option(150, "of training, for kl alone")
+    device: str = _device()
+    dtype: str = _dtype()
+    seed: int = _option(0, "of the training, for kl alone")
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.text is None:
+            object.__setattr__(self, "text", default_task(self.model))
+        _expect(self.tokens >= SEQUENCES * SHORTEST, "tokens", f"at least {SEQUENCES * SHORTEST}", self.tokens)
+        _expect(self.steps >= 1, "steps", "at least 1", self.steps)
+        _expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
+
+
+@dataclass(frozen=True)
+class LayersConfig(Config):
+    """What is done to the layers of a run."""
+
+    interventions: tuple[str, ...] = _option(
+        INTERVENTIONS,
+        "skip a block, replace what it adds by its mean, silence its attn or mlp, patch the state before the answer "
+        "between gold positions; or none, which needs no model",
+        kind=EDITS,
+        metavar="NAME[,NAME]",
+    )
+    at: str = _choice("tokens that are struck", None, "all", "answer")
+    examples: int | None = _option(None, "questions drawn by the run's seed (default: all of the run)")
+    lens: str | None = _option(None, "one of the run's (default: its last)", metavar="NAME")
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = self.interventions
+        known = set(names) <= set(INTERVENTIONS) and len(set(names)) == len(names)
+        _expect(known, "interventions", f"{EDITS.expected}, each once", repr(",".join(names)))
+        _expect(self.examples is None or self.examples >= 1, "examples", "1 or more", self.examples)
+
+    @property
+    def ablations(self) -> tuple[str, ...]:
+        """The interventions that strike every block in turn."""
+        return tuple(name for name in self.interventions if name != PATCH)
+
+
+@dataclass(frozen=True)
+class ShowConfig(Config):
+    """How a run is shown."""
+
+    top: tuple[int, ...] | None = _option(
+        None, "the table at other thresholds, from the ranks the run has", metavar="K[,K]"
+    )
+
+
+@dataclass(frozen=True)
+class WidgetConfig(Config):
+    """Which context of a run a widget shows, through which lens, and how much of it."""
+
+    question: int | None = _option(
+        None,
+        "line of the task file, from 0 (default: the first that could be asked with so many documents)",
+        metavar="ID",
+    )
+    documents: int | None = _option(
+        None,
+        "context size; 0 closed-book, 1 oracle (default: the run's smallest of 2 or more, else oracle, else 0)",
+        metavar="N",
+    )
+    gold_position: int | None = _option(None, "0-based (default: the run's first)", metavar="P")
+    lens: str | None = _option(None, "plain, or the name of a lens (default: the run's first)", metavar="NAME")
+    tokens: int = _option(32, "at most, the last ones of the context")
+    k: int = _option(5, "most likely tokens of every layer", metavar="K")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("tokens", "k"):
+            _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class DoctorConfig(Config):
+    """The model that is looked at, if there is one."""
+
+    model: str | None = _option(
+        None, "find the parts of its lens and prove them, as sweep does (default: no model)", metavar="NAME"
+    )
+    device: str = _device("of the model (default: as in sweep)")
+    dtype: str = _dtype("of the model (default: as in sweep)")
+    trust_remote_code: bool = _trust()
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """What is measured; None means the device's default, or what the model has."""
+
+    device: str = _device()
+    rows: int | None = _option(None, "layers x positions (default: 416, on CUDA 13312)")
+    d_model: int | None = _option(None, "(default: 768)")
+    vocab: int | None = _option(None, "(default: 50257)")
+    model: str | None = _option(
+        None, "its states, norm and unembedding, as in sweep (default: random numbers)", metavar="NAME"
+    )
+    dtype: str = _dtype("(default: float32, on CUDA bfloat16)")
+    peers: str = _option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
+    rounds: int = _option(7, "how often all take turns")
+    threads: int = _option(1, "on a CPU; 1 is timed by CPU time")
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("rows", "d_model", "vocab", "rounds", "threads"):
+            value = getattr(self, name)
+            _expect(value is None or value >= 1, name, "at least 1", value)
+            if self.model is not None and value is not None and name in ("d_model", "vocab"):
+                raise InputError(f"``{name}``: expected none beside ``model``, whose own sizes are used; leave it out")
+        _expect(self.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}", self.threads)
+
+
+def default_task(model: str) -> str:
+    """The task of a model for which none is named, and the text that a lens of it is fitted to."""
+    return "tiny" if model == "tiny" else "builtin"  # that model knows no words but those of its own task
 
 
 def condition_name(n_documents: int) -> str:
@@ -59,7 +363,12 @@ def gold_positions(choice: str, n_documents: int) -> list[int]:
     Raises:
         InputError: Not one of these, or a position outside the context.
     """
-    listed = [] if choice in ("all", "ends-middle") else _positions(choice)
+    try:
+        listed = [] if choice in ("all", "ends-middle") else [int(part) for part in choice.split(",")]
+    except ValueError:
+        raise InputError(
+            f"``gold_positions``: expected all, ends-middle or a list like 0,4,9, got {choice!r}"
+        ) from None
     if n_documents == CLOSED_BOOK:
         return [NO_POSITION]
     if choice == "all":
@@ -67,79 +376,26 @@ def gold_positions(choice: str, n_documents: int) -> list[int]:
     if choice == "ends-middle" or n_documents == ORACLE:
         return sorted({0, (n_documents - 1) // 2, n_documents - 1})
     for position in listed:
-        if not 0 <= position < n_documents:
-            raise InputError(
-                f"--gold-positions: expected 0 to {n_documents - 1} with {n_documents} documents, got {position}"
-            )
+        fits = 0 <= position < n_documents
+        _expect(fits, "gold_positions", f"0 to {n_documents - 1} with {n_documents} documents", position)
     return sorted(set(listed))
 
 
-def _positions(choice: str) -> list[int]:
-    try:
-        return [int(part) for part in choice.split(",")]
-    except ValueError:
-        raise InputError(f"--gold-positions: expected all, ends-middle or a list like 0,4,9, got {choice!r}") from None
+def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
+    """Refuse thresholds that no rank can be held against, or that every rank is below.
 
+    Args:
+        top: Correct means rank 1 to k, for each of these.
+        vocab_size: Tokens of the model, None where they are not known.
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """Everything that decides the numbers of a run, except what the machine decides."""
-
-    model: str = "smollm2"
-    task: str = "builtin"
-    documents: tuple[int, ...] = (5, 10)  # context sizes, the gold document included; 0 is closed-book, 1 oracle
-    gold_positions: str = "all"
-    examples: int | None = None  # questions drawn; None for all
-    target: str = "answer"
-    positions: str = "answer"  # that are read: those that an answer token follows, or all of the context
-    answer_tokens: str = "first"  # that tables are about
-    generate: int = 0  # tokens at most; 0 for none
-    top: tuple[int, ...] = (1,)  # correct means rank 1 to k, for each of these
-    lens: tuple[str, ...] = ("plain",)  # plain or folders of lenses, all read from the same forward passes
-    template: str = "default"  # a word, or the path of a file
-    chat: bool = False  # the prompt is the user's turn of the tokenizer's chat template
-    alias: str = "first"  # which of several answers is the target
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: str = "auto"
-    reuse_prefix: str = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def __post_init__(self):
-        if not self.documents or min(self.documents) < 0 or max(self.documents) > MOST_DOCUMENTS:
-            sizes = ",".join(map(str, self.documents))
-            if self.documents and min(self.documents) >= 0:
-                raise InputError(f"--documents: expected sizes up to {MOST_DOCUMENTS}, got {sizes}")
-            raise InputError(f"--documents: expected closed-book, oracle or sizes such as 5,10, got {sizes!r}")
-        for size in self.documents:
-            gold_positions(self.gold_positions, size)
-        if self.seed < 0:
-            raise InputError(f"--seed: expected 0 or more, got {self.seed}")
-        if self.generate < 0:
-            raise InputError(f"--generate: expected a number of tokens, 0 for none, got {self.generate}")
-        check_top(self.top)
-        for name, words in CHOICES.items():
-            if getattr(self, name) not in words:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option}: expected {', '.join(words)}, got {getattr(self, name)!r}")
-        if not self.lens or not all(self.lens) or len(set(self.lens)) < len(self.lens):
-            raise InputError(f"--lens: expected plain or folders, each once, got {','.join(self.lens)!r}")
-        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
-            raise InputError(f"--batch-size: expected auto or a positive number, got {self.batch_size!r}")
-        if self.reuse_prefix == "on" and self.positions == "all":
-            raise InputError("--reuse-prefix on: expected --positions answer, got all, which runs every token")
-        if self.reuse_prefix == "on" and self.batch_size not in ("auto", "1"):
-            raise InputError(f"--reuse-prefix on: expected --batch-size auto or 1, got {self.batch_size}")
-
-    def arguments(self) -> dict:
-        """The options as a manifest holds them."""
-        return {**asdict(self), "documents": list(self.documents), "top": list(self.top), "lens": list(self.lens)}
-
-
-def default_task(model: str) -> str:
-    """The task of a model for which none is named, and the text that a lens of it is fitted to."""
-    return "tiny" if model == "tiny" else "builtin"  # that model knows no words but those of its own task
+    Raises:
+        InputError: None at all, one twice, one outside ``1 .. 2**31 - 1``, or one of ``vocab_size`` or more.
+    """
+    fits = top and len(set(top)) == len(top) and all(1 <= k < 2**31 for k in top)
+    shown = repr(",".join(map(str, top)))
+    _expect(fits, "top", f"numbers from 1 to {2**31 - 1} such as 1,5,10, each once", shown)
+    if vocab_size is not None:
+        _expect(max(top) < vocab_size, "top", f"less than the {vocab_size} tokens of the vocabulary", max(top))
 
 
 def check_utf8(what: str, text: str) -> None:
@@ -156,112 +412,3 @@ def check_utf8(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(f"{what}: expected UTF-8, got {text!r}; rename the file or folder") from None
-
-
-def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
-    """Refuse thresholds that no rank can be held against, or that every rank is below.
-
-    Args:
-        top: Correct means rank 1 to k, for each of these.
-        vocab_size: Tokens of the model, None where they are not known.
-
-    Raises:
-        InputError: None at all, one twice, one outside ``1 .. 2**31 - 1``, or one of ``vocab_size`` or more.
-    """
-    if not top or len(set(top)) < len(top) or not all(1 <= k < 2**31 for k in top):
-        raise InputError(
-            f"--top: expected numbers from 1 to {2**31 - 1} such as 1,5,10, each once, got {','.join(map(str, top))!r}"
-        )
-    if vocab_size is not None and max(top) >= vocab_size:
-        raise InputError(f"--top: expected less than the {vocab_size} tokens of the vocabulary, got {max(top)}")
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """Everything that decides the numbers of a lens, except what the machine decides."""
-
-    model: str = "smollm2"
-    text: str = "builtin"
-    tokens: int = 200_000
-    objective: str = "linear"
-    steps: int = 150  # of training, for the objective kl
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0  # of training
-    trust_remote_code: bool = False
-
-    def __post_init__(self):
-        if self.tokens < SEQUENCES * SHORTEST:
-            raise InputError(f"--tokens: expected at least {SEQUENCES * SHORTEST}, got {self.tokens}")
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"--objective: expected {' or '.join(OBJECTIVES)}, got {self.objective!r}")
-        if self.steps < 1:
-            raise InputError(f"--steps: expected at least 1, got {self.steps}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed: expected 0 to 2**63 - 1, got {self.seed}")
-
-    def arguments(self) -> dict:
-        """The options as a manifest holds them."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """What is done to the layers of a run."""
-
-    interventions: tuple[str, ...] = INTERVENTIONS  # none: the lens alone, without the model
-    at: str = "all"  # positions that an ablation strikes; patches are at the answer always
-    examples: int | None = None  # questions drawn among those of the run; None for all
-    lens: str | None = None  # name of one of the run's; None for the last, a fitted one where there is one
-
-    def __post_init__(self):
-        if not set(self.interventions) <= set(INTERVENTIONS) or len(set(self.interventions)) < len(self.interventions):
-            raise InputError(
-                f"--interventions: expected none or some of {','.join(INTERVENTIONS)}, each once, got "
-                f"{','.join(self.interventions)!r}"
-            )
-        if self.at not in AT:
-            raise InputError(f"--at: expected {' or '.join(AT)}, got {self.at!r}")
-        if self.examples is not None and self.examples < 1:
-            raise InputError(f"--examples: expected 1 or more, got {self.examples}")
-
-    @property
-    def ablations(self) -> tuple[str, ...]:
-        """The interventions that strike every block in turn."""
-        return tuple(name for name in self.interventions if name != PATCH)
-
-    def arguments(self) -> dict:
-        """The options as a manifest holds them."""
-        return {**asdict(self), "interventions": list(self.interventions)}
-
-
-def parse_interventions(text: str) -> tuple[str, ...]:
-    """``skip,mean`` as words; ``none`` is no word."""
-    return () if text == "none" else tuple(text.split(","))
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What is measured; None means the device's default, or what the model has."""
-
-    device: str = "auto"
-    rows: int | None = None  # layers x positions
-    d_model: int | None = None
-    vocab: int | None = None
-    model: str | None = None  # whose states, norm and unembedding; None for random ones
-    dtype: str = "auto"
-    peers: str = "all"  # all, none, or names separated by commas
-    rounds: int = 7
-    threads: int = 1  # on a CPU; more than one is measured by wall clock
-    trust_remote_code: bool = False
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in SIZES and value is not None and value < 1:
-                raise InputError(f"{SIZES[field.name]}: expected at least 1, got {value}")
-        if self.threads > MOST_THREADS:
-            raise InputError(f"--threads: expected 1 to {MOST_THREADS}, got {self.threads}")
-        given = [SIZES[name] for name in ("d_model", "vocab") if getattr(self, name) is not None]
-        if self.model is not None and given:
-            raise InputError(f"{given[0]}: expected none beside --model, whose own sizes are used; leave it out")

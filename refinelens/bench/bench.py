@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from .. import __version__
-from ..config import BenchOptions
+from ..config import BenchConfig
 from ..machine import device_name, package_version
 from ..op.backends import instruction_set
 from .competitors import BASELINE, COMPETITORS, NAIVE, OURS, Competitor, choose
@@ -64,7 +64,7 @@ class Entry:
 
 
 def run_bench(
-    options: BenchOptions, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
+    options: BenchConfig, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
 ) -> Report:
     """Check and time every competitor on one problem.
 
@@ -85,7 +85,7 @@ def run_bench(
 
 @contextmanager
 def open_session(
-    options: BenchOptions, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
+    options: BenchConfig, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
 ) -> Iterator[Session]:
     """A session to call ``round`` of as often as wanted, while torch has the options' number of threads."""
     setup = setup or Setup()
@@ -98,7 +98,7 @@ class Session:
     """Competitors that are right, ready to be timed; made by `open_session`."""
 
     def __init__(
-        self, options: BenchOptions, competitors: list[Competitor], setup: Setup, progress: Callable[[str], None]
+        self, options: BenchConfig, competitors: list[Competitor], setup: Setup, progress: Callable[[str], None]
     ):
         self.options = options
         self._setup = setup

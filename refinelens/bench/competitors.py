@@ -258,5 +258,5 @@ def choose(baselines: str, competitors: dict[str, Competitor] = COMPETITORS) -> 
     names = {"all": known, "none": []}.get(baselines, baselines.split(","))
     for name in names:
         if name not in known:
-            raise InputError(f"--peers: expected all, none or some of {','.join(known)}, got {name!r}")
+            raise InputError(f"``peers``: expected all, none or some of {','.join(known)}, got {name!r}")
     return [c for c in competitors.values() if c.group != BASELINE or c.name in (NAIVE, *names)]

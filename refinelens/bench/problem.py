@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import BenchOptions
+from ..config import BenchConfig
 from ..data.tasks import load_task
 from ..errors import InputError
 from ..kernels.reference import LayerNorm, Norm
@@ -93,7 +93,7 @@ def _bytes(file: str, field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def make_problem(options: BenchOptions) -> Problem:
+def make_problem(options: BenchConfig) -> Problem:
     """The problem that the options ask for.
 
     Raises:
@@ -113,7 +113,7 @@ def random_problem(rows: int, d_model: int, vocab: int, dtype: torch.dtype, devi
     there = available_memory(device)
     if there is not None and needed > there:
         raise InputError(
-            f"--rows, --d-model, --vocab: expected states and unembedding that fit into the {there / 1e9:.3g} GB "
+            f"``rows``, ``d_model``, ``vocab``: expected states and unembedding that fit into the {there / 1e9:.3g} GB "
             f"available on {device}, got {needed / 1e9:.3g} GB"
         )
     generator = torch.Generator(device).manual_seed(0)
@@ -127,7 +127,7 @@ def random_problem(rows: int, d_model: int, vocab: int, dtype: torch.dtype, devi
     return Problem(randn(rows, d_model), unembedding, norm, targets)
 
 
-def _model_problem(options: BenchOptions, device: str, rows: int) -> Problem:
+def _model_problem(options: BenchConfig, device: str, rows: int) -> Problem:
     """States of every layer on the built-in passages, position by position; targets are the next tokens."""
     name = options.model
     loaded = load_model(name, device, options.dtype, options.trust_remote_code)
@@ -135,14 +135,14 @@ def _model_problem(options: BenchOptions, device: str, rows: int) -> Problem:
     head = lens.head
     if head.bias is not None or head.softcap is not None or head.scale != 1.0 or head.projection is not None:
         raise InputError(
-            f"--model {name}: expected an unembedding without bias, projection, softcap or logit scale, which not "
-            "every competitor knows; leave --model out"
+            f"``model`` {name}: expected an unembedding without bias, projection, softcap or logit scale, which not "
+            "every competitor knows; leave ``model`` out"
         )
     layers = lens.n_layers + 1
     text = "\n\n".join(question.gold.text for question in load_task("builtin").questions)
     tokens = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     if rows > layers * (len(tokens) - 1):
-        raise InputError(f"--rows: expected at most {layers * (len(tokens) - 1)} with --model {name}, got {rows}")
+        raise InputError(f"``rows``: expected at most {layers * (len(tokens) - 1)} with ``model`` {name}, got {rows}")
     positions = -(-rows // layers)
     states = []
     for start in range(0, positions, CONTEXT):

@@ -34,7 +34,7 @@ class Chat:
 
     def __post_init__(self):
         if self.text.count(PROMPT) != 1:
-            raise InputError(f"--chat: expected a chat template that writes the user's turn once, got {self.text!r}")
+            raise InputError(f"``chat``: expected a chat template that writes the user's turn once, got {self.text!r}")
 
     def around(self) -> tuple[str, str]:
         """What stands before and after the prompt."""
@@ -63,7 +63,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
         text = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"--chat: expected a chat template that renders a user's turn, got {what}") from None
+        raise InputError(f"``chat``: expected a chat template that renders a user's turn, got {what}") from None
     return Chat(template_hash(tokenizer), text + _space_before_reply(tokenizer, template, turn, text))
 
 
@@ -71,15 +71,15 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     several = getattr(tokenizer, "chat_template", None)
     if isinstance(several, dict) and "default" not in several:
         raise InputError(
-            f"--chat: expected a tokenizer with one chat template or one named default, got several, "
+            f"``chat``: expected a tokenizer with one chat template or one named default, got several, "
             f"{', '.join(sorted(several))}; name the one to use default in its files"
         )
     try:
         return tokenizer.get_chat_template()
     except (ValueError, NotImplementedError):
         raise InputError(
-            f"--chat: expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; leave "
-            "--chat out, or use an instruction-tuned model"
+            f"``chat``: expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; leave "
+            "``chat`` out, or use an instruction-tuned model"
         ) from None
 
 
@@ -200,17 +200,17 @@ def load_template(name: str, format: Format = QA) -> str:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         words = ", ".join(format.templates)
-        raise InputError(f"--template {name}: expected {words} or a readable text file, got {error}") from None
+        raise InputError(f"``template`` {name}: expected {words} or a readable text file, got {error}") from None
     text = text.removesuffix("\n")
     found = [text.count(field) for field in (DOCUMENTS, QUESTION)]
     if found[0] != 1 or found[1] < 1:
         raise InputError(
-            f"--template {name}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
+            f"``template`` {name}: expected one field {{documents}} and at least one {{question}}, got {found[0]} and "
             f"{found[1]}"
         )
     unknown = sorted(set(FIELD.findall(text)) - {DOCUMENTS, QUESTION})
     if unknown:
-        raise InputError(f"--template {name}: expected no field but {DOCUMENTS} and {QUESTION}, got {unknown[0]}")
+        raise InputError(f"``template`` {name}: expected no field but {DOCUMENTS} and {QUESTION}, got {unknown[0]}")
     return text
 
 

@@ -46,7 +46,7 @@ class Format:
     """How one kind of task becomes text."""
 
     name: str
-    templates: dict[str, str]  # by the words of --template; each has {documents} once and {question}
+    templates: dict[str, str]  # by the words of ``template``; each has {documents} once and {question}
     closed_book: str | None  # template without documents; None where there is nothing to ask without them
     lines: Callable[[Sequence[Document]], list[str]]  # one line per document
     own_documents: bool  # distractors are the question's own documents alone

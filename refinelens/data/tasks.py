@@ -232,10 +232,14 @@ def resolve_task(name: str) -> Path:
     if name == "nq":
         path = os.environ.get(NQ_VARIABLE, "")
         if not path:
-            raise InputError(f"--task nq: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it")
+            raise InputError(
+                f"``task='nq'``: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it"
+            )
         check_utf8(f"${NQ_VARIABLE}", path)
     if not os.path.isfile(path):
-        raise InputError(f"--task {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {path}")
+        raise InputError(
+            f"``task`` {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {path}"
+        )
     return Path(path)
 
 
@@ -276,7 +280,9 @@ def generated_task(
     """
     count = GENERATED if count is None else count
     if not 1 <= count <= MOST_GENERATED:
-        raise InputError(f"--examples: expected 1 to {MOST_GENERATED} questions of --task {format.name}, got {count}")
+        raise InputError(
+            f"``examples``: expected 1 to {MOST_GENERATED} questions of ``task`` {format.name}, got {count}"
+        )
     questions = tuple(map(question, range(count)))
     sha256 = hashlib.sha256("".join(map(line, questions)).encode())
     return Task(format.name, None, sha256.hexdigest(), questions, format)
@@ -344,5 +350,5 @@ def choose_questions(task: Task, count: int | None, seed: int) -> list[Question]
     if count is None:
         return list(task.questions)
     if not 1 <= count <= len(task.questions):
-        raise InputError(f"--examples: expected 1 to {len(task.questions)} (questions in {task.path}), got {count}")
+        raise InputError(f"``examples``: expected 1 to {len(task.questions)} (questions in {task.path}), got {count}")
     return sorted(random.Random(seed).sample(task.questions, count), key=lambda q: q.id)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
-from ..config import FitOptions
+from ..config import FitConfig
 from ..errors import FaultError, InputError
 from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, model_entry, save_lens
 from ..lens.logit_lens import LogitLens
@@ -35,7 +35,7 @@ from .text import States, Text, load_text
 STATISTICS = "statistics.safetensors"
 CHECKPOINT_SECONDS = 60.0
 REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
-BEGIN_AGAIN = "pass --overwrite to begin again"
+BEGIN_AGAIN = "pass ``overwrite=True`` to begin again"
 HOW_TO_RESUME = "the same command goes on from the last checkpoint, if there is one"
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -58,7 +58,7 @@ class Fitted:
 
 
 def fit_lens(
-    options: FitOptions,
+    options: FitConfig,
     out: str,
     overwrite: bool = False,
     argv: list[str] | None = None,
@@ -83,12 +83,16 @@ def fit_lens(
     """
     folder = LensFolder(Path(out))
     if folder.path.resolve().name in ("", PLAIN) or "," in folder.path.name or not out.strip():
-        raise InputError(f"--out: expected a folder that --lens can name, without a comma and not {PLAIN}, got {out!r}")
+        raise InputError(
+            f"``out``: expected a folder that ``lens`` can name, without a comma and not {PLAIN}, got {out!r}"
+        )
     folder.check_foreign()
     with StopSignals("the current sequence, then a checkpoint") as signals, RunLock(folder.path):
         folder.remove_temporary()
         if folder.exists and not overwrite:
-            raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
+            raise InputError(
+                f"``out`` {out}: expected a new folder, got a lens; choose another or pass ``overwrite=True``"
+            )
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         logit_lens = LogitLens(loaded.model)
@@ -105,7 +109,7 @@ def fit_lens(
             if not is_out_of_memory(error):
                 raise
             raise FaultError(
-                f"--model {options.model}: expected memory for {statistics_bytes / 1e9:.1f} GB of statistics beside "
+                f"``model`` {options.model}: expected memory for {statistics_bytes / 1e9:.1f} GB of statistics beside "
                 "the model, got out of memory; use a larger machine or a smaller model"
             ) from None
 
@@ -114,7 +118,7 @@ def fit_lens(
 class _Fit:
     """A fit under way, in a folder that is held."""
 
-    options: FitOptions
+    options: FitConfig
     path: Path  # of the lens
     overwrite: bool
     text: Text
@@ -200,8 +204,10 @@ class _Fit:
             state = [Statistics.from_tensors(tensors, prefix, device) for prefix in ("fit", "choose")]
             done = int(metadata["done"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--out {self.path}: expected a whole {STATISTICS}, got: {error}; {BEGIN_AGAIN}") from None
-        made_of = MadeOf(self.path, there, "--out", "the stopped fit", BEGIN_AGAIN)
+            raise InputError(
+                f"``out`` {self.path}: expected a whole {STATISTICS}, got: {error}; {BEGIN_AGAIN}"
+            ) from None
+        made_of = MadeOf(self.path, there, "``out``", "the stopped fit", BEGIN_AGAIN)
         for key, value in self._identity().items():
             made_of.require(key, value)
         return done, *state
@@ -246,7 +252,7 @@ class _Fit:
         try:
             return {name: self.logit_lens.adapted(lens) for name, lens in lenses.items()}, strengths
         except InputError as error:
-            raise InputError(f"--dtype: {error}") from None
+            raise InputError(f"``dtype``: {error}") from None
 
     def _train(self, start: Translators, statistics: Statistics) -> Translators:
         """The trained translators, but at layers where ``start`` reads the sequences to choose by better."""

@@ -69,5 +69,5 @@ class _Tally:
         n = self._tokens
         variance = float((self._yy - self._y**2 / n).sum())
         if not variance > NEGLIGIBLE * float(self._yy.sum()):
-            raise InputError("--text: expected held-out text whose tokens differ, got states that do not vary")
+            raise InputError("``text``: expected held-out text whose tokens differ, got states that do not vary")
         return Quality(n, (1.0 - error / variance).tolist(), (kl / n).tolist(), (agreement / n).tolist())

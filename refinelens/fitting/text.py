@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..config import SEQUENCES, SHORTEST, FitOptions
+from ..config import SEQUENCES, SHORTEST, FitConfig
 from ..data.generated import TINY, training_texts
 from ..errors import InputError
 from ..lens.logit_lens import LogitLens
@@ -54,11 +54,11 @@ class Text:
                 else:
                     yield from _plain_pieces(file)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise InputError(f"--text {self.path}: expected readable UTF-8 text, got: {error}") from None
+            raise InputError(f"``text`` {self.path}: expected readable UTF-8 text, got: {error}") from None
 
 
 def load_text(name: str) -> Text:
-    """The text that ``--text`` names.
+    """The text that ``text`` names.
 
     Args:
         name: ``builtin`` (the language reference in the ``pydoc_data`` of this Python), ``tiny`` (what the model
@@ -72,7 +72,7 @@ def load_text(name: str) -> Text:
         return Text(name, None, hashlib.sha256("\n".join(OWN[name]()).encode()).hexdigest())
     path = Path(name)
     if not path.is_file():
-        raise InputError(f"--text: expected builtin, tiny or a file of text, got no file at {name}")
+        raise InputError(f"``text``: expected builtin, tiny or a file of text, got no file at {name}")
     with path.open("rb") as file:
         return Text(name, path, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -139,7 +139,7 @@ def _json_documents(path: Path, file: IO[str]) -> Iterator[str]:
             "".join(documents).encode()  # half a surrogate pair is no text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
-                f"--text {path}: expected a JSON object with text or ctxs in every line, got another in line {number}"
+                f"``text`` {path}: expected a JSON object with text or ctxs in every line, got another in line {number}"
             ) from None
         yield from documents
 
@@ -165,7 +165,7 @@ class States:
     others that they would rule a regression.
     """
 
-    def __init__(self, options: FitOptions, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
+    def __init__(self, options: FitConfig, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
         self._text, self._loaded, self._logit_lens = text, loaded, logit_lens
         length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
         self._limit = options.tokens // min(length, loaded.max_tokens or length)
@@ -175,9 +175,9 @@ class States:
     def _split(self) -> Split:
         count = sum(1 for _ in self._sequences(self._limit))
         if count < SEQUENCES:
-            remedy = "give more text or a smaller --tokens" if count else "give more text"
+            remedy = "give more text or a smaller ``tokens``" if count else "give more text"
             raise InputError(
-                f"--text {self._text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
+                f"``text`` {self._text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
                 f"{count}; {remedy}"
             )
         tenth = round(count / 10)
@@ -190,7 +190,7 @@ class States:
 
     def _sequences(self, limit: int) -> Iterator[Tensor]:
         for ids in sequences(self._text, self._loaded.tokenizer, self._length, limit):
-            self._loaded.check_ids(ids[0].tolist(), f"--text {self._text.name}")
+            self._loaded.check_ids(ids[0].tolist(), f"``text`` {self._text.name}")
             yield ids
 
     def of(self, which: range) -> Iterator[Tensor]:

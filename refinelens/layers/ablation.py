@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..config import PATCH, LayerOptions
+from ..config import PATCH, LayersConfig
 from ..data.prompts import Context
 from ..data.questions import Question
 from ..errors import FaultError, InputError
@@ -185,7 +185,7 @@ class AblationRunner:
 
     def __init__(
         self,
-        options: LayerOptions,
+        options: LayersConfig,
         builder: ContextBuilder,
         logit_lens: LogitLens,
         lens: Lens,

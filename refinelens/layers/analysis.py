@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..config import LayerOptions
+from ..config import LayersConfig
 from ..data.questions import Question
 from ..errors import FaultError, UnsupportedModelError
 from ..report.rows import LayersReport
@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 def begin(
     folder: LayersFolder,
     examples: RunExamples,
-    options: LayerOptions,
+    options: LayersConfig,
     overwrite: bool,
     argv: list[str] | None,
     warn: Callable[[str], None],
@@ -51,8 +51,8 @@ def begin(
     if overwrite or not folder.exists:
         return new
     there = folder.checked_manifest()
-    remedy = "choose another --out or pass --overwrite"
-    made_of = MadeOf(folder.path, _identity(there), "--out", "the analysis", remedy)
+    remedy = "choose another ``out`` or pass ``overwrite=True``"
+    made_of = MadeOf(folder.path, _identity(there), "``out``", "the analysis", remedy)
     for name, wanted in _identity(new).items():
         made_of.require(name, wanted)
     whole, damaged = folder.whole_parts(there)
@@ -63,7 +63,7 @@ def begin(
     return go_on(there, whole, process_entry(argv))
 
 
-def _new(examples: RunExamples, options: LayerOptions, argv: list[str] | None) -> dict:
+def _new(examples: RunExamples, options: LayersConfig, argv: list[str] | None) -> dict:
     run = examples.manifest
     return {
         "schema_version": SCHEMA_VERSION,
@@ -86,16 +86,16 @@ def _identity(manifest: dict) -> dict[str, object]:
     """What an analysis that goes on was begun with, as it is asked for; run and number determine the questions."""
     return {
         "run_id": manifest["run_id"],
-        "--lens": manifest["lens"],
-        "--interventions": ",".join(manifest["arguments"]["interventions"]) or "none",
-        "--at": manifest["arguments"]["at"],
-        "--examples": len(manifest["questions"]),
+        "``lens``": manifest["lens"],
+        "``interventions``": ",".join(manifest["arguments"]["interventions"]) or "none",
+        "``at``": manifest["arguments"]["at"],
+        "``examples``": len(manifest["questions"]),
     }
 
 
 def run_layers(
     path: str | Path,
-    options: LayerOptions,
+    options: LayersConfig,
     out: str | Path | None = None,
     overwrite: bool = False,
     argv: list[str] | None = None,
@@ -136,7 +136,7 @@ def run_layers(
 
 def how_to_resume(overwrite: bool) -> str:
     """What becomes of an analysis that was stopped, in words; ``overwrite`` again would begin it anew."""
-    return f"the same command {'without --overwrite ' if overwrite else ''}goes on with what is finished"
+    return f"the same command {'without ``overwrite=True`` ' if overwrite else ''}goes on with what is finished"
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Analysis:
 
     run: Run
     examples: RunExamples
-    options: LayerOptions
+    options: LayersConfig
     writer: FolderWriter
     signals: StopSignals
     report: Progress
@@ -183,7 +183,7 @@ class _Analysis:
             raise UnsupportedModelError(
                 f"{type(inputs.loaded.model).__name__}: expected blocks that add attention and feed-forward part to "
                 "the residual stream and nothing else, got another in block "
-                f"{restarts.sublayers.index(None) + 1}; use --interventions skip,mean,patch"
+                f"{restarts.sublayers.index(None) + 1}; use ``interventions='skip,mean,patch'``"
             )
         targets = examples.by_key(examples.target_id)
         runner = AblationRunner(options, inputs.builder(), inputs.logit_lens, lens, restarts, targets, examples.top)

@@ -298,7 +298,7 @@ def check_replay(lens: LogitLens) -> BlockReplay:
 def _refusal(name: str, got: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name}: expected blocks that can be started again from a stored state, got {got}; "
-        "--interventions none reads the lens alone"
+        "``interventions='none'`` reads the lens alone"
     )
 
 

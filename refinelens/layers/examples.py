@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import InputError
+from ..errors import InputError, resume_call
 from ..report.rows import lens_names
 from ..store.layers import KEYS
 from ..store.process import is_held
@@ -46,19 +46,19 @@ class RunExamples:
         manifest = run.manifest
         if manifest["status"] != "finished":
             held = is_held(run.path)
-            remedy = "wait for it" if held else f"refinelens sweep --resume {run.path} goes on with it"
+            remedy = "wait for it" if held else f"{resume_call(run.path)} goes on with it"
             raise InputError(
                 f"{run.path}: expected a finished run, got one that is {status_words(manifest, held)}; {remedy}"
             )
         names = lens_names(manifest)
         lens = names[-1] if lens is None else lens
         if lens not in names:
-            raise InputError(f"--lens: expected one of the run's, {', '.join(names)}, got {lens}")
+            raise InputError(f"``lens``: expected one of the run's, {', '.join(names)}, got {lens}")
         parts = (choose_tokens(part, "first") for part in run.parts([*COLUMNS, *LISTS]))
         table = pa.concat_tables(part.filter(pc.equal(part["lens"], lens)) for part in parts)
         ids = np.unique(table["question_id"].to_numpy()).tolist()
         if examples is not None and examples > len(ids):
-            raise InputError(f"--examples: expected 1 to {len(ids)}, the questions of {run.path}, got {examples}")
+            raise InputError(f"``examples``: expected 1 to {len(ids)}, the questions of {run.path}, got {examples}")
         drawn = ids if examples is None else random.Random(manifest["seed"]).sample(ids, examples)
         return cls._of(manifest, lens, table.filter(pc.is_in(table["question_id"], pa.array(drawn))))
 

@@ -161,7 +161,7 @@ class Lens:
 
 
 def load_lenses(names: tuple[str, ...]) -> list[Lens]:
-    """The lenses that ``--lens`` names, checked as far as is possible without their model.
+    """The lenses that ``lens`` names, checked as far as is possible without their model.
 
     Raises:
         InputError: A folder that does not hold a whole lens, or two of one name.
@@ -169,7 +169,7 @@ def load_lenses(names: tuple[str, ...]) -> list[Lens]:
     lenses = [Lens(PLAIN) if name == PLAIN else load_lens(name) for name in names]
     for name, count in Counter(lens.name for lens in lenses).items():
         if count > 1:
-            raise InputError(f"--lens: expected folders of different names, got {count} called {name}; rename one")
+            raise InputError(f"``lens``: expected folders of different names, got {count} called {name}; rename one")
     return lenses
 
 
@@ -199,9 +199,9 @@ def load_lens(path: str | Path) -> Lens:
             raise InputError("expected the tensors that its manifest was written for, got others; fit the lens again")
         return Lens(name, translators, manifest, sha256)
     except InputError as error:
-        raise InputError(f"--lens {path}: {error}") from None
+        raise InputError(f"``lens`` {path}: {error}") from None
     except OSError as error:
-        raise InputError(f"--lens {path}: expected files that can be read, got: {error.strerror or error}") from None
+        raise InputError(f"``lens`` {path}: expected files that can be read, got: {error.strerror or error}") from None
 
 
 def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
@@ -230,10 +230,10 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
         return lens
     try:
         note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
-        with memory_for(f"--lens {lens.name}"):
+        with memory_for(f"``lens`` {lens.name}"):
             return replace(lens, translators=logit_lens.adapted(lens.translators), note=note)
     except InputError as error:
-        raise InputError(f"--lens {lens.name}: {error}") from None
+        raise InputError(f"``lens`` {lens.name}: {error}") from None
 
 
 def _read_lens(path: Path) -> tuple[Translators, dict]:

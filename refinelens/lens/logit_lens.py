@@ -191,7 +191,7 @@ class LogitLens:
         try:
             return translators.to(device, dtype)
         except InputError as error:
-            raise InputError(f"{error} once in {str(dtype).removeprefix('torch.')}; use --dtype float32") from None
+            raise InputError(f"{error} once in {str(dtype).removeprefix('torch.')}; use ``dtype='float32'``") from None
 
     @_in_own_dtype
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
@@ -412,7 +412,7 @@ class LogitLens:
             block = states[:, start : start + step]
             block = block if translators is None else translators(block)
             if check_values and translators is not None and not torch.isfinite(block).all():
-                raise InputError(f"lens: expected translated states that fit {block.dtype}; use --dtype float32")
+                raise InputError(f"lens: expected translated states that fit {block.dtype}; use ``dtype='float32'``")
             own = None if targets is None else targets[start : start + step]
             blocks.append(self._read_block(block, own, plan, check_values))
         return LayerReading.cat(blocks, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..config import SweepOptions
+from ..config import SweepConfig
 from ..errors import InputError
 from ..model.hooks import SkipHiddenKeys, difference, probe_ids
 from .logit_lens import LogitLens
@@ -83,8 +83,8 @@ def shared_length(first: list[int], second: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def choose_reuse(options: SweepOptions, lens: LogitLens) -> PrefixReuse:
-    """What ``--reuse-prefix`` means for a model; ``auto`` reuses on a CPU in fp32, one context at a time.
+def choose_reuse(options: SweepConfig, lens: LogitLens) -> PrefixReuse:
+    """What ``reuse_prefix`` means for a model; ``auto`` reuses on a CPU in fp32, one context at a time.
 
     Raises:
         InputError: ``on``, and the model's cache cannot branch.
@@ -102,7 +102,7 @@ def choose_reuse(options: SweepOptions, lens: LogitLens) -> PrefixReuse:
         return PrefixReuse(False, "in half precision rounding may change ranks")
     reuse = check_branching(lens)
     if choice == "on" and not reuse.used:
-        raise InputError(f"--reuse-prefix on: expected a model whose cache can branch, got {reuse.why}")
+        raise InputError(f"``reuse_prefix='on'``: expected a model whose cache can branch, got {reuse.why}")
     return reuse
 
 

@@ -133,7 +133,7 @@ def find_head(model: PreTrainedModel) -> LensHead:
     Nothing is looked up by architecture: the blocks are the module list of ``num_hidden_layers`` entries
     that runs, norm and projection are what runs between the last of them and the output embedding, what
     they compute is found by asking them, and softcap and logit scale are those numbers of the
-    configuration that lead to the model's logits. The parity gate of `LogitLens.from_model` then proves
+    configuration that lead to the model's logits. The parity gate of `LogitLens` then proves
     the result.
 
     Raises:
@@ -269,7 +269,7 @@ def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) 
     for layer, values in enumerate([*states, logits]):
         if not values.isfinite().all():
             where = f"at layer {layer}" if layer < len(states) else "in the logits"
-            wider = "" if values.dtype == torch.float32 else " or try --dtype float32"
+            wider = "" if values.dtype == torch.float32 else " or try ``dtype='float32'``"
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected finite states and logits, got "
                 f"{'NaN' if values.isnan().any() else 'infinity'} {where}; check the weights{wider}"

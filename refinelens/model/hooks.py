@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 
-HALF_REMEDY = "; use --dtype float32 (model.float() in Python)"  # where a model mixes half precision with fp32
+HALF_REMEDY = "; use ``dtype='float32'`` (model.float() in Python)"  # where a model mixes half precision with fp32
 BLOCK = 256  # queries that share the keys they see
 
 

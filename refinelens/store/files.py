@@ -58,7 +58,7 @@ def write_cells(path: Path, lines: Iterable[Sequence]) -> None:
 
 
 def write_output(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole` of a file that ``--out`` names.
+    """`write_whole` of a file that ``out`` names.
 
     Raises:
         InputError: It cannot be written there.
@@ -91,8 +91,8 @@ def disk_error(path: str | Path, error: OSError, kind: str = "folder", begun: bo
     """
     if error.errno in NO_ROOM:
         kept = " what was written stays readable;" if kind == "folder" else ""
-        return FaultError(f"--out {path}: no free disk left;{kept} free some")
-    message = f"--out {path}: expected a {kind} that can be written, got: {error.strerror or error}"
+        return FaultError(f"``out`` {path}: no free disk left;{kept} free some")
+    message = f"``out`` {path}: expected a {kind} that can be written, got: {error.strerror or error}"
     return FaultError(message) if begun and error.errno not in NOT_ALLOWED else InputError(message)
 
 
@@ -104,11 +104,11 @@ def check_disk(path: str | Path, needed: int) -> None:
     """
     existing = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path}: expected a folder that can be written, got no permission for {existing}")
+        raise InputError(f"``out`` {path}: expected a folder that can be written, got no permission for {existing}")
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"--out {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
+            f"``out`` {path}: expected {needed / 1e6:.1f} MB of free disk, got {free / 1e6:.1f} MB; free some"
         )
 
 

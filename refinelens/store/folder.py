@@ -186,7 +186,7 @@ class Folder:
         if foreign or (names and not set(names) & set(self.MARKS)):
             other = (foreign + names)[0]
             raise InputError(
-                f"--out {self.path}: expected a new folder or {self.NAME}, got other files, such as {other}"
+                f"``out`` {self.path}: expected a new folder or {self.NAME}, got other files, such as {other}"
             )
 
     def _own_names(self) -> tuple[str, ...]:
@@ -296,7 +296,7 @@ class FolderWriter:
         there = self.folder.manifest
         if any(there.get(key) != self.manifest[key] for key in ("run_id", "started")):
             self._signature = None
-            raise FaultError(f"--out {self.folder.path}: expected this process's own, got another that replaced it")
+            raise FaultError(f"``out`` {self.folder.path}: expected this process's own, got another that replaced it")
 
 
 def _signature(path: Path) -> tuple:

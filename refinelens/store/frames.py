@@ -35,23 +35,6 @@ LONG = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which context of a run a widget shows, through which lens, and how much of it; None for the run's first."""
-
-    question: int | None = None  # id; None for the first that could be asked at that size
-    documents: int | None = None  # None for the smallest size of 2 or more, else oracle, else closed-book
-    gold_position: int | None = None
-    lens: str | None = None
-    tokens: int = 32  # at most, the last ones of the context
-    k: int = 5  # most likely next tokens of every layer
-
-    def __post_init__(self):
-        for name, value in (("--tokens", self.tokens), ("--k", self.k)):
-            if value < 1:
-                raise InputError(f"{name}: expected 1 or more, got {value}")
-
-
 def long_tables(run: Run) -> Iterator[pa.Table]:
     """The predictions part by part with a row for every layer; columns as in `LONG`."""
     for part in run.parts(PREDICTIONS.names):
@@ -98,9 +81,9 @@ def check_new_file(path: Path) -> None:
         InputError: Says which.
     """
     if path.exists():
-        raise InputError(f"--out {path}: expected a new file, got one that is there; choose another")
+        raise InputError(f"``out`` {path}: expected a new file, got one that is there; choose another")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"--out {path}: expected a file in a folder that is there")
+        raise InputError(f"``out`` {path}: expected a file in a folder that is there")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class LayersFolder(Folder):
 
     NAME = "an analysis"
     MAKE = "make one with refinelens layers"
-    REMAKE = "make the analysis again with --overwrite"
+    REMAKE = "make the analysis again with ``overwrite=True``"
     REPAIR = "refinelens layers computes it again"
     VERSION = SCHEMA_VERSION
     KEYS = {"schema_version": int, "run_id": str, "status": str}

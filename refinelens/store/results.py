@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import InputError
+from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
 
@@ -44,7 +44,7 @@ KEYS = [
     ("answer_token", pa.int32()),  # 0-based token of the answer that follows; NO_ANSWER_TOKEN before the answer
     ("lens", pa.string()),  # plain, or the name of a lens
 ]
-# One row per question x context size x gold position x lens x token: of the answer or, with --positions all, of the
+# One row per question x context size x gold position x lens x token: of the answer or, with positions='all', of the
 # whole context. The tokens of a context stand together, in order. Lists run over layers 0 .. n_layers.
 PREDICTIONS = pa.schema(
     [
@@ -128,7 +128,7 @@ class Run(Folder):
     NAME = "a run"
     MAKE = "make one with a sweep"
     REMAKE = "remove the folder and make the run again with a sweep"
-    REPAIR = "refinelens sweep --resume {path} computes it again"
+    REPAIR = "``sweep(resume='{path}')`` computes it again"
     VERSION = SCHEMA_VERSION
     KEYS = {"schema_version": int, "status": str, "arguments": dict, "model": dict, "task": dict, "counts": dict}
     SHAPE = SHAPE
@@ -187,12 +187,12 @@ class Run(Folder):
         old = manifest["arguments"]
         changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
         finished, path = manifest["status"] == "finished", self.path
-        command = f"see it with refinelens show {path}" if finished else f"go on with refinelens sweep --resume {path}"
+        command = f"see it with refinelens show {path}" if finished else f"go on with {resume_call(path)}"
         command = "" if changed else f"{command}, "
         what = f"other arguments ({'; '.join(changed)})" if changed else "the same arguments"
         raise InputError(
-            f"--out {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
-            f"{command}choose another folder or pass --overwrite"
+            f"``out`` {path}: expected a new folder, got a run of {what} that is {status_words(manifest, held=False)}; "
+            f"{command}choose another folder or pass ``overwrite=True``"
         )
 
 

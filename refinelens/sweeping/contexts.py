@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import CLOSED_BOOK, SweepOptions, condition_name, gold_positions
+from ..config import CLOSED_BOOK, SweepConfig, condition_name, gold_positions
 from ..data.prompts import Context, Template, build_context
 from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
@@ -76,7 +76,7 @@ class ContextBuilder:
     """Builds the contexts of questions: always the same for one task, template, model and seed."""
 
     def __init__(
-        self, options: SweepOptions, task: Task, template: Template, loaded: LoadedModel, logit_lens: LogitLens
+        self, options: SweepConfig, task: Task, template: Template, loaded: LoadedModel, logit_lens: LogitLens
     ):
         self._options = options
         self._template = template
@@ -159,7 +159,7 @@ class ContextBuilder:
         return limit is not None and any(length > limit for length in lengths)
 
 
-def remarks(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
+def remarks(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """One line for each thing that numbers are read with, and that no number shows."""
     task = f"--task {options.task}"
     distinct = len({(question.question, question.answers) for question in questions})
@@ -212,7 +212,7 @@ def _unknown_words(task: str, questions: list[Question], loaded: LoadedModel) ->
         )
 
 
-def _prompt(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
+def _prompt(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """A second beginning of the text, and a chat that makes the model think before it answers."""
     tokenizer = loaded.tokenizer
     if template.chat is not None:

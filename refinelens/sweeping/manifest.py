@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import SweepOptions
+from ..config import SweepConfig
 from ..data.questions import QA
 from ..machine import device_name, working_folder
 from ..store.folder import MadeOf, process_entry
@@ -106,12 +106,12 @@ class RunSpec(MadeOf):
     """What a run was made of, its options among it."""
 
     @property
-    def options(self) -> SweepOptions:
+    def options(self) -> SweepConfig:
         """The options that the run was made with; files and folders are found from any folder."""
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in self.manifest["arguments"].items()}
+        values = dict(self.manifest["arguments"])
         for name in ("model", "task", "template"):
             values[name] = self._from_here(values[name])
-        return SweepOptions(**values | {"lens": tuple(map(self._from_here, values["lens"]))})
+        return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
 
     def _from_here(self, name: str) -> str:
         """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from ..config import SweepOptions
+from ..config import SweepConfig
 from ..data.prompts import Context, Span
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
@@ -41,7 +41,7 @@ SPANS = {"answer": "answer_span", "all": "whole_span"}
 class Batching:
     """Splits contexts into batches, and into smaller ones from the moment memory ran out."""
 
-    def __init__(self, options: SweepOptions, device_type: str):
+    def __init__(self, options: SweepConfig, device_type: str):
         self.at_most: int | None = None  # contexts, once memory ran out
         self._options = options
         self._on_cpu = device_type == "cpu"
@@ -199,7 +199,7 @@ class Predictor:
 
     def __init__(
         self,
-        options: SweepOptions,
+        options: SweepConfig,
         builder: ContextBuilder,
         loaded: LoadedModel,
         logit_lens: LogitLens,
@@ -365,8 +365,8 @@ def _name_context(context: Context, error: Exception) -> FaultError:
     what = str(error)
     if not isinstance(error, InputError):
         what = (
-            f"--device: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
-            "fewer documents, a smaller model or --dtype bfloat16"
+            f"``device``: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
+            "fewer documents, a smaller model or ``dtype='bfloat16'``"
         )
     return FaultError(f"{context.where}: {what}")
 

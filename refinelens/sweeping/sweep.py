@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..config import CLOSED_BOOK, SweepOptions, check_top, gold_positions
+from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
 from ..data.generated import TINY, generate_kv_task, generate_tiny_task
 from ..data.prompts import FIELD, Template, load_template, render_chat, template_hash
 from ..data.questions import KV, Question
 from ..data.tasks import Task, choose_questions, load_task
-from ..errors import FaultError, InputError
+from ..errors import FaultError, InputError, resume_call
 from ..lens.files import Lens, fit_to_model, load_lenses
 from ..lens.logit_lens import LogitLens
 from ..model.loading import LoadedModel, load_model
@@ -42,7 +42,7 @@ QUESTIONS_PER_PART = 8
 class SweepInputs:
     """Task, questions, template, lenses and model of a sweep; make one with `SweepInputs.load`."""
 
-    options: SweepOptions
+    options: SweepConfig
     task: Task
     template: Template
     questions: list[Question]
@@ -51,7 +51,7 @@ class SweepInputs:
     logit_lens: LogitLens
 
     @classmethod
-    def load(cls, options: SweepOptions, spec: RunSpec | None = None) -> SweepInputs:
+    def load(cls, options: SweepConfig, spec: RunSpec | None = None) -> SweepInputs:
         """Load everything, the quick things first.
 
         Args:
@@ -67,7 +67,7 @@ class SweepInputs:
         template = Template(task.format, load_template(options.template, task.format))
         require("template", template.text)
         if CLOSED_BOOK in options.documents and task.format.closed_book is None:
-            raise InputError(f"--documents closed-book: expected a task that can be asked so, got {options.task}")
+            raise InputError(f"``documents='closed-book'``: expected a task that can be asked so, got {options.task}")
         questions = choose_questions(task, options.examples, options.seed)
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
@@ -117,7 +117,7 @@ class SweepInputs:
             yield place, predictor.ask(self.questions[place])
 
 
-def _check_words(options: SweepOptions, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
+def _check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
     """Refuse a template of one's own with words that the model's tokenizer does not have, and questions mostly in such.
 
     OPT's puts the token that stands for them before every text, as its beginning.
@@ -135,25 +135,25 @@ def _check_words(options: SweepOptions, template: Template, questions: list[Ques
     strange = next(filter(is_odd, own_text.split()), None)
     if strange is not None:
         raise InputError(
-            f"--template {options.template}: expected words that the tokenizer of --model {options.model} has, got "
+            f"``template`` {options.template}: expected words that the tokenizer of ``model`` {options.model} has, got "
             f"{strange!r}; write others"
         )
     odd = [q for q in questions[:100] if is_odd(q.question)]
     if 2 * len(odd) > len(questions[:100]):
-        remedy = "; use --task tiny" if options.model == TINY.name else ""
+        remedy = "; use ``task='tiny'``" if options.model == TINY.name else ""
         raise InputError(
-            f"--task {options.task}: expected questions in words that the tokenizer of --model {options.model} has, "
-            f"got {len(odd)} of the first {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+            f"``task`` {options.task}: expected questions in words that the tokenizer of ``model`` {options.model} "
+            f"has, got {len(odd)} of the first {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
         )
 
 
-def _load_task(options: SweepOptions) -> Task:
+def _load_task(options: SweepConfig) -> Task:
     generate = GENERATORS.get(options.task)
     return generate(options.examples, max(options.documents), options.seed) if generate else load_task(options.task)
 
 
 def run_sweep(
-    options: SweepOptions,
+    options: SweepConfig,
     out: str,
     overwrite: bool = False,
     argv: list[str] | None = None,
@@ -192,7 +192,7 @@ def run_sweep(
         for line in runner.remarks:
             warn(line)
         if workers > 1:
-            runner = Workers(options, RunSpec(run.path, manifest, "--out"), workers, warn)  # the model loaded here goes
+            runner = Workers(options, RunSpec(run.path, manifest, "``out``"), workers, warn)  # our model goes
         return _Sweep(runner, _begin(run, manifest), signals, report, summary, warn).finish()
 
 
@@ -220,7 +220,7 @@ def resume_sweep(
     run = open_run(path)
     with StopSignals(UNIT) as signals, RunLock(path):
         manifest = run.checked_manifest()  # another process may have written it meanwhile
-        spec = RunSpec(run.path, manifest, "--resume")
+        spec = RunSpec(run.path, manifest, "``resume``")
         parts, damaged = run.whole_parts(manifest)
         for line in damaged:
             warn(line)
@@ -271,7 +271,7 @@ class _Sweep:
         if not recorder.has_rows:
             reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
             raise InputError(
-                f"expected at least one question that can be asked, got none ({reasons}); change --documents"
+                f"expected at least one question that can be asked, got none ({reasons}); change ``documents``"
             )
         return recorder.run
 
@@ -314,10 +314,10 @@ class _Sweep:
         if not self.recorder.is_placed:
             return error
         path = self.recorder.run.path
-        return type(error)(f"{error}; refinelens sweep --resume {path} goes on with the finished questions")
+        return type(error)(f"{error}; {resume_call(path)} goes on with the finished questions")
 
 
-def _bytes_needed(options: SweepOptions, manifest: dict) -> int:
+def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
     """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer and 512
     per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]

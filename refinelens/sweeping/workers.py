@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from ..config import SweepOptions
+from ..config import SweepConfig
 from ..errors import FaultError, InputError
 from ..machine import module_command, module_path
 from ..store.results import QuestionResult
@@ -32,7 +32,7 @@ class Workers:
     worker that dies goes to another; all that a worker knows of the run is its options and its manifest.
     """
 
-    def __init__(self, options: SweepOptions, spec: RunSpec, count: int, warn: Callable[[str], None]):
+    def __init__(self, options: SweepConfig, spec: RunSpec, count: int, warn: Callable[[str], None]):
         self._setup = (options, spec)
         self._on_gpu = spec.manifest["model"]["device"] == "cuda"
         self._count = count
@@ -64,7 +64,7 @@ class Workers:
             return _Worker.start(self._environment(index, count), self._setup)
         except OSError as error:
             raise FaultError(
-                f"--workers {self._count}: expected {count} processes, could not start number {index + 1}: "
+                f"``workers`` {self._count}: expected {count} processes, could not start number {index + 1}: "
                 f"{error.strerror or error}; use fewer"
             ) from None
 
@@ -103,7 +103,7 @@ class Workers:
         code = worker.end()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if not left:
-            raise FaultError(f"--workers {self._count}: expected one that lives, got none; the last of them {how}")
+            raise FaultError(f"``workers`` {self._count}: expected one that lives, got none; the last of them {how}")
         again = "; its question goes to another" if worker.task else ""
         self._warn(f"worker {worker.process.pid} {how}{again}; {left} of {self._count} left")
 
@@ -204,4 +204,4 @@ def check_workers(count: int) -> None:
         InputError: Not a positive number.
     """
     if count < 1:
-        raise InputError(f"--workers: expected 1 or more processes, got {count}")
+        raise InputError(f"``workers``: expected 1 or more processes, got {count}")

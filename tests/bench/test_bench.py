@@ -18,7 +18,7 @@ from refinelens.bench.measure import DoesNotRun, Fp64Check, extra_memory
 from refinelens.bench.problem import can_measure_growth, make_problem, random_problem
 from refinelens.bench.table import markdown_table, report_from_json, text_table
 from refinelens.cli import main
-from refinelens.config import BenchOptions
+from refinelens.config import BenchConfig
 from refinelens.errors import InputError
 from refinelens.kernels.reference import LayerNorm, RMSNorm
 
@@ -49,7 +49,7 @@ def run_tiny(baselines="none", replaced=None, **setup):
     """A report on the sizes of `TINY`; ``replaced`` are runs in place of competitors' own."""
     competitors = {n: replace(c, run=(replaced or {}).get(n, c.run)) for n, c in COMPETITORS.items()}
     setup = replace(IN_PROCESS, competitors=competitors, **setup)
-    return run_bench(BenchOptions("cpu", 33, 17, 301, peers=baselines, rounds=2), setup=setup)
+    return run_bench(BenchConfig("cpu", 33, 17, 301, peers=baselines, rounds=2), setup=setup)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -180,7 +180,7 @@ def test_triton_from_another_package(monkeypatch):
 
 
 def test_two_threads_are_timed_by_wall_clock():
-    report = run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1, threads=2), setup=IN_PROCESS)
+    report = run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1, threads=2), setup=IN_PROCESS)
     assert (report.threads, report.clock) == (2, "wall clock")
 
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_measured_on_fewer_rows():
 
 
 def test_what_takes_too_long_is_measured_on_fewer_rows():
-    options = BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1)
+    options = BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1)
     report = run_bench(options, setup=replace(IN_PROCESS, longest=0.0))
     assert {result.measured_rows for result in report.results} == {1}
     naive = report.result("naive")
@@ -215,14 +215,14 @@ def test_extra_memory_is_that_of_the_logits(tmp_path):
 
 def test_states_of_a_model(tiny_model):
     """Position by position with all layers of each, so that any first rows hold all layers."""
-    problem = make_problem(BenchOptions("cpu", rows=4 * 150 + 1, model=str(tiny_model)))
+    problem = make_problem(BenchConfig("cpu", rows=4 * 150 + 1, model=str(tiny_model)))
     assert problem.hidden.shape == (601, 32) and problem.states == tiny_model.name
     targets = problem.targets[:600].view(150, 4)
     assert (targets == targets[:, :1]).all(), "one target for all layers of a position"
     found = COMPETITORS["naive"].run(problem)
     assert Fp64Check(problem).judge(found, 601).wrong is None
-    with pytest.raises(InputError, match=r"--rows: expected at most \d+ with --model"):
-        make_problem(BenchOptions("cpu", rows=10**7, model=str(tiny_model)))
+    with pytest.raises(InputError, match=r"``rows``: expected at most \d+ with ``model``"):
+        make_problem(BenchConfig("cpu", rows=10**7, model=str(tiny_model)))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def report():
-    return run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1), setup=IN_PROCESS)
+    return run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1), setup=IN_PROCESS)
 
 
 def test_one_table_with_aligned_columns(report):

@@ -101,7 +101,7 @@ def test_generated_questions_depend_on_seed_and_number_alone():
     assert generate_kv_task(3, 75, seed=1) == task
     assert generate_kv_task(3, 75, seed=2).sha256 != task.sha256 != smaller.sha256
     assert len(generate_kv_task(None, 2, 0).questions) == GENERATED
-    with pytest.raises(InputError, match="--examples: expected 1 to 1000000 questions of --task kv, got 0"):
+    with pytest.raises(InputError, match="``examples``: expected 1 to 1000000 questions of ``task`` kv, got 0"):
         generate_kv_task(0, 2, 0)
 
 

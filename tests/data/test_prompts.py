@@ -29,7 +29,7 @@ def test_gold_positions(choice, n, expected):
 
 @pytest.mark.parametrize("choice", ["5", "-1", "middle", "", "0;1"])
 def test_unknown_gold_position(choice):
-    with pytest.raises(InputError, match="--gold-positions: expected"):
+    with pytest.raises(InputError, match="``gold_positions``: expected"):
         gold_positions(choice, 5)
 
 

@@ -125,5 +125,5 @@ def test_choose_questions_is_seeded(question_file):
     assert choose_questions(task, 3, seed=0) == choose_questions(task, 3, seed=0)
     assert len({tuple(q.id for q in choose_questions(task, 3, seed=s)) for s in range(10)}) > 1
     assert choose_questions(task, None, 0) == list(task.questions)
-    with pytest.raises(InputError, match="--examples: expected 1 to 6"):
+    with pytest.raises(InputError, match="``examples``: expected 1 to 6"):
         choose_questions(task, 7, seed=0)

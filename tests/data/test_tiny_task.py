@@ -81,5 +81,5 @@ def test_questions_are_about_held_out_entities_and_can_be_asked():
 
 
 def test_no_question_is_refused():
-    with pytest.raises(InputError, match="--examples: expected 1 to 1000000 questions of --task tiny, got 0"):
+    with pytest.raises(InputError, match="``examples``: expected 1 to 1000000 questions of ``task`` tiny, got 0"):
         generate_tiny_task(0, 5, 0)

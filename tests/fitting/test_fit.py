@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from faults import at_step
 from refinelens.cli import main
-from refinelens.config import FitOptions
+from refinelens.config import FitConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.fitting import fit, objectives
 from refinelens.fitting.objectives import Statistics, _Correction
@@ -167,7 +167,7 @@ def test_a_tenth_is_the_nearest_number_of_sequences(model, text, monkeypatch, co
 
 
 def options(model, text, **changes):
-    return FitOptions(**{"model": str(model), "text": str(text), "tokens": 3000} | changes)
+    return FitConfig(**{"model": str(model), "text": str(text), "tokens": 3000} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def stopped(model, text, folder, monkeypatch):
 
 def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, monkeypatch):
     stopped(model, text, tmp_path / "lens", monkeypatch)
-    with pytest.raises(InputError, match="expected tokens 3000, as the stopped fit has it, got 4000; pass --overwrite"):
+    with pytest.raises(InputError, match="expected tokens 3000, as the stopped fit has it, got 4000; pass ``over"):
         fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
     monkeypatch.setattr(States, "_split", lambda states: Split(200, range(13), range(13, 14), range(14, 15)))
     with pytest.raises(InputError, match=r"expected sequences \[.*\], as the stopped fit has it, got \[13, 1, 1\]"):
@@ -518,7 +518,7 @@ def test_two_fits_and_one_folder(model, text, tmp_path):
 
 
 def test_a_fit_that_cannot_begin_leaves_no_folder(model, text, tmp_path):
-    with pytest.raises(InputError, match="--text: expected builtin, tiny or a file of text"):
+    with pytest.raises(InputError, match="``text``: expected builtin, tiny or a file of text"):
         fit.fit_lens(options(model, tmp_path / "nowhere.txt"), str(tmp_path / "lens"))
     assert not (tmp_path / "lens").exists()
 
@@ -544,5 +544,5 @@ def test_a_sample_is_spread_over_its_sequences(model, text, monkeypatch):
 def test_states_that_do_not_vary_explain_nothing(model):
     logit_lens = LogitLens(load_model(str(model)).model)
     states = torch.randn(logit_lens.n_layers + 1, 1, logit_lens.d_model).expand(-1, 9, -1)
-    with pytest.raises(InputError, match="--text: expected held-out text whose tokens differ"):
+    with pytest.raises(InputError, match="``text``: expected held-out text whose tokens differ"):
         measure(logit_lens, [states], {"plain": None})

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import save
 from refinelens.cli import main
-from refinelens.config import LayerOptions, SweepOptions
+from refinelens.config import LayersConfig, SweepConfig
 from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError, UnsupportedModelError
@@ -50,13 +50,13 @@ def model(tmp_path_factory):
 def swept(model, question_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     lens = save_tiny_lens(folder / "lens", model, 0.05)
-    options = SweepOptions(str(model), str(question_file), (2, 4), top=(TOP,), lens=("plain", str(lens)), device="cpu")
+    options = SweepConfig(str(model), str(question_file), (2, 4), top=(TOP,), lens=("plain", str(lens)), device="cpu")
     return run_sweep(options, folder / "run")
 
 
 @pytest.fixture(scope="session")
 def finished(swept):
-    return run_layers(swept.path, LayerOptions())
+    return run_layers(swept.path, LayersConfig())
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_patches_go_between_success_and_failure(finished):
 
 def test_at_the_answer_the_other_tokens_stay(run, quick):
     """Held keys and values, or whole contexts where the gate or a real context refuses them: the same to rounding."""
-    options = LayerOptions(("skip", "mean"), at="answer", examples=2)
+    options = LayersConfig(("skip", "mean"), at="answer", examples=2)
     tables = []
     for name, answer in ((None, None), ("blocks._cached_is_whole", False), ("ablation.difference", 1.0)):
         with pytest.MonkeyPatch.context() as patch:
@@ -192,16 +192,16 @@ def test_a_context_twice_as_long_is_compared_again(tiny_model, question_file, tm
     monkeypatch.setattr(ablation, "difference", lambda *pair: compared.append(pair) or own(*pair))
     (tmp_path / "template").write_text("{documents}\n{question}")
     documents, template = (1, 6), str(tmp_path / "template")
-    sweep = SweepOptions(str(tiny_model), str(question_file), documents, template=template, examples=2, device="cpu")
+    sweep = SweepConfig(str(tiny_model), str(question_file), documents, template=template, examples=2, device="cpu")
     run = run_sweep(sweep, tmp_path / "run")
-    run_layers(run.path, LayerOptions(("skip",), at="answer"))
+    run_layers(run.path, LayersConfig(("skip",), at="answer"))
     assert len(compared) == 2  # an oracle context, then one of six documents
 
 
 def test_fewer_runs_at_a_time_once_memory_ran_out(run, quick, monkeypatch):
     from refinelens.layers import ablation
 
-    own, sizes, options = ablation.scan, [], LayerOptions(("skip",), at="answer", examples=1)
+    own, sizes, options = ablation.scan, [], LayersConfig(("skip",), at="answer", examples=1)
     wanted = rows_of(run_layers(run.path, options)[0])
 
     def scan(context, start, at_a_time):
@@ -236,11 +236,11 @@ def test_interrupted_and_gone_on_with(finished, run, quick, method, call, kept, 
     with pytest.MonkeyPatch.context() as patch:
         killed_in(patch, method, call, lambda: os.kill(os.getpid(), signum))
         with pytest.raises(Interrupted) as stopped:
-            run_layers(run.path, LayerOptions())
+            run_layers(run.path, LayersConfig())
     assert stopped.value.signum == signum
     manifest = json.loads((run.path / "layers" / "manifest.json").read_text())
     assert len(manifest["parts"]) == kept and not (run.path / "layers" / ROWS).exists()
-    folder, report = run_layers(run.path, LayerOptions())
+    folder, report = run_layers(run.path, LayersConfig())
     assert (folder.path / ROWS).read_bytes() == (finished[0].path / ROWS).read_bytes()
     assert (folder.path / "layers.csv").read_bytes() == (finished[0].path / "layers.csv").read_bytes()
     assert len(report.manifest["resumed"]) == 1
@@ -253,7 +253,7 @@ def test_a_second_signal_ends_it_at_once(run, quick, monkeypatch):
 
     killed_in(monkeypatch, "rows", 2, twice)
     with pytest.raises(Interrupted):
-        run_layers(run.path, LayerOptions(("skip",)))
+        run_layers(run.path, LayersConfig(("skip",)))
     assert len(json.loads((run.path / "layers" / "manifest.json").read_text())["parts"]) == 1
 
 
@@ -261,11 +261,12 @@ def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
     with pytest.MonkeyPatch.context() as patch:
         killed_in(patch, "_ablate", 8, lambda: 1 / 0)
         with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
-            run_layers(run.path, LayerOptions())
+            run_layers(run.path, LayersConfig())
         killed_in(patch, "_ablate", 2, lambda: open("/nowhere/weights"))
-        with pytest.raises(FaultError, match="question 0: FileNotFoundError: .*; the same command without --overwrite"):
-            run_layers(run.path, LayerOptions(), overwrite=True)
-    folder, _ = run_layers(run.path, LayerOptions())
+        message = "question 0: FileNotFoundError: .*; the same command without ``overwrite=True`` goes on"
+        with pytest.raises(FaultError, match=message):
+            run_layers(run.path, LayersConfig(), overwrite=True)
+    folder, _ = run_layers(run.path, LayersConfig())
     assert rows_of(folder).equals(rows_of(finished[0]))
 
 
@@ -276,7 +277,7 @@ def test_damaged_files_are_made_again(finished, run, quick, file, damage):
     path, heard = run.path / "layers" / file, []
     whole = path.read_bytes()
     path.unlink() if damage == "absent" else path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    folder, _ = run_layers(run.path, LayerOptions(), warn=heard.append)
+    folder, _ = run_layers(run.path, LayersConfig(), warn=heard.append)
     assert rows_of(folder).equals(rows_of(finished[0]))
     assert [file.split("/")[1] in line for line in heard] == ([True] if "part" in file else [])
 
@@ -292,24 +293,24 @@ def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, mon
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace_or_fail)
         with pytest.raises(FaultError, match="no free disk left"):
-            run_layers(run.path, LayerOptions())
+            run_layers(run.path, LayersConfig())
     path = run.path / "layers" / "manifest.json"
     manifest = json.loads(path.read_text())
     assert len(manifest["parts"]) == 2
     path.write_text(json.dumps(manifest | {"parts": manifest["parts"][:1]}))  # killed before it was written
-    folder, _ = run_layers(run.path, LayerOptions())
+    folder, _ = run_layers(run.path, LayersConfig())
     assert rows_of(folder).equals(rows_of(finished[0]))
 
 
 def test_finished_already_needs_no_model(finished, run, quick, no_model):
     shutil.copytree(finished[0].path, run.path / "layers")
-    for same in (LayerOptions(), LayerOptions(lens="lens", examples=6)):
+    for same in (LayersConfig(), LayersConfig(lens="lens", examples=6)):
         _, report = run_layers(run.path, same)
         assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
 
 
 def test_the_lens_alone_needs_no_model(run, quick, no_model):
-    folder, report = run_layers(run.path, LayerOptions((), lens="plain"))
+    folder, report = run_layers(run.path, LayersConfig((), lens="plain"))
     assert report.manifest["lens"] == "plain" and len(rows_of(folder)) == 0
     assert {row.of for row in report.statistics} == {"lens"} and report.exits and not report.agreements
 
@@ -383,12 +384,12 @@ def test_another_model_is_refused_and_costs_nothing(finished, run, model, capsys
 def test_a_family_without_halves_is_refused_by_name_and_can_be_skipped(question_file, tmp_path, quick):
     folder, template = save("opt-350m", tmp_path / "model"), tmp_path / "template.txt"
     template.write_text("{documents}\n{question}\n")
-    options = SweepOptions(folder, str(question_file), documents=(2,), template=str(template), device="cpu")
+    options = SweepConfig(folder, str(question_file), documents=(2,), template=str(template), device="cpu")
     run_sweep(options, tmp_path / "run")
     with pytest.raises(UnsupportedModelError, match="OPTForCausalLM: expected blocks that add attention .* block 1"):
-        run_layers(tmp_path / "run", LayerOptions())
+        run_layers(tmp_path / "run", LayersConfig())
     assert not (tmp_path / "run" / "layers").exists()
-    found, _ = run_layers(tmp_path / "run", LayerOptions(("skip", "mean", "patch")))
+    found, _ = run_layers(tmp_path / "run", LayersConfig(("skip", "mean", "patch")))
     assert len(only(rows_of(found), intervention="mean")) == 6 * 2 * 3
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens_folders import N_LAYERS, random_translators, save_linear, save_model, save_tuned, tiny
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.errors import InputError
 from refinelens.lens.files import fit_to_model, load_lens, load_lenses
 from refinelens.lens.logit_lens import LogitLens
@@ -59,7 +59,7 @@ def test_a_lens_is_named_after_its_folder_however_it_is_written(whole, monkeypat
 def test_every_lens_reads_the_same_forward_pass(model_folder, whole, tmp_path, question_file):
     """Up to the rows of one question: each lens its own, the output the same through all."""
     tuned = save_tuned(tmp_path / "tuned")
-    options = SweepOptions(str(model_folder), str(question_file), (2,), device="cpu", lens=("plain", whole, tuned))
+    options = SweepConfig(str(model_folder), str(question_file), (2,), device="cpu", lens=("plain", whole, tuned))
     inputs = SweepInputs.load(options)
     rows = inputs.predictor().rows(inputs.questions[0]).to_pylist()
     assert {row["lens"] for row in rows} == {"plain", "whole", "tuned"}
@@ -229,5 +229,5 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path):
     model_folder = save_model(tmp_path / "model", tiny("gpt_neox").half().float())
     lens = load_lens(save_linear(tmp_path / "large", model_folder, large))
     loaded = load_model(str(model_folder), "cpu", "float16")
-    with pytest.raises(InputError, match="--lens large: .* bias of layer 0 once in float16; use --dtype float32"):
+    with pytest.raises(InputError, match="``lens`` large: .* bias of layer 0 once in float16; use ``dtype='float32'``"):
         fit_to_model(lens, loaded, LogitLens(loaded.model))

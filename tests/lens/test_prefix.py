@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from families import CASES, GROUPED, ROPE, TOKENS, VOCAB, build
 from refinelens import LogitLens
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.doctor import model_findings
 from refinelens.errors import FaultError, InputError
 from refinelens.lens.prefix import Branches, branch_order, check_branching, difference, shared_length
@@ -174,7 +174,7 @@ def test_gate_refuses_a_cache_that_was_tampered_with(name, crop, monkeypatch):
 
 @pytest.fixture(scope="module")
 def options(tiny_model, question_file):
-    return SweepOptions(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
+    return SweepConfig(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,8 @@ def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, mon
     run = run_sweep(options, tmp_path / "run")
     assert predictions(run) == predictions(ran_whole)
     assert "GPT2LMHeadModel cannot branch" in run.manifest["prefix_reuse"]["why"]
-    with pytest.raises(InputError, match="--reuse-prefix on: expected a model whose cache can branch, got GPT2LMHead"):
+    message = "``reuse_prefix='on'``: expected a model whose cache can branch, got GPT2LMHead"
+    with pytest.raises(InputError, match=message):
         run_sweep(replace(options, reuse_prefix="on"), tmp_path / "on")
 
 
@@ -336,8 +337,8 @@ def test_out_of_memory_runs_the_question_whole(options, ran_whole, tmp_path, mon
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"reuse_prefix": "yes"}, "--reuse-prefix: expected auto, on, off, got 'yes'"),
-        ({"reuse_prefix": "on", "batch_size": "4"}, "--reuse-prefix on: expected --batch-size auto or 1, got 4"),
+        ({"reuse_prefix": "yes"}, "``reuse_prefix``: expected auto, on, off, got 'yes'"),
+        ({"reuse_prefix": "on", "batch_size": "4"}, "``reuse_prefix='on'``: expected ``batch_size`` auto or 1, got 4"),
     ],
 )
 def test_bad_options(options, change, message):

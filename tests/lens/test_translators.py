@@ -155,7 +155,7 @@ def test_dtype_follows_the_model(lens):
         assert torch.equal(ours[name], value)
     large = Translators(1e5 * torch.ones(N_LAYERS, D_MODEL, D_MODEL), torch.zeros(N_LAYERS, D_MODEL))
     small = LogitLens(deepcopy(lens.model).half())
-    with pytest.raises(InputError, match="infinity in the weight of layer 0 once in float16; use --dtype float32"):
+    with pytest.raises(InputError, match="infinity in the weight of layer 0 once in float16; use ``dtype='float32'``"):
         small.read_states(hidden.half(), targets, large)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from families import CASES, SIZES, VOCAB, build, save
 from refinelens import LayerNorm, LogitLens, RMSNorm
 from refinelens.bench.problem import make_problem
-from refinelens.config import BenchOptions, SweepOptions
+from refinelens.config import BenchConfig, SweepConfig
 from refinelens.doctor import describe_norm
 from refinelens.errors import InputError, UnsupportedModelError
 from refinelens.lens.parity import check_parity
@@ -213,13 +213,13 @@ def test_sweep_and_bench_on_a_projection(tmp_path, question_file, quick):
     """The sweep runs without a final norm; the benchmark says that its competitors know no projection."""
     folder, template = save("opt-350m", tmp_path / "model"), tmp_path / "template.txt"
     template.write_text("{documents}\n{question}\n")
-    options = SweepOptions(folder, str(question_file), documents=(2,), template=str(template), device="cpu")
+    options = SweepConfig(folder, str(question_file), documents=(2,), template=str(template), device="cpu")
     manifest = run_sweep(options, tmp_path / "run").manifest
     assert manifest["counts"]["done"] == 6 and manifest["counts"]["left_out"] == {}
     found = {key: manifest["model"][key] for key in ("d_model", "norm", "projection", "vocab_size")}
     assert found == {"d_model": 32, "norm": None, "projection": [16, 32], "vocab_size": VOCAB}
     with pytest.raises(InputError, match="expected an unembedding without bias, projection"):
-        make_problem(BenchOptions(model=folder, device="cpu"))
+        make_problem(BenchConfig(model=folder, device="cpu"))
 
 
 def test_a_configuration_is_the_same_in_every_dtype(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refinelens import LogitLens, fused_lens
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.kernels.reference import LensStats
 from refinelens.model.loading import find_smollm2, load_model
 from refinelens.sweeping.sweep import run_sweep
@@ -74,7 +74,7 @@ def _exact(head, hidden, targets):
 
 
 def test_builtin_questions(tmp_path, quick):
-    options = SweepOptions(documents=(2,), examples=4, device="cpu")
+    options = SweepConfig(documents=(2,), examples=4, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = pq.read_table(run.path / "predictions").to_pylist()
     assert len(rows) >= 8 and all(len(row["argmax"]) == 31 for row in rows)
@@ -85,7 +85,7 @@ def test_builtin_questions(tmp_path, quick):
 
 @pytest.mark.skipif("REFINELENS_NQ" not in os.environ, reason="REFINELENS_NQ names no Natural Questions file")
 def test_natural_questions(tmp_path):
-    options = SweepOptions(task="nq", documents=(3,), gold_positions="ends-middle", examples=2, device="cpu")
+    options = SweepConfig(task="nq", documents=(3,), gold_positions="ends-middle", examples=2, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = pq.read_table(run.path / "predictions").to_pylist()
     assert {row["gold_position"] for row in rows} == {0, 1, 2}

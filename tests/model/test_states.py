@@ -393,7 +393,7 @@ def test_prophetnet_has_three_streams():
 
 def test_half_precision_that_mixes_with_fp32_has_a_remedy():
     model = make(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB), torch.bfloat16)
-    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM: .* torch.float32 at layer 1; use --dtype fl"):
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM: .* torch.float32 at layer 1; use ``dtype='fl"):
         LogitLens(model)
     LogitLens(model.float())
 

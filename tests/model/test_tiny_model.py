@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from refinelens import fused_lens
 from refinelens.cli import main
-from refinelens.config import FitOptions, LayerOptions, SweepOptions
+from refinelens.config import FitConfig, LayersConfig, SweepConfig
 from refinelens.data.generated import HELD_OUT, context_text, generate_tiny_task, vocabulary
 from refinelens.fitting.fit import fit_lens
 from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
@@ -93,7 +93,7 @@ def test_a_sweep_needs_no_more_than_its_name(tmp_path, capsys):
 
 
 def test_every_document_size_it_was_trained_on_fits(tmp_path, quick):
-    options = SweepOptions(
+    options = SweepConfig(
         "tiny", "tiny", (0, 1, 20, 30, 45), gold_positions="ends-middle", examples=2, device="cpu", positions="answer"
     )
     run = run_sweep(options, tmp_path / "run")
@@ -110,7 +110,7 @@ def rows_of(run):
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A sweep of six documents without prefixes in common."""
-    options = SweepOptions("tiny", "tiny", (6,), examples=4, device="cpu", reuse_prefix="off")
+    options = SweepConfig("tiny", "tiny", (6,), examples=4, device="cpu", reuse_prefix="off")
     return options, run_sweep(options, tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -147,7 +147,7 @@ def test_words_that_it_does_not_know_are_one_line(tmp_path, capfd):
 def fitted(tmp_path_factory):
     """The folder of a lens fitted to the model's own text."""
     folder = tmp_path_factory.mktemp("fitted") / "lens"
-    fit_lens(FitOptions(model="tiny", text="tiny", tokens=20_000, device="cpu"), str(folder))
+    fit_lens(FitConfig(model="tiny", text="tiny", tokens=20_000, device="cpu"), str(folder))
     return folder
 
 
@@ -156,7 +156,7 @@ def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path, quick):
     quality = json.loads((fitted / "manifest.json").read_text())["quality"]
     for layer in range(8):
         assert quality["linear"]["kl"][layer] < quality["plain"]["kl"][layer]
-    options = SweepOptions("tiny", "tiny", (5,), examples=4, device="cpu", lens=("plain", str(fitted)))
+    options = SweepConfig("tiny", "tiny", (5,), examples=4, device="cpu", lens=("plain", str(fitted)))
     rows = rows_of(run_sweep(options, tmp_path / "run"))
     plain, lens = ([row for row in rows if (row["lens"] == "plain") == is_plain] for is_plain in (True, False))
     assert len(plain) == len(lens) == 20
@@ -169,9 +169,9 @@ def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path, quick):
 @pytest.fixture(scope="session")
 def layers(tmp_path_factory):
     """Mean statistics over the layers, from 0 or from 1, by what was done and their names."""
-    options = SweepOptions("tiny", "tiny", (5,), examples=4, device="cpu")
+    options = SweepConfig("tiny", "tiny", (5,), examples=4, device="cpu")
     run = run_sweep(options, tmp_path_factory.mktemp("layers") / "run")
-    folder, report = run_layers(run.path, LayerOptions(("skip", "mean", "attn")))
+    folder, report = run_layers(run.path, LayersConfig(("skip", "mean", "attn")))
     assert report.largest_difference < 1e-4 and report.manifest["status"] == "finished"
     means = defaultdict(list)
     with (folder.path / "layers.csv").open() as file:

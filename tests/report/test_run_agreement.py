@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import refinelens
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.errors import InputError
 from refinelens.op.ranks import kendall_tau_b, spearman, top_k_overlap
 from refinelens.report.agreement import compare_runs, paired_ranks
@@ -84,9 +84,9 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"seed": 1}, "--seed, got 0 and 1: their rows"),
-        ({"target": "prediction"}, "--target, got answer and prediction: their rows"),
-        ({"text": "{question} {documents}"}, r"--template, got own.txt \([0-9a-f]{8}\) and own.txt \([0-9a-f]{8}\): "),
+        ({"seed": 1}, "``seed``, got 0 and 1: their rows"),
+        ({"target": "prediction"}, "``target``, got answer and prediction: their rows"),
+        ({"text": "{question} {documents}"}, r"``template``, got own.txt \([0-9a-f]{8}\) and own.txt \([0-9a-f]{8}\):"),
     ],
 )
 def test_runs_that_ask_different_things_are_refused(tmp_path, changed, message):
@@ -116,7 +116,7 @@ def test_rows_of_different_answers_are_not_paired(tmp_path):
 
 
 def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, quick):
-    options = SweepOptions("tiny", "tiny", documents=(2,), examples=3, device="cpu")
+    options = SweepConfig("tiny", "tiny", documents=(2,), examples=3, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     more = run_sweep(replace(options, documents=(2, 4), examples=4), tmp_path / "more")
     assert run.manifest["task"]["sha256"] != more.manifest["task"]["sha256"]
@@ -135,7 +135,7 @@ def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, qui
 
 
 def test_folders_are_opened(tiny_model, question_file, tmp_path, quick):
-    options = SweepOptions(str(tiny_model), str(question_file), documents=(2,), examples=3, device="cpu")
+    options = SweepConfig(str(tiny_model), str(question_file), documents=(2,), examples=3, device="cpu")
     path = run_sweep(options, tmp_path / "run").path
     assert refinelens.compare_runs(path, str(path)).layers.tolist() == [1] * N_POINTS
     with pytest.raises(InputError, match="expected a run folder with manifest.json, got none"):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens.cli import main
-from refinelens.config import SweepOptions, condition_name, gold_positions, parse_documents
+from refinelens.config import SweepConfig, condition_name, gold_positions
 from refinelens.data.prompts import DEFAULT_TEMPLATE, Chat, Template, build_context, render_chat
 from refinelens.data.questions import QA, QUERY_AWARE, Document, Question
 from refinelens.errors import InputError
@@ -30,7 +30,7 @@ CHAT += "{% if add_generation_prompt %}<pad> assistant: {% endif %}"
 
 @pytest.fixture(scope="module")
 def options(tiny_model, question_file):
-    return SweepOptions(str(tiny_model), str(question_file), documents=(0, 1, 3), device="cpu")
+    return SweepConfig(str(tiny_model), str(question_file), documents=(0, 1, 3), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,12 @@ def summary(run):
 
 
 def test_names_of_conditions():
-    assert parse_documents("10,oracle,closed-book,5,10") == (0, 1, 5, 10)
+    assert SweepConfig(documents="10,oracle,closed-book,5,10").documents == (0, 1, 5, 10)
     assert [condition_name(n) for n in (0, 1, 5)] == ["closed-book", "oracle", "5 documents"]
     assert gold_positions("0,4", 0) == [-1] and gold_positions("0,4", 1) == [0]
-    with pytest.raises(InputError, match="--documents: expected closed-book, oracle or sizes such as 5,10, got 'open'"):
-        parse_documents("open")
+    message = "``documents``: expected closed-book, oracle or sizes such as 5,10, got 'open'"
+    with pytest.raises(InputError, match=message):
+        SweepConfig(documents="open")
 
 
 def test_closed_book_and_oracle_are_rows_of_the_same_tables(finished, options):
@@ -191,7 +192,7 @@ def test_no_alias_is_given_a_space(tmp_path):
 
 
 def test_unknown_alias(options):
-    with pytest.raises(InputError, match="--alias: expected first, best, got 'all'"):
+    with pytest.raises(InputError, match="``alias``: expected first, best, got 'all'"):
         replace(options, alias="all")
 
 
@@ -253,7 +254,7 @@ def test_a_resume_keeps_the_text_that_a_template_wrote(chat_model, question_file
 @pytest.mark.parametrize(
     "template, message",
     [
-        (None, "--chat: expected a tokenizer with a chat template, got"),
+        (None, "``chat``: expected a tokenizer with a chat template, got"),
         ("{{ messages[0].content }} {{ messages[0].content }}", "that writes the user's turn once"),
         ("{{ raise_exception('no turn of a user') }}", "expected a chat template that renders a user's turn, got"),
     ],

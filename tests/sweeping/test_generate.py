@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens.cli import main
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.data.scoring import best_subspan_em, first_line
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.hooks import keep_positions
@@ -41,7 +41,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(model_folder, question_file):
-    return SweepOptions(str(model_folder), str(question_file), documents=(0, 1, 3), device="cpu", generate=N)
+    return SweepConfig(str(model_folder), str(question_file), documents=(0, 1, 3), device="cpu", generate=N)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_no_prompt_depends_on_its_answer(tmp_path):
     records = [{"question": "which?", "answers": [answer], "ctxs": [gold]} for answer in ("red", "(red)")]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = SweepOptions(str(folder), str(path), documents=(0, 1), device="cpu", generate=N)
+    options = SweepConfig(str(folder), str(path), documents=(0, 1), device="cpu", generate=N)
     inputs = SweepInputs.load(options)
     context = inputs.builder().build(inputs.questions[0]).contexts[0]
     assert context.prompt_length == len(context.prompt_ids) + 1
@@ -227,5 +227,5 @@ def test_it_stands_in_the_tables(finished, capsys):
 
 
 def test_bad_number(options):
-    with pytest.raises(ValueError, match="--generate: expected a number of tokens, 0 for none, got -1"):
+    with pytest.raises(ValueError, match="``generate``: expected a number of tokens, 0 for none, got -1"):
         replace(options, generate=-1)

@@ -57,7 +57,7 @@ def report(progress):
 for folder, questions_per_part, options in json.loads(sys.argv[1]):
     sweep.QUESTIONS_PER_PART = questions_per_part
     peaks, tables = [], 0
-    sweep.run_sweep(sweep.SweepOptions(documents=(3,), device="cpu", **options), folder, report=report)
+    sweep.run_sweep(sweep.SweepConfig(documents=(3,), device="cpu", **options), folder, report=report)
     print(json.dumps([peaks, resident()]))
 """
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from refinelens.cli import main
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.model.loading import load_model
 from refinelens.report.agreement import paired_ranks
 from refinelens.store.results import DERIVED, open_run
@@ -19,7 +19,7 @@ LISTS = ("target_rank", "argmax", "target_logprob", "max_logprob", "entropy", "k
 def options(tiny_model, question_file, tmp_path_factory):
     lens = save_tiny_lens(tmp_path_factory.mktemp("lens") / "mine", tiny_model, scale=0.1)
     given = {"documents": (0, 2, 3), "device": "cpu", "lens": ("plain", str(lens)), "answer_tokens": "all"}
-    return SweepOptions(str(tiny_model), str(question_file), **given, generate=3)
+    return SweepConfig(str(tiny_model), str(question_file), **given, generate=3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def runs(options, tmp_path_factory):
     """Read at the answer, and everywhere."""
     folder = tmp_path_factory.mktemp("runs")
     return [
-        run_sweep(SweepOptions(**options.arguments() | {"positions": p} | tuples(options)), str(folder / p))
+        run_sweep(SweepConfig(**options.arguments() | {"positions": p} | tuples(options)), str(folder / p))
         for p in ("answer", "all")
     ]
 
@@ -93,7 +93,7 @@ def test_the_answer_reads_the_same(runs):
 def test_batches_and_the_prediction_as_target(options, runs, tmp_path, quick):
     """Contexts of several lengths side by side; targets of their own at every token."""
     changed = {"positions": "all", "batch_size": "3", "target": "prediction", "generate": 0}
-    run = run_sweep(SweepOptions(**options.arguments() | tuples(options) | changed), str(tmp_path / "run"))
+    run = run_sweep(SweepConfig(**options.arguments() | tuples(options) | changed), str(tmp_path / "run"))
     for row, other in zip(rows_of(run), rows_of(runs[1]), strict=True):
         assert row["target_id"] == row["argmax"][-1] == other["argmax"][-1] and row["target_rank"][-1] == 0
         assert row["position"] == other["position"] and row["argmax"] == other["argmax"]

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from tokenizers.processors import TemplateProcessing
 
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.data.scoring import has_answer, word_forms
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import InputError
@@ -139,7 +139,7 @@ def sweep(tmp_path, question_file, quick):
         task.write_text("".join(json.dumps(record) + "\n" for record in change(records)))
         model = save_tiny_model(tmp_path / "model", tokenizer=tokenizer, n_positions=2048)
         said = []
-        given = SweepOptions(model=str(model), task=str(task), device="cpu", **{"documents": (2,), **options})
+        given = SweepConfig(model=str(model), task=str(task), device="cpu", **{"documents": (2,), **options})
         run_sweep(given, tmp_path / "run", overwrite=True, warn=said.append)
         done = open_run(tmp_path / "run")
         return done.manifest, [row for part in done.parts() for row in part.to_pylist()], said
@@ -257,7 +257,7 @@ def test_a_batch_of_a_model_that_switches_by_length_is_read_one_by_one(tmp_path,
     word_tokenizer().save_pretrained(model)
     runs = {}
     for size in ("1", "16"):
-        options = SweepOptions(str(model), str(question_file), (short, long), device="cpu", batch_size=size)
+        options = SweepConfig(str(model), str(question_file), (short, long), device="cpu", batch_size=size)
         runs[size] = run_sweep(options, tmp_path / size)
     lengths = {row["n_tokens"] for part in runs["16"].parts() for row in part.to_pylist()}
     assert min(lengths) < 75 < max(lengths), "contexts lie on both sides"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refinelens.config import LayerOptions, SweepOptions
+from refinelens.config import LayersConfig, SweepConfig
 from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quick")  # `finished`, which is swept befo
 
 @pytest.fixture(scope="module")
 def options(tiny_model, question_file):
-    return SweepOptions(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
+    return SweepConfig(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_manifest_repeats_the_run(finished, options, tmp_path):
     assert manifest["started"] <= manifest["finished"]
     assert manifest["model"]["parity"]["argmax_equal"] and len(manifest["task"]["sha256"]) == 64
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["arguments"].items()}
-    again = run_sweep(SweepOptions(**arguments), tmp_path / "again")
+    again = run_sweep(SweepConfig(**arguments), tmp_path / "again")
     assert predictions(again) == predictions(finished)
     for name in ("config_sha256", "weights_sha256"):
         assert again.manifest["model"][name] == manifest["model"][name]
@@ -266,7 +266,7 @@ def test_too_long_at_one_size_is_left_out_at_all_its_positions(finished, tmp_pat
     """Room for the shortest contexts of four documents only: nothing is truncated, pairs stay whole."""
     limit = min(r["n_tokens"] for r in predictions(finished) if r["documents"] == 4)
     model = save_tiny_model(tmp_path / "model", n_positions=limit)
-    options = SweepOptions(model=str(model), task=str(question_file), documents=(2, 4), device="cpu")
+    options = SweepConfig(model=str(model), task=str(question_file), documents=(2, 4), device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = predictions(run)
     left_out = run.manifest["counts"]["left_out"]
@@ -368,7 +368,7 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
         return write_table(table, where, **kwargs)
 
     monkeypatch.setattr(results.pq, "write_table", full)
-    with pytest.raises(FaultError, match="no free disk left; what was written stays readable; .* sweep --resume"):
+    with pytest.raises(FaultError, match="no free disk left; what was written stays readable; .* ``sweep.resume="):
         run_sweep(options, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
@@ -537,7 +537,7 @@ def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
     def overwritten():
         return run_sweep(replace(options, examples=2), run.path, overwrite=True)
 
-    run_layers(run.path, LayerOptions(()))
+    run_layers(run.path, LayersConfig(()))
     (layers / "notes.txt").write_text("precious")
     before = {file.name for file in layers.iterdir()}
     run = overwritten()
@@ -553,7 +553,7 @@ def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
     run = overwritten()
     assert (layers / "manifest.json").exists()
     (layers / "manifest.json").unlink()
-    run_layers(run.path, LayerOptions(()))
+    run_layers(run.path, LayersConfig(()))
     (layers / "parts").mkdir()
     (layers / "parts" / "notes.txt").write_text("precious")
     run = overwritten()
@@ -564,7 +564,7 @@ def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
 def test_a_resume_keeps_the_analysis(options, tmp_path):
     """Also where all of the run's parts were damaged."""
     run = run_sweep(replace(options, examples=2), tmp_path / "run")
-    run_layers(run.path, LayerOptions(()))
+    run_layers(run.path, LayersConfig(()))
     before = {file: file.read_bytes() for file in (run.path / "layers").iterdir()}
     run.part_path(0).unlink()
     assert resume_sweep(run.path).manifest["status"] == "finished"
@@ -574,17 +574,17 @@ def test_a_resume_keeps_the_analysis(options, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"documents": (-1,)}, "--documents: expected closed-book, oracle or sizes such as 5,10, got '-1'"),
-        ({"gold_positions": "3"}, "--gold-positions: expected 0 to 1 with 2 documents, got 3"),
-        ({"seed": -1}, "--seed: expected 0 or more, got -1"),
-        ({"top": (0,)}, "--top: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '0'"),
+        ({"documents": (-1,)}, "``documents``: expected closed-book, oracle or sizes such as 5,10, got '-1'"),
+        ({"gold_positions": "3"}, "``gold_positions``: expected 0 to 1 with 2 documents, got 3"),
+        ({"seed": -1}, "``seed``: expected 0 or more, got -1"),
+        ({"top": (0,)}, "``top``: expected numbers from 1 to 2147483647 such as 1,5,10, each once, got '0'"),
         ({"top": (5, 5)}, "each once, got '5,5'"),
-        ({"lens": ("plain", "plain")}, "--lens: expected plain or folders, each once"),
-        ({"batch_size": "0"}, "--batch-size: expected auto or a positive number"),
-        ({"target": "gold"}, "--target: expected answer, prediction, got 'gold'"),
-        ({"positions": "last"}, "--positions: expected answer, all, got 'last'"),
-        ({"answer_tokens": "last"}, "--answer-tokens: expected first, all, got 'last'"),
-        ({"dtype": "float64"}, "--dtype: expected auto, float32, float16, bfloat16, got 'float64'"),
+        ({"lens": ("plain", "plain")}, "``lens``: expected plain or folders, each once"),
+        ({"batch_size": "0"}, "``batch_size``: expected auto or a positive number"),
+        ({"target": "gold"}, "``target``: expected answer, prediction, got 'gold'"),
+        ({"positions": "last"}, "``positions``: expected answer, all, got 'last'"),
+        ({"answer_tokens": "last"}, "``answer_tokens``: expected first, all, got 'last'"),
+        ({"dtype": "float64"}, "``dtype``: expected auto, float32, float16, bfloat16, got 'float64'"),
     ],
 )
 def test_bad_options(options, change, message):

@@ -13,7 +13,7 @@ import pytest
 
 from faults import errors_in, wait_for
 from refinelens.cli import main
-from refinelens.config import SweepOptions
+from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.machine import PACKAGE_ROOT, module_path
 from refinelens.store.results import open_run
@@ -214,7 +214,7 @@ def is_alive(pid):
 
 def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
     def environments(device, count):
-        workers = Workers(SweepOptions(), RunSpec(tmp_path, {"model": {"device": device}}, "--out"), count, pytest.fail)
+        workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": device}}, "out"), count, pytest.fail)
         return [workers._environment(i, count) for i in range(count)]
 
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
@@ -232,7 +232,7 @@ def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
     for name in ("tempfile", "socket"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
     monkeypatch.chdir(tmp_path)
-    workers = Workers(SweepOptions(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "--out"), 1, pytest.fail)
+    workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "out"), 1, pytest.fail)
     worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor spec", None, None))
     with pytest.raises(ValueError, match="too many values to unpack"):
         worker.receive()
@@ -250,5 +250,5 @@ def test_a_process_imports_this_package(monkeypatch):
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_such_number(count):
-    with pytest.raises(InputError, match=f"--workers: expected 1 or more processes, got {count}"):
+    with pytest.raises(InputError, match=f"``workers``: expected 1 or more processes, got {count}"):
         check_workers(count)
