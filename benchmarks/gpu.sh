@@ -15,8 +15,8 @@ PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation .
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)  # most of the time compiles kernels
 status=0
-timeout 180 "$python" -P -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} tests/test_lens.py tests/test_lens_*.py \
-    tests/test_families.py tests/test_layers.py tests/test_sweep.py tests/test_whole_program_gpu.py -rs -s \
+timeout 180 "$python" -P -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} tests/op tests/kernels/test_lens_*.py \
+    tests/kernels/test_whole_program_gpu.py tests/model/test_families.py tests/layers/test_layers.py tests/sweeping/test_sweep.py -rs -s \
     2>&1 | tee "$out/tests.txt" || status=$?
 timeout 180 "$python" benchmarks/gpu_goals.py 2>&1 | tee "$out/goals.md" || status=$?
 for positions in 1024 16384; do

@@ -5,24 +5,86 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import triton
-from gpu_problem import Problem, timed
+from harness import device_times, print_times
 from logsumexp_only import launch_logsumexp
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from refinelens import LogitLens, fused_lens, kl_to_final, lens_top_k
-from refinelens.bench.problem import peak_growth_cuda
+from refinelens.bench import competitors
+from refinelens.bench import problem as bench
 from refinelens.kernels.config import choose_splits, generation_of, pinned_config, processor_count
-from refinelens.kernels.fused_lens import reduce_rows, target_matches_main_product
+from refinelens.kernels.fused_lens import fused_lens_triton, reduce_rows, target_matches_main_product
 from refinelens.kernels.graphs import GraphedLens
 from refinelens.kernels.kernel import LensOptions, LensRows, RowStats, launch_targets
 from refinelens.kernels.norm_kernel import normed_rows
-from refinelens.kernels.reference import LensHead, fused_lens_reference
+from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
 from refinelens.kernels.search import outputs_agree
+
+CHUNK_BYTES = 2**28  # of fp32 logits in the chunked baseline
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shape in bf16: rows are layers x positions."""
+
+    name: str
+    rows: int
+    d_model: int
+    vocab: int
+
+    def _randn(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        return self._randn(0, self.rows, self.d_model)
+
+    @cached_property
+    def unembedding(self) -> Tensor:
+        return self._randn(1, self.vocab, self.d_model) / self.d_model**0.5
+
+    @cached_property
+    def norm(self) -> LayerNorm:
+        return LayerNorm(self._randn(2, self.d_model), self._randn(3, self.d_model))
+
+    @cached_property
+    def targets(self) -> Tensor:
+        return torch.randint(0, self.vocab, (self.rows,), device="cuda")
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.d_model * self.vocab
+
+    def fused(self, config=None, targets: bool = True):
+        """Everything, from the norm to the merge of the splits."""
+        chosen = self.targets if targets else None
+        return fused_lens_triton(self.hidden, LensHead(self.unembedding, self.norm), chosen, config=config)
+
+    def product(self) -> Callable[[], Tensor]:
+        """B: cuBLAS on these rows, V padded to a multiple of 64, bf16 output allocated before."""
+        padded = self._randn(1, -(-self.vocab // 64) * 64, self.d_model)
+        out = torch.empty(self.rows, len(padded), device="cuda", dtype=torch.bfloat16)
+        return lambda: torch.mm(self.hidden, padded.T, out=out)
+
+    def naive(self) -> competitors.Statistics:
+        """What people write: all logits, then one reduction after the other."""
+        return competitors.naive(bench.Problem(self.hidden, self.unembedding, self.norm, self.targets))
+
+    def chunked(self) -> list[competitors.Statistics]:
+        """The same on as many rows at a time as keep their logits small."""
+        size = max(1, CHUNK_BYTES // (4 * self.vocab))
+        parts = zip(self.hidden.split(size), self.targets.split(size), strict=True)
+        problems = (bench.Problem(hidden, self.unembedding, self.norm, targets) for hidden, targets in parts)
+        return [competitors.naive(problem) for problem in problems]
+
 
 LARGE = [
     Problem("gpt2-13x1024", 13 * 1024, 768, 50257),
@@ -93,12 +155,11 @@ def target_bits(measured: dict[str, float]) -> None:
 
 def against_product(problem: Problem, measured: dict[str, float]) -> None:
     """B, the pinned kernel with and without targets, and the memory."""
-    times = timed({"B": problem.product(), "fused": problem.fused, "no targets": lambda: problem.fused(targets=False)})
-    for name, (seconds, spread) in times.items():
-        tflops = problem.flops / seconds / 1e12
-        print(f"{problem.name}: {name} {seconds * 1e3:.3f} ms ({spread:.0%}), {tflops:.0f} TFLOP/s")
+    runs = {"B": problem.product(), "fused": problem.fused, "no targets": lambda: problem.fused(targets=False)}
+    times = device_times(runs)
+    print_times(problem.name, times, note=lambda name, seconds: f"{problem.flops / seconds / 1e12:.0f} TFLOP/s")
     measured[f"{problem.name}/B"] = times["fused"][0] / times["B"][0]
-    measured["memory"] = max(measured.get("memory", 0), peak_growth_cuda(problem.fused) / 1e6)
+    measured["memory"] = max(measured.get("memory", 0), bench.peak_growth_cuda(problem.fused) / 1e6)
 
 
 def breakdown(problem: Problem, measured: dict[str, float]) -> None:
@@ -132,9 +193,8 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
     everything()
     peak, total = alone()
     assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), floats[1], atol=1e-3)
-    times = timed({"all statistics": everything, "logsumexp alone": alone})
-    for name, (seconds, spread) in times.items():
-        print(f"{problem.name}, {n_rows} rows: {name} {seconds * 1e3:.3f} ms ({spread:.0%})")
+    times = device_times({"all statistics": everything, "logsumexp alone": alone})
+    print_times(f"{problem.name}, {n_rows} rows", times)
     measured[f"{problem.name}/statistics"] = times["all statistics"][0] / times["logsumexp alone"][0]
 
 
@@ -149,19 +209,20 @@ def configurations(problem: Problem, measured: dict[str, float]) -> None:
     tried |= {f"{count} splits": replace(pinned, splits=count) for count in (5, 10, 17) if count != splits}
     reference = problem.fused(pinned)
     agrees = {name: outputs_agree(problem.fused(config), reference) for name, config in tried.items()}
-    times = timed({name: lambda config=config: problem.fused(config) for name, config in tried.items()})
-    for name, (seconds, spread) in times.items():
-        ratio = seconds / times["pinned"][0]
-        print(f"{problem.name}: {name} {seconds * 1e3:.3f} ms ({spread:.0%}), {ratio:.3f} of pinned, "
-              f"{'agrees' if agrees[name] else 'DISAGREES'}")  # fmt: skip
+    times = device_times({name: lambda config=config: problem.fused(config) for name, config in tried.items()})
+
+    def note(name: str, seconds: float) -> str:
+        return f"{seconds / times['pinned'][0]:.3f} of pinned, {'agrees' if agrees[name] else 'DISAGREES'}"
+
+    print_times(problem.name, times, note=note)
 
 
 def against_torch(problem: Problem, measured: dict[str, float]) -> None:
     """What people run instead."""
-    times = timed({"fused": problem.fused, "chunked": problem.chunked, "naive": problem.naive})
-    for name in ("chunked", "naive"):
-        measured[f"{problem.name}/{name}"] = times[name][0] / times["fused"][0]
-        print(f"{problem.name}: {name} {times[name][0] * 1e3:.2f} ms ({times[name][1]:.0%})")
+    times = device_times({"fused": problem.fused, "chunked": problem.chunked, "naive": problem.naive})
+    ours, _ = times.pop("fused")
+    print_times(problem.name, times, digits=2)
+    measured |= {f"{problem.name}/{name}": seconds / ours for name, (seconds, _) in times.items()}
 
 
 def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
@@ -176,10 +237,8 @@ def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
         "the lens in plain torch": lambda: fused_lens(hidden, targets=problem.targets.view(13, -1), backend="reference",
                                                       **operands),
     }  # fmt: skip
-    times = timed(runs)
-    for name, (seconds, spread) in times.items():
-        ratio = seconds / times["fused"][0]
-        print(f"{problem.name}: {name} {seconds * 1e3:.2f} ms ({spread:.0%}), {ratio:.2f} of fused")
+    times = device_times(runs)
+    print_times(problem.name, times, 2, note=lambda name, seconds: f"{seconds / times['fused'][0]:.2f} of fused")
 
 
 def shares_of_a_model(measured: dict[str, float]) -> None:
@@ -190,14 +249,14 @@ def shares_of_a_model(measured: dict[str, float]) -> None:
     for name, positions in (("the last position", torch.tensor([1023])), ("every position", torch.arange(1024))):
         hidden = lens.hidden(ids, positions)
         targets = torch.zeros(hidden.shape[1:-1], dtype=torch.int64, device=DEVICE)
-        times = timed({
+        times = device_times({
             "model": lambda positions=positions: lens.hidden(ids, positions),
             "lens": lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets, kl=False),
             "lens and KL": lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets),
         })  # fmt: skip
-        for part, (seconds, spread) in times.items():
-            share = seconds / times["model"][0]
-            print(f"gpt2, {name}: {part} {seconds * 1e3:.2f} ms ({spread:.0%}), {share:.1%} of the model's pass")
+        model, _ = times["model"]
+        note = lambda name, seconds, model=model: f"{seconds / model:.1%} of the model's pass"  # noqa: E731
+        print_times(f"gpt2, {name}", times, digits=2, note=note)
 
 
 def few_rows(measured: dict[str, float]) -> None:
@@ -214,9 +273,8 @@ def few_rows(measured: dict[str, float]) -> None:
             "GraphedLens": lambda p=problem, g=lens: g(p.hidden, p.targets),
             "B": problem.product(),
         }
-        times = timed(runs, rounds=50)
-        for name, (seconds, spread) in times.items():
-            print(f"{problem.name}: {name} {seconds * 1e6:.1f} us ({spread:.0%})")
+        times = device_times(runs, rounds=50)
+        print_times(problem.name, times, digits=1, unit="us")
         for name in ("call", "GraphedLens"):
             print(f"{problem.name}: {name} keeps the host busy for {_host_seconds(runs[name]) * 1e6:.0f} us")
         measured[f"{problem.name}/graphed"] = times["graph"][0] * 1e6

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from harness import machine
 from torch import Tensor
 
+from refinelens.bench.measure import Timer
 from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, choose_questions, load_task
 from refinelens.layers.ablation import scan
 from refinelens.layers.blocks import ActivationCache, BlockReplay, check_replay
 from refinelens.layers.interventions import EVERY, LAST, Intervention, MeanContributions
 from refinelens.lens.logit_lens import LogitLens
-from refinelens.machine import device_name
 from refinelens.model.hooks import first_state
 from refinelens.model.loading import LoadedModel, load_model
 
@@ -47,7 +47,7 @@ def main() -> None:
     lens = LogitLens(loaded.model)
     restarts, contexts = check_replay(lens), _contexts(loaded, options)
     lengths = ", ".join(str(ids.shape[1]) for ids in contexts)
-    print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
+    print(f"{options.model} on {options.task}, {machine()}")
     print(f"{lens.n_layers} blocks, contexts of {lengths} tokens; goal {GOAL} x {lens.n_layers} forward passes a scan")
     print(f"equal to the whole model with a hook: {_check(lens, contexts[0])} skips\n")
     print("                                 forward passes   x layers    times the CPU time of a clean run")
@@ -114,17 +114,15 @@ def _measure(lens: LogitLens, restarts: BlockReplay, contexts: list[Tensor], tok
 
 def _counted(lens: LogitLens, ids: Tensor, work: Callable) -> tuple[object, float, float]:
     """What the work gives, its forward passes and its CPU time."""
-    tokens = [0]
+    tokens, result = [0], []
 
     def count(_module, args, kwargs, _output):
         state = first_state(args, kwargs)
         tokens[0] += state.shape[0] * state.shape[1]
 
     with _hooks(lens, list(range(lens.n_layers)), count):
-        start = time.process_time()
-        result = work()
-        seconds = time.process_time() - start
-    return result, tokens[0] / ids.shape[1] / lens.n_layers, seconds
+        seconds = Timer("cpu", threads=1).time(lambda: result.append(work()))
+    return result[0], tokens[0] / ids.shape[1] / lens.n_layers, seconds
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import numpy as np
 import scipy
 from scipy import stats
 
 from refinelens import __version__
-from refinelens.bench.measure import Timer, torch_threads
+from refinelens.bench.measure import take_turns, torch_threads
 from refinelens.machine import device_name
 from refinelens.op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap, top_k_overlap_numpy
 from refinelens.store.trajectory import summarise_numpy, trajectories
@@ -113,19 +112,15 @@ def largest_differences(entered: list[Contest]) -> list[float]:
 def main() -> None:
     entered = contests()
     differences = largest_differences(entered)
-    race = Timer("cpu", threads=1)
-    for i, contest in enumerate(entered):
-        race.enter((i, "ours"), contest.ours)
-        race.enter((i, "theirs"), contest.theirs)
-    for _ in range(ROUNDS):
-        race.round()
+    calls = {(i, side): getattr(contest, side) for i, contest in enumerate(entered) for side in ("ours", "theirs")}
+    times = take_turns(calls, ROUNDS)
     versions = f"refinelens {__version__}, SciPy {scipy.__version__}, numpy {np.__version__}"
     print(f"{device_name('cpu')}, 1 thread, {versions}.")
     print(f"Time: process CPU time; medians of {ROUNDS} rounds in which all take turns.\n")
     heading = f"{'':46}{'refinelens ms':>14}{'other ms':>10}  {'other':17}{'faster':>8}{'difference':>12}"
     print(f"{heading}\n{'-' * len(heading)}")
     for i, (contest, difference) in enumerate(zip(entered, differences, strict=True)):
-        ours, theirs = (median(race.seconds[i, side]) * 1e3 for side in ("ours", "theirs"))
+        ours, theirs = (times[i, side][0] * 1e3 for side in ("ours", "theirs"))
         ratio = f"{theirs / ours:.1f} x"
         print(f"{contest.task:46}{ours:14.2f}{theirs:10.2f}  {contest.other:17}{ratio:>8}{difference:12.0e}")
 

@@ -11,18 +11,18 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from matplotlib.figure import Figure
 
 from refinelens.bench.competitors import COMPETITORS
-from refinelens.bench.measure import Timer, torch_threads
+from refinelens.bench.measure import take_turns, torch_threads
 from refinelens.bench.problem import Problem, random_problem
 from refinelens.machine import device_name
 
@@ -60,42 +60,30 @@ class Point:
 def measure() -> Iterator[Point]:
     """Every point, axis by axis."""
     for axis, sizes in AXES.items():
-        yield from _race(axis, axis, sizes, NAMES, ROUNDS)
+        yield from _points(axis, axis, sizes, NAMES, ROUNDS)
     for axis, sizes in ODD.items():
-        yield from _race(f"odd {axis}", axis, sizes, ("fp32",), ODD_ROUNDS)
+        yield from _points(f"odd {axis}", axis, sizes, ("fp32",), ODD_ROUNDS)
     yield from _threads()
 
 
-def _race(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...], rounds: int) -> Iterator[Point]:
+def _points(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...], rounds: int) -> Iterator[Point]:
     shapes = [{"rows": ROWS, "d_model": D_MODEL, "vocab": VOCAB} | {axis: size} for size in sizes]
     problems = [random_problem(**shape, dtype=torch.float32, device="cpu") for shape in shapes]
     calls = {(name, i): partial(COMPETITORS[name].run, problem) for name in names for i, problem in enumerate(problems)}
-    for (name, i), seconds in _medians(calls, threads=1, rounds=rounds):
+    for (name, i), seconds in take_turns(calls, rounds).items():
         yield Point(label, *shapes[i].values(), 1, name, *seconds)
 
 
 def _threads() -> Iterator[Point]:
     problem = random_problem(ROWS, D_MODEL, VOCAB, torch.float32, "cpu")
-    for threads, seconds in _medians({n: partial(_run_on, n, problem) for n in (1, 2)}, threads=2, rounds=ODD_ROUNDS):
+    calls = {threads: partial(_run_on, threads, problem) for threads in (1, 2)}
+    for threads, seconds in take_turns(calls, ODD_ROUNDS, threads=2).items():
         yield Point("threads", ROWS, D_MODEL, VOCAB, threads, "fp32", *seconds)
 
 
 def _run_on(threads: int, problem: Problem) -> None:
     with torch_threads(threads):
         COMPETITORS["fp32"].run(problem)
-
-
-def _medians(calls: dict[object, Callable], threads: int, rounds: int) -> Iterator[tuple]:
-    """(key, (median, spread)) of every call, after one that is not counted."""
-    race = Timer("cpu", threads)
-    for key, call in calls.items():
-        call()
-        race.enter(key, call)
-    for _ in range(rounds):
-        race.round()
-    for key, seconds in race.seconds.items():
-        middle = median(seconds)
-        yield key, (middle, (max(seconds) - min(seconds)) / middle)
 
 
 def findings(points: list[Point]) -> Iterator[str]:
@@ -121,12 +109,8 @@ def write_csv(points: list[Point], path: Path) -> None:
 
 def draw(points: list[Point], path: Path) -> None:
     """Three panels, cost against size, both logarithmic; the thin line is proportional to size."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(AXES), figsize=(10, 3.6), layout="constrained", sharey=True)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(AXES), sharey=True)
     for panel, axis in zip(panels, AXES, strict=True):
         for name in reversed(NAMES):  # the fused kernel last, on top
             line = sorted((p for p in points if p.axis == axis and p.name == name), key=lambda p: p.size)

@@ -10,11 +10,10 @@ on a CPU, wall time between synchronisations on a GPU.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import torch
 
+from refinelens.bench.measure import take_turns
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.translators import Translators
 from refinelens.model.head import LensHead
@@ -48,30 +47,16 @@ def main() -> None:
     plain, same = (lens.read_states(hidden, targets, t, kl=False).stats for t in (None, zeros))
     if not torch.equal(plain.argmax, same.argmax) or not torch.equal(plain.target_rank, same.target_rank):
         raise SystemExit("expected translators of zeros to change nothing, got another argmax or rank")
-    seconds: dict[str, list[float]] = {"plain": [], "translated": []}
-    for _ in range(options.rounds + 1):
-        for name, translators in (("plain", None), ("translated", maps)):
-            seconds[name].append(_seconds(lambda t=translators: lens.read_states(hidden, targets, t, kl=False), device))
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first of each warms up
+    calls = {
+        name: lambda t=translators: lens.read_states(hidden, targets, t, kl=False)
+        for name, translators in (("plain", None), ("translated", maps))
+    }
+    medians = {name: seconds for name, (seconds, _) in take_turns(calls, options.rounds, device).items()}
     rows = (N_LAYERS + 1) * options.positions
     extra = 2 * N_LAYERS * options.positions * D_MODEL**2 / (2 * rows * D_MODEL * VOCAB)
-    print(
-        f"{device}, {dtype}, {rows} rows, D {D_MODEL}, V {VOCAB}: "
-        + ", ".join(f"{n} {s:.3f} s" for n, s in medians.items())
-    )
+    times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in medians.items())
+    print(f"{device}, {dtype}, {rows} rows, D {D_MODEL}, V {VOCAB}: {times}")
     print(f"translated / plain: {medians['translated'] / medians['plain']:.3f} (extra FLOPs {100 * extra:.1f} %)")
-
-
-def _seconds(call, device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     options = LayerOptions(names, arguments.at, arguments.examples, arguments.lens)
     _calm_libraries()
     from .layers.analysis import how_to_resume, run_layers
-    from .layers.report import print_layers
     from .progress import fit_progress
+    from .report.tables import print_layers
     from .store.process import Interrupted
 
     given = (arguments.folder, options, arguments.out, arguments.overwrite, ["refinelens", *argv])
@@ -163,7 +163,7 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
         check_idle(values, TRAINING, "--objective kl", options.objective)
     _calm_libraries()
     from .fitting.fit import HOW_TO_RESUME, fit_lens
-    from .fitting.quality import print_quality
+    from .report.tables import print_quality
     from .store.process import Interrupted
 
     try:

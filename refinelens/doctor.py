@@ -20,7 +20,7 @@ from .machine import package_version
 from .model.head import find_blocks, find_head
 from .model.loading import LoadedModel, find_smollm2, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
-from .report.findings import counted
+from .report.rows import counted
 
 
 def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from .lens.logit_lens import LogitLens
 from .machine import now
 from .model.identity import text_of
 from .op.vocabulary import lens_top_k
-from .report.findings import counted
+from .report.rows import counted
 from .store.files import write_output
 from .store.frames import Choice
 from .store.results import Run

@@ -1,12 +1,13 @@
-"""Estimates with intervals over questions: means and medians by bootstrap, shares and their differences.
+"""Every interval, test and simultaneous bound: numbers over questions, on arrays alone.
 
 The bootstrap resamples questions and takes expanded percentiles (Hesterberg 2015, arXiv 1411.5279). Intervals of shares
-are not empty where all questions say the same.
+are not empty where all questions say the same. What is estimated, and why so, stands in docs/definitions.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -17,6 +18,10 @@ RESAMPLES = 2000
 LEVEL = 0.95
 FEW_QUESTIONS = 5  # fewer have no interval: even the range of 4 values misses the true median once in 8 times
 DRAWN_VALUES = 1 << 20  # held as fp64 at a time
+EXACT_QUESTIONS = 16  # with a difference other than 0; up to here all 2**n sign patterns are counted
+SIGN_RESAMPLES = 9999  # beyond
+EQUAL = 1e-9  # as a share: differences of means that are the same but for rounding
+MEAN, SHARE, SHARE_CHANGE = "mean", "share", "share_change"  # kinds of statistics, see `mean_estimates`
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
@@ -31,24 +36,38 @@ class Estimate:
 
 NO_ESTIMATE = Estimate(math.nan, math.nan, math.nan)
 
-def mean_estimates(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Estimate]:
+
+def mean_estimates(
+    sums: np.ndarray, counts: np.ndarray, seed: int, kinds: Sequence[str] | None = None
+) -> list[Estimate]:
     """Means of several statistics over all their values, resampled by question.
 
-    The draws depend on the seed and the number of questions alone, so that cells of one size are drawn alike.
+    A share of questions with one value each, and a difference of two such shares, have the intervals of
+    `share_estimate` and `paired_estimate` instead.
 
     Args:
         sums: ``[n_questions, n_statistics]``, the sum of a question's values.
         counts: Same shape, how many values the question has; it may have none.
         seed: Seed of the draws.
+        kinds: Of every statistic `MEAN`, `SHARE` (values 0 and 1) or `SHARE_CHANGE` (-1, 0 and 1); None: all means.
     """
-    means, resampled = resampled_means(sums, counts, seed)
-    return [estimate(*column) for column in zip(means, resampled.T, (counts > 0).sum(0).tolist(), strict=True)]
+    means, questions = resampled_means(sums, counts, seed), (counts > 0).sum(0).tolist()
+    found = [estimate(own[0], own[1:], n) for own, n in zip(means.T, questions, strict=True)]
+    for i, kind in enumerate(kinds or ()):
+        if kind != MEAN and counts[:, i].max() <= 1:
+            of_share = kind == SHARE
+            values = np.where(counts[:, i] > 0, sums[:, i], np.nan)
+            found[i] = share_estimate(int(sums[:, i].sum()), questions[i]) if of_share else paired_estimate(values)
+    return found
 
 
-def resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The means of `mean_estimates`, ``[n_statistics]``, and those of every resample, ``[RESAMPLES, n_statistics]``."""
-    blocks = [ratio(drawn @ sums, drawn @ counts) for drawn in _blocks(len(sums), seed)]
-    return ratio(sums.sum(0), counts.sum(0)), np.concatenate(blocks)
+def resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """The means of `mean_estimates` and under them those of every resample, ``[1 + RESAMPLES, n_statistics]``.
+
+    The draws depend on the seed and the number of questions alone, so that cells of one size are drawn alike.
+    """
+    drawn_means = [ratio(drawn @ sums, drawn @ counts) for drawn in _blocks(len(sums), seed)]
+    return np.concatenate([ratio(sums.sum(0), counts.sum(0))[None], *drawn_means])
 
 
 def median_estimate(histogram: np.ndarray, seed: int) -> Estimate:
@@ -87,6 +106,39 @@ def reflected_estimate(value: float, resampled: np.ndarray, questions: int, limi
     found = estimate(value, resampled, questions)
     low, high = np.clip([2 * found.value - found.high, 2 * found.value - found.low], -limit, limit)
     return Estimate(found.value, float(np.minimum(low, found.value)), float(np.maximum(high, found.value)))
+
+
+def correlation_estimate(
+    a: np.ndarray, b: np.ndarray, compare: Callable[[np.ndarray, np.ndarray], np.ndarray], questions: int
+) -> Estimate:
+    """Correlation of two rows of means, with the reflected interval of the correlations of their resamples.
+
+    The noise of the means moves a correlation towards 0, and that of resampled means, which have it twice, further.
+
+    Args:
+        a: ``[1 + RESAMPLES, n]``, as `resampled_means` gives them.
+        b: Same shape.
+        compare: A correlation of every row of one with that of the other.
+        questions: That were resampled.
+    """
+    found = compare(a, b)
+    return reflected_estimate(found[0], found[1:], questions, limit=1.0)
+
+
+def lower_bounds(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Bounds below the means of several statistics, ``[n_statistics]``, that hold for all of them at once.
+
+    With a probability of `LEVEL`: one-sided t bounds at a Bonferroni level, with the standard error of a mean over
+    questions with different numbers of values (Cochran 1977, Sampling Techniques, 6.4).
+
+    Args:
+        sums: ``[n_questions, n_statistics]``, the sum of a question's values; 2 questions or more have some.
+        counts: Same shape, how many values the question has; a statistic without any has NaN for a bound.
+    """
+    means, questions = ratio(sums.sum(0), counts.sum(0)), (counts > 0).sum(0)
+    squares = ((sums - means * counts) ** 2).sum(0) * questions / (questions - 1)
+    errors = ratio(np.sqrt(squares), counts.sum(0))
+    return means - t_quantile((1 - LEVEL) / (questions > 0).sum(), questions) * errors
 
 
 def t_quantile(tail: float, questions: np.ndarray | int) -> np.ndarray:
@@ -138,7 +190,7 @@ def _draws(n_questions: int, seed: int) -> np.ndarray:
     return draws
 
 
-def _blocks(n_questions: int, seed: int):
+def _blocks(n_questions: int, seed: int) -> Iterator[np.ndarray]:
     draws, step = _draws(n_questions, seed), max(1, DRAWN_VALUES // n_questions)
     for start in range(0, RESAMPLES, step):
         yield draws[start : start + step].astype(float)
@@ -184,3 +236,61 @@ def share_difference(gained: int, lost: int, n: int) -> Estimate:
     more, less = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     centre, half = more - less, Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
     return Estimate((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Differences of questions, and the one-sided test that they lie above 0; NaN where a number does not exist."""
+
+    questions: int  # that have a difference
+    differ: int  # of these, whose difference is not 0
+    difference: Estimate  # mean over questions
+    d_z: float  # mean / standard deviation (Cohen 1988)
+    p: float
+
+    @classmethod
+    def of(cls, d: np.ndarray, p: float, seed: int) -> PairedTest:
+        """The test of ``d`` ``[questions]`` whose p is known, or NaN where there is none."""
+        effect, d_z = NO_ESTIMATE, math.nan
+        if len(d):
+            effect = mean_estimates(d[:, None], np.ones((len(d), 1)), seed)[0]
+        if len(d) > 1 and np.ptp(d) > EQUAL * np.abs(d).max():
+            d_z = float(d.mean() / d.std(ddof=1))
+        return cls(len(d), int(np.count_nonzero(d)), effect, d_z, p)
+
+
+def sign_flip(differences: np.ndarray, seed: int, exact_questions: int = EXACT_QUESTIONS) -> tuple[float, str]:
+    """One-sided p, of a mean above 0, under all changes of sign, and how it was found.
+
+    Args:
+        differences: ``[n]``, one per question; at least 2, not all 0.
+        seed: Seed of the sign patterns drawn where more than ``exact_questions`` differences are not 0.
+        exact_questions: Up to so many, every pattern is counted.
+    """
+    from scipy.stats import permutation_test  # takes a second to import
+
+    differences = differences[differences != 0]  # a zero is the same under either sign
+    if len(differences) == 1:
+        differences = np.append(differences, 0.0)  # scipy wants two values
+    exact = len(differences) <= exact_questions
+    result = permutation_test(
+        (differences,),
+        lambda values, axis: values.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        alternative="greater",
+        n_resamples=2**exact_questions if exact else SIGN_RESAMPLES,
+        batch=max(1, DRAWN_VALUES // len(differences)),
+        random_state=np.random.default_rng(seed),
+    )
+    return float(result.pvalue), "exact sign-flip" if exact else f"sign-flip, {SIGN_RESAMPLES} patterns, seed {seed}"
+
+
+def holm(p: list[float]) -> list[float]:
+    """Adjusted p values (Holm 1979); NaN stays, and does not count as a test."""
+    adjusted, largest = list(p), 0.0
+    tested = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
+    for step, i in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - step) * p[i]))
+        adjusted[i] = largest
+    return adjusted

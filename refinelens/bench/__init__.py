@@ -1,5 +1,5 @@
 """The benchmark: the op beside what people use instead, checked against fp64 first, then timed in turn.
 
-options -> sources -> problem -> peers -> competitors -> truth, memory and fresh processes, race and peak -> session
--> report -> table
+options -> problem x competitors -> fp64 check and memory, then timed in turn -> report -> table. The scripts of
+benchmarks/ are made of the same parts.
 """

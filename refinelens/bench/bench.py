@@ -1,4 +1,4 @@
-"""One benchmark: prepares the competitors, checks them, times them in turn."""
+"""One benchmark: every competitor is held against fp64 and, if it is right, timed in turn with the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,28 @@ from .. import __version__
 from ..config import BenchOptions
 from ..machine import device_name, package_version
 from ..op.backends import instruction_set
-from .competitors import NAIVE, Competitor, choose
-from .measure import DoesNotRun, Fp64Check, Timer, extra_memory, peak_meter, torch_threads
+from .competitors import BASELINE, COMPETITORS, NAIVE, OURS, Competitor, choose
+from .measure import DoesNotRun, Fp64Check, Timer, extra_memory, peak_meter, spread, torch_threads
 from .problem import Problem, available_memory, can_measure_growth, make_problem, peak_growth_cuda
 from .table import CheckResult, Report, Result
 
 TRIAL_ROWS = 64
-LONGEST = 10.0  # seconds of a call; what would take longer is measured on fewer rows
 MEMORY_SHARE = 0.5  # of what is available that the logits of a competitor may take
 
 
 @dataclass(frozen=True)
+class Setup:
+    """Who may take part, and what is asked of the machine."""
+
+    competitors: dict[str, Competitor] = field(default_factory=lambda: COMPETITORS)  # by name
+    available_memory: Callable[[str], int | None] = available_memory
+    extra_memory: Callable[[Path, str, int, int], int] | None = extra_memory if can_measure_growth() else None
+    longest: float = 10.0  # seconds of a call; what would take longer is measured on fewer rows
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A competitor that passed the check, with what is known before the race."""
+    """A competitor that passed the check, with what is known before it is timed."""
 
     competitor: Competitor
     problem: Problem  # on the rows it is measured on
@@ -54,55 +63,64 @@ class Entry:
         return "; ".join(remarks) or None
 
 
-def run_bench(options: BenchOptions, say: Callable[[str], None] = lambda text: None) -> Report:
+def run_bench(
+    options: BenchOptions, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
+) -> Report:
     """Check and time every competitor on one problem.
 
     Args:
         options: What is measured.
-        say: Called with what is being done.
+        progress: Called with what is being done.
+        setup: If not this package's competitors on this machine.
 
     Raises:
         InputError: Options that do not fit this machine.
     """
-    with open_session(options, say) as session:
+    with open_session(options, progress, setup) as session:
         for number in range(options.rounds):
-            say(f"round {number + 1} of {options.rounds}")
+            progress(f"round {number + 1} of {options.rounds}")
             session.round()
         return session.report()
 
 
 @contextmanager
-def open_session(options: BenchOptions, say: Callable[[str], None] = lambda text: None) -> Iterator[Session]:
+def open_session(
+    options: BenchOptions, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
+) -> Iterator[Session]:
     """A session to call ``round`` of as often as wanted, while torch has the options' number of threads."""
-    chosen = choose(options.peers)
+    setup = setup or Setup()
+    chosen = choose(options.peers, setup.competitors)
     with torch_threads(options.threads), torch.no_grad():
-        yield Session(options, chosen, say)
+        yield Session(options, chosen, setup, progress)
 
 
 class Session:
     """Competitors that are right, ready to be timed; made by `open_session`."""
 
-    def __init__(self, options: BenchOptions, competitors: list[Competitor], say: Callable[[str], None]):
+    def __init__(
+        self, options: BenchOptions, competitors: list[Competitor], setup: Setup, progress: Callable[[str], None]
+    ):
         self.options = options
+        self._setup = setup
         self._instruction_set = _instruction_set()
-        say("making the problem")
+        progress("making the problem")
         self.problem = make_problem(options)
         self._device = self.problem.hidden.device.type
-        say("fp64")
-        self._truth = Fp64Check(self.problem)
+        progress("fp64")
+        self._check = Fp64Check(self.problem)
         self._left_out: dict[str, str] = {}
         self._failed: list[str] = []
-        self._lanes: dict[str, Entry] = {}
-        self._race = Timer(self._device, options.threads)
+        self._entries: dict[str, Entry] = {}
+        self._timer = Timer(self._device, options.threads)
         with tempfile.TemporaryDirectory(prefix="refinelens-bench-") as folder:
             file = Path(folder) / "problem.pt"
             if self._device == "cpu":
                 torch.save(self.problem, file)
             for competitor in competitors:
-                say(competitor.title)
+                progress(competitor.title)
                 self._admit(competitor, file)
-        for name, lane in self._lanes.items():
-            self._race.enter(name, partial(lane.competitor.run, lane.problem))
+        for name, entry in self._entries.items():
+            self._timer.enter(name, partial(entry.competitor.run, entry.problem))
         self._peak = peak_meter(self._device, self.problem.hidden.dtype, options.threads)
         self._peaks: list[float] = []
         self._rounds = 0
@@ -111,18 +129,18 @@ class Session:
         """Time every competitor once, and the peak beside them."""
         if self._peak:
             self._peaks.append(self._peak[1]())
-        self._race.round()
+        self._timer.round()
         self._rounds += 1
 
     def _admit(self, competitor: Competitor, problem_file: Path) -> None:
-        """Give a competitor a lane if it runs here and is right; else note why not."""
+        """Enter a competitor if it runs here and is right; else note why not."""
         try:
             reason = competitor.obstacle(self.problem)
             if reason is None:
-                lane = self._prepare(competitor, problem_file)
-                reason = lane.verdict and lane.verdict.wrong
+                entry = self._prepare(competitor, problem_file)
+                reason = entry.verdict and entry.verdict.wrong
                 if reason is None:
-                    self._lanes[competitor.name] = lane
+                    self._entries[competitor.name] = entry
                     return
                 self._note_failure(competitor)
                 reason = f"wrong: {reason}"
@@ -130,22 +148,22 @@ class Session:
             reason = str(error) if isinstance(error, DoesNotRun) else "does not fit into memory"
             self._note_failure(competitor)
         except Exception as error:  # other people's code can raise anything
-            if competitor.group != "peer":
+            if competitor.group != BASELINE:
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         self._left_out[competitor.title] = reason
 
     def _note_failure(self, competitor: Competitor) -> None:
-        if competitor.group == "ours":
+        if competitor.group == OURS:
             self._failed.append(competitor.title)
 
     def _prepare(self, competitor: Competitor, problem_file: Path) -> Entry:
         rows, first_seconds = self._affordable_rows(competitor)
         problem = self.problem.first(rows)
         extra = None
-        if self._device == "cpu" and can_measure_growth():
-            extra = extra_memory(problem_file, competitor.name, rows, self.options.threads)
-        verdict = self._truth.judge(competitor.run(problem), rows)
+        if self._device == "cpu" and self._setup.extra_memory:
+            extra = self._setup.extra_memory(problem_file, competitor.name, rows, self.options.threads)
+        verdict = self._check.judge(competitor.run(problem), rows)
         if self._device == "cuda":
             extra = peak_growth_cuda(lambda: competitor.run(problem))
         return Entry(competitor, problem, first_seconds, extra, verdict)
@@ -153,17 +171,17 @@ class Session:
     def _affordable_rows(self, competitor: Competitor) -> tuple[int, float | None]:
         """How many rows memory and patience allow, and by how much a first call takes longer than a second."""
         rows = len(self.problem.hidden)
-        there = available_memory(self._device)
+        there = self._setup.available_memory(self._device)
         if there is not None and competitor.logit_bytes:
             a_row = competitor.logit_bytes * len(self.problem.unembedding)
             rows = min(rows, int(MEMORY_SHARE * there) // a_row)
             if rows == 0:
                 raise DoesNotRun(f"does not fit: {a_row / 1e9:.3g} GB a row, {there / 1e9:.3g} GB available")
         if competitor.compiles:  # a trial would compile once more; it takes about as long as naive
-            return min(rows, len(self._lanes[NAIVE].problem.hidden)) if NAIVE in self._lanes else rows, None
+            return min(rows, len(self._entries[NAIVE].problem.hidden)) if NAIVE in self._entries else rows, None
         trial = self.problem.first(TRIAL_ROWS)
-        first, seconds = (self._race.time(lambda: competitor.run(trial)) for _ in range(2))
-        return min(rows, max(1, int(LONGEST / seconds * len(trial.hidden)))), first - seconds
+        first, seconds = (self._timer.time(lambda: competitor.run(trial)) for _ in range(2))
+        return min(rows, max(1, int(self._setup.longest / seconds * len(trial.hidden)))), first - seconds
 
     def report(self) -> Report:
         """What the rounds so far have shown."""
@@ -174,7 +192,7 @@ class Session:
             device_type=self._device,
             instruction_set=self._instruction_set,
             threads=self.options.threads,
-            clock="process CPU time" if self._race.clock is time.process_time else "wall clock",
+            clock="process CPU time" if self._timer.clock is time.process_time else "wall clock",
             versions=_versions(self._device),
             date=f"{datetime.now(UTC):%Y-%m-%d}",
             rows=rows,
@@ -185,32 +203,32 @@ class Session:
             rounds=self._rounds,
             peak=self._peak[0] if self._peak else None,
             peak_flops=peak,
-            results=[self._result(lane, peak) for lane in self._lanes.values()],
+            results=[self._result(entry, peak) for entry in self._entries.values()],
             left_out=self._left_out,
             failed=self._failed,
         )
 
     def _per_row(self, name: str) -> list[float]:
-        return [seconds / len(self._lanes[name].problem.hidden) for seconds in self._race.seconds[name]]
+        return [seconds / len(self._entries[name].problem.hidden) for seconds in self._timer.seconds[name]]
 
-    def _result(self, lane: Entry, peak: float | None) -> Result:
-        per_row = self._per_row(lane.competitor.name)
+    def _result(self, entry: Entry, peak: float | None) -> Result:
+        per_row = self._per_row(entry.competitor.name)
         seconds = median(per_row) * len(self.problem.hidden)
-        naive = self._per_row(NAIVE) if NAIVE in self._lanes else None
+        naive = self._per_row(NAIVE) if NAIVE in self._entries else None
         flops = self.problem.flops / seconds
         return Result(
-            name=lane.competitor.name,
-            title=lane.competitor.title,
-            group=lane.competitor.group,
-            measured_rows=len(lane.problem.hidden),
+            name=entry.competitor.name,
+            title=entry.competitor.title,
+            group=entry.competitor.group,
+            measured_rows=len(entry.problem.hidden),
             seconds=seconds,
-            spread=(max(per_row) - min(per_row)) / median(per_row),
+            spread=spread(per_row),
             ratio=naive and median(a / b for a, b in zip(naive, per_row, strict=True)),
             flops=flops,
             peak_share=flops / peak if peak else None,
-            extra_bytes=lane.extra_bytes,
-            verdict=lane.verdict,
-            note=lane.note(len(self.problem.hidden)),
+            extra_bytes=entry.extra_bytes,
+            verdict=entry.verdict,
+            note=entry.note(len(self.problem.hidden)),
         )
 
 

@@ -25,6 +25,7 @@ Statistics = dict[str, Tensor]
 ROW_CHUNK = 256
 VOCAB_CHUNK = 4096
 NAIVE = "naive"  # what every other is compared with
+OURS, BASELINE, PRODUCT = "ours", "baseline", "product"
 
 
 def final_norm(hidden: Tensor, norm: Norm) -> Tensor:
@@ -157,7 +158,7 @@ class Competitor:
     name: str
     title: str  # as the table calls it
     run: Callable[[Problem], Statistics]
-    group: str  # ours, peer or product
+    group: str  # OURS, BASELINE or PRODUCT
     logit_bytes: int = 0  # bytes held at once for every logit of the problem
     compiles: bool = False  # the first call with a shape takes seconds
     keeps: str | None = None  # what the first call with an unembedding makes for later ones
@@ -207,54 +208,55 @@ def _needs_kernel(problem: Problem) -> str | None:
 
 
 HALF = (torch.bfloat16, torch.float16)
-ALL = [
-    Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), "ours", obstacle=_needs_kernel),
+_ALL = (
+    Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), OURS, obstacle=_needs_kernel),
     Competitor(
         "certified",
         "refinelens, certified",
         _fused(precision="certified"),
-        "ours",
+        OURS,
         keeps="its index of the unembedding",
         obstacle=_needs_cpp,
     ),
-    Competitor("reference", "refinelens, plain torch", _fused(backend="reference"), "ours"),
-    Competitor(NAIVE, "torch, all logits (naive)", naive, "peer", logit_bytes=18),
-    Competitor("compiled", "torch.compile of naive", compiled, "peer", logit_bytes=16, compiles=True),
-    Competitor("row-chunks", f"torch, {ROW_CHUNK} rows at a time", row_chunks, "peer"),
-    Competitor("vocab-chunks", f"torch, {VOCAB_CHUNK} tokens at a time", vocab_chunks, "peer"),
-    Competitor("argsort", "log_softmax, two argsorts", two_argsorts, "peer", logit_bytes=34),
+    Competitor("reference", "refinelens, plain torch", _fused(backend="reference"), OURS),
+    Competitor(NAIVE, "torch, all logits (naive)", naive, BASELINE, logit_bytes=18),
+    Competitor("compiled", "torch.compile of naive", compiled, BASELINE, logit_bytes=16, compiles=True),
+    Competitor("row-chunks", f"torch, {ROW_CHUNK} rows at a time", row_chunks, BASELINE),
+    Competitor("vocab-chunks", f"torch, {VOCAB_CHUNK} tokens at a time", vocab_chunks, BASELINE),
+    Competitor("argsort", "log_softmax, two argsorts", two_argsorts, BASELINE, logit_bytes=34),
     Competitor(
         "liger",
         "Liger linear cross-entropy",
         liger,
-        "peer",
+        BASELINE,
         obstacle=_needs("liger_kernel", "liger-kernel", (*HALF, torch.float32)),
     ),
     Competitor(
         "cce",
         "Apple cut cross-entropy",
         cut_cross_entropy,
-        "peer",
+        BASELINE,
         obstacle=_needs("cut_cross_entropy", "cut-cross-entropy", HALF),
     ),
-    Competitor("mm", "matrix product: torch.mm", _torch_product, "product", logit_bytes=4),
-    Competitor("product", "matrix product: refinelens", _own_product, "product", obstacle=_needs_cpp),
-]
-COMPETITORS = {competitor.name: competitor for competitor in ALL}
+    Competitor("mm", "matrix product: torch.mm", _torch_product, PRODUCT, logit_bytes=4),
+    Competitor("product", "matrix product: refinelens", _own_product, PRODUCT, obstacle=_needs_cpp),
+)
+COMPETITORS = {competitor.name: competitor for competitor in _ALL}
 
 
-def choose(peers_wanted: str) -> list[Competitor]:
-    """Our own paths, the naive expression, the products, and of the peers those that were asked for.
+def choose(baselines: str, competitors: dict[str, Competitor] = COMPETITORS) -> list[Competitor]:
+    """Our own paths, the naive expression, the products, and of the baselines those that were asked for.
 
     Args:
-        peers_wanted: ``all``, ``none`` or names separated by commas.
+        baselines: ``all``, ``none`` or names separated by commas.
+        competitors: By name.
 
     Raises:
-        InputError: A name that no peer has.
+        InputError: A name that no baseline has.
     """
-    known = [c.name for c in ALL if c.group == "peer"]
-    names = {"all": known, "none": []}.get(peers_wanted, peers_wanted.split(","))
+    known = [c.name for c in competitors.values() if c.group == BASELINE]
+    names = {"all": known, "none": []}.get(baselines, baselines.split(","))
     for name in names:
         if name not in known:
             raise InputError(f"--peers: expected all, none or some of {','.join(known)}, got {name!r}")
-    return [c for c in ALL if c.group != "peer" or c.name in (NAIVE, *names)]
+    return [c for c in competitors.values() if c.group != BASELINE or c.name in (NAIVE, *names)]

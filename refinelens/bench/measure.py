@@ -1,4 +1,4 @@
-"""How competitors are measured: against fp64 first, then in turn, so that a machine that drifts drifts for all alike.
+"""How calls are measured: against fp64 first, then in turn, so that a machine that drifts drifts for all alike.
 
 The memory that a competitor needs on a CPU is that of a fresh process. The most arithmetic that this machine does is
 measured beside them.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -108,6 +109,24 @@ class Timer:
     def _wait(self) -> None:
         if self._device == "cuda":
             torch.cuda.synchronize()
+
+
+def spread(seconds: list[float]) -> float:
+    """(Slowest - fastest) / median."""
+    return (max(seconds) - min(seconds)) / median(seconds)
+
+
+def take_turns(
+    calls: dict[Hashable, Callable[[], object]], rounds: int, device: str = "cpu", threads: int = 1
+) -> dict[Hashable, tuple[float, float]]:
+    """(Median seconds, spread) of every call, all in turn, after one of each that is not counted."""
+    timer = Timer(device, threads)
+    for name, call in calls.items():
+        call()
+        timer.enter(name, call)
+    for _ in range(rounds):
+        timer.round()
+    return {name: (median(seconds), spread(seconds)) for name, seconds in timer.seconds.items()}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Result:
 
     name: str
     title: str
-    group: str  # ours, peer or product
+    group: str  # ours, baseline or product
     measured_rows: int  # where fewer than the problem has, seconds are scaled up
     seconds: float  # median
     spread: float  # (slowest - fastest) / median

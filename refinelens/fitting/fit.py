@@ -22,12 +22,14 @@ from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
 from ..machine import now, packages
 from ..model.loading import LoadedModel, is_out_of_memory, load_model
+from ..report.figures import QUALITY_FIGURE, draw_quality
+from ..report.tables import QUALITY_TABLE, write_quality
 from ..store.files import check_disk, disk_error, write_whole
 from ..store.folder import MANIFEST, Folder, MadeOf
 from ..store.process import Interrupted, RunLock, StopSignals
 from . import objectives
 from .objectives import Statistics, train
-from .quality import FIGURE, TABLE, draw_figure, measure, write_csv
+from .quality import measure
 from .text import States, Text, load_text
 
 STATISTICS = "statistics.safetensors"
@@ -43,7 +45,7 @@ class LensFolder(Folder):
     """A lens, which its manifest makes whole; before that, the statistics that a fit goes on from."""
 
     NAME = "a lens"
-    DERIVED = (TENSORS, TABLE, FIGURE, STATISTICS)
+    DERIVED = (TENSORS, QUALITY_TABLE, QUALITY_FIGURE, STATISTICS)
     MARKS = (MANIFEST, STATISTICS)
 
 
@@ -148,8 +150,8 @@ class _Fit:
             "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
             "seconds": round(time.monotonic() - started, 3),
         }
-        write_csv(self.path, manifest)
-        draw_figure(self.path, manifest)
+        write_quality(self.path, manifest)
+        draw_quality(self.path, manifest)
         manifest = save_lens(self.path, lenses[self.options.objective], manifest)
         (self.path / STATISTICS).unlink(missing_ok=True)
         return manifest

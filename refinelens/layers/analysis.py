@@ -14,6 +14,7 @@ from pathlib import Path
 from ..config import LayerOptions
 from ..data.questions import Question
 from ..errors import FaultError, UnsupportedModelError
+from ..report.rows import LayersReport
 from ..store.files import disk_error
 from ..store.folder import FolderWriter, MadeOf, go_on, process_entry
 from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, write_rows
@@ -25,7 +26,7 @@ from .ablation import AblationRunner
 from .blocks import check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
-from .report import LayersReport, read_report, write_outputs
+from .report import read_report, write_outputs
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

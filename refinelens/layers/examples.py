@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError
-from ..report.findings import lens_names
+from ..report.rows import lens_names
 from ..store.layers import KEYS
 from ..store.process import is_held
 from ..store.results import Run, status_words

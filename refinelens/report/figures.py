@@ -1,16 +1,41 @@
-"""The figures of a run: accuracy and depth by gold position, and what each lens sees by layer."""
+"""Every figure, of a run, of an analysis of layers, of the quality of a fit.
+
+A figure is an object of its own, without pyplot: neither the backend of whoever calls nor the settings are touched.
+"""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..config import CLOSED_BOOK, ORACLE, condition_name
+import numpy as np
+
+from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, condition_name
 from ..stats import FEW_QUESTIONS
 from ..store.files import write_whole
+from ..store.layers import DESTROY, RESTORE
 from ..store.results import Run
-from .findings import Report, counted, title
-from .summary import LayerProfile, SummaryRow, caution_lines
+from .rows import (
+    COST,
+    EVERY_POSITION,
+    GAIN,
+    LENS,
+    LayerProfile,
+    LayersReport,
+    LayerStatistic,
+    Report,
+    SummaryRow,
+    counted,
+    title,
+)
+from .summary import caution_lines
+
+if TYPE_CHECKING:  # half a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Distinct to colour-blind readers on white (Okabe and Ito 2008); markers tell the lines apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -19,38 +44,59 @@ LEVELS = {CLOSED_BOOK: {"color": "0.6", "ls": "--"}, ORACLE: {"color": "0.3", "l
 MARGIN = 0.02  # of an axis, so that markers at its end are whole
 LEGEND_WIDTH = 1.4  # inches
 CHARACTERS_PER_INCH = 17  # of 8 point text
+KL_LABEL = "KL(final || layer)\n(mean nats; axis linear below 1)"
+QUALITY_FIGURE = "quality.png"
+PANELS = {  # of an analysis of layers, a row each
+    LENS: "gain, {lens} lens\n({unit})",
+    "skip": "block skipped\n({unit})",
+    "mean": "block replaced by its\nmean ({unit})",
+    "attn": "attention zero-ablated\n({unit})",
+    "mlp": "MLP zero-ablated\n({unit})",
+}
+PATCHES = {
+    RESTORE: "failing runs, given the state of a right one",
+    DESTROY: "right runs, given the state of a failing one",
+}
+LINEAR_TO = 1.0  # nats; beyond, the axis is logarithmic
 
 
 def draw_figures(run: Run, report: Report, profiles: list[LayerProfile]) -> None:
-    """Write ``accuracy.png``, ``depth.png`` and ``layers.png``."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    _draw_accuracy(run, report)
-    _draw_depth(run, report)
-    _draw_layers(run, report, profiles)
+    """Write ``accuracy.png``, ``depth.png`` and ``layers.png`` of a run."""
+    _save(run.path / "accuracy.png", accuracy_figure(report))
+    _save(run.path / "depth.png", depth_figure(report))
+    _save(run.path / "layers.png", profiles_figure(report, profiles))
 
 
-def _draw_accuracy(run: Run, report: Report) -> None:
+def draw_layers(path: Path, report: LayersReport) -> None:
+    """Write the figure of an analysis of layers."""
+    _save(path, layers_figure(report), dpi=200)
+
+
+def draw_quality(folder: Path, manifest: dict) -> None:
+    """Write ``quality.png`` of a fit."""
+    _save(folder / QUALITY_FIGURE, quality_figure(manifest))
+
+
+def accuracy_figure(report: Report) -> Figure:
     """A panel per way to score; accuracy is the model's own: the same under every lens and threshold."""
     scores = {"accuracy": "first answer token", "accuracy_all": "every answer token"}
     if report.has_generations:
         scores["accuracy_generated"] = "generated answer"
-    figure, panels = _figure(len(scores))
+    figure, panels = _run_figure(len(scores))
     for axes, (name, words) in zip(panels, scores.items(), strict=True):
         _plot_sizes(axes, _reading(report, report.lenses[0]), name)
         axes.set_title(words, fontsize=10)
     panels[0].set_ylim(-MARGIN, 1 + MARGIN)
     panels[0].set_ylabel("accuracy")
     _add_legend(figure, panels)
-    figure.suptitle(_title(report), fontsize=10, parse_math=False)
-    _save(run, figure, "accuracy.png")
+    figure.suptitle(_run_title(report), fontsize=10, parse_math=False)
+    return figure
 
 
-def _draw_depth(run: Run, report: Report) -> None:
-    """One panel per lens at the first threshold, on one scale."""
+def depth_figure(report: Report) -> Figure:
+    """Depth by gold position: one panel per lens at the first threshold, on one scale."""
     cautions = [c for c in report.cautions if c.top == report.tops[0]]
-    figure, panels = _figure(len(report.lenses), caution_lines(cautions, report.manifest))
+    figure, panels = _run_figure(len(report.lenses), caution_lines(cautions, report.manifest))
     for axes, lens in zip(panels, report.lenses, strict=True):
         _plot_sizes(axes, _reading(report, lens), "mean_depth")
         if len(report.lenses) > 1:
@@ -60,15 +106,15 @@ def _draw_depth(run: Run, report: Report) -> None:
     panels[0].set_ylabel("mean refinement depth (layers)")
     _add_legend(figure, panels)
     others = f" (first of {', '.join(map(str, report.tops))})" if len(report.tops) > 1 else ""
-    figure.suptitle(f"{_title(report)}, rank <= {report.tops[0]}{others}", fontsize=10, parse_math=False)
-    _save(run, figure, "depth.png")
+    figure.suptitle(f"{_run_title(report)}, rank <= {report.tops[0]}{others}", fontsize=10, parse_math=False)
+    return figure
 
 
-def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None:
+def profiles_figure(report: Report, profiles: list[LayerProfile]) -> Figure:
     """Rank of the target and KL(final || layer) over the layers, one line per lens."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    figure, (ranks, kl) = _figure(2, share=False)
+    figure, (ranks, kl) = _run_figure(2, share=False)
     for index, profile in enumerate(profiles):
         lower, median, upper = profile.rank_quartiles + 1
         style, layers = _style(index, 3), range(len(median))
@@ -78,10 +124,8 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
     ranks.set_yscale("log")
     ranks.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ranks.set_ylabel("rank of the target (1 is best)")
-    kl.set_ylabel("KL(final || layer)\n(mean nats; axis linear below 1)")
-    kl.set_yscale("symlog", linthresh=1.0)  # 0 at the output, and perhaps a hundred at the embedding
-    kl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    kl.set_ylim(bottom=0)
+    kl.set_ylabel(KL_LABEL)
+    _scale_kl(kl)
     for axes, shaded in ((ranks, "; line: median, shaded: quartiles"), (kl, "")):
         axes.set_xlabel(f"layer{shaded}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -89,27 +133,60 @@ def _draw_layers(run: Run, report: Report, profiles: list[LayerProfile]) -> None
         text.set_parse_math(False)
     examples = max((profile.examples for profile in profiles), default=0)
     token = {"first": "first answer token", "all": "answer token"}[report.manifest["arguments"]["answer_tokens"]]
-    figure.suptitle(f"{_title(report)}, {counted(examples, token)}", fontsize=10, parse_math=False)
-    _save(run, figure, "layers.png")
+    figure.suptitle(f"{_run_title(report)}, {counted(examples, token)}", fontsize=10, parse_math=False)
+    return figure
 
 
-def _figure(panels: int, under: list[str] = (), share: bool = True):
+def quality_figure(manifest: dict) -> Figure:
+    """KL(final || layer) and top-1 agreement of a fit over the layers, one line per lens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = {"kl": KL_LABEL, "top1": "same argmax as the model (share)"}
+    for axes, (measure, label) in zip(panels, labels.items(), strict=True):
+        for lens, quality in manifest["quality"].items():
+            axes.plot(quality[measure], marker=".", label=lens)
+        axes.set(xlabel="layer (0: embedding; last: output)", ylabel=label)
+        _tidy(axes)
+    _scale_kl(panels[0])
+    panels[0].legend(frameon=False)
+    panels[1].set_ylim(0, 1.02)
+    model, text = (Path(manifest[what]["name"]).name for what in ("model", "text"))
+    tokens = counted(manifest["tokens"]["report"], "held-out token")
+    figure.suptitle(f"{model}: {tokens} of the text {text}", fontsize=10, parse_math=False)
+    return figure
+
+
+def _run_figure(panels: int, under: Sequence[str] = (), share: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side and, if wanted, lines of text under them."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     width = 6.4 if panels == 1 else 4.4 * panels
     text = "\n".join(textwrap.fill(line, int(width * CHARACTERS_PER_INCH)) for line in under)
     height = 4.0 + 0.16 * (text.count("\n") + bool(text))
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", sharey=share, squeeze=False)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=share, squeeze=False)[0]
     if text:
         figure.supxlabel(text, fontsize=8, x=0.01, ha="left", parse_math=False)
-    for panel in axes[0]:
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    for panel in axes:
+        _tidy(panel)
+    return figure, list(axes)
 
 
-def _plot_sizes(axes, rows: list[SummaryRow], name: str) -> None:
+def _tidy(axes: Axes, grid: str = "both") -> None:
+    axes.grid(axis=grid, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scale_kl(axes: Axes) -> None:
+    """0 at the output, and perhaps a hundred at the embedding."""
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
+
+
+def _plot_sizes(axes: Axes, rows: list[SummaryRow], name: str) -> None:
     """One line per context size by gold position, intervals as bars; closed-book and oracle as shaded levels."""
     from matplotlib.ticker import MaxNLocator
 
@@ -159,12 +236,122 @@ def _reading(report: Report, lens: str) -> list[SummaryRow]:
     return [row for row in report.rows if (row.lens, row.top) == (lens, report.tops[0])]
 
 
-def _title(report: Report) -> str:
+def _run_title(report: Report) -> str:
     return f"{title(report.manifest)}, {counted(max((row.n for row in report.rows), default=0), 'question')}"
 
 
-def _save(run: Run, figure, file: str) -> None:
-    from matplotlib import pyplot as plt
+def layers_figure(report: LayersReport) -> Figure:
+    """A row of panels per intervention under one of the lens, a column per context size."""
+    from matplotlib.figure import Figure
 
-    write_whole(run.path / file, lambda path: figure.savefig(path, dpi=150, format="png"))
-    plt.close(figure)
+    rows = [(LENS, GAIN), *((name, COST) for name in report.ablations)]
+    patches = [(name, "accuracy") for name in (RESTORE, DESTROY) if any(row.of == name for row in report.statistics)]
+    sizes = sorted({row.documents for row in report.statistics})
+    styles = _styles({row.gold_position for row in report.statistics} - {EVERY_POSITION})
+    n = len(rows) + bool(patches)
+    figure = Figure(figsize=(max(6.8, 5.0 * len(sizes)), 0.9 + 1.45 * n), layout="constrained")
+    panels = figure.subplots(n, len(sizes), sharex=True, sharey="row", squeeze=False)
+    for of_row, (name, statistic) in zip(panels, rows, strict=False):
+        for axes, documents in zip(of_row, sizes, strict=True):
+            _plot_positions(axes, _chosen(report, name, documents, statistic), styles)
+        unit = "nats; log beyond 1" if _scale(of_row) else "nats"
+        words = PANELS[name].format(lens=report.manifest["lens"], unit=unit)
+        of_row[0].set_ylabel(words, fontsize=8, parse_math=False)
+    for axes, documents in zip(panels[-1], sizes, strict=True) if patches else ():
+        _plot_patches(axes, [_chosen(report, name, documents, statistic) for name, statistic in patches])
+    _finish(figure, panels, sizes, report)
+    return figure
+
+
+def _chosen(report: LayersReport, of: str, documents: int, statistic: str) -> list[LayerStatistic]:
+    """One statistic of layers ``1 .. n_layers``; layer 0 has no block."""
+    wanted = (of, documents, statistic)
+    return [r for r in report.statistics if (r.of, r.documents, r.statistic) == wanted and r.layer > 0]
+
+
+def _plot_patches(axes: Axes, found: list[list[LayerStatistic]]) -> None:
+    """Share of answers that are correct once a state is patched over, all pairs of gold positions together."""
+    styles = ({"color": "k", "ls": "-"}, {"color": "k", "ls": "--"})
+    for rows, style in zip(found, styles, strict=False):
+        whole = [row for row in rows if row.gold_position is None]
+        layers, values = [row.layer for row in whole], [row.value for row in whole]
+        if whole:
+            axes.plot(layers, [value.value for value in values], lw=1, label=PATCHES[whole[0].of], **style)
+            axes.fill_between(layers, [v.low for v in values], [v.high for v in values], color="k", alpha=0.08, lw=0)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_ylabel("share correct\nonce patched", fontsize=8)
+    if axes.lines:
+        axes.legend(fontsize=7, frameon=False, loc="center left")
+    else:
+        axes.text(0.5, 0.5, "no question both answered and failed", fontsize=7, ha="center", transform=axes.transAxes)
+    axes.tick_params(labelsize=7)
+    _tidy(axes, grid="x")
+
+
+def _plot_positions(axes: Axes, rows: list[LayerStatistic], styles: dict[int, dict]) -> None:
+    """A line per gold position, behind them a bar per layer: the interval of all of them together."""
+    axes.use_sticky_edges = False  # a narrow bar would end the axis, in the middle of the markers on it
+    positions = sorted({row.gold_position for row in rows if row.gold_position is not None})
+    whole = [row for row in rows if row.gold_position is None]
+    layers = [row.layer for row in whole]
+    low, high = (np.array([getattr(row.value, end) for row in whole]) for end in ("low", "high"))
+    axes.bar(layers, high - low, bottom=low, width=0.8, color="0.85", lw=0, label="all positions, 95 % interval")
+    for position in positions:
+        values = [row.value.value for row in rows if row.gold_position == position]
+        label = "closed-book" if position == NO_POSITION else f"gold position {position}"
+        axes.plot(layers, values, lw=1, ms=2.5, label=label, **styles[position])
+    axes.axhline(0.0, color="0.4", lw=0.6)
+    axes.tick_params(labelsize=7)
+    _tidy(axes, grid="x")
+
+
+def _scale(of_row) -> bool:
+    """Linear near 0 and logarithmic beyond, where one layer costs a hundred times as much as another: whether so."""
+    from matplotlib.ticker import SymmetricalLogLocator
+
+    is_wide = max(abs(limit) for limit in of_row[0].get_ylim()) > 4 * LINEAR_TO
+    for axes in of_row if is_wide else ():
+        axes.set_yscale("symlog", linthresh=LINEAR_TO)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR_TO, subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.autoscale_view()  # margins of the new scale
+    return is_wide
+
+
+def _styles(positions: set[int]) -> dict[int, dict]:
+    """Of every gold position, the same in all panels: colours of their own for a few lines, a scale for many."""
+    import matplotlib
+
+    few, scale = len(positions) <= len(COLOURS), matplotlib.colormaps["viridis"].resampled(max(2, len(positions)))
+    return {
+        position: {"color": COLOURS[index] if few else scale(index), "marker": MARKERS[index % len(MARKERS)]}
+        for index, position in enumerate(sorted(positions))
+    }
+
+
+def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
+    from matplotlib.ticker import MultipleLocator
+
+    step = next(step for step in (1, 2, 5, 10, 20, 50) if report.n_layers / step <= 32)
+    for axes in panels[-1]:
+        axes.xaxis.set_major_locator(MultipleLocator(step))
+        axes.set_xlim(0.5, report.n_layers + 0.5)
+        axes.set_xlabel("layer", fontsize=8)
+    for axes, documents in zip(panels[0], sizes, strict=True):
+        axes.set_title(condition_name(documents), fontsize=8)
+    handles = {}
+    for axes in panels[0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    options = {"fontsize": 7, "frameon": False, "ncols": min(len(handles), 4), "loc": "outside lower center"}
+    figure.legend(handles.values(), handles.keys(), **options)
+    at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
+    questions = max((row.questions for row in report.statistics), default=0)
+    struck = f"; below, its mean loss by an intervention {at}" if report.ablations else ""
+    subject = f"{title(report.run)}, {counted(questions, 'question')}"
+    words = f"{subject}: mean gain of target log-probability by layer{struck}"
+    figure.suptitle("\n".join(textwrap.wrap(words, 100)), fontsize=8, parse_math=False)
+
+
+def _save(path: Path, figure: Figure, dpi: int = 150) -> None:
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))

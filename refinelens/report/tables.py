@@ -1,59 +1,117 @@
-"""The tables of a run: printed, with the lines under them, and in its folder beside the figures."""
+"""Every table, of a run, of an analysis of layers, of the quality of a fit: printed with lines under it, and as CSV."""
 
 from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, check_top
+from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, PATCH, check_top, condition_name
 from ..errors import FaultError, InputError
-from ..stats import FEW_QUESTIONS, Estimate
+from ..stats import FEW_QUESTIONS, PairedTest
 from ..store.files import write_cells
+from ..store.layers import DESTROY, RESTORE
 from ..store.process import RunLock
 from ..store.results import DERIVED, Run
 from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
-from .findings import InvertedU, PairedDifference, Report, counted, format_estimate, paired_line, read_report, title
-from .summary import SummaryRow, caution_lines, layer_profiles
+from .rows import (
+    COST,
+    FEW_LAYERS,
+    GAIN,
+    KEPT,
+    LENS,
+    EarlyExit,
+    Essential,
+    InvertedU,
+    LayersReport,
+    LayerStatistic,
+    PairedDifference,
+    Patching,
+    Report,
+    SummaryRow,
+    counted,
+    format_estimate,
+    title,
+)
+from .summary import caution_lines, layer_profiles, read_report
 
 WIDTH = 120
 LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
-GENERATED = "gen."  # a column of runs that have generated texts
 HEADINGS = (
-    *("docs", "gold", "n", "accuracy", "all", GENERATED),
+    *("lens", "top", "docs", "gold", "n", "accuracy", "all", "gen."),
     *("settled", "depth", "median", "first", "settle", "at out.", "unseen"),
 )
+SHOWN_PAIRS = 6  # of gold positions, in the line about patches
+LENS_COLUMNS = {  # statistics of the lens by layer
+    "first_correct_share": "first",
+    "settle_share": "settle",
+    GAIN: "gain",
+    "log_rank_gain": "ln rank",
+    "entropy_drop": "entropy",
+    "exit_accuracy": "exit",
+}
+QUALITY_TABLE = "quality.csv"
+MEASURES = {"variance_explained": ("var.", "{:.2f}"), "kl": ("KL", "{:.3f}"), "top1": ("top-1", "{:.2f}")}
+
+
+def _table(headings: list[str], vertical: str = "top") -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for heading in headings:
+        folded = {"overflow": "fold", "max_width": LENS_WIDTH} if heading == "lens" else None
+        table.add_column(heading, **folded or {"justify": "right", "no_wrap": True, "vertical": vertical})
+    return table
+
+
+def _print(console: Console, lines: list[str], style: str | None = None) -> None:
+    """Lines as they stand, however long."""
+    for line in lines:
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(console: Console, report: Report) -> None:
-    """Print the summary and, under it, what a reader needs to trust it."""
+    """Print the summary of a run and, under it, what a reader needs to trust it."""
     console.width = max(console.width, WIDTH)  # a pipe reports 80
-    console.print(f"{title(report.manifest)}: refinement by gold position\n", highlight=False, markup=False)
-    with_lens, with_top = len(report.lenses) > 1, len(report.tops) > 1
-    headings = [heading for heading in HEADINGS if heading != GENERATED or report.has_generations]
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    if with_lens:
-        table.add_column("lens", overflow="fold", max_width=LENS_WIDTH)
-    for heading in (*(["top"] if with_top else []), *headings):
-        table.add_column(heading, justify="right", no_wrap=True)
+    _print(console, [f"{title(report.manifest)}: refinement by gold position\n"])
+    shown = {"lens": len(report.lenses) > 1, "top": len(report.tops) > 1, "gen.": report.has_generations}
+    headings = [heading for heading in HEADINGS if shown.get(heading, True)]
+    table = _table(headings)
     for row, after in zip(report.rows, [*report.rows[1:], None], strict=True):
         section = (row.lens, row.top, row.documents)
-        leading = [*([row.lens] if with_lens else []), *([str(row.top)] if with_top else [])]
         end = after is None or section != (after.lens, after.top, after.documents)
         cells = _cells(row)
-        table.add_row(*map(_escape, leading), *(cells[heading] for heading in headings), end_section=end)
+        table.add_row(*(cells[heading] for heading in headings), end_section=end)
     console.print(table)
     lines = [*notes(report), *paired_lines(report), *inverted_u_lines(report)]
-    lines += caution_lines(report.cautions, report.manifest)
-    for line in lines:
-        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    _print(console, [*lines, *caution_lines(report.cautions, report.manifest)], "dim")
+
+
+def _cells(row: SummaryRow) -> dict[str, str]:
+    texts = [
+        escape(row.lens),
+        str(row.top),
+        str(row.documents),
+        "-" if row.gold_position == NO_POSITION else str(row.gold_position),
+        str(row.n),
+        format_estimate(row.accuracy, 2, interval=True),
+        format_estimate(row.accuracy_all, 2),
+        format_estimate(row.accuracy_generated, 2),
+        str(row.settled),
+        format_estimate(row.mean_depth, 1, interval=True),
+        format_estimate(row.median_depth, 1),
+        format_estimate(row.mean_first_correct, 1),
+        format_estimate(row.mean_settle, 1),
+        format_estimate(row.share_at_output, 2),
+        format_estimate(row.share_unseen, 2),
+    ]
+    return dict(zip(HEADINGS, texts, strict=True))
 
 
 def notes(report: Report) -> list[str]:
@@ -64,11 +122,12 @@ def notes(report: Report) -> list[str]:
     reasons = ", ".join(f"{len(ids)} at {reason}" for reason, ids in counts["left_out"].items())
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
+    generated = "; gen.: what the model writes contains an answer (best_subspan_em)" if arguments["generate"] else ""
     oracle = ", 1 oracle, the gold one alone" if any(row.documents == ORACLE for row in report.rows) else ""
     lines = [
         f"docs: documents, 0 is closed-book{oracle}. gold: 0-based position of the gold document. accuracy: the first "
         "answer token is the model's own prediction; all: so is every one after the true ones before it"
-        f"{_generated_words(arguments['generate'])}. settled: examples whose target is correct at the output; all that "
+        f"{generated}. settled: examples whose target is correct at the output; all that "
         "stands to the right is over them alone, the others are censored; a depth of fewer than "
         f"{FEW_QUESTIONS} questions has no interval. first, settle: mean layers, 0 (embedding) to "
         f"{n_layers} (output); depth = settle - first. at out.: share whose settle is layer {n_layers}; unseen: not "
@@ -95,8 +154,8 @@ def notes(report: Report) -> list[str]:
     if "tokens_saved" in counts:
         lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
     if arguments["generate"]:
-        generated = counted(counts["tokens_generated"], "token")
-        lines.append(f"{generated} generated, at most {arguments['generate']} a context.")
+        written = counted(counts["tokens_generated"], "token")
+        lines.append(f"{written} generated, at most {arguments['generate']} a context.")
     if manifest["status"] != "finished":
         status = "unfinished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
@@ -114,35 +173,52 @@ def paired_lines(report: Report) -> list[str]:
     return [*lines, "Paired over questions; all pairs, also of depth, in paired.csv."] if lines else []
 
 
+def paired_line(differences: list[PairedDifference]) -> str:
+    """The accuracies of one context size compared: gold in the middle and last against first, and each other."""
+    documents = differences[0].documents
+    wanted = {0, (documents - 1) // 2, documents - 1}
+    pairs = [d for d in differences if {d.gold_position, d.less_position} <= wanted]
+    words = [
+        f"{d.gold_position} - {d.less_position}: {format_estimate(d.accuracy, 2, interval=True, sign=True)}"
+        for d in pairs
+    ]
+    return f"Accuracy, gold at one position less at another, {condition_name(documents)}: {'; '.join(words)}."
+
+
 def inverted_u_lines(report: Report) -> list[str]:
     """A line per test of the inverted U, and what it counts."""
     if not report.tests:
         return []
     return [
-        *(test.line() for test in report.tests),
+        *map(inverted_u_line, report.tests),
         "Inverted U: mean depth with gold in the middle third less that with gold first and last, paired over the "
         "questions that have both; p is the larger of two one-sided tests, of a middle deeper than each end, and small "
         "for an inverted U alone. Holm over the context sizes; all numbers in inverted_u.csv.",
     ]
 
 
-def _cells(row: SummaryRow) -> dict[str, str]:
-    texts = [
-        str(row.documents),
-        "-" if row.gold_position == NO_POSITION else str(row.gold_position),
-        str(row.n),
-        format_estimate(row.accuracy, 2, interval=True),
-        format_estimate(row.accuracy_all, 2),
-        format_estimate(row.accuracy_generated, 2),
-        str(row.settled),
-        format_estimate(row.mean_depth, 1, interval=True),
-        format_estimate(row.median_depth, 1),
-        format_estimate(row.mean_first_correct, 1),
-        format_estimate(row.mean_settle, 1),
-        format_estimate(row.share_at_output, 2),
-        format_estimate(row.share_unseen, 2),
-    ]
-    return dict(zip(HEADINGS, texts, strict=True))
+def inverted_u_line(test: InvertedU) -> str:
+    """One test."""
+    said = test.reason or f"p = {_p(test.p)} (Holm {_p(test.p_holm)}; {test.method}){_shallower(test)}"
+    sides = f"middle - first {_side(test.first)}, middle - last {_side(test.last)}"
+    return f"Inverted U, {test.lens}, rank <= {test.top}, {test.documents} documents: {sides}; {said}."
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+
+def _side(test: PairedTest) -> str:
+    words = [format_estimate(test.difference, 2, interval=True, sign=True)]
+    words += [] if math.isnan(test.difference.value) else ["layers"]
+    words += [] if math.isnan(test.d_z) else [f"d_z {test.d_z:z.2f}"]
+    return " ".join([*words, f"(differs in {test.differ} of {counted(test.questions, 'question')})"])
+
+
+def _shallower(test: InvertedU) -> str:
+    ends = [end for end in ("first", "last") if getattr(test, end).difference.value < 0]
+    where = "both ends" if len(ends) == 2 else f"the {ends[0]} position" if ends else ""
+    return f"; the middle is shallower than {where}" if where else ""
 
 
 def _lens_words(entry: dict) -> str:
@@ -152,28 +228,172 @@ def _lens_words(entry: dict) -> str:
     return f"{words}; {entry['note']};" if entry["note"] else words
 
 
-def _generated_words(limit: int) -> str:
-    return "; gen.: what the model writes contains an answer (best_subspan_em)" if limit else ""
-
-
 def _prefix_words(reuse: dict, computed: int, saved: int) -> str:
     times = f" ({(computed + saved) / computed:.2f} times)" if saved else ""
     why = "" if reuse["used"] else f"; {'from then on ' if saved else ''}contexts ran whole: {reuse['why']}"
     return f"{counted(computed, 'token')} computed, {saved} saved by shared prefixes{times}{why}."
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
+def print_layers(console: Console, report: LayersReport) -> None:
+    """Print a table per context size and, under it, what the interventions say of the lens."""
+    console.width = max(console.width, WIDTH)  # a pipe reports 80
+    for documents in sorted({row.documents for row in report.statistics}, key=lambda n: (n <= ORACLE, n)):
+        rows = [row for row in report.statistics if row.documents == documents and row.gold_position is None]
+        questions = max(row.questions for row in rows)
+        size, lens = condition_name(documents), report.manifest["lens"]
+        _print(console, [f"{title(report.run)}: {size}, {counted(questions, 'question')}, {lens} lens\n"])
+        console.print(_layers_table(report, rows, [row for row in report.essentials if row.documents == documents]))
+        _print(console, [*_lines(report, documents), ""])
+    _print(console, _layers_notes(report), "dim")
 
-    return escape(text)
+
+def _layers_table(report: LayersReport, rows: list[LayerStatistic], essentials: list[Essential]) -> Table:
+    starred = {row.intervention: {*row.both, *row.intervention_only} for row in essentials}
+    values = {(row.of, row.statistic, row.layer): row.value for row in rows}
+    table = _table(["layer", *LENS_COLUMNS.values(), *report.ablations])
+    for layer in range(report.n_layers + 1):
+        cells = [format_estimate(values[LENS, name, layer], 2, interval=name == GAIN) for name in LENS_COLUMNS]
+        for name in report.ablations:
+            value = values.get((name, COST, layer))
+            star = "*" if layer in starred.get(name, ()) else " "
+            cells.append("-" if value is None else f"{format_estimate(value, 2)}{star}")
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _lines(report: LayersReport, documents: int) -> list[str]:
+    lines = [_agreement_line(report, documents, name) for name in report.ablations if report.agreements]
+    if report.ablations and not report.agreements:
+        over = counted(report.n_layers, "layer")
+        lines.append(f"Agreement: none over {over}; fewer than {FEW_LAYERS} agree by chance too often.")
+    essentials = [row for row in report.essentials if row.documents == documents]
+    if report.ablations and not essentials:
+        lines.append(f"Essential: no verdict on fewer than {FEW_QUESTIONS} questions.")
+    lines += [_essential_line(row) for row in essentials]
+    exits = [row for row in report.exits if row.documents == documents]
+    lines.append(_exit_line(exits, report.manifest["lens"]))
+    patches = [row for row in report.patchings if row.documents == documents]
+    if PATCH in report.manifest["arguments"]["interventions"] and not patches:
+        lines.append("Patching: no question is answered at one gold position and not at another.")
+    lines += [_patch_line([row for row in patches if row.intervention == name], name) for name in (RESTORE, DESTROY)]
+    return [line for line in lines if line]
+
+
+def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
+    chosen = {
+        row.coefficient: row.value
+        for row in report.agreements
+        if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
+    }
+    words = ", ".join(
+        f"{coefficient} {format_estimate(chosen[coefficient.lower()], 2, interval=True)}"
+        for coefficient in ("Spearman", "Kendall")
+    )
+    intervals = "" if math.isnan(chosen["spearman"].low) else "; intervals over questions"
+    return f"Agreement of gain and {name} over {report.n_layers} layers: {words}{intervals}."
+
+
+def _essential_line(row: Essential) -> str:
+    sets = (("both", row.both), ("the lens only", row.lens_only), (f"{row.intervention} only", row.intervention_only))
+    words = "; ".join(f"by {name} {_ranges(layers)}" for name, layers in sets)
+    return f"Essential, lens and {row.intervention}: {words}."
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """``1-3,7``, or none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def _exit_line(exits: list[EarlyExit], lens: str) -> str:
+    whole, *others = exits
+    if whole.layer is None:
+        return f"Early exit, {lens} lens: the output is never right."
+    shown = [(row.gold_position, "-" if row.layer is None else row.layer) for row in others]
+    by_position = ", ".join(f"{position}: {layer}" for position, layer in shown if position != NO_POSITION)
+    return (
+        f"Early exit, {lens} lens: layer {whole.layer} is the first with {KEPT:.0%} of the output's accuracy of "
+        f"{format_estimate(whole.accuracy, 2)} (there {format_estimate(whole.accuracy_there, 2)}, and "
+        f"{format_estimate(whole.agreement_there, 2)} of the predictions are the model's own)"
+        f"{f'; by gold position {by_position}' if by_position else ''}."
+    )
+
+
+def _patch_line(rows: list[Patching], name: str) -> str:
+    if not rows:
+        return ""
+    whole, *pairs = rows
+    words = {
+        RESTORE: "Patching from where the model succeeds to where it fails restores the answer",
+        DESTROY: "Patching from where it fails to where it succeeds destroys it",
+    }
+    shown = ", ".join(f"{p.source_position} to {p.gold_position}: {p.from_layer.value:.1f}" for p in pairs)
+    shown = f"by gold positions {shown}" if len(pairs) <= SHOWN_PAIRS else "by pairs of gold positions in patching.csv"
+    return (
+        f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of "
+        f"{counted(whole.examples, 'pair')} of contexts, {counted(whole.questions, 'question')}); {shown}."
+    )
+
+
+def _layers_notes(report: LayersReport) -> list[str]:
+    lines = [
+        "first, settle: share of examples whose layer it is. gain: mean nats of target log-probability over the layer "
+        "before; ln rank, entropy: mean fall of ln(rank) and of nats of entropy. exit: accuracy of stopping there. "
+        "Brackets: 95 % bootstrap intervals over questions; all numbers in layers.csv.",
+    ]
+    if not report.ablations:
+        return lines
+    tokens = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
+    return [
+        *lines,
+        f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
+        f"{tokens}; * essential: a mean above {report.threshold:.2g} nats, by 95 % bounds that hold for all layers at "
+        f"once; {report.threshold:.2g} is the larger of a hundredth of the probability and the noise of "
+        f"{report.noise:.1e}, the most that a control without effect changed. Clean runs and the sweep differ by "
+        f"{report.largest_difference:.1e} nats at most.",
+        f"{counted(len(report.manifest['parts']), 'question')} in {report.manifest['seconds']:.0f} s.",
+    ]
+
+
+def print_quality(console: Console, manifest: dict) -> None:
+    """Print how well a lens that was fitted reads held-out text and, under it, what the numbers are."""
+    console.width = max(console.width, WIDTH)  # a pipe reports 80
+    quality, tokens = manifest["quality"], manifest["tokens"]
+    headings = [f"{lens}\n{heading}" for heading, _ in MEASURES.values() for lens in quality]
+    table = _table(["layer", "ridge", *headings], vertical="bottom")
+    for layer, strength in enumerate([*manifest["ridge"], None]):
+        cells = [form.format(quality[lens][name][layer]) for name, (_, form) in MEASURES.items() for lens in quality]
+        table.add_row(str(layer), "" if strength is None else f"{strength:.0e}", *cells)
+    console.print(table)
+    lines = [
+        "ridge: strength as a share of the states' mean variance. var.: share explained of the output's residual "
+        "stream. KL: KL(final || layer) in nats, final the model's own prediction. top-1: share of tokens with the "
+        "model's own argmax.",
+        f"Fitted on {counted(tokens['fit'], 'token')} of the text {manifest['text']['name']}, strength chosen on "
+        f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
+    ]
+    _print(console, lines)
+
+
+def write_quality(folder: Path, manifest: dict) -> None:
+    """Write ``quality.csv``: one line per layer, every measure of every lens."""
+    quality = manifest["quality"]
+    both = [(lens, name) for lens in quality for name in MEASURES]
+    lines: list[list] = [["layer", "ridge", *(f"{lens}_{name}" for lens, name in both)]]
+    for layer, strength in enumerate([*manifest["ridge"], ""]):
+        lines.append([layer, strength, *(f"{quality[lens][name][layer]:.6g}" for lens, name in both)])
+    write_cells(folder / QUALITY_TABLE, lines)
 
 
 def write_outputs(run: Run, report: Report) -> None:
-    """Write trajectories, tables and figures."""
+    """Write trajectories, tables and figures of a run."""
     run.write_trajectories(trajectory_tables(run, report.tops))
-    write_csv(run.path / "summary.csv", SummaryRow, report.rows)
-    write_csv(run.path / "paired.csv", PairedDifference, report.differences)
-    write_csv(run.path / "inverted_u.csv", InvertedU, report.tests)
+    write_tables(run.path, report)
     closed_book = all(row.documents == CLOSED_BOOK for row in report.rows)
     profiles = layer_profiles(run, report.lenses, report.manifest["arguments"]["answer_tokens"], closed_book)
     draw_figures(run, report, profiles)
@@ -197,23 +417,31 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
     print_table(console, report)
 
 
-def write_csv(path: Path, kind: type, rows: list) -> None:
-    """One line per row, one column per field; an estimate has three, with its interval."""
+def write_tables(folder: Path, report: Report | LayersReport) -> None:
+    """Write the CSV files of a report: a line per row, a column per field of its class.
+
+    An estimate has three columns, with its interval, a paired test those of its fields.
+    """
+    for file, (kind, rows) in report.tables.items():
+        write_cells(folder / file, [_columns(kind), *(_csv_cells(row) for row in rows)])
+
+
+def _columns(kind: type, prefix: str = "") -> list[str]:
     columns = []
     for field in fields(kind):
-        names = ("", "_low", "_high") if field.type == "Estimate" else ("",)
-        columns += [f"{field.name}{suffix}" for suffix in names]
-    lines = [[cell for field in fields(kind) for cell in _csv_cells(getattr(row, field.name))] for row in rows]
-    write_cells(path, [columns, *lines])
+        name = f"{prefix}{field.name}"
+        if field.type == "PairedTest":
+            columns += _columns(PairedTest, f"{name}_")
+        else:
+            columns += [f"{name}{end}" for end in (("", "_low", "_high") if field.type == "Estimate" else ("",))]
+    return columns
 
 
 def _csv_cells(value) -> list:
-    if isinstance(value, Estimate):
-        return [_number(x) for x in (value.value, value.low, value.high)]
+    if is_dataclass(value):
+        return [cell for field in fields(value) for cell in _csv_cells(getattr(value, field.name))]
     if isinstance(value, tuple):
         return [" ".join(map(str, value))]
-    return [_number(value) if isinstance(value, float) else value]
-
-
-def _number(x: float) -> str:
-    return "" if math.isnan(x) else f"{x:.6g}"
+    if isinstance(value, float):
+        return ["" if math.isnan(value) else f"{value:.6g}"]
+    return [value]

@@ -20,7 +20,7 @@ from ..errors import CannotAskError, FaultError, InputError
 from ..lens.logit_lens import LogitLens
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
-from ..report.findings import counted
+from ..report.rows import counted
 
 NO_ALIAS = Alias(0, "none")  # of a question that is not asked
 CONTEXT_TOO_LONG = "a context longer than the model's positions"

@@ -20,7 +20,8 @@ from ..lens.logit_lens import LogitLens
 from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
 from ..progress import SweepProgress
-from ..report.findings import Report, read_report
+from ..report.rows import Report
+from ..report.summary import read_report
 from ..report.tables import write_outputs
 from ..store.files import check_disk, disk_error
 from ..store.folder import go_on

@@ -1,4 +1,4 @@
-"""The benchmark: its peers are right, a wrong one is caught, what does not fit is said, and the table is one."""
+"""The benchmark: its baselines are right, a wrong one is caught, what does not fit is said, and the table is one."""
 
 import importlib.util
 import json
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from refinelens.bench import bench, competitors, measure
+from refinelens.bench import bench
+from refinelens.bench.bench import Setup, run_bench
 from refinelens.bench.competitors import COMPETITORS, ROW_CHUNK, VOCAB_CHUNK
-from refinelens.bench.measure import Fp64Check
+from refinelens.bench.measure import DoesNotRun, Fp64Check, extra_memory
 from refinelens.bench.problem import can_measure_growth, make_problem, random_problem
 from refinelens.bench.table import markdown_table, report_from_json, text_table
 from refinelens.cli import main
@@ -22,7 +23,7 @@ from refinelens.errors import InputError
 from refinelens.kernels.reference import LayerNorm, RMSNorm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# One row and one token more than a chunk of the peers; a prime d_model.
+# One row and one token more than a chunk of the baselines; a prime d_model.
 SHAPE = {"rows": ROW_CHUNK + 1, "d_model": 37, "vocab": VOCAB_CHUNK + 1}
 TINY = ["--device", "cpu", "--rows", "33", "--d-model", "17", "--vocab", "301", "--rounds", "2"]
 WEIGHT = torch.linspace(0.5, 1.5, 37)
@@ -41,10 +42,14 @@ def make_small(norm="layer"):
     return replace(problem, norm=NORMS[norm])
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """No fresh processes: they would take seconds each."""
-    monkeypatch.setattr(bench, "can_measure_growth", lambda: False)
+IN_PROCESS = Setup(extra_memory=None)  # a fresh process takes seconds
+
+
+def run_tiny(baselines="none", replaced=None, **setup):
+    """A report on the sizes of `TINY`; ``replaced`` are runs in place of competitors' own."""
+    competitors = {n: replace(c, run=(replaced or {}).get(n, c.run)) for n, c in COMPETITORS.items()}
+    setup = replace(IN_PROCESS, competitors=competitors, **setup)
+    return run_bench(BenchOptions("cpu", 33, 17, 301, peers=baselines, rounds=2), setup=setup)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -100,50 +105,51 @@ def test_a_bound_that_is_returned_is_allowed_and_no_more():
     assert "logsumexp" in truth.judge(found | {"logsumexp_bound": bound / 2}, rows).wrong
 
 
-def replace_run(monkeypatch, name, run):
-    changed = [replace(c, run=run) if c.name == name else c for c in competitors.ALL]
-    monkeypatch.setattr(competitors, "ALL", changed)
-
-
 def wrong_run(problem):
     found = COMPETITORS["naive"].run(problem)
     return found | {"target_rank": found["target_rank"] + 100}
 
 
-def test_a_wrong_peer_is_named_and_not_timed(in_process, monkeypatch, capsys):
-    replace_run(monkeypatch, "row-chunks", wrong_run)
-    assert main(["bench", *TINY, "--peers", "row-chunks"]) == 0
-    out = capsys.readouterr().out
-    line = [line for line in out.splitlines() if "256 rows at a time" in line]
-    assert len(line) == 1 and line[0].startswith("Left out: torch, 256 rows at a time: wrong: a rank differs by 100")
+def test_a_wrong_baseline_is_named_and_not_timed():
+    report = run_tiny("row-chunks", {"row-chunks": wrong_run})
+    lines = [line for line in text_table(report).splitlines() if "256 rows at a time" in line]
+    assert len(lines) == 1 and lines[0].startswith("Left out: torch, 256 rows at a time: wrong: a rank differs by 100")
+    assert report.failed == []
 
 
-def test_a_wrong_op_is_exit_code_1(in_process, monkeypatch, capsys):
-    replace_run(monkeypatch, "reference", wrong_run)
+def test_a_wrong_op_has_failed():
+    report = run_tiny(replaced={"reference": wrong_run})
+    assert report.failed == ["refinelens, plain torch"]
+    assert "Left out: refinelens, plain torch: wrong" in text_table(report)
+
+
+def test_an_op_that_failed_is_exit_code_1(monkeypatch, capsys):
+    report = run_tiny(replaced={"reference": wrong_run})
+    monkeypatch.setattr(bench, "run_bench", lambda options, progress: report)
     assert main(["bench", *TINY, "--peers", "none"]) == 1
-    assert "Left out: refinelens, plain torch: wrong" in capsys.readouterr().out
+    assert capsys.readouterr().out == text_table(report) + "\n"
 
 
-def test_an_op_that_is_killed_is_exit_code_1(monkeypatch, capsys):
+def test_an_op_that_is_killed_has_failed():
     def killed(problem_file, name, rows, threads):
-        raise measure.DoesNotRun("does not fit into memory")
+        raise DoesNotRun("does not fit into memory")
 
-    monkeypatch.setattr(bench, "can_measure_growth", lambda: True)
-    monkeypatch.setattr(bench, "extra_memory", killed)
-    assert main(["bench", *TINY, "--peers", "none"]) == 1
-    assert "Left out: refinelens, plain torch: does not fit into memory." in capsys.readouterr().out
+    report = run_tiny(extra_memory=killed)
+    assert "refinelens, plain torch" in report.failed
+    assert "Left out: refinelens, plain torch: does not fit into memory." in text_table(report)
 
 
-def test_a_peer_that_fails_is_left_out(in_process, monkeypatch, capsys):
+def test_a_baseline_that_fails_is_left_out():
     def fail(problem):
         raise RuntimeError("no compiler\nand a long story")
 
-    replace_run(monkeypatch, "compiled", fail)
-    assert main(["bench", *TINY, "--peers", "compiled"]) == 0
-    assert "Left out: torch.compile of naive: RuntimeError: no compiler.\n" in capsys.readouterr().out
+    report = run_tiny("compiled", {"compiled": fail})
+    assert report.failed == []
+    assert "Left out: torch.compile of naive: RuntimeError: no compiler.\n" in text_table(report) + "\n"
 
 
-def test_bench_end_to_end(in_process, tmp_path, capsys):
+def test_bench_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "Setup", lambda: IN_PROCESS)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -173,26 +179,23 @@ def test_triton_from_another_package(monkeypatch):
     assert bench._versions("cuda")["Triton"] == "of a package of another name"
 
 
-def test_two_threads_are_timed_by_wall_clock(in_process):
-    report = bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1, threads=2))
+def test_two_threads_are_timed_by_wall_clock():
+    report = run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1, threads=2), setup=IN_PROCESS)
     assert (report.threads, report.clock) == (2, "wall clock")
 
 
-def test_what_does_not_fit_is_measured_on_fewer_rows(in_process, monkeypatch, capsys):
+def test_what_does_not_fit_is_measured_on_fewer_rows():
     there = 10 * 2 * COMPETITORS["naive"].logit_bytes * 301
-    monkeypatch.setattr(bench, "available_memory", lambda device: there)
-    assert main(["bench", *TINY, "--peers", "none"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(text_table(run_tiny(available_memory=lambda device: there)).split())
     assert "torch, all logits (naive): measured on 10 of 33 rows" in out and "0 of 10" in out
     assert "plain torch: measured on" not in out, "what holds no logits of all rows needs no limit"
-    monkeypatch.setattr(bench, "available_memory", lambda device: 100)
-    assert main(["bench", *TINY, "--peers", "none"]) == 0
-    assert "Left out: torch, all logits (naive): does not fit" in capsys.readouterr().out
+    report = run_tiny(available_memory=lambda device: 100)
+    assert report.failed == [] and "Left out: torch, all logits (naive): does not fit" in text_table(report)
 
 
-def test_what_takes_too_long_is_measured_on_fewer_rows(in_process, monkeypatch):
-    monkeypatch.setattr(bench, "LONGEST", 0.0)
-    report = bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1))
+def test_what_takes_too_long_is_measured_on_fewer_rows():
+    options = BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1)
+    report = run_bench(options, setup=replace(IN_PROCESS, longest=0.0))
     assert {result.measured_rows for result in report.results} == {1}
     naive = report.result("naive")
     assert naive.seconds == pytest.approx(2 * 5 * 8 * 40 / naive.flops), "scaled to all rows"
@@ -203,11 +206,11 @@ def test_extra_memory_is_that_of_the_logits(tmp_path):
     """Naive holds several times all logits, 23 MB; the plain-torch op a few chunks."""
     problem = random_problem(200, 8, 30_000, torch.float32, "cpu")
     torch.save(problem, tmp_path / "problem.pt")
-    naive = measure.extra_memory(tmp_path / "problem.pt", "naive", 200, threads=1)
+    naive = extra_memory(tmp_path / "problem.pt", "naive", 200, threads=1)
     assert 2 < naive / (200 * 30_000 * 4) < 8
-    assert measure.extra_memory(tmp_path / "problem.pt", "naive", 20, threads=1) < naive / 4
-    with pytest.raises(measure.DoesNotRun, match="KeyError: 'nobody'"):
-        measure.extra_memory(tmp_path / "problem.pt", "nobody", 20, threads=1)
+    assert extra_memory(tmp_path / "problem.pt", "naive", 20, threads=1) < naive / 4
+    with pytest.raises(DoesNotRun, match="KeyError: 'nobody'"):
+        extra_memory(tmp_path / "problem.pt", "nobody", 20, threads=1)
 
 
 def test_states_of_a_model(tiny_model):
@@ -251,9 +254,7 @@ def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def report():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "can_measure_growth", lambda: False)
-        return bench.run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1))
+    return run_bench(BenchOptions("cpu", 5, 8, 40, peers="none", rounds=1), setup=IN_PROCESS)
 
 
 def test_one_table_with_aligned_columns(report):
@@ -276,10 +277,10 @@ def test_goals_are_met_not_met_or_not_measured(report, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     goals = done.stdout.split("### Goals")[1]
-    assert "| fp32: times faster than naive, 3328 rows | at least 2.3 | 2.3 | met |" in goals
-    assert "| fp32: share of the FMA peak, 3328 rows | at least 0.85 | 0.5 | not met |" in goals
-    assert "| fp32: extra MB, 3328 rows | at most 20 | 20 | not met |" in goals
-    assert "| fp32: times faster than naive, 416 rows | at least 2.3 | - | not measured |" in goals
+    assert "| fp32: times faster than naive, 3328 rows | >= 2.3 | - | 2.3  | yes |" in goals
+    assert "| fp32: share of the FMA peak, 3328 rows | >= 0.85 | - | 0.5  | no |" in goals
+    assert "| fp32: extra memory, 3328 rows | <= 20 MB | - | 20 MB | no |" in goals
+    assert "| fp32: times faster than naive, 416 rows | >= 2.3 | - | not measured | - |" in goals
 
 
 def test_scaling_writes_its_figure_and_numbers(tmp_path, monkeypatch, capsys):

@@ -375,19 +375,13 @@ def test_the_command_prints_the_report(model, text, tmp_path, capsys):
     )
 
 
-def test_the_figure_says_what_it_is_of(fitted, tmp_path, monkeypatch):
-    from matplotlib import pyplot
+def test_the_figure_says_what_it_is_of(fitted):
+    from refinelens.report.figures import quality_figure
 
-    from refinelens.fitting.quality import draw_figure
-
-    figures, close = [], pyplot.close
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    draw_figure(tmp_path, fitted.manifest)
-    (figure,) = figures
+    figure = quality_figure(fitted.manifest)
     tokens = fitted.manifest["tokens"]["report"]
     assert figure.get_suptitle().endswith(f": {tokens} held-out tokens of the text words.txt")
     assert figure.axes[0].get_ylabel() == "KL(final || layer)\n(mean nats; axis linear below 1)"
-    close(figure)
 
 
 def test_training_lowers_the_kl(model, text, fitted, tmp_path):

@@ -13,26 +13,28 @@ from scipy import stats
 
 from refinelens.layers.examples import RunExamples
 from refinelens.layers.measures import (
-    COST,
-    GAIN,
-    LENS,
-    AblationResults,
-    EarlyExit,
-    Essential,
     LayerMetrics,
-    LayerStatistic,
     agreements,
     early_exits,
     essential_layers,
-    essential_threshold,
     layer_statistics,
-    lower_bounds,
     measure_ablations,
     measure_lens,
     patchings,
 )
-from refinelens.layers.report import LayersReport, draw_layers, print_layers
-from refinelens.stats import Estimate, mean_estimates, share_difference, share_estimate
+from refinelens.report.figures import draw_layers, layers_figure
+from refinelens.report.rows import (
+    COST,
+    GAIN,
+    LENS,
+    EarlyExit,
+    Essential,
+    LayersReport,
+    LayerStatistic,
+    essential_threshold,
+)
+from refinelens.report.tables import print_layers
+from refinelens.stats import Estimate, lower_bounds, mean_estimates, share_difference, share_estimate
 from refinelens.store.layers import LAYER_ROWS
 
 RUN = {"model": {"name": "m", "n_layers": 3}, "task": {"name": "t"}, "seed": 0, "arguments": {"top": [1]}}
@@ -51,6 +53,21 @@ def examples(ranks=RANKS):
     }
     arrays = {name: np.array(values) for name, values in keys.items()}
     return RunExamples(RUN, "plain", arrays, np.full(4, 7), np.full(4, 7), lists)
+
+
+def report_of(statistics, ablations=(), run=RUN, agree=(), essential=(), exits=(), **arguments):
+    """What tables and figures are made of, of an analysis of one question."""
+    arguments = {"interventions": list(ablations), "at": "all"} | arguments
+    manifest = {"lens": "plain", "arguments": arguments, "parts": [{}], "seconds": 1.0}
+    return LayersReport(
+        manifest, run, list(ablations), 0.0, 0.0, statistics, list(agree), list(essential), list(exits), []
+    )
+
+
+def text_of(report):
+    console = Console(record=True, file=io.StringIO(), width=200)
+    print_layers(console, report)
+    return console.export_text()
 
 
 def value_of(rows, **wanted):
@@ -90,7 +107,7 @@ def rows_of(intervention, ranks_before, ranks, source=None):
 
 def test_what_an_intervention_costs():
     rows = rows_of("skip", [0, 0, 0, 2], [[1, 0, 5], [0, 0, 0], [3, 0, 0], [2, 1, 0]])
-    found = layer_statistics(measure_ablations(AblationResults.of(rows, "skip", 3)), 0)
+    found = layer_statistics(measure_ablations(LayerMetrics.of_rows(rows, "skip", 3)), 0)
     assert value_of(found, gold_position=None, layer=1, statistic=COST) == (1 + 0 + 3 + 0) / 4
     assert value_of(found, gold_position=1, layer=3, statistic=COST) == -1
     assert value_of(found, gold_position=0, layer=1, statistic="log_rank_cost") == pytest.approx(math.log(2 * 4) / 2)
@@ -222,10 +239,7 @@ def test_early_exit_and_absent_patches_in_words():
         share = Estimate(0.8, 0.5, 1.0)
         exits = [EarlyExit(0, gold, 9, share, 2, share, share) for gold in (None, position)]
         statistics = [replace(row, documents=0) for row in layer_statistics(measure_lens(examples()), 0)]
-        console = Console(record=True, file=io.StringIO(), width=200)
-        manifest = {"lens": "plain", "arguments": {"interventions": ["patch"], "at": "all"}}
-        print_layers(console, LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], exits, []))
-        text = console.export_text()
+        text = text_of(report_of(statistics, exits=exits, interventions=["patch"]))
         assert "Essential" not in text, "nothing was intervened in"
         assert words in text and "Patching: no question is answered at one gold position and not at another." in text
 
@@ -235,31 +249,25 @@ def test_an_agreement_says_over_how_many_layers_and_of_what_its_interval_is(inte
     run = RUN | {"model": {"name": "m", "n_layers": 5}}
     of_five = replace(examples(np.hstack([RANKS, RANKS[:, -2:]])), manifest=run)
     rows = rows_of("skip", [0] * 4, [[9, 8, 7, 6, 5]] * 4)
-    lens, cost = measure_lens(of_five), measure_ablations(AblationResults.of(rows, "skip", 5))
+    lens, cost = measure_lens(of_five), measure_ablations(LayerMetrics.of_rows(rows, "skip", 5))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
-    manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
     rows = agreements(lens, [cost], 0)
     if interval:  # these two questions are too few for one
         rows = [replace(row, value=Estimate(0.5, 0.25, 0.75)) for row in rows]
-    found = (rows, [], early_exits(statistics), [])
-    console = Console(record=True, file=io.StringIO(), width=200)
-    print_layers(console, LayersReport(manifest, run, ["skip"], 0.0, 0.0, statistics, *found))
+    text = text_of(report_of(statistics, ["skip"], run, agree=rows, exits=early_exits(statistics)))
     one = r"0.50 \[0.25,0.75\]" if interval else r"-?[\d.]+"
     words = f"Spearman {one}, Kendall {one}{'; intervals over questions' if interval else ''}"
-    assert re.search(rf"\nAgreement of gain and skip over 5 layers: {words}\.\n", console.export_text())
+    assert re.search(rf"\nAgreement of gain and skip over 5 layers: {words}\.\n", text)
 
 
 def test_of_one_question_there_is_no_interval_and_no_verdict():
     """However large gain and cost: no brackets, no star, and one question, not 1 questions."""
     one = examples().of_questions([4])
     rows = rows_of("skip", [0] * 4, [[9, 9, 9]] * 4)
-    lens, cost = measure_lens(one), measure_ablations(AblationResults.of(rows.slice(0, 6), "skip", 3))
+    lens, cost = measure_lens(one), measure_ablations(LayerMetrics.of_rows(rows.slice(0, 6), "skip", 3))
     statistics = [row for measured in (lens, cost) for row in layer_statistics(measured, 0)]
-    manifest = {"lens": "plain", "arguments": {"interventions": ["skip"], "at": "all"}, "parts": [{}], "seconds": 1.0}
-    found = (agreements(lens, [cost], 0), essential_layers(lens, [cost], 0.01), early_exits(statistics), [])
-    console = Console(record=True, file=io.StringIO(), width=200)
-    print_layers(console, LayersReport(manifest, RUN, ["skip"], 0.0, 0.0, statistics, *found))
-    text = console.export_text()
+    found = (agreements(lens, [cost], 0), essential_layers(lens, [cost], 0.01), early_exits(statistics))
+    text = text_of(report_of(statistics, ["skip"], RUN, *found))
     assert "2 documents, 1 question, plain lens" in text and "\n1 question in 1 s." in text
     assert "Agreement: none over 3 layers; fewer than 5 agree by chance too often." in text
     assert "Essential: no verdict on fewer than 5 questions." in text
@@ -271,10 +279,10 @@ def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
     one = 1 - zero
     ranks = [[zero, one, zero], [one, zero, zero], [zero, zero, zero], [one, one, zero]]
     rows = rows_of(name, [one] * 4, ranks, source=[1, 0, 1, 0])
-    whole, *pairs = patchings(AblationResults.of(rows, name, 3), 0)
+    whole, *pairs = patchings(LayerMetrics.of_rows(rows, name, 3), 0)
     assert (whole.from_layer.value, whole.examples, whole.questions) == ((3 + 2 + 1 + 3) / 4, 4, 2)
     assert {(p.gold_position, p.source_position): p.from_layer.value for p in pairs} == {(0, 1): 2.0, (1, 0): 2.5}
-    assert patchings(AblationResults.of(rows, "other", 3), 0) == []
+    assert patchings(LayerMetrics.of_rows(rows, "other", 3), 0) == []
 
 
 @pytest.mark.filterwarnings("error")
@@ -288,40 +296,30 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
         for position, v in [(None, 10.0**layer), *((p, 10.0**layer - p) for p in range(9))]
     ]
     for ablations in (["skip"], []):
-        manifest = {"lens": "plain", "arguments": {"at": "all"}}
         path = tmp_path / f"{len(ablations)}.png"
-        draw_layers(path, LayersReport(manifest, RUN, ablations, 0.0, 0.0, statistics, [], [], [], []))
+        draw_layers(path, report_of(statistics, ablations))
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("peak", [3.0, 12.0], ids=["linear", "logarithmic"])
 @pytest.mark.parametrize("half", [0.0, 0.5, math.nan])
-def test_every_marker_is_whole(tmp_path, monkeypatch, peak, half):
+def test_every_marker_is_whole(peak, half):
     """A bar that ends where a line does takes no room from it."""
-    from matplotlib import pyplot
-
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
     statistics = [
         LayerStatistic(LENS, 5, position, layer, GAIN, 9, Estimate(v, v - half, v + half))
         for position in (None, 0, 4)
         for layer, v in ((1, peak), (2, -0.3), (3, 0.1))
     ]
-    manifest = {"lens": "plain", "arguments": {"at": "all"}}
-    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
-    (axes,) = figures[0].axes
+    figure = layers_figure(report_of(statistics))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(1, peak), (2, -0.3)]))[:, 1]
     assert 0.02 < ends[1] < ends[0] < 0.98 and axes.get_yscale() == ("linear" if peak < 4 else "symlog")
-    monkeypatch.undo()
-    pyplot.close(figures[0])
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_gold_position_looks_the_same_at_every_context_size(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    figures, asked = [], {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}
-    monkeypatch.setattr(pyplot, "close", figures.append)
+def test_a_gold_position_looks_the_same_at_every_context_size():
+    asked = {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}
     statistics = [
         LayerStatistic(of, documents, position, layer, name, 9, Estimate(1.0, 0.0, 2.0))
         for of, name, sizes in ((LENS, GAIN, asked), ("restore", "accuracy", {5: asked[5]}))
@@ -329,9 +327,7 @@ def test_a_gold_position_looks_the_same_at_every_context_size(tmp_path, monkeypa
         for position in (None, *positions)
         for layer in (1, 2, 3)
     ]
-    manifest = {"lens": "plain", "arguments": {"at": "all"}}
-    draw_layers(tmp_path / "layers.png", LayersReport(manifest, RUN, [], 0.0, 0.0, statistics, [], [], [], []))
-    (figure,) = figures
+    figure = layers_figure(report_of(statistics))
     (legend,) = figure.legends
     shown = dict(zip([t.get_text() for t in legend.get_texts()], legend.legend_handles, strict=True))
     assert len(shown) == 1 + 4 + 1  # closed-book, gold positions, the interval

@@ -220,7 +220,7 @@ def test_one_question_gives_the_same_rows_alone(options, branched, tmp_path):
 
 
 def test_the_table_counts_tokens(branched, ran_whole):
-    from refinelens.report.findings import read_report
+    from refinelens.report.summary import read_report
     from refinelens.report.tables import notes
 
     counts = branched.manifest["counts"]

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refinelens.report import findings
-from refinelens.report.findings import VOID, holm, inverted_u_tests, middle_positions, sign_flip
+from refinelens.report.summary import VOID, inverted_u_tests, middle_positions
+from refinelens.report.tables import inverted_u_line
+from refinelens.stats import holm, sign_flip
 
 
 def trajectories(depths, documents=3, lens="plain", top=1):
@@ -62,23 +63,23 @@ def test_zeros_do_not_count_towards_the_limit(d):
 
 def test_five_positive_differences():
     (test,) = run_tests(trajectories({0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5}))
-    assert test.p == test.p_holm == test.first_p == test.last_p == pytest.approx(1 / 32)
+    assert test.p == test.p_holm == test.first.p == test.last.p == pytest.approx(1 / 32)
     assert test.method == "exact sign-flip"
-    assert test.first_difference.value == test.last_difference.value == 3
-    assert test.first_d_z == pytest.approx(3 / np.std([1, 2, 3, 4, 5], ddof=1))
-    assert (test.first_questions, test.last_differ, test.questions_asked, test.middle) == (5, 5, 5, (1,))
-    assert 1 < test.first_difference.low < 3 < test.first_difference.high < 5
+    assert test.first.difference.value == test.last.difference.value == 3
+    assert test.first.d_z == pytest.approx(3 / np.std([1, 2, 3, 4, 5], ddof=1))
+    assert (test.first.questions, test.last.differ, test.questions_asked, test.middle) == (5, 5, 5, (1,))
+    assert 1 < test.first.difference.low < 3 < test.first.difference.high < 5
     side = r"\+3.00 \[[\d.]+,[\d.]+\] layers d_z 1.90 \(differs in 5 of 5 questions\)"
     line = rf"Inverted U, plain, rank <= 1, 3 documents: middle - first {side}, middle - last {side}; p = 0.031 "
-    assert re.fullmatch(rf"{line}\(Holm 0.031; exact sign-flip\)\.", test.line())
+    assert re.fullmatch(rf"{line}\(Holm 0.031; exact sign-flip\)\.", inverted_u_line(test))
 
 
 def test_equal_differences_have_no_spread():
     """A third of a layer for all: 4/3 - 1 and 7/3 - 2 differ in their last bit, which is no standard deviation."""
     middle = {2: [1, 2, 5], 3: [1, 2, 5], 4: [2, 3, 6]}
     (test,) = run_tests(trajectories({0: [1, 2, 5], **middle, 6: [1, 2, 5]}, documents=7))
-    assert test.middle == (2, 3, 4) and test.first_difference.value == pytest.approx(1 / 3)
-    assert math.isnan(test.first_d_z) and math.isnan(test.last_d_z)
+    assert test.middle == (2, 3, 4) and test.first.difference.value == pytest.approx(1 / 3)
+    assert math.isnan(test.first.d_z) and math.isnan(test.last.d_z)
 
 
 @pytest.mark.parametrize("last", [[3] * 8, [9] * 8])
@@ -86,32 +87,32 @@ def test_depth_that_only_grows_is_no_inverted_u(last):
     """Larger in the middle than at the first position, and not larger than, or below, the last."""
     middle = [3, 4, 2, 3, 4, 3, 2, 3]
     (test,) = run_tests(trajectories({0: [0] * 8, 1: middle, 2: last}))
-    assert test.first_p == pytest.approx(1 / 256) and test.first_difference.value == 3
-    assert test.p == test.last_p > (0.99 if last[0] == 9 else 0.5)
-    assert test.line().endswith("; the middle is shallower than the last position.") == (last[0] == 9)
+    assert test.first.p == pytest.approx(1 / 256) and test.first.difference.value == 3
+    assert test.p == test.last.p > (0.99 if last[0] == 9 else 0.5)
+    assert inverted_u_line(test).endswith("; the middle is shallower than the last position.") == (last[0] == 9)
 
 
 def test_p_is_that_of_the_end_that_says_less():
     depths = {0: [0] * 6, 1: [1, 2, 3, 4, 5, 6], 2: [0, 1, 4, 3, 6, 4]}
     (test,) = run_tests(trajectories(depths))
-    assert test.first_p == pytest.approx(enumerated([1, 2, 3, 4, 5, 6]))
-    assert test.last_p == pytest.approx(enumerated([1, 1, -1, 1, -1, 2]))
-    assert test.p == test.last_p > test.first_p
+    assert test.first.p == pytest.approx(enumerated([1, 2, 3, 4, 5, 6]))
+    assert test.last.p == pytest.approx(enumerated([1, 1, -1, 1, -1, 2]))
+    assert test.p == test.last.p > test.first.p
 
 
 def test_an_upright_u_is_no_inverted_u():
     (test,) = run_tests(trajectories({0: [4] * 6, 1: [1, 0, 1, 2, 1, 1], 2: [5] * 6}))
-    assert test.p == test.p_holm == 1.0 and test.first_difference.value < 0 > test.last_difference.value
-    assert test.line().endswith("p = 1.000 (Holm 1.000; exact sign-flip); the middle is shallower than both ends.")
+    assert test.p == test.p_holm == 1.0 and test.first.difference.value < 0 > test.last.difference.value
+    line = inverted_u_line(test)
+    assert line.endswith("p = 1.000 (Holm 1.000; exact sign-flip); the middle is shallower than both ends.")
 
 
-def test_beyond_the_limit_patterns_are_drawn(monkeypatch):
+def test_beyond_the_limit_patterns_are_drawn():
     d = np.array([2.0, 1, -1, 3, 2, -2, 1, 1])
     exact, _ = sign_flip(d, seed=0)
-    monkeypatch.setattr(findings, "EXACT_QUESTIONS", 7)
-    drawn, method = sign_flip(d, seed=0)
+    drawn, method = sign_flip(d, seed=0, exact_questions=7)
     assert method == "sign-flip, 9999 patterns, seed 0" and drawn == pytest.approx(exact, abs=0.02)
-    assert sign_flip(d, seed=0)[0] == drawn
+    assert sign_flip(d, seed=0, exact_questions=7)[0] == drawn
 
 
 def test_means_over_settled_examples_and_censored_questions():
@@ -124,10 +125,11 @@ def test_means_over_settled_examples_and_censored_questions():
         9: [2, 1, 0, None, 4],
     }
     (test,) = run_tests(trajectories(depths, documents=10))
-    assert (test.first_questions, test.last_questions, test.questions_asked) == (2, 3, 5)
-    assert test.first_difference.value == pytest.approx(np.mean([3 - 0, 2 - 1]))
-    assert test.last_difference.value == pytest.approx(np.mean([3 - 2, 3 - 1, 2 - 4]))
-    assert test.last_p == pytest.approx(enumerated([1, 2, -2])) and "(differs in 3 of 3 questions)" in test.line()
+    assert (test.first.questions, test.last.questions, test.questions_asked) == (2, 3, 5)
+    assert test.first.difference.value == pytest.approx(np.mean([3 - 0, 2 - 1]))
+    assert test.last.difference.value == pytest.approx(np.mean([3 - 2, 3 - 1, 2 - 4]))
+    assert test.last.p == pytest.approx(enumerated([1, 2, -2]))
+    assert "(differs in 3 of 3 questions)" in inverted_u_line(test)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,9 @@ def test_means_over_settled_examples_and_censored_questions():
 )
 def test_no_number_without_a_test(depths, reason):
     (test,) = run_tests(trajectories(depths))
-    assert math.isnan(test.p) and math.isnan(test.p_holm) and math.isnan(test.first_p) and test.method == ""
-    assert reason in test.reason and reason in test.line() and "p =" not in test.line() and "nan" not in test.line()
+    assert math.isnan(test.p) and math.isnan(test.p_holm) and math.isnan(test.first.p) and test.method == ""
+    line = inverted_u_line(test)
+    assert reason in test.reason and reason in line and "p =" not in line and "nan" not in line
 
 
 @pytest.mark.parametrize("positions", [(0, 1), (1, 2), (0, 2), (1,)])
@@ -154,7 +157,7 @@ def test_ends_and_middle_must_have_been_asked(positions):
 def test_void_where_the_lens_cannot_resolve_depth():
     table = trajectories({0: [0] * 5, 1: [1, 2, 3, 4, 5], 2: [0] * 5})
     (test,) = run_tests(table, blind={("plain", 1)})
-    assert test.reason == VOID and math.isnan(test.p) and "void: this lens cannot resolve" in test.line()
+    assert test.reason == VOID and math.isnan(test.p) and "void: this lens cannot resolve" in inverted_u_line(test)
 
 
 def test_holm_by_hand():

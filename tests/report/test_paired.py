@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from refinelens.cli import main
-from refinelens.report.findings import paired_differences, paired_line
+from refinelens.report.summary import paired_differences
+from refinelens.report.tables import paired_line
 from refinelens.stats import share_difference
 from refinelens.store.results import open_run
 

@@ -1,5 +1,7 @@
 """Intervals, shares and cautions on hand-made ranks; the printed table and the figures of hand-made runs."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from io import StringIO
 
@@ -10,7 +12,8 @@ from rich.console import Console
 from scipy import stats
 
 from refinelens.errors import InputError
-from refinelens.report.findings import counted, format_estimate, read_report
+from refinelens.report.rows import counted, format_estimate
+from refinelens.report.summary import layer_profiles, read_report
 from refinelens.report.tables import print_table, write_outputs
 from refinelens.stats import (
     Estimate,
@@ -176,9 +179,25 @@ def test_figures(tmp_path, cells, lenses):
         assert (run.path / name).read_bytes().startswith(b"\x89PNG") and (run.path / name).stat().st_size > 5000
 
 
-def test_layer_profiles(tmp_path):
-    from refinelens.report.summary import layer_profiles
+def test_figures_leave_the_settings_of_whoever_calls_alone(tmp_path):
+    """Another backend than a file's, and no figure that pyplot keeps; in a process that has drawn nothing yet."""
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY, UNSEEN]})
+    code = f"""if True:
+        import sys, matplotlib
+        matplotlib.use("svg")
+        before = matplotlib.rcParams.copy()
+        from refinelens.report.summary import read_report
+        from refinelens.report.tables import write_outputs
+        from refinelens.store.results import open_run
+        run = open_run({str(run.path)!r})
+        write_outputs(run, read_report(run))
+        assert matplotlib.rcParams == before and "matplotlib.pyplot" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {path.name for path in run.path.glob("*.png")} == set(FIGURES)
 
+
+def test_layer_profiles(tmp_path):
     run = make_run(tmp_path / "run", {0: [SEEN_EARLY, FIRST_THEN_LOST, UNSEEN]}, ("plain", "linear"))
     rows = pq.read_table(run.part_path(0)).to_pylist()
     for row in rows:
