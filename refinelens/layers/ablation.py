@@ -17,11 +17,10 @@ from torch import Tensor
 from ..config import PATCH, LayerOptions
 from ..data.prompts import Context
 from ..data.questions import Question
-from ..errors import FaultError, InputError
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
+from ..lens.runner import MemoryLimit, Proof, blamed_on
 from ..model.hooks import difference
-from ..model.loading import is_out_of_memory
 from ..store.layers import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 from ..store.trajectory import NONE, trajectories
 from ..sweeping.contexts import ContextBuilder
@@ -197,8 +196,7 @@ class AblationRunner:
         self._options, self._builder, self._logit_lens, self._lens = options, builder, logit_lens, lens
         self._restarts, self._targets, self._top = restarts, targets, top
         self._cached = restarts.cached
-        self._proven = 0  # tokens of the longest context that was run from held keys and compared with itself run whole
-        self._at_most: int | None = None  # runs at a time, once memory ran out
+        self._proof, self._limit = Proof(), MemoryLimit()  # of held keys; of runs that go through a block together
 
     def contexts(self, question: Question) -> list[Context]:
         """All contexts that the run asked a question in."""
@@ -224,8 +222,8 @@ class AblationRunner:
         Raises:
             FaultError: Names the question, whatever went wrong.
         """
-        try:
-            tables, answered = [], []
+        tables, answered = [], []
+        with blamed_on(f"question {question.id}"):
             for context in self.contexts(question):
                 found, one = self._ablate(context, control=not answered)
                 tables += found
@@ -233,10 +231,6 @@ class AblationRunner:
             if PATCH in self._options.interventions:
                 tables += self._patch(answered)
             return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
-        except (InputError, FaultError):
-            raise
-        except Exception as error:
-            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
 
     @property
     def _tokens(self) -> slice:
@@ -250,12 +244,11 @@ class AblationRunner:
     def _record(self, context: Context, cached: bool) -> ActivationCache:
         ids = torch.tensor([context.input_ids[: context.prompt_length]])
         run = ActivationCache.record(self._logit_lens, ids, cached)
-        if not cached or context.prompt_length <= 2 * self._proven:
+        if not cached or not self._proof.is_due(context.prompt_length):
             return run
         whole = ActivationCache.record(self._logit_lens, ids)
         pair = (states.answer_states()[:, None, None] for states in (run, whole))
-        # The gate has seen a few tokens; a real context is longer, than a sliding window say.
-        self._proven, self._cached = context.prompt_length, difference(*pair) <= self._logit_lens.parity.tolerance
+        self._cached = difference(*pair) <= self._logit_lens.parity.tolerance
         return run if self._cached else whole
 
     def _ablate(self, context: Context, control: bool) -> tuple[list[pa.Table], Answered]:
@@ -295,13 +288,5 @@ class AblationRunner:
     def _scan(self, run: ActivationCache, context: Context, start) -> list[Tensor]:
         """`scan`, fewer runs at a time from when memory ran out."""
         on_cpu, cached = run.states[0].device.type == "cpu", run.states[0].shape[1] == 1
-        while True:
-            size = self._restarts.at_a_time(context.prompt_length, cached, on_cpu)
-            size = size if self._at_most is None else min(size, self._at_most)
-            try:
-                return scan(run, start, size)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                self._at_most = size // 2
+        size = self._restarts.at_a_time(context.prompt_length, cached, on_cpu)
+        return self._limit.run(size, lambda fits: scan(run, start, fits))

@@ -141,8 +141,9 @@ def in_batches(
                     with blamed_on_context(context(batch[0])):
                         raise
                 most = len(batch) // 2
+            error.__traceback__ = None  # its frames hold the tensors that there was no room for
         if result is None:
-            torch.cuda.empty_cache()  # behind the block above: the exception held the tensors there was no room for
+            torch.cuda.empty_cache()
             continue
         items = items[len(batch) :]
         yield result
