@@ -181,14 +181,14 @@ class ForwardRunner:
         """
         Args:
             lens: Of the model.
-            batch_size: Contexts in one pass; by default one on a CPU, which several gain nothing on, and as many as
-                `TOKENS_PER_BATCH` allows on a GPU.
+            batch_size: Contexts in one pass; by default one on a CPU, on a GPU as many as `TOKENS_PER_BATCH` allows.
             reuse: Whether contexts branch off from what they share, see `choose_reuse`; then they run one by one.
             keeps_cache: Whether a pass keeps keys and values for ``then`` to go on from.
         """
-        self.reuse = reuse
-        self.limit = MemoryLimit()
-        self.lens, self._batch_size, self._keeps_cache = lens, batch_size, keeps_cache
+        if batch_size is None and lens.model.device.type == "cpu":
+            batch_size = 1  # several gain nothing there
+        self.lens, self.reuse, self.limit = lens, reuse, MemoryLimit()
+        self._batch_size, self._keeps_cache = batch_size, keeps_cache
         self._branches: Branches | None = None  # of the contexts that are run, while they branch off
         self._proof = Proof()
 
@@ -203,7 +203,7 @@ class ForwardRunner:
         then: Callable[[list[int], Cache | None], list] | None = None,
         warn: Callable[[str], None] = lambda line: None,
     ) -> Iterator[ModelStates]:
-        """Run contexts, in any order: those of similar length together, or along their shared prefixes.
+        """Run contexts: those of similar length together, or one after the other, along their shared prefixes.
 
         Nothing is shared between calls, so that what comes of these contexts is a function of them.
 
@@ -217,13 +217,16 @@ class ForwardRunner:
         """
         ids, branching = [one.ids for one in inputs], self.reuse.used
         self._branches = Branches(self.lens) if branching else None
-        order = branch_order(ids) if branching else sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        order = branch_order(ids) if branching else list(range(len(ids)))
+        if self._batch_size != 1 and not branching:
+            order.sort(key=lambda index: -len(ids[index]))
 
         def work(batch: list[int]) -> list[ModelStates]:
             return self._pass(batch, [inputs[index] for index in batch], then)
 
         def size(left: list[int]) -> int:
-            return 1 if branching else self.limit.of(self._size(len(ids[left[0]])))
+            by_tokens = max(1, TOKENS_PER_BATCH // len(ids[left[0]]))
+            return 1 if branching else self.limit.of(self._batch_size or by_tokens)
 
         def out_of_memory(batch: list[int]) -> bool:
             if self._branches is not None:
@@ -241,12 +244,6 @@ class ForwardRunner:
         for found in in_batches(order, work, lambda index: inputs[index], size, out_of_memory):
             while found:
                 yield found.pop()
-
-    def _size(self, n_tokens: int) -> int:
-        """Contexts of one pass, of which the longest has ``n_tokens``."""
-        if self._batch_size is not None:
-            return self._batch_size
-        return 1 if self.lens.model.device.type == "cpu" else max(1, TOKENS_PER_BATCH // n_tokens)
 
     def _pass(self, indices: list[int], batch: list[ModelInput], then) -> list[ModelStates]:
         """Contexts padded on the right, their positions by repeating the last; padding is not kept."""
