@@ -38,7 +38,7 @@ bench: .venv/.ready
 scaling: .venv/.ready
 	$(BIN)/python benchmarks/scaling.py docs
 
-.venv/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+.venv/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip

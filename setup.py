@@ -9,9 +9,9 @@ from setuptools import setup
 # which `refinelens doctor` reports.
 extension = Pybind11Extension(
     "refinelens._C",
-    sorted(glob("csrc/*.cpp")),
+    sorted(glob("csrc/**/*.cpp", recursive=True)),
     include_dirs=["csrc"],
-    depends=sorted(glob("csrc/*.hpp") + glob("csrc/*.inl")),
+    depends=sorted(glob("csrc/**/*.hpp", recursive=True) + glob("csrc/**/*.inl", recursive=True)),
     cxx_std=17,
     extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra"],
     optional=True,

@@ -16,8 +16,7 @@ from refinelens import _C, fused_lens
 from refinelens.bench import competitors
 from refinelens.bench.problem import make_problem
 from refinelens.config import BenchOptions
-from refinelens.kernels.reference import apply_norm, fused_lens_reference
-from refinelens.op.fused_lens import LensStats
+from refinelens.kernels.reference import LensHead, LensStats, apply_norm, fused_lens_reference
 
 ROWS = 1024  # at a time
 
@@ -57,7 +56,7 @@ def main():
     problem = make_problem(BenchOptions(device="cpu", model="smollm2", rows=31 * parser.parse_args().tokens))
     mismatches, worst, settled, fell_back = {}, 0.0, 0, 0
     for hidden, targets in zip(problem.hidden.split(ROWS), problem.targets.split(ROWS), strict=True):
-        exact = fused_lens_reference(hidden, problem.unembedding, problem.norm, targets, dtype=torch.float64)
+        exact = fused_lens_reference(hidden, LensHead(problem.unembedding, problem.norm), targets, dtype=torch.float64)
         answers = {
             precision: fused_lens(hidden, problem.unembedding, problem.norm, targets, precision=precision)
             for precision in ("certified", "fp32")

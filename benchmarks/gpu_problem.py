@@ -14,7 +14,7 @@ from torch import Tensor
 from refinelens.bench import competitors
 from refinelens.bench import problem as bench
 from refinelens.kernels.fused_lens import fused_lens_triton
-from refinelens.kernels.reference import LayerNorm
+from refinelens.kernels.reference import LayerNorm, LensHead
 
 ROUNDS = 9
 SPIN_CYCLES = 3_000_000  # 1.5 ms
@@ -57,7 +57,7 @@ class Problem:
     def fused(self, config=None, targets: bool = True):
         """Everything, from the norm to the merge of the splits."""
         chosen = self.targets if targets else None
-        return fused_lens_triton(self.hidden, self.unembedding, self.norm, chosen, config=config)
+        return fused_lens_triton(self.hidden, LensHead(self.unembedding, self.norm), chosen, config=config)
 
     def product(self) -> Callable[[], Tensor]:
         """B: cuBLAS on these rows, V padded to a multiple of 64, bf16 output allocated before."""

@@ -21,7 +21,7 @@ from refinelens.kernels.fused_lens import reduce_rows, target_matches_main_produ
 from refinelens.kernels.graphs import GraphedLens
 from refinelens.kernels.kernel import LensOptions, LensRows, RowStats, launch_targets
 from refinelens.kernels.norm_kernel import normed_rows
-from refinelens.kernels.reference import fused_lens_reference
+from refinelens.kernels.reference import LensHead, fused_lens_reference
 from refinelens.kernels.search import outputs_agree
 
 LARGE = [
@@ -67,8 +67,8 @@ def correctness(problem: Problem, measured: dict[str, float]) -> None:
     part = slice(0, CHECKED_ROWS)
     hidden, targets = problem.hidden[part], problem.targets[part]
     x_hat = normed_rows(hidden, problem.norm, 1)[:, : problem.d_model]
-    rounded = fused_lens_reference(x_hat, problem.unembedding, None, targets, dtype=torch.float64)
-    truth = fused_lens_reference(hidden, problem.unembedding, problem.norm, targets, dtype=torch.float64)
+    rounded = fused_lens_reference(x_hat, LensHead(problem.unembedding), targets, dtype=torch.float64)
+    truth = fused_lens_reference(hidden, LensHead(problem.unembedding, problem.norm), targets, dtype=torch.float64)
     off = [int((out.argmax[part] != other.argmax).sum()) for other in (rounded, truth)]
     off_naive = int(((x_hat @ problem.unembedding.T).argmax(-1) != truth.argmax).sum())
     ranks = int((out.target_rank[part] != rounded.target_rank).sum())
@@ -185,15 +185,15 @@ def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
 def shares_of_a_model(measured: dict[str, float]) -> None:
     """The lens beside the model's own pass: a GPT-2 of random weights in bf16, 8 contexts of 1,024 tokens."""
     model = AutoModelForCausalLM.from_config(GPT2Config(), dtype=torch.bfloat16).to(DEVICE)
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     ids = torch.randint(0, 50257, (8, 1024), generator=torch.Generator().manual_seed(0))
     for name, positions in (("the last position", torch.tensor([1023])), ("every position", torch.arange(1024))):
         hidden = lens.hidden(ids, positions)
         targets = torch.zeros(hidden.shape[1:-1], dtype=torch.int64, device=DEVICE)
         times = timed({
             "model": lambda positions=positions: lens.hidden(ids, positions),
-            "lens": lambda hidden=hidden, targets=targets: lens.read(hidden, targets, kl=False),
-            "lens and KL": lambda hidden=hidden, targets=targets: lens.read(hidden, targets),
+            "lens": lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets, kl=False),
+            "lens and KL": lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets),
         })  # fmt: skip
         for part, (seconds, spread) in times.items():
             share = seconds / times["model"][0]
@@ -203,7 +203,7 @@ def shares_of_a_model(measured: dict[str, float]) -> None:
 def few_rows(measured: dict[str, float]) -> None:
     """Short calls, where launches count: plain, replayed as a graph, and with copies in and out of the graph."""
     for problem in FEW:
-        lens = GraphedLens(problem.unembedding, problem.norm)
+        lens = GraphedLens(LensHead(problem.unembedding, problem.norm))
         assert outputs_agree(lens(problem.hidden, problem.targets), problem.fused()), "a replayed graph differs"
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(options.model, "cpu")
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     restarts, contexts = check_replay(lens), _contexts(loaded, options)
     lengths = ", ".join(str(ids.shape[1]) for ids in contexts)
     print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
@@ -83,7 +83,7 @@ def _check(lens: LogitLens, ids: Tensor) -> int:
 
 @contextmanager
 def _hooks(lens: LogitLens, indices: list[int], hook: Callable) -> Iterator[None]:
-    handles = [lens.parts.blocks[i].register_forward_hook(hook, with_kwargs=True) for i in indices]
+    handles = [lens.blocks[i].register_forward_hook(hook, with_kwargs=True) for i in indices]
     try:
         yield
     finally:

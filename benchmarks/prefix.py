@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(options.model, "cpu")
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
     reuse = check_branching(lens)
     print(f"gate: {reuse.why}\n")

@@ -39,17 +39,19 @@ def main() -> None:
         normal(N_LAYERS + 1, 1, options.positions, D_MODEL),
         torch.arange(options.positions, device=device),
     )
-    parts = LensHead(torch.nn.ModuleList(), None, normal(VOCAB, D_MODEL) / D_MODEL**0.5, None, None, 1.0)
-    lens = LogitLens(None, parts, "auto", None)
+    head = LensHead(normal(VOCAB, D_MODEL) / D_MODEL**0.5)
+    lens = object.__new__(LogitLens)  # no model is run
+    lens.blocks = torch.nn.ModuleList([torch.nn.Identity()] * N_LAYERS)
+    lens.head, lens.backend, lens.tokenizer, lens.name, lens.translators = head, "auto", None, "plain", None
     maps = Translators(normal(N_LAYERS, D_MODEL, D_MODEL) / D_MODEL**0.5, normal(N_LAYERS, D_MODEL))
     zeros = Translators(torch.zeros_like(maps.weight), torch.zeros_like(maps.bias))
-    plain, same = (lens.read(hidden, targets, t, kl=False).stats for t in (None, zeros))
+    plain, same = (lens.read_states(hidden, targets, t, kl=False).stats for t in (None, zeros))
     if not torch.equal(plain.argmax, same.argmax) or not torch.equal(plain.target_rank, same.target_rank):
         raise SystemExit("expected translators of zeros to change nothing, got another argmax or rank")
     seconds: dict[str, list[float]] = {"plain": [], "translated": []}
     for _ in range(options.rounds + 1):
         for name, translators in (("plain", None), ("translated", maps)):
-            seconds[name].append(_seconds(lambda t=translators: lens.read(hidden, targets, t, kl=False), device))
+            seconds[name].append(_seconds(lambda t=translators: lens.read_states(hidden, targets, t, kl=False), device))
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first of each warms up
     rows = (N_LAYERS + 1) * options.positions
     extra = 2 * N_LAYERS * options.positions * D_MODEL**2 / (2 * rows * D_MODEL * VOCAB)

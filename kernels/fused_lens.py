@@ -25,7 +25,7 @@ from .kernel import (
 )
 from .kernel_tma import add_ties, launch_tma
 from .norm_kernel import normed_rows, padded_width
-from .reference import LensOutput, Norm, soft_cap
+from .reference import LensHead, LensStats, soft_cap
 
 _known: dict[tuple, bool] = {}
 _D_MODEL = 1024
@@ -94,28 +94,16 @@ def _try(device: torch.device, dtype: torch.dtype, config: LensConfig) -> bool:
 
 
 def fused_lens_triton(
-    hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    *,
-    config: LensConfig | None = None,
-) -> LensOutput:
+    hidden: Tensor, head: LensHead, targets: Tensor | None = None, *, config: LensConfig | None = None
+) -> LensStats:
     """Lens statistics of ``hidden`` ``[R, d_model]`` in one pass over the vocabulary per chunk of rows.
 
     The normed states are rounded once, to the operands' dtype; everything after is fp32.
 
     Args:
         hidden: ``[R, d_model]`` bfloat16, float16 or float32, any strides.
-        unembedding: ``[V, d_model]`` of the dtype of ``hidden``, any strides.
-        norm: Final norm, or None.
+        head: Norm and unembedding ``[V, d_model]`` of the dtype of ``hidden``, any strides; without a projection.
         targets: ``[R]`` int64 in ``[0, V)``, or None. Ids outside are not read, their rows are meaningless.
-        bias: ``[V]`` floating, or None.
-        softcap: Positive cap of the logits, or None.
-        logit_scale: Positive factor of the logits, applied before the cap.
         config: How the main kernel is launched; None takes what ``search.search_config`` kept for such calls,
             else the pinned configuration.
 
@@ -129,9 +117,9 @@ def fused_lens_triton(
 
     Source of the running sums: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3.
     """
-    shape = ShapeClass.of(hidden, unembedding, bias, softcap, targets)
+    shape = ShapeClass.of(hidden, head.weight, head.bias, head.softcap, targets)
     config = config or config_for(shape, len(hidden))
-    options = LensOptions(unembedding, bias, softcap, float(logit_scale), config)
+    options = LensOptions(head.weight, head.bias, head.softcap, float(head.scale), config)
     n_rows = hidden.shape[0]
     # Separate allocations: a torch operator may not return tensors that share memory.
     best, target_z, logsumexp, entropy = (_empty(hidden, n_rows, torch.float32) for _ in range(4))
@@ -144,17 +132,17 @@ def fused_lens_triton(
         x_hat = None
         for start in range(0, n_rows, step):
             part = slice(start, start + step)
-            x_hat = normed_rows(hidden[part], norm, row_multiple, out=x_hat)
+            x_hat = normed_rows(hidden[part], head.norm, row_multiple, out=x_hat)
             part_targets, part_z = (None, None) if targets is None else (targets[part], target_z[part])
             rows = LensRows(x_hat, part_targets, part_z, len(best[part]))
             if targets is not None:
                 launch_targets(rows, options)
             merged = RowStats(best, argmax, rank, logsumexp, entropy)
             reduce_rows(rows, RowStats(*(field[part] for field in merged)), options, same_bits)
-    max_logit = soft_cap(best, softcap)
+    max_logit = soft_cap(best, head.softcap)
     if targets is None:
-        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
-    return LensOutput(argmax, max_logit, logsumexp, entropy, soft_cap(target_z, softcap), rank)
+        return LensStats(argmax, max_logit, logsumexp, entropy)
+    return LensStats(argmax, max_logit, logsumexp, entropy, soft_cap(target_z, head.softcap), rank)
 
 
 def _empty(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:

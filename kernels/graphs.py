@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .fused_lens import fused_lens_triton
-from .reference import LensOutput, Norm
+from .reference import LensHead, LensStats
 
 WARM_UPS = 3  # compile, settle what is tried once per device, fill the allocator's pools
 
@@ -19,31 +19,21 @@ class GraphedLens:
     memory. Not for several threads at once.
 
     Args:
-        unembedding, norm, bias, softcap, logit_scale: As for ``fused_lens_triton``, the same for all calls.
+        head: As for ``fused_lens_triton``, the same for all calls.
         max_shapes: Shapes to record.
 
     Example::
 
-        lens = GraphedLens(unembedding, norm)
+        lens = GraphedLens(LensHead(unembedding, norm))
         out = lens(hidden, targets)
     """
 
-    def __init__(
-        self,
-        unembedding: Tensor,
-        norm: Norm = None,
-        bias: Tensor | None = None,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        *,
-        max_shapes: int = 8,
-    ):
-        self._unembedding, self._norm = unembedding, norm
-        self._options = (bias, softcap, logit_scale)
+    def __init__(self, head: LensHead, *, max_shapes: int = 8):
+        self._head = head
         self._max_shapes = max_shapes
         self._recorded: dict[tuple, _Recording] = {}
 
-    def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> LensOutput:
+    def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> LensStats:
         """Lens statistics of ``hidden`` ``[R, d_model]``, as ``fused_lens_triton`` returns them; unchecked.
 
         Those of one call share memory.
@@ -57,8 +47,8 @@ class GraphedLens:
                 self._recorded[key] = _Recording(self._run, hidden, targets)
             return self._recorded[key].replay(hidden, targets)
 
-    def _run(self, hidden: Tensor, targets: Tensor | None) -> LensOutput:
-        return fused_lens_triton(hidden, self._unembedding, self._norm, targets, *self._options)
+    def _run(self, hidden: Tensor, targets: Tensor | None) -> LensStats:
+        return fused_lens_triton(hidden, self._head, targets)
 
 
 class _Recording:
@@ -77,17 +67,17 @@ class _Recording:
         with torch.cuda.graph(self._graph):
             out = run(self._hidden, self._targets)
             # One buffer, so that handing out a copy is one launch more and not one a statistic.
-            self._packed = torch.cat([value.view(torch.uint8) for value in out if value is not None])
-        self._fields = [None if value is None else (value.dtype, value.nbytes) for value in out]
+            self._packed = torch.cat([value.view(torch.uint8) for _, value in out.items()])
+        self._fields = {name: (value.dtype, value.nbytes) for name, value in out.items()}
 
-    def replay(self, hidden: Tensor, targets: Tensor | None) -> LensOutput:
+    def replay(self, hidden: Tensor, targets: Tensor | None) -> LensStats:
         """Run the captured launches on new values; the result is the caller's own copy."""
         self._hidden.copy_(hidden)
         if targets is not None:
             self._targets.copy_(targets)
         self._graph.replay()
-        packed, values, start = self._packed.clone(), [], 0
-        for dtype, size in filter(None, self._fields):
-            values.append(packed[start : start + size].view(dtype))
+        packed, values, start = self._packed.clone(), {}, 0
+        for name, (dtype, size) in self._fields.items():
+            values[name] = packed[start : start + size].view(dtype)
             start += size
-        return LensOutput(*values, *[None] * self._fields.count(None))
+        return LensStats(**values)

@@ -6,11 +6,11 @@ Imports no Triton: the lens on a CPU, and tests on any machine, use it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LOWEST = -3e38  # finite stand-in for -inf: 0 * -inf would be NaN
 
@@ -92,20 +92,167 @@ def apply_norm(hidden: Tensor, norm: Norm, dtype: torch.dtype = torch.float32) -
     return x
 
 
-class LensOutput(NamedTuple):
-    """What every backend returns for ``R`` rows; the last two are None without targets.
+_NORMS = "LayerNorm or RMSNorm, of refinelens or torch.nn, or None"
 
-    Logits are ``softcap * tanh(z / softcap)`` (or ``z`` without softcap) of
-    ``z = logit_scale * (x_hat . w_v + bias_v)``. The cap is strictly increasing, so argmax and rank
-    are decided on ``z``, where fp32 does not saturate.
+
+def norm_of_module(module: nn.Module) -> Norm:
+    """The norm that one of torch's own computes, with its tensors.
+
+    Raises:
+        ValueError: Another module, or a norm over several dimensions.
+    """
+    if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        got = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise ValueError(f"norm: expected {_NORMS}, got {got}; make one of its weight, bias and eps")
+    if len(module.normalized_shape) != 1:
+        raise ValueError(f"norm: expected one over the last dimension, got one over {len(module.normalized_shape)}")
+    weight = None if module.weight is None else module.weight.detach()
+    if isinstance(module, nn.LayerNorm):
+        return LayerNorm(weight, None if module.bias is None else module.bias.detach(), module.eps)
+    # Without a number torch takes that of the input's dtype, which is the weight's where there is one.
+    dtype = torch.float32 if weight is None else weight.dtype
+    return RMSNorm(weight, torch.finfo(dtype).eps if module.eps is None else module.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class LensHead:
+    """From the residual stream to logits: norm, projection, unembedding and bias, scale, softcap.
+
+    Logits are ``softcap * tanh(z / softcap)`` (``z`` itself without a softcap) of
+    ``z = scale * (norm(hidden) @ weight.T + bias)``. The cap is strictly increasing, so that argmax and ranks are
+    decided on ``z``, where fp32 does not saturate.
+
+    Args:
+        weight: The unembedding, ``[vocab_size, d_embed]`` floating; or an ``nn.Linear``, with its bias.
+        norm: `LayerNorm`, `RMSNorm` or torch's own; None for none.
+        bias: ``[vocab_size]`` floating, or None.
+        softcap: Positive cap of the logits, or None.
+        scale: Positive factor of the logits.
+        projection: ``[d_embed, d_model]`` between norm and unembedding, or None where ``d_embed`` is ``d_model``.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a norm of another kind.
     """
 
-    argmax: Tensor  # [R] int64, lowest id among equals
-    max_logit: Tensor  # [R] float
-    logsumexp: Tensor  # [R] float, nats
-    entropy: Tensor  # [R] float, nats
-    target_logit: Tensor | None  # [R] float
-    target_rank: Tensor | None  # [R] int64, number of tokens that beat the target
+    weight: Tensor
+    norm: Norm = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    projection: Tensor | None = None
+
+    def __post_init__(self):
+        if isinstance(self.weight, nn.Linear):
+            linear = self.weight
+            if linear.bias is not None:
+                if self.bias is not None:
+                    raise ValueError("bias: expected None beside an nn.Linear that has its own, got another one")
+                object.__setattr__(self, "bias", linear.bias.detach())
+            object.__setattr__(self, "weight", linear.weight.detach())
+        if isinstance(self.norm, nn.Module):
+            object.__setattr__(self, "norm", norm_of_module(self.norm))
+        elif not isinstance(self.norm, LayerNorm | RMSNorm | None):
+            raise ValueError(f"norm: expected {_NORMS}, got {type(self.norm).__name__}")
+        if not isinstance(self.weight, Tensor) or self.weight.dim() != 2:
+            got = list(self.weight.shape) if isinstance(self.weight, Tensor) else type(self.weight).__name__
+            raise ValueError(f"unembedding: expected a tensor [vocab_size, d_model] or an nn.Linear, got {got}")
+        if self.projection is not None and self.projection.shape[:-1] != self.weight.shape[1:]:
+            raise ValueError(
+                f"projection: expected shape [{self.weight.shape[1]}, d_model], got {list(self.projection.shape)}"
+            )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return (self.weight if self.projection is None else self.projection).shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the unembedding."""
+        return len(self.weight)
+
+    def projected(self, hidden: Tensor) -> tuple[Tensor, LensHead]:
+        """States ``[..., d_embed]`` and the rest of the head, which has no projection: what the backends take.
+
+        Without projection these are ``hidden`` and the head itself. With one, ``hidden`` is normed and projected in
+        fp32, whatever the model's dtype, and rounded once, to that of the unembedding: what a model itself rounds
+        between norm and projection is an error, not a part of its prediction.
+        """
+        if self.projection is None:
+            return hidden, self
+        states = apply_norm(hidden, self.norm) @ self.projection.float().T
+        return states.to(self.weight.dtype), replace(self, norm=None, projection=None)
+
+    def z(self, x_hat: Tensor) -> Tensor:
+        """Logits before the softcap of normed states ``[R, d_embed]``, in their dtype: ``[R, vocab_size]``."""
+        z = x_hat @ self.weight.to(x_hat.dtype).T
+        if self.bias is not None:
+            z += self.bias.to(x_hat.dtype)
+        return z * self.scale if self.scale != 1.0 else z
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of a few rows ``[R, d_model]`` as plain formulas in fp32, ``[R, vocab_size]``."""
+        states, head = self.projected(hidden)
+        return soft_cap(head.z(apply_norm(states, head.norm)), head.softcap)
+
+
+@dataclass(frozen=True, eq=False)
+class LensStats:
+    """Statistics of every hidden row over the whole vocabulary, each of shape ``hidden.shape[:-1]``.
+
+    Logits, log-probabilities and entropies are in nats and fp32 (in fp64 where the reference computes in it). Those of
+    a target are None without targets, the last two unless the precision ``"certified"`` was asked for.
+    """
+
+    argmax: Tensor  # int64, lowest id among equals
+    max_logit: Tensor  # fp32
+    logsumexp: Tensor  # fp32
+    entropy: Tensor  # fp32
+    target_logit: Tensor | None = None  # fp32
+    target_rank: Tensor | None = None  # int64, number of tokens that beat the target
+    logsumexp_bound: Tensor | None = None  # fp32, distance to the logsumexp of exact logits at most
+    fell_back: Tensor | None = None  # bool, rows whose logits were all computed in fp64
+
+    def __post_init__(self):
+        for name, value in self.items():
+            if value.shape != self.argmax.shape:
+                raise ValueError(f"{name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
+
+    @property
+    def max_logprob(self) -> Tensor:
+        """Log-probability of the argmax, fp32, not above 0."""
+        return _logprob(self.max_logit, self.logsumexp)
+
+    @property
+    def target_logprob(self) -> Tensor | None:
+        """Log-probability of the target, fp32, not above 0; None without targets."""
+        return None if self.target_logit is None else _logprob(self.target_logit, self.logsumexp)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of the statistics that are there."""
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                yield field.name, value
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LensStats:
+        """``function`` of every statistic that is there."""
+        return LensStats(**{name: function(value) for name, value in self.items()})
+
+    def to(self, device: torch.device | str) -> LensStats:
+        """The same statistics on another device."""
+        return self.map(lambda value: value.to(device))
+
+    @staticmethod
+    def cat(blocks: list[LensStats], dim: int = 0) -> LensStats:
+        """Statistics of neighbouring rows as one."""
+        if len(blocks) == 1:
+            return blocks[0]
+        return LensStats(**{name: torch.cat([getattr(b, name) for b in blocks], dim) for name, _ in blocks[0].items()})
+
+
+def _logprob(logit: Tensor, logsumexp: Tensor) -> Tensor:
+    """Both are rounded, so that their difference could be above 0."""
+    return (logit - logsumexp).clamp(max=0.0)
 
 
 def soft_cap(z: Tensor, softcap: float | None) -> Tensor:
@@ -124,34 +271,24 @@ def row_chunk(device: torch.device) -> int:
     return _ROW_CHUNK_CUDA if device.type == "cuda" else _ROW_CHUNK
 
 
-def z_chunks(
-    x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit_scale: float
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def z_chunks(x_hat: Tensor, head: LensHead) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The vocabulary in chunks: first id, weights ``[C, d_model]`` and ``z`` ``[R, C]`` in the dtype of ``x_hat``.
 
     The caller may overwrite ``z``; the next chunk does.
     """
-    n_rows, n_vocab = x_hat.shape[0], unembedding.shape[0]
+    n_rows, n_vocab = len(x_hat), head.vocab_size
     most = _CHUNK_LOGITS_CUDA if x_hat.is_cuda else _CHUNK_LOGITS
     width = max(1, min(most // max(n_rows, 1), MAX_CHUNK, n_vocab))
     buffer = x_hat.new_empty(n_rows * width)
     for first in range(0, n_vocab, width):
-        weights = unembedding[first : first + width].to(x_hat.dtype)
+        weights = head.weight[first : first + width].to(x_hat.dtype)
         z = buffer[: n_rows * len(weights)].view(n_rows, len(weights))
         torch.mm(x_hat, weights.T, out=z)
-        if bias is not None:
-            z += bias[first : first + width].to(x_hat.dtype)
-        if logit_scale != 1.0:
-            z *= logit_scale
+        if head.bias is not None:
+            z += head.bias[first : first + width].to(x_hat.dtype)
+        if head.scale != 1.0:
+            z *= head.scale
         yield first, weights, z
-
-
-def linear_logits(x_hat: Tensor, unembedding: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
-    """``logit_scale * (x_hat @ unembedding.T + bias)`` in the dtype of ``x_hat``: ``[R, V]``."""
-    z = x_hat @ unembedding.to(x_hat.dtype).T
-    if bias is not None:
-        z += bias.to(x_hat.dtype)
-    return z * logit_scale if logit_scale != 1.0 else z
 
 
 def settle_ties(argmax: Tensor, max_logit: Tensor, targets: Tensor, logit: Tensor, rank: Tensor):
@@ -165,58 +302,41 @@ def settle_ties(argmax: Tensor, max_logit: Tensor, targets: Tensor, logit: Tenso
     return torch.where(is_top, max_logit, logit), rank
 
 
-def lens_output(
+def lens_stats(
+    head: LensHead,
     argmax: Tensor,
     best: Tensor,
     logsumexp: Tensor,
     entropy: Tensor,
     targets: Tensor | None,
-    t_z: Tensor | None,
+    target_z: Tensor | None,
     rank: Tensor | None,
-    softcap: float | None,
-) -> LensOutput:
-    """The result from uncapped maxima and target logits; ``t_z`` and ``rank`` are not read without targets."""
-    max_logit = soft_cap(best, softcap)
+) -> LensStats:
+    """The statistics from uncapped maxima and target logits; the last two are not read without targets."""
+    max_logit = soft_cap(best, head.softcap)
     if targets is None:
-        return LensOutput(argmax, max_logit, logsumexp, entropy, None, None)
-    t_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(t_z, softcap), rank)
-    return LensOutput(argmax, max_logit, logsumexp, entropy, t_logit, rank)
+        return LensStats(argmax, max_logit, logsumexp, entropy)
+    target_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(target_z, head.softcap), rank)
+    return LensStats(argmax, max_logit, logsumexp, entropy, target_logit, rank)
 
 
 def in_row_blocks(
-    reduce: Callable[[Tensor, Tensor | None], LensOutput], hidden: Tensor, targets: Tensor | None, size: int
-) -> LensOutput:
+    reduce: Callable[[Tensor, Tensor | None], LensStats], hidden: Tensor, targets: Tensor | None, size: int
+) -> LensStats:
     """``reduce(hidden, targets)`` on at most ``size`` rows at a time, put together again."""
-    starts = range(0, max(len(hidden), 1), size)
-    blocks = [
-        reduce(hidden[start : start + size], None if targets is None else targets[start : start + size])
-        for start in starts
-    ]
-    fields = (None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return type(blocks[0])(*fields)
+    parts = (slice(start, start + size) for start in range(0, max(len(hidden), 1), size))
+    return LensStats.cat([reduce(hidden[part], None if targets is None else targets[part]) for part in parts])
 
 
 def fused_lens_reference(
-    hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> LensOutput:
+    hidden: Tensor, head: LensHead, targets: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> LensStats:
     """Lens statistics of ``hidden`` ``[R, d_model]`` by running reductions over vocabulary chunks.
 
     Args:
         hidden: ``[R, d_model]`` floating.
-        unembedding: ``[V, d_model]`` floating.
-        norm: Final norm, or None.
+        head: Norm and unembedding ``[V, d_model]``, without a projection.
         targets: ``[R]`` int64 in ``[0, V)``, or None.
-        bias: ``[V]`` floating, or None.
-        softcap: Positive cap of the logits, or None.
-        logit_scale: Positive factor of the logits, applied before the cap.
         dtype: Dtype of the whole computation; float64 gives the truth of the tests.
 
     Memory: two buffers of a chunk's logits and ``row_chunk`` normed rows, whatever ``R`` and ``V``.
@@ -224,23 +344,22 @@ def fused_lens_reference(
     Source of the running sums: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3.
     """
 
-    def reduce(rows: Tensor, row_targets: Tensor | None) -> LensOutput:
-        x_hat = apply_norm(rows, norm, dtype)
-        return _reduce_block(x_hat, unembedding, row_targets, bias, softcap, logit_scale)
+    def reduce(rows: Tensor, row_targets: Tensor | None) -> LensStats:
+        return _reduce_block(apply_norm(rows, head.norm, dtype), head, row_targets)
 
     return in_row_blocks(reduce, hidden, targets, row_chunk(hidden.device))
 
 
-def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> LensOutput:
+def _reduce_block(x_hat: Tensor, head: LensHead, targets: Tensor | None) -> LensStats:
     best = x_hat.new_full((len(x_hat),), float("-inf"))  # largest z so far
     argmax = torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device)
     peak = best.clone()  # largest capped logit so far
     total = torch.zeros_like(best)  # sum of exp(l - peak)
     weighted = torch.zeros_like(best)  # sum of (l - peak) exp(l - peak)
-    t_z = None if targets is None else _target_z(x_hat, unembedding, targets, bias, logit_scale)
+    t_z = None if targets is None else _target_z(x_hat, head, targets)
     rank = torch.zeros_like(argmax)
     buffer = None
-    for first, _, z in z_chunks(x_hat, unembedding, bias, logit_scale):
+    for first, _, z in z_chunks(x_hat, head):
         buffer = z.new_empty(z.numel()) if buffer is None else buffer
         work = buffer[: z.numel()].view_as(z)
         chunk_best = z.amax(-1)
@@ -249,28 +368,26 @@ def _reduce_block(x_hat, unembedding, targets, bias, softcap, logit_scale) -> Le
         best = torch.maximum(best, chunk_best)
         if targets is not None:
             rank += _count_beating(z, t_z, targets - first, work)
-        new_peak = torch.maximum(peak, soft_cap(chunk_best, softcap))
+        new_peak = torch.maximum(peak, soft_cap(chunk_best, head.softcap))
         total, weighted = _rescale(total, weighted, peak - new_peak)
         # A token of logit -inf has probability 0 and adds nothing, also where there is nothing else yet.
         shift = new_peak.masked_fill(new_peak == float("-inf"), 0.0)[:, None]
-        shifted = torch.sub(soft_cap(z, softcap), shift, out=z)
+        shifted = torch.sub(soft_cap(z, head.softcap), shift, out=z)
         weight = torch.exp(shifted, out=work)
         total = total + weight.sum(-1)
         weighted = weighted + weight.mul_(shifted.clamp_(min=LOWEST)).sum(-1)
         peak = new_peak
     logsumexp = peak + total.log()
     entropy = total.log() - weighted / total
-    return lens_output(argmax, best, logsumexp, entropy, targets, t_z, rank, softcap)
+    return lens_stats(head, argmax, best, logsumexp, entropy, targets, t_z, rank)
 
 
-def _target_z(
-    x_hat: Tensor, unembedding: Tensor, targets: Tensor, bias: Tensor | None, logit_scale: float
-) -> Tensor:
+def _target_z(x_hat: Tensor, head: LensHead, targets: Tensor) -> Tensor:
     """The targets' own ``z``, ``[R]``, by one dot product a row in the dtype of ``x_hat``."""
-    z = (x_hat * unembedding[targets].to(x_hat.dtype)).sum(-1)
-    if bias is not None:
-        z = z + bias[targets].to(x_hat.dtype)
-    return z * logit_scale
+    z = (x_hat * head.weight[targets].to(x_hat.dtype)).sum(-1)
+    if head.bias is not None:
+        z = z + head.bias[targets].to(x_hat.dtype)
+    return z * head.scale
 
 
 def _count_beating(z: Tensor, t_z: Tensor, own: Tensor, work: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import KEPT, LensConfig, ShapeClass, choose_splits, generation_of, pinned_config, processor_count
 from .fused_lens import fused_lens_triton
-from .reference import LensOutput, Norm
+from .reference import LensHead, LensStats
 
 ROUNDS = 7
 GROUPS = (4, 8, 12)
@@ -28,20 +28,12 @@ class Trial:
 
 
 def search_config(
-    hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    *,
-    keep: bool = False,
+    hidden: Tensor, head: LensHead, targets: Tensor | None = None, *, keep: bool = False
 ) -> LensConfig:
     """The fastest configuration for these operands among those that agree with the pinned one.
 
     Args:
-        hidden, unembedding, norm, targets, bias, softcap, logit_scale: As for ``fused_lens_triton``.
+        hidden, head, targets: As for ``fused_lens_triton``.
         keep: Use the result for later calls of this process with the same dtype, layout, vocabulary, width,
             options and about as many rows.
 
@@ -50,23 +42,19 @@ def search_config(
     """
     if hidden.device.type != "cuda":
         raise ValueError(f"hidden: expected a CUDA device, got {hidden.device}")
-    options = (norm, targets, bias, softcap, logit_scale)
-    tried = trials(hidden, unembedding, *options)
-    best = fastest(tried)
+    best = fastest(trials(hidden, head, targets))
     if keep:
-        KEPT[ShapeClass.of(hidden, unembedding, bias, softcap, targets)] = best
+        KEPT[ShapeClass.of(hidden, head.weight, head.bias, head.softcap, targets)] = best
     return best
 
 
-def trials(hidden: Tensor, unembedding: Tensor, norm, targets, bias, softcap, logit_scale) -> list[Trial]:
+def trials(hidden: Tensor, head: LensHead, targets: Tensor | None) -> list[Trial]:
     """Outcomes of all candidates, the pinned configuration first; timed in turns, so that all see one clock."""
-    shape = ShapeClass.of(hidden, unembedding, bias, softcap, targets)
+    shape = ShapeClass.of(hidden, head.weight, head.bias, head.softcap, targets)
     candidates = candidate_configs(shape, hidden.shape[0], processor_count(hidden.device))
 
     def run(config):
-        return fused_lens_triton(
-            hidden, unembedding, norm, targets, bias, softcap, logit_scale, config=config
-        )
+        return fused_lens_triton(hidden, head, targets, config=config)
 
     reference = run(candidates[0])
     sound = [config for config in candidates if outputs_agree(run(config), reference)]
@@ -96,7 +84,7 @@ def candidate_configs(shape: ShapeClass, n_rows: int, processors: int) -> list[L
     return found
 
 
-def outputs_agree(out: LensOutput, reference: LensOutput) -> bool:
+def outputs_agree(out: LensStats, reference: LensStats) -> bool:
     """Equal bits where logits are compared; sums within fp32's error, their order differs."""
     for name in ("argmax", "max_logit", "target_logit", "target_rank"):
         got, expected = getattr(out, name), getattr(reference, name)

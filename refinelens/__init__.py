@@ -8,22 +8,35 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    # The op.
     "fused_lens": "op.fused_lens",
-    "LensStats": "op.fused_lens",
+    "LensHead": "kernels.reference",
+    "LensStats": "kernels.reference",
     "LayerNorm": "kernels.reference",
     "RMSNorm": "kernels.reference",
+    "kl_to_final": "op.vocabulary",
     "lens_top_k": "op.vocabulary",
     "TopK": "op.vocabulary",
-    "kl_to_final": "op.vocabulary",
+    # A model, layer by layer.
+    "load_model": "model.loading",
     "LogitLens": "lens.logit_lens",
+    "LayerReading": "lens.reading",
     "Translators": "lens.translators",
     "load_lens": "lens.files",
+    "trajectories": "store.trajectory",
+    "Trajectories": "store.trajectory",
+    # Runs.
     "load_run": "store.frames",
+    "compare_runs": "report.agreement",
+    # Agreement of ranks.
     "spearman": "op.ranks",
     "kendall_tau_b": "op.ranks",
     "top_k_overlap": "op.ranks",
     "between_layers": "op.ranks",
-    "compare_runs": "report.agreement",
+    # Errors.
+    "InputError": "errors",
+    "UnsupportedModelError": "errors",
+    "FaultError": "errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

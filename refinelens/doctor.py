@@ -17,7 +17,7 @@ from .layers.blocks import check_replay
 from .lens.logit_lens import LogitLens
 from .lens.prefix import check_branching
 from .machine import package_version
-from .model.head import find_head
+from .model.head import find_blocks, find_head
 from .model.loading import LoadedModel, find_smollm2, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
 from .report.findings import counted
@@ -31,18 +31,18 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     """
     model = loaded.model
     yield "model", f"{loaded.name}: {type(model).__name__} on {model.device.type}"
-    parts = find_head(model)
-    path = next(name for name, module in model.named_modules() if module is parts.blocks)
-    yield "blocks", f"{len(parts.blocks)} in {path}, d_model {parts.d_model}"
-    yield from _norm_findings(model, parts.norm)
-    yield "projection", "none" if parts.projection is None else f"{_shape(parts.projection)}, d_embed x d_model"
-    tied = parts.unembedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    yield "unembedding", f"{_shape(parts.unembedding)}, {'tied to the embedding' if tied else 'its own weights'}"
-    yield "unembedding bias", "yes" if parts.bias is not None else "none"
-    yield "softcap", "none" if parts.softcap is None else f"{parts.softcap:g}"
-    yield "logit scale", f"{parts.logit_scale:g}"
+    head, blocks = find_head(model), find_blocks(model)
+    path = next(name for name, module in model.named_modules() if module is blocks)
+    yield "blocks", f"{len(blocks)} in {path}, d_model {head.d_model}"
+    yield from _norm_findings(model, head.norm)
+    yield "projection", "none" if head.projection is None else f"{_shape(head.projection)}, d_embed x d_model"
+    tied = head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    yield "unembedding", f"{_shape(head.weight)}, {'tied to the embedding' if tied else 'its own weights'}"
+    yield "unembedding bias", "yes" if head.bias is not None else "none"
+    yield "softcap", "none" if head.softcap is None else f"{head.softcap:g}"
+    yield "logit scale", f"{head.scale:g}"
     yield "max tokens", "no limit stated" if loaded.max_tokens is None else str(loaded.max_tokens)
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     parity = lens.parity
     allowed = parity.tolerance * parity.logit_range
     difference = f"largest difference {parity.max_difference:.2g}, allowed {allowed:.2g}"

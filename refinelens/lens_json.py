@@ -83,10 +83,7 @@ def widget(
     following = [*ids, context.answer_ids[-1]][int(positions[0]) + 1 :]
     states = ForwardRunner(logit_lens).states(ids, positions.tolist(), context.where)  # [n_layers + 1, token, d_model]
     states = states if lens.translators is None else lens.translators(states)
-    parts = logit_lens.parts
-    projected, norm = parts.project(states)
-    operands = (norm, parts.bias, parts.softcap, parts.logit_scale)
-    top = lens_top_k(projected, parts.unembedding, k, *operands).ids.cpu()
+    top = lens_top_k(states, logit_lens.head, k).ids.cpu()
     logsumexp = logit_lens.stats(states).logsumexp
     columns = []
     for place, next_id in enumerate(following):
@@ -107,10 +104,9 @@ def widget(
 
 def _logits(logit_lens: LogitLens, states: Tensor, ids: Tensor) -> Tensor:
     """``[rows, ids]`` of a few tokens in fp32."""
-    parts = logit_lens.parts
-    ids = ids.to(parts.unembedding.device)
-    bias = None if parts.bias is None else parts.bias[ids]
-    return replace(parts, unembedding=parts.unembedding[ids], bias=bias).logits(states)
+    head = logit_lens.head
+    ids = ids.to(head.weight.device)
+    return replace(head, weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids]).logits(states)
 
 
 def _names(ids: list[int], text: Callable[[int], str]) -> dict[int, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..kernels.reference import LayerNorm, Norm
 from ..op import backends
-from ..op.fused_lens import LensStats, fused_lens
+from ..op.fused_lens import fused_lens
 from .problem import Problem
 
 Statistics = dict[str, Tensor]
@@ -167,8 +167,7 @@ class Competitor:
 def _fused(**options) -> Callable[[Problem], Statistics]:
     def run(problem: Problem) -> Statistics:
         stats = fused_lens(problem.hidden, problem.unembedding, problem.norm, problem.targets, **options)
-        values = {field.name: getattr(stats, field.name) for field in fields(LensStats)}
-        return {name: value for name, value in values.items() if value is not None}
+        return dict(stats.items()) | {"target_logprob": stats.target_logprob}
 
     return run
 

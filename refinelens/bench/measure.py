@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernels.reference import apply_norm, fused_lens_reference
+from ..kernels.reference import LensHead, apply_norm, fused_lens_reference
 from ..machine import module_command, module_path
 from .competitors import COMPETITORS, Statistics
 from .problem import Problem, peak_growth
@@ -156,8 +156,9 @@ class Fp64Check:
         index = torch.linspace(0, n_rows - 1, min(n_rows, CHECKED_ROWS), dtype=torch.float64)
         self._index = index.long().to(problem.hidden.device)
         hidden, self._targets = problem.hidden[self._index], problem.targets[self._index]
-        exact = fused_lens_reference(hidden, problem.unembedding, problem.norm, self._targets, dtype=torch.float64)
-        self._exact = exact._asdict() | {"target_logprob": exact.target_logit - exact.logsumexp}
+        head = LensHead(problem.unembedding, problem.norm)
+        exact = fused_lens_reference(hidden, head, self._targets, dtype=torch.float64)
+        self._exact = dict(exact.items()) | {"target_logprob": exact.target_logit - exact.logsumexp}
         self._x_hat = apply_norm(hidden, problem.norm, torch.float64)
         largest = float(self._x_hat.norm(dim=-1).max() * problem.unembedding.norm(dim=-1).max())
         eps = torch.finfo(hidden.dtype).eps

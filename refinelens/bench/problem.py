@@ -131,9 +131,9 @@ def _model_problem(options: BenchOptions, device: str, rows: int) -> Problem:
     """States of every layer on the built-in passages, position by position; targets are the next tokens."""
     name = options.model
     loaded = load_model(name, device, options.dtype, options.trust_remote_code)
-    lens = LogitLens.from_model(loaded.model)
-    parts = lens.parts
-    if parts.bias is not None or parts.softcap is not None or parts.logit_scale != 1.0 or parts.projection is not None:
+    lens = LogitLens(loaded.model)
+    head = lens.head
+    if head.bias is not None or head.softcap is not None or head.scale != 1.0 or head.projection is not None:
         raise InputError(
             f"--model {name}: expected an unembedding without bias, projection, softcap or logit scale, which not "
             "every competitor knows; leave --model out"
@@ -150,4 +150,4 @@ def _model_problem(options: BenchOptions, device: str, rows: int) -> Problem:
         kept = lens.hidden(ids[None], torch.arange(len(ids)))  # [layer, 1, position, d_model]
         states.append(kept[:, 0].transpose(0, 1).reshape(-1, kept.shape[-1]))
     targets = tokens[1 : positions + 1].repeat_interleave(layers)[:rows].to(device)
-    return Problem(torch.cat(states)[:rows], parts.unembedding, parts.norm, targets, states=Path(name).name)
+    return Problem(torch.cat(states)[:rows], head.weight, head.norm, targets, states=Path(name).name)

@@ -122,7 +122,7 @@ def fit_lens(
             raise InputError(f"--out {out}: expected a new folder, got a lens; choose another or pass --overwrite")
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-        logit_lens = LogitLens.from_model(loaded.model)
+        logit_lens = LogitLens(loaded.model)
         check_disk(out, 2 * _statistics_bytes(logit_lens))
         try:
             return Fitted(folder, _fit(options, folder, overwrite, argv, text, loaded, logit_lens, report))

@@ -159,16 +159,16 @@ def train(
     their gradients.
     """
     corrections = [_Correction(layer, start, statistics, steps) for layer in range(start.n_layers)]
-    parts = replace(logit_lens.parts, unembedding=logit_lens.parts.unembedding.float())
+    head = replace(logit_lens.head, weight=logit_lens.head.weight.float())
     generator = torch.Generator().manual_seed(seed)
     for step, hidden in enumerate(_endless(sequences)):
         report(step, steps)
         if step == steps:
             break
         rows = torch.randperm(hidden.shape[1], generator=generator)[:ROWS].to(hidden.device)
-        final = parts.logits(hidden[-1, rows].float()).log_softmax(-1)
+        final = head.logits(hidden[-1, rows].float()).log_softmax(-1)
         for layer, correction in enumerate(corrections):
-            correction.step(parts, hidden[layer, rows].float(), final)
+            correction.step(head, hidden[layer, rows].float(), final)
     weight, bias = zip(*(correction.folded() for correction in corrections), strict=True)
     return Translators(torch.stack(weight), torch.stack(bias))
 
@@ -193,11 +193,11 @@ class _Correction:
         )
         self._schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, steps) for o in self._optimisers]
 
-    def step(self, parts: LensHead, x: Tensor, final: Tensor) -> None:
+    def step(self, head: LensHead, x: Tensor, final: Tensor) -> None:
         """One step on the states ``[rows, d_model]`` towards the log-probabilities ``[rows, vocab_size]``."""
         translated = torch.addmm(self._bias, x, self._weight.T) + x
         translated = translated + (x - self._mean) @ self._whiten @ self._maps + self._shift
-        own = parts.logits(translated).log_softmax(-1)
+        own = head.logits(translated).log_softmax(-1)
         torch.nn.functional.kl_div(own, final, reduction="batchmean", log_target=True).backward()
         for optimiser, schedule in zip(self._optimisers, self._schedules, strict=True):
             optimiser.step()

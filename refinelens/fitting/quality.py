@@ -62,7 +62,7 @@ class _Tally:
         self._y = self._yy = 0.0  # [d_model] sums of the last layer's states and of their squares
 
     def add(self, logit_lens: LogitLens, hidden: Tensor) -> None:
-        reading = logit_lens.read(hidden[:, None], None, self._translators)
+        reading = logit_lens.read_states(hidden[:, None], None, self._translators, check_last=False)
         y = hidden[-1].double()
         error = torch.stack([self._squared_error(layer, x, y) for layer, x in enumerate(hidden)])
         agreement = (reading.stats.argmax == reading.stats.argmax[-1]).double().sum((1, 2))

@@ -99,7 +99,7 @@ class ActivationCache:
             filled = DynamicCache()  # without a configuration it keeps every token, also behind a sliding window
             run_base(lens.model, ids[:, :-1], None, filled)
             ids, cache = ids[:, -1:], FrozenCache(filled)
-        blocks = lens.parts.blocks
+        blocks = lens.blocks
         with lens.undisturbed(), _recording(blocks) as (states, calls):
             run_base(lens.model, ids, None, cache)
         return cls(blocks, states, calls)

@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +28,10 @@ from ..config import check_utf8
 from ..errors import InputError
 from ..model.loading import LoadedModel, memory_for
 from ..store.folder import check_entries, read_json_object, sha256_of, write_whole
-from .logit_lens import LogitLens
 from .translators import DTYPES, MODEL_KEYS, Translators, check_made_for
+
+if TYPE_CHECKING:
+    from .logit_lens import LogitLens
 
 KIND = "tuned"
 CONFIG = "config.json"
@@ -229,7 +232,7 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
     if lens.translators is None:
         return lens
     try:
-        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.parts.unembedding)
+        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
         with memory_for(f"--lens {lens.name}"):
             return replace(lens, translators=logit_lens.adapted(lens.translators), note=note)
     except InputError as error:

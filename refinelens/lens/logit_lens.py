@@ -2,74 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
+from pathlib import Path
 from threading import RLock
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError, UnsupportedModelError
-from ..model.head import LensHead, check_device, check_widths, find_head
-from ..model.hooks import difference, hooks_on, keep_positions, modules_around, probe_ids, run_base
+from ..kernels.reference import LensHead, LensStats
+from ..model.head import check_device, find_blocks, find_head
+from ..model.hooks import hooks_on, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence
 from ..op.backends import choose_backend
-from ..op.fused_lens import LensStats, fused_lens, values_fit
-from ..op.vocabulary import kl_to_final
+from ..op.fused_lens import fused_lens, values_fit
+from ..op.vocabulary import TopK, kl_to_final, lens_top_k
+from .parity import ParityReport, check_parity, looks_normed, returns_normed
+from .reading import LayerReading, targets_of, tokens_of
 from .translators import MODEL_KEYS, Translators, check_made_for
 
-# Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
-# in half precision rounds its normed states and its logits, so there the share is a multiple of epsilon.
-FP32_PARITY = 1e-4
-ROUNDINGS = 2
+if TYPE_CHECKING:
+    from .files import Lens
+
 TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
 TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """How well the lens at the last layer reproduces the model's own logits."""
+class _Plan:
+    """How states are read."""
 
-    max_difference: float  # largest absolute difference of a logit
-    logit_range: float  # largest minus smallest logit
-    tolerance: float  # allowed share of the range
-    argmax_equal: bool  # same prediction at every position, or one that rounding cannot tell apart
-    op_agrees: bool  # the op's argmax, maximum and logsumexp agree with the model's logits
-
-    @property
-    def passed(self) -> bool:
-        """Whether the lens may be used."""
-        within = self.max_difference <= self.tolerance * self.logit_range
-        return within and self.argmax_equal and self.op_agrees
-
-
-@dataclass(frozen=True)
-class LayerReading:
-    """What a lens reads at every layer, fields of shape ``[n_layers + 1, batch, n_positions]``."""
-
-    stats: LensStats
-    kl: Tensor | None  # fp32, nats, KL(p_final || p_layer); None if it was not asked for
-
-    def of(self, start: int, end: int) -> LayerReading:
-        """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
-        return self._map(lambda value: value[:, 0, start:end])
-
-    def view(self, shape: torch.Size) -> LayerReading:
-        """The same reading in another shape."""
-        return self._map(lambda value: value.view(shape))
-
-    def to(self, device: torch.device | str) -> LayerReading:
-        """The same reading on another device."""
-        return self._map(lambda value: value.to(device))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> LayerReading:
-        return LayerReading(self.stats.map(function), None if self.kl is None else function(self.kl))
+    translators: Translators | None
+    kl: bool
+    top_k: int
+    normed: bool  # the last layer's states are behind the final norm
 
 
 def _in_own_dtype(method: Callable) -> Callable:
@@ -77,7 +52,7 @@ def _in_own_dtype(method: Callable) -> Callable:
 
     @wraps(method)
     def run(self: LogitLens, *arguments, **options):
-        with torch.autocast(self.parts.unembedding.device.type, enabled=False):
+        with torch.autocast(self.head.weight.device.type, enabled=False):
             return method(self, *arguments, **options)
 
     return run
@@ -86,39 +61,40 @@ def _in_own_dtype(method: Callable) -> Callable:
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of models that only one thread may run at a time
 
 
-@dataclass(frozen=True)
 class LogitLens:
-    """A model with the parts of its logit lens; make one with `LogitLens.from_model`.
+    """A causal LM read layer by layer: the head of its lens is found, and proven against the model's own logits.
+
+    Example::
+
+        lens = LogitLens(model, tokenizer)
+        reading = lens.read("The capital of France is", targets=" Paris")
+        reading.rank[:, -1]                  # of the target at every layer, behind the last token
+        lens.with_lens("lenses/mine").read("The capital of France is")  # the same through a fitted lens
 
     Several threads may use one lens.
+
+    Args:
+        model: A Hugging Face causal LM on one device; set to evaluation mode.
+        tokenizer: For text; None where only token ids and states are read.
+        backend: Backend of `fused_lens`.
+
+    Raises:
+        UnsupportedModelError: A part was not found, the states that are read are not those that the model's own forward
+            pass computes, or the lens at the last layer is not the model's own prediction; the class and the difference
+            are named.
+        FaultError: No memory for that.
     """
 
-    model: PreTrainedModel
-    parts: LensHead
-    backend: str
-    parity: ParityReport
-    independence: Independence = Independence(None, False)
-    hooks: frozenset[int] = frozenset()  # around the base model when it was proven
-
-    @classmethod
-    def from_model(cls, model: PreTrainedModel, backend: str = "auto") -> LogitLens:
-        """Find the parts of a Hugging Face causal LM and prove them by the parity gate.
-
-        Args:
-            model: A causal LM on one device; set to evaluation mode.
-            backend: Backend of `fused_lens`.
-
-        Raises:
-            UnsupportedModelError: A part was not found, the states that are read are not those that the model's own
-                forward pass computes, or the lens at the last layer is not the model's own prediction; the class and
-                the difference are named.
-            FaultError: No memory for that.
-        """
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, backend: str = "auto"
+    ):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model: expected a causal LM of Transformers, got {type(model).__name__}")
         model.eval()
         check_device(model)
         with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):
-            parts = find_head(model)
-            parity = check_parity(model, parts, backend)
+            head, blocks = find_head(model), find_blocks(model)
+            parity = check_parity(model, head, blocks, backend)
             if not parity.passed:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: expected the lens at the last layer to equal the model's logits within "
@@ -126,18 +102,51 @@ class LogitLens:
                     f"{parity.max_difference:.4g}, argmax {'equal' if parity.argmax_equal else 'different'}, "
                     f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
                 )
-            independence = check_independence(model, parts.blocks)
-        return cls(model, parts, backend, parity, independence, hooks_on(modules_around(model)))
+            independence = check_independence(model, blocks)
+        self.model, self.tokenizer, self.backend = model, tokenizer, backend
+        self.head: LensHead = head
+        self.blocks: nn.ModuleList = blocks
+        self.parity: ParityReport = parity
+        self.independence: Independence = independence
+        self.hooks = hooks_on(modules_around(model))  # around the base model when it was proven
+        self.name = "plain"  # of the lens
+        self.translators: Translators | None = None  # before the norm, None for the plain logit lens
+
+    def __repr__(self) -> str:
+        parity = self.parity
+        return (
+            f"LogitLens({type(self.model).__name__}, {self.n_layers} layers, {self.name} lens, "
+            f"{self.head.weight.dtype} on {self.head.weight.device}; parity {parity.max_difference:.2g}, allowed "
+            f"{parity.tolerance * parity.logit_range:.2g})".replace("torch.", "")
+        )
+
+    def with_lens(self, lens: Lens | Translators | str | Path) -> LogitLens:
+        """This model through a fitted lens: a folder, what `load_lens` gives, or translators of one's own.
+
+        Raises:
+            InputError: No lens there, or one that was made for another model or revision, or does not fit the dtype.
+        """
+        if isinstance(lens, Translators):
+            name, translators = "own", lens
+        else:
+            if isinstance(lens, str | Path):
+                from .files import load_lens
+
+                lens = load_lens(str(lens))
+            name, translators = lens.name, lens.translators
+        other = copy(self)
+        other.name, other.translators = name, None if translators is None else self.adapted(translators)
+        return other
 
     @property
     def n_layers(self) -> int:
         """Number of transformer blocks; layers run from 0 (embedding output) to this."""
-        return len(self.parts.blocks)
+        return len(self.blocks)
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.parts.d_model
+        return self.head.d_model
 
     @cached_property
     def entry(self) -> dict:
@@ -156,6 +165,12 @@ class LogitLens:
         return modules_around(self.model)
 
     @cached_property
+    def _returns_normed(self) -> bool:
+        """Whether Transformers returns the last state of this model normed."""
+        with self.undisturbed():
+            return returns_normed(self.model, self.head, self.blocks)
+
+    @cached_property
     def _accepted(self) -> list[dict]:
         """Models of lenses that were held against this one and found to be it."""
         return []
@@ -168,9 +183,9 @@ class LogitLens:
         """
         made_for = translators.made_for
         if made_for is not None and not any(made_for is known for known in self._accepted):
-            check_made_for(made_for, self.entry, self.parts.unembedding)
+            check_made_for(made_for, self.entry, self.head.weight)
             self._accepted.append(made_for)
-        device, dtype = self.parts.unembedding.device, self.parts.unembedding.dtype
+        device, dtype = self.head.weight.device, self.head.weight.dtype
         if (translators.weight.device, translators.weight.dtype) == (device, dtype):
             return translators
         try:
@@ -180,8 +195,9 @@ class LogitLens:
 
     @_in_own_dtype
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
-        """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's parts."""
-        return _apply(self.parts, hidden, targets, self.backend, check_values)
+        """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's head."""
+        hidden = hidden.to(self.head.weight.device)
+        return fused_lens(hidden, self.head, targets=targets, backend=self.backend, check_values=check_values)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -244,80 +260,152 @@ class LogitLens:
         n_tokens = rows.input_ids.shape[1]
         device = self.model.device
         mask = None if rows.mask is None else rows.mask.to(device)
-        with self.undisturbed(), keep_positions(self.model, self.parts.blocks, rows.positions, n_tokens) as kept:
+        with self.undisturbed(), keep_positions(self.model, self.blocks, rows.positions, n_tokens) as kept:
             run_base(self.model, rows.input_ids.to(device), mask, cache)
         return torch.stack(kept)
 
-    def trajectory(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        targets: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        translators: Translators | None = None,
-    ) -> LensStats:
-        """Run the model once and read every layer at the chosen positions.
-
-        Args:
-            input_ids: ``[batch, token]`` int64.
-            positions: ``[n_positions]`` or ``[batch, n_positions]`` int64. Position p predicts token p + 1.
-            targets: Ids broadcastable to ``[batch, n_positions]``, the same for every layer, or None.
-            attention_mask: ``[batch, token]``, or None.
-            translators: Applied before the norm, or None for the plain logit lens.
-
-        Returns:
-            LensStats with fields ``[n_layers + 1, batch, n_positions]``. Layer 0 is the embedding output,
-            layer i the output of block i, layer ``n_layers`` the model's own prediction.
-
-        Raises:
-            InputError: Shapes, positions, token ids or targets that do not fit.
-        """
-        return self.read(self.hidden(input_ids, positions, attention_mask), targets, translators, kl=False).stats
-
-    @_in_own_dtype
     def read(
         self,
-        hidden: Tensor,
-        targets: Tensor | int | None = None,
-        translators: Translators | None = None,
+        text: object,
+        targets: object = None,
+        positions: object = None,
+        *,
+        attention_mask: object = None,
+        top_k: int = 5,
         kl: bool = True,
     ) -> LayerReading:
-        """Statistics of every layer and its KL divergence to the last one.
+        """Run the model once and read every layer.
+
+        Args:
+            text: A string or several, token ids ``[token]`` or ``[batch, token]``, or what a tokenizer returns. A
+                tokenizer puts its special tokens around a string as it does by default.
+            targets: Token ids or strings of one token each, broadcastable to ``[position]`` or ``[batch, position]``,
+                the same for every layer; None for none.
+            positions: That are read: None for all, an integer, integers (of a batch also ``[batch, position]``), a
+                slice or a range; negative ones count from the last token of each text. Position p predicts token p + 1.
+            attention_mask: ``[batch, token]``, 1 for real tokens, or None; padding stands on one side.
+            top_k: How many of the likeliest tokens to list; 0 for none.
+            kl: Whether to compute KL(final || layer).
+
+        Returns:
+            LayerReading with fields ``[n_layers + 1, position]``, or ``[n_layers + 1, batch, position]`` of a batch.
+
+        Raises:
+            InputError: Input that is none of these, positions, token ids or targets that do not fit.
+        """
+        tokens = tokens_of(text, positions, attention_mask, self.tokenizer)
+        ids = targets_of(targets, self.tokenizer)
+        hidden = self.hidden(tokens.input_ids, tokens.positions, tokens.mask)
+        hidden = hidden if tokens.is_batch else hidden[:, 0]
+        reading = self.read_states(hidden, ids, kl=kl, top_k=top_k, check_last=False)
+        return replace(reading, tokens=tokens)
+
+    @_in_own_dtype
+    def read_states(
+        self,
+        states: Tensor | Sequence[Tensor],
+        targets: object = None,
+        translators: Translators | None = None,
+        *,
+        kl: bool = True,
+        top_k: int = 0,
+        logits: Tensor | None = None,
+        check_last: bool = True,
+    ) -> LayerReading:
+        """Read states that are there: of `hidden`, or the ``hidden_states`` that Transformers returns.
+
+        The last of Transformers' states is behind the final norm already, in most models. Norming it again is the
+        classic error of a logit lens. Of a tuple the last state is read as this model returns it, which is found out by
+        running it once; a tensor is the residual stream, and refused if its last layer looks normed.
 
         Translated states are held for as many rows as one layer has, or `TRANSLATED_BYTES` (on a GPU
         `TRANSLATED_BYTES_CUDA`) if those are fewer.
 
         Args:
-            hidden: ``[n_layers + 1, batch, n_positions, d_model]``, the residual stream.
-            targets: Ids broadcastable to ``[batch, n_positions]``, or None.
-            translators: Applied before the norm, of this model, or None for the plain logit lens.
+            states: ``[n_layers + 1, ..., d_model]``, the residual stream, or a tuple or list of its layers.
+            targets: Ids, or strings of one token each, broadcastable to ``states.shape[1:-1]``, or None.
+            translators: Applied before the norm, of this model, in place of the lens's own.
             kl: Whether to compute the divergence: two more products over the rows of the last layer.
+            top_k: How many of the likeliest tokens to list; 0 for none.
+            logits: The model's own logits ``[..., vocab_size]`` of these states, to be held against the last layer.
+            check_last: False spares states of `hidden` the look whether the last ones are normed.
 
         Raises:
-            InputError: As `fused_lens`, and translators that do not fit, or are those of another model.
+            InputError: As `fused_lens`, states of another number of layers, translators that do not fit or are those of
+                another model, or logits that are not those of the last layer.
         """
-        translators = None if translators is None else self.adapted(translators)
-        if hidden.dim() < 3:
-            raise InputError(f"hidden: expected [n_layers + 1, batch, n_positions, d_model], got {list(hidden.shape)}")
-        states = hidden.flatten(1, -2).to(self.parts.unembedding.device)  # [n_layers + 1, N, d_model]
+        hidden, normed = self._states_given(states, check_last)
+        translators = self.translators if translators is None else self.adapted(translators)
+        # [n_layers + 1, N, d_model]
+        states = hidden.reshape(len(hidden), -1, hidden.shape[-1]).to(self.head.weight.device)
+        targets = targets_of(targets, self.tokenizer)
+        flat = targets
         if targets is not None:
-            targets = _spread(torch.as_tensor(targets, device=states.device), hidden.shape[1:-1])
+            targets = torch.as_tensor(targets, device=states.device)
+            flat = _spread(targets, hidden.shape[1:-1])
+        plan = _Plan(translators, kl, top_k, normed)
         at_once = self._checks_at_once(states)
-        reading = self._read_blocks(states, targets, translators, kl, check_values=not at_once)
-        if at_once and not values_fit(reading.stats, states, targets, len(self.parts.unembedding), saturates=False):
-            self._read_blocks(states, targets, translators, kl, check_values=True)  # says what is wrong
-        return reading.view(hidden.shape[:-1])
+        reading = self._read_blocks(states, flat, plan, check_values=not at_once)
+        if at_once and not values_fit(reading.stats, states, flat, self.head.vocab_size, saturates=False):
+            self._read_blocks(states, flat, plan, check_values=True)  # says what is wrong
+        shape = hidden.shape[:-1]
+        reading = reading.map(lambda value: value.view(*shape, *value.shape[2:]))
+        if logits is not None:
+            self._check_logits(reading.stats, logits)
+        return replace(reading, targets=targets, lens=self.name, tokenizer=self.tokenizer)
+
+    def _states_given(self, states: Tensor | Sequence[Tensor], check_last: bool) -> tuple[Tensor, bool]:
+        """The states as one tensor, and whether those of the last layer are normed already."""
+        returned = isinstance(states, tuple | list)
+        if returned:
+            if not states or not all(isinstance(layer, Tensor) and layer.shape == states[0].shape for layer in states):
+                raise InputError("states: expected layers of one shape [..., d_model], got others")
+            states = torch.stack([layer.detach() for layer in states])
+        if not isinstance(states, Tensor) or states.dim() < 2 or len(states) != self.n_layers + 1:
+            got = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise InputError(
+                f"states: expected [{self.n_layers + 1}, ..., {self.d_model}], the embedding output and what each of "
+                f"{self.n_layers} blocks puts out, got {got}"
+            )
+        if not returned:
+            if check_last and looks_normed(states[-1], self.head, exactly=True) and self._returns_normed:
+                raise InputError(
+                    "states: expected the residual stream, got a last layer that looks normed already, as Transformers "
+                    "returns it; pass hidden_states as the tuple that it is, or check_last=False"
+                )
+            return states, False
+        if not self._returns_normed:
+            return states, False
+        if self.head.projection is not None or not looks_normed(states[-1], self.head):
+            raise InputError(
+                "states: expected hidden_states as this model returns them, the last one normed, got others; pass the "
+                "residual stream as one tensor"
+            )
+        return states, True
+
+    def _check_logits(self, stats: LensStats, logits: Tensor) -> None:
+        own, last = logits.float().to(stats.argmax.device), stats.map(lambda value: value[-1])
+        if own.shape[:-1] != last.argmax.shape or own.shape[-1] != self.head.vocab_size:
+            raise InputError(
+                f"logits: expected [*{list(last.argmax.shape)}, {self.head.vocab_size}] like the last layer, got "
+                f"{list(own.shape)}"
+            )
+        allowed = self.parity.tolerance * (own.amax(-1) - own.amin(-1))
+        worst = ((last.max_logit - own.amax(-1)).abs() - allowed).max()
+        if own.numel() and (worst > 0 or ((last.logsumexp - own.logsumexp(-1)).abs() > allowed).any()):
+            raise InputError(
+                "logits: expected those of the last of these states, got others; pass the residual stream of every "
+                "layer, or hidden_states as Transformers returns them"
+            )
 
     def _checks_at_once(self, states: Tensor) -> bool:
         """Triton is waited for once, not after every block, unless an infinity could leave no trace in the results."""
-        leaves_trace = self.parts.norm is not None or self.parts.softcap is None
+        leaves_trace = self.head.norm is not None or self.head.softcap is None
         return leaves_trace and choose_backend(states.device.type, self.backend)[0] == "triton"
 
-    def _read_blocks(
-        self, states: Tensor, targets: Tensor | None, translators: Translators | None, kl: bool, check_values: bool
-    ) -> LayerReading:
-        """`read` of states ``[n_layers + 1, N, d_model]``, block by block."""
-        n = states.shape[1]
+    def _read_blocks(self, states: Tensor, targets: Tensor | None, plan: _Plan, check_values: bool) -> LayerReading:
+        """`read_states` of states ``[n_layers + 1, N, d_model]``, block by block."""
+        n, translators = states.shape[1], plan.translators
         step = n if translators is None else _rows_at_a_time(states)
         blocks = []
         for start in range(0, max(1, n), max(1, step)):
@@ -325,9 +413,22 @@ class LogitLens:
             block = block if translators is None else translators(block)
             if check_values and translators is not None and not torch.isfinite(block).all():
                 raise InputError(f"lens: expected translated states that fit {block.dtype}; use --dtype float32")
-            stats = self.stats(block, None if targets is None else targets[start : start + step], check_values)
-            blocks.append(LayerReading(stats, _kl(self.parts, block, stats) if kl else None))
-        return _joined(blocks)
+            own = None if targets is None else targets[start : start + step]
+            blocks.append(self._read_block(block, own, plan, check_values))
+        return LayerReading.cat(blocks, 1)
+
+    def _read_block(self, block: Tensor, targets: Tensor | None, plan: _Plan, check_values: bool) -> LayerReading:
+        heads = [(block, self.head)]
+        if plan.normed:  # the last layer has no norm before it any more
+            heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
+        read = partial(fused_lens, targets=targets, backend=self.backend, check_values=check_values)
+        stats = LensStats.cat([read(states, head) for states, head in heads])
+        kl = kl_to_final(block, stats, self.head, last_is_normed=plan.normed) if plan.kl else None
+        top = None
+        if plan.top_k:
+            found = [lens_top_k(states, head, plan.top_k) for states, head in heads]
+            top = TopK(torch.cat([each.ids for each in found]), torch.cat([each.logits for each in found]))
+        return LayerReading(stats, kl, top)
 
     def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         if input_ids.dim() != 2 or input_ids.is_floating_point():
@@ -370,89 +471,3 @@ def _rows_at_a_time(states: Tensor) -> int:
     most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES
     rows = max(n, most // (d_model * states.element_size()))
     return max(1, rows // n_layers)
-
-
-def _joined(blocks: list[LayerReading]) -> LayerReading:
-    """Readings of neighbouring rows as one."""
-    if len(blocks) == 1:
-        return blocks[0]
-
-    def join(columns: list[Tensor | None]) -> Tensor | None:
-        return None if columns[0] is None else torch.cat(columns, 1)
-
-    names = [field.name for field in fields(LensStats)]
-    stats = LensStats(**{name: join([getattr(block.stats, name) for block in blocks]) for name in names})
-    return LayerReading(stats, join([block.kl for block in blocks]))
-
-
-def _kl(parts: LensHead, hidden: Tensor, stats: LensStats) -> Tensor:
-    states, norm = parts.project(hidden)
-    return kl_to_final(states, stats, parts.unembedding, norm, parts.bias, parts.softcap, parts.logit_scale)
-
-
-def _apply(
-    parts: LensHead, hidden: Tensor, targets: Tensor | int | None, backend: str, check_values: bool = True
-) -> LensStats:
-    with torch.no_grad():
-        states, norm = parts.project(hidden.to(parts.unembedding.device))
-        return fused_lens(
-            states,
-            parts.unembedding,
-            norm=norm,
-            targets=targets,
-            bias=parts.bias,
-            softcap=parts.softcap,
-            logit_scale=parts.logit_scale,
-            backend=backend,
-            check_values=check_values,
-        )
-
-
-def check_parity(model: PreTrainedModel, parts: LensHead, backend: str = "auto") -> ParityReport:
-    """Compare the states that a lens reads, and the lens at the last layer, with the model's own forward pass.
-
-    States come from the base model alone; those of every layer must be the ones that ``model(...)`` computes on its
-    way to its logits. Of the logits both the formula (every logit) and the op (argmax, maximum, logsumexp) are
-    compared; the only place beside `find_head` where logits of all tokens are held, for 8 positions.
-
-    Raises:
-        UnsupportedModelError: States of another forward pass, another width or dtype.
-    """
-    ids = probe_ids(model)
-    keep = partial(keep_positions, model, parts.blocks, torch.arange(ids.shape[1])[None], ids.shape[1])
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        with keep() as of_model:
-            own = model(input_ids=ids, use_cache=False).logits[0].float()
-        with keep() as kept:
-            run_base(model, ids)
-    last = kept[-1][0]
-    check_widths(model, parts, last, own)
-    eps = torch.finfo(parts.unembedding.dtype).eps
-    tolerance = FP32_PARITY if parts.unembedding.dtype == torch.float32 else ROUNDINGS * eps
-    for layer, pair in enumerate(zip(kept, of_model, strict=True)):
-        if (found := difference(*(states[None] for states in pair))) > tolerance:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: expected its base model to compute the states that the model itself does, "
-                f"got others from layer {layer} on (difference {found:.2g} of the largest, allowed {tolerance:.2g}): "
-                "it changes what goes in, as prompts of virtual tokens, scaled embeddings or hooks do; undo that"
-            )
-    lens = parts.logits(last).to(own.device)
-    logit_range = float(own.max() - own.min())
-    allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
-    stats = _apply(parts, last, None, backend).to(own.device)
-    close = [
-        (stats.max_logit - own.amax(-1)).abs().max() <= allowed,
-        (stats.logsumexp - own.logsumexp(-1)).abs().max() <= allowed,
-    ]
-    return ParityReport(
-        max_difference=float((lens - own).abs().max()),
-        logit_range=logit_range,
-        tolerance=tolerance,
-        argmax_equal=_same_argmax(own, lens.argmax(-1), tie),
-        op_agrees=all(close) and _same_argmax(own, stats.argmax, tie),
-    )
-
-
-def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:
-    margin = own.amax(-1) - own.gather(1, predicted[:, None])[:, 0]
-    return bool((margin <= tie).all())

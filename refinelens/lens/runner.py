@@ -154,7 +154,8 @@ def in_batches(
 class ModelStates:
     """The residual stream of a context that was run."""
 
-    index: int  # of the context among those that were given
+    input: ModelInput
+    index: int  # of the input among those that were given
     hidden: Tensor  # [n_layers + 1, n_positions, d_model]
     n_saved: int  # tokens that another context had run
     written: object  # what ``then`` made of the context
@@ -200,7 +201,7 @@ class ForwardRunner:
     def run(
         self,
         inputs: Sequence[ModelInput],
-        then: Callable[[list[int], Cache | None], list] | None = None,
+        then: Callable[[list[ModelInput], Cache | None], list] = lambda batch, cache: [None] * len(batch),
         warn: Callable[[str], None] = lambda line: None,
     ) -> Iterator[ModelStates]:
         """Run contexts: those of similar length together, or one after the other, along their shared prefixes.
@@ -209,7 +210,7 @@ class ForwardRunner:
 
         Args:
             inputs: Contexts.
-            then: Called after every pass with the indices of its contexts and their keys and values, if it kept any.
+            then: Called after every pass with its contexts and their keys and values, if it kept any.
             warn: Called with a line about what there was no memory for.
 
         Raises:
@@ -222,7 +223,11 @@ class ForwardRunner:
             order.sort(key=lambda index: -len(ids[index]))
 
         def work(batch: list[int]) -> list[ModelStates]:
-            return self._pass(batch, [inputs[index] for index in batch], then)
+            own = [inputs[index] for index in batch]
+            hidden, cache, n_saved = self._pass(own)
+            states = [hidden[:, row, : len(one.positions)] for row, one in enumerate(own)]
+            written = then(own, cache)
+            return [ModelStates(*one, n_saved, more) for *one, more in zip(own, batch, states, written, strict=True)]
 
         def size(left: list[int]) -> int:
             by_tokens = max(1, TOKENS_PER_BATCH // len(ids[left[0]]))
@@ -245,8 +250,12 @@ class ForwardRunner:
             while found:
                 yield found.pop()
 
-    def _pass(self, indices: list[int], batch: list[ModelInput], then) -> list[ModelStates]:
-        """Contexts padded on the right, their positions by repeating the last; padding is not kept."""
+    def _pass(self, batch: list[ModelInput]) -> tuple[Tensor, Cache | None, int]:
+        """``[n_layers + 1, batch, n_positions, d_model]``, a cache if one is kept, and tokens that had run before.
+
+        Contexts are padded on the right, their positions by repeating the last. A run whole that a branched one is
+        compared with is not counted.
+        """
         lengths = [len(one.ids) for one in batch]
         n_tokens, n_read = max(lengths), max(len(one.positions) for one in batch)
         ids = torch.tensor([_padded(one.ids, n_tokens) for one in batch])
@@ -254,18 +263,6 @@ class ForwardRunner:
         mask = None
         if min(lengths) < n_tokens:
             mask = (torch.arange(n_tokens) < torch.tensor(lengths)[:, None]).long()
-        hidden, cache, n_saved = self._hidden(ids, positions, mask)
-        written = then(indices, cache) if then else [None] * len(batch)
-        return [
-            ModelStates(index, hidden[:, row, : len(batch[row].positions)], n_saved, written[row])
-            for row, index in enumerate(indices)
-        ]
-
-    def _hidden(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Cache | None, int]:
-        """``[n_layers + 1, batch, n_positions, d_model]``, a cache if one is kept, and tokens that had run before.
-
-        A run whole that a branched one is compared with is not counted.
-        """
         if self._branches is None:
             cache = DynamicCache() if self._keeps_cache else None
             return self.lens.hidden(ids, positions, mask, cache), cache, 0

@@ -1,4 +1,4 @@
-"""The parts of a causal LM that a lens uses, and how they are found.
+"""The head of a causal LM that a lens uses, its blocks, and how they are found.
 
 What a module computes is found by asking it: its output on chosen rows is compared with formulas.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import permutations, product
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..kernels.reference import LayerNorm, Norm, RMSNorm, apply_norm, linear_logits, soft_cap
+from ..kernels.reference import LayerNorm, LensHead, Norm, RMSNorm, apply_norm
 from .hooks import HALF_REMEDY, first_state, hooked, keep_positions, probe_ids, text_config
 
 ROUNDINGS = 8  # of fp32, in which modules and formulas are compared
@@ -127,57 +127,8 @@ def _agree(got: Tensor, wanted: Tensor) -> bool:
     return bool((got - wanted).abs().max() <= ROUNDINGS * torch.finfo(torch.float32).eps * wanted.abs().max())
 
 
-@dataclass(frozen=True)
-class LensHead:
-    """The parts of a causal LM that a logit lens uses; tensors are the model's own, not copies.
-
-    From the residual stream to the logits: norm, projection, unembedding and bias, logit scale, softcap.
-    """
-
-    blocks: nn.ModuleList  # n_layers blocks; a block's output is the residual stream [batch, token, d_model]
-    norm: Norm  # what the model's final norm computes, None without one
-    unembedding: Tensor  # [vocab_size, d_embed]
-    bias: Tensor | None  # [vocab_size]
-    softcap: float | None
-    logit_scale: float
-    projection: Tensor | None = None  # [d_embed, d_model], None where d_embed is d_model
-
-    def __post_init__(self):
-        if self.unembedding.dim() != 2:
-            raise UnsupportedModelError(
-                f"unembedding: expected shape [vocab_size, d_model], got {list(self.unembedding.shape)}"
-            )
-        if self.projection is not None and self.projection.shape[:-1] != self.unembedding.shape[1:]:
-            raise UnsupportedModelError(
-                f"projection: expected shape [{self.unembedding.shape[1]}, d_model], got {list(self.projection.shape)}"
-            )
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return (self.unembedding if self.projection is None else self.projection).shape[1]
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, Norm]:
-        """States ``[..., d_embed]`` and norm for the op, which knows no projection.
-
-        Without projection these are ``hidden`` and the norm. With one, ``hidden`` is normed and projected
-        in fp32, whatever the model's dtype, and rounded once, to the dtype that the op asks for: what the
-        model itself rounds between norm and projection is an error, not a part of its prediction.
-        """
-        if self.projection is None:
-            return hidden, self.norm
-        states = apply_norm(hidden, self.norm) @ self.projection.float().T
-        return states.to(self.unembedding.dtype), None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of a few rows ``[rows, d_model]`` as plain formulas in fp32, ``[rows, vocab_size]``."""
-        states, norm = self.project(hidden)
-        z = linear_logits(apply_norm(states, norm), self.unembedding, self.bias, self.logit_scale)
-        return soft_cap(z, self.softcap)
-
-
 def find_head(model: PreTrainedModel) -> LensHead:
-    """Find blocks, final norm, projection, unembedding, softcap and logit scale of any causal LM.
+    """Find final norm, projection, unembedding, softcap and logit scale of any causal LM; tensors are its own.
 
     Nothing is looked up by architecture: the blocks are the module list of ``num_hidden_layers`` entries
     that runs, norm and projection are what runs between the last of them and the output embedding, what
@@ -189,37 +140,32 @@ def find_head(model: PreTrainedModel) -> LensHead:
         UnsupportedModelError: A part is missing or ambiguous; the model's class is named.
     """
     check_device(model)
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {head}")
-    if hasattr(head, "base_layer") and not getattr(head, "merged", False):
-        name = next(name for name, module in model.named_modules() if module is head)
+    module = model.get_output_embeddings()
+    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+        raise UnsupportedModelError(f"{type(model).__name__}: expected an output embedding with a weight, got {module}")
+    if hasattr(module, "base_layer") and not getattr(module, "merged", False):
+        name = next(name for name, other in model.named_modules() if other is module)
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected an unembedding without an adapter, got one on {name} "
-            f"({type(head).__module__}.{type(head).__name__}); merge it (merge_and_unload)"
+            f"({type(module).__module__}.{type(module).__name__}); merge it (merge_and_unload)"
         )
-    if hasattr(head.weight, "__tensor_flatten__") or not head.weight.is_floating_point():
-        kind = type(head.weight).__name__ if hasattr(head.weight, "__tensor_flatten__") else head.weight.dtype
+    if hasattr(module.weight, "__tensor_flatten__") or not module.weight.is_floating_point():
+        kind = type(module.weight).__name__ if hasattr(module.weight, "__tensor_flatten__") else module.weight.dtype
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected an unembedding of floating numbers, got one of {kind}; leave it out of "
             "the quantisation"
         )
-    blocks = _find_blocks(model)
-    states, tail, logits = _run_tail(model, blocks, head)
+    states, tail, logits = _run_tail(model, find_blocks(model), module)
     _check_finite(model, states, logits)
     last = states[-1]
     norm, projection = _read_tail(model, tail)
-    parts = LensHead(
-        blocks=blocks,
-        norm=norm,
-        unembedding=head.weight.detach(),
-        bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
-        softcap=None,
-        logit_scale=1.0,
-        projection=projection,
-    )
-    check_widths(model, parts, last, logits)
-    return _with_logit_transform(parts, text_config(model), last, logits)
+    bias = None if getattr(module, "bias", None) is None else module.bias.detach()
+    try:
+        head = LensHead(module.weight.detach(), norm, bias, projection=projection)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from None
+    check_widths(model, head, last, logits)
+    return _with_logit_transform(head, text_config(model), last, logits)
 
 
 def check_device(model: PreTrainedModel) -> None:
@@ -237,23 +183,28 @@ def check_device(model: PreTrainedModel) -> None:
     )
 
 
-def check_widths(model: PreTrainedModel, parts: LensHead, states: Tensor, logits: Tensor) -> None:
-    """Raise ``UnsupportedModelError`` unless states and logits of the model fit the parts."""
-    wanted = (parts.d_model, parts.unembedding.dtype)
+def check_widths(model: PreTrainedModel, head: LensHead, states: Tensor, logits: Tensor) -> None:
+    """Raise ``UnsupportedModelError`` unless states and logits of the model fit the head."""
+    wanted = (head.d_model, head.weight.dtype)
     if (states.shape[-1], states.dtype) != wanted:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected a residual stream of width {wanted[0]} and {wanted[1]} like the "
             f"unembedding, got width {states.shape[-1]} and {states.dtype}"
             + ("" if states.dtype == wanted[1] else HALF_REMEDY)
         )
-    if logits.shape[-1] != len(parts.unembedding):
+    if logits.shape[-1] != len(head.weight):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected {len(parts.unembedding)} logits like the rows of the unembedding, "
+            f"{type(model).__name__}: expected {len(head.weight)} logits like the rows of the unembedding, "
             f"got {logits.shape[-1]}"
         )
 
 
-def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a causal LM: the output of one is the residual stream ``[batch, token, d_model]``.
+
+    Raises:
+        UnsupportedModelError: None, or several lists of them.
+    """
     counts = _block_counts(model)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
@@ -364,15 +315,15 @@ def _is_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() == 2 for parameter in module.parameters())
 
 
-def _with_logit_transform(parts: LensHead, config, states: Tensor, logits: Tensor) -> LensHead:
-    """The parts with those of the configuration's numbers that lead to the model's own logits.
+def _with_logit_transform(head: LensHead, config, states: Tensor, logits: Tensor) -> LensHead:
+    """The head with those of the configuration's numbers that lead to the model's own logits.
 
     A number can be stated and not used, as MPT's ``logit_scale``. What is stated comes first among those
     that rounding cannot tell apart; where nothing fits, the parity gate says so.
     """
     softcaps = [*_numbers(config, SOFTCAPS), None]
     scales = [*_numbers(config, FACTORS), *(1.0 / d for d in _numbers(config, DIVISORS)), 1.0]
-    candidates = [replace(parts, softcap=c, logit_scale=s) for c, s in product(softcaps, scales)]
+    candidates = [replace(head, softcap=c, scale=s) for c, s in product(softcaps, scales)]
     differences = [float((p.logits(states).to(logits.device) - logits).abs().max()) for p in candidates]
     close = (p for p, d in zip(candidates, differences, strict=True) if d <= 2 * min(differences))
     return next(close, candidates[0])

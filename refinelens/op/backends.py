@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.reference import LayerNorm, LensOutput, Norm, RMSNorm, fused_lens_reference
+from ..kernels.reference import LensHead, LensStats, Norm, fused_lens_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "triton", "cpp", "reference")
@@ -21,38 +21,60 @@ PRECISIONS = ("auto", "fp32", "certified")
 CERTIFIED_ROWS, CERTIFIED_WIDTH = 2048, 512
 
 
-def check_operands(
+def checked_operands(
     hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> None:
-    """Raise ``InputError``, showing both values, unless these operands make logits together."""
-    for name, value in (("hidden", hidden), ("unembedding", unembedding)):
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if hidden.dim() < 1 or unembedding.dim() != 2 or hidden.shape[-1] != unembedding.shape[1]:
+    unembedding: Tensor | nn.Linear | LensHead,
+    norm: Norm | nn.Module = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, LensHead]:
+    """States and head as backends take them, without a projection.
+
+    Raises:
+        InputError: They do not make logits together; both values are shown.
+    """
+    if not isinstance(hidden, Tensor):
+        raise InputError(f"hidden: expected a tensor, got {type(hidden).__name__}")
+    if isinstance(unembedding, LensHead):
+        head = unembedding
+        if norm is not None or bias is not None or softcap is not None or logit_scale != 1.0:
+            raise InputError("norm, bias, softcap, logit_scale: expected none beside a LensHead, which has its own")
+    else:
+        weight = unembedding.weight if isinstance(unembedding, nn.Linear) else unembedding
+        if not isinstance(weight, Tensor):
+            raise InputError(f"unembedding: expected a tensor, got {type(weight).__name__}")
+        _check_shapes(hidden, weight, weight.shape[1] if weight.dim() == 2 else -1)
+        try:
+            head = LensHead(unembedding, norm, bias, softcap, logit_scale)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    _check_shapes(hidden, head.weight, head.d_model)
+    _check_head(hidden, head)
+    return head.projected(hidden)
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, d_model: int) -> None:
+    if hidden.dim() < 1 or hidden.shape[-1] != d_model:
         raise InputError(
             "hidden and unembedding: expected shapes [..., d_model] and [vocab_size, d_model], got "
-            f"{list(hidden.shape)} and {list(unembedding.shape)}"
+            f"{list(hidden.shape)} and {list(weight.shape)}"
         )
-    if unembedding.shape[0] == 0 or unembedding.shape[1] == 0:
-        raise InputError(f"unembedding: expected at least one token and one dimension, got {list(unembedding.shape)}")
-    if hidden.dtype not in DTYPES or hidden.dtype != unembedding.dtype:
+
+
+def _check_head(hidden: Tensor, head: LensHead) -> None:
+    weight = head.weight
+    if 0 in weight.shape:
+        raise InputError(f"unembedding: expected at least one token and one dimension, got {list(weight.shape)}")
+    if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
         raise InputError(
             "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
-            f"{hidden.dtype} and {unembedding.dtype}"
+            f"{hidden.dtype} and {weight.dtype}"
         )
-    if not isinstance(norm, LayerNorm | RMSNorm | None):
-        raise InputError(
-            "norm: expected refinelens.LayerNorm, refinelens.RMSNorm or None, got "
-            f"{type(norm).__module__}.{type(norm).__qualname__}; make one of its weight, bias and eps"
-        )
-    vectors = {"bias": (bias, unembedding.shape[0])}
-    if norm is not None:
-        vectors |= {"norm.weight": (norm.weight, hidden.shape[-1]), "norm.bias": (norm.bias, hidden.shape[-1])}
+    vectors = {"bias": (head.bias, head.vocab_size)}
+    if head.norm is not None:
+        vectors |= {"norm.weight": (head.norm.weight, head.d_model), "norm.bias": (head.norm.bias, head.d_model)}
+    tensors = {"unembedding": weight} | ({} if head.projection is None else {"projection": head.projection})
     for name, (vector, length) in vectors.items():
         if vector is None:
             continue
@@ -60,14 +82,14 @@ def check_operands(
             raise InputError(
                 f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
             )
-    tensors = {"unembedding": unembedding} | {name: v for name, (v, _) in vectors.items() if v is not None}
+        tensors[name] = vector
     for name, tensor in tensors.items():
         if tensor.device != hidden.device:
             raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
-    if softcap is not None and not _is_positive(softcap):
-        raise InputError(f"softcap: expected a positive number of float32 or None, got {softcap}")
-    if not _is_positive(logit_scale):
-        raise InputError(f"logit_scale: expected a positive number of float32, got {logit_scale}")
+    if head.softcap is not None and not _is_positive(head.softcap):
+        raise InputError(f"softcap: expected a positive number of float32 or None, got {head.softcap}")
+    if not _is_positive(head.scale):
+        raise InputError(f"logit_scale: expected a positive number of float32, got {head.scale}")
 
 
 def _is_positive(number: float) -> bool:
@@ -171,7 +193,7 @@ def choose_precision(
     return "certified", f"from {least} ({kernels}: faster, logsumexp nearer to fp64); below, fp32"
 
 
-def backend_function(name: str, precision: str = "fp32", asked: bool = True) -> Callable[..., LensOutput]:
+def backend_function(name: str, precision: str = "fp32", asked: bool = True) -> Callable[..., LensStats]:
     """The function behind the names of a backend and a precision, imported when it is first used.
 
     A certified precision that was not ``asked`` for leaves rows that would take long to the fp32 kernel.

@@ -1,6 +1,6 @@
 """The fused lens on a CPU by C++: the plain one, and the certified one for half precision.
 
-The certified lens gives argmax and rank of exact logits; csrc/screen_kernels.hpp has the proof.
+The certified lens gives argmax and rank of exact logits; csrc/screen/screen_kernels.hpp has the proof.
 """
 
 from __future__ import annotations
@@ -8,52 +8,52 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..kernels.reference import LensOutput, Norm, apply_norm, fused_lens_reference, in_row_blocks, kind_of, lens_output
+from ..kernels.reference import (
+    LensHead,
+    LensStats,
+    apply_norm,
+    fused_lens_reference,
+    in_row_blocks,
+    kind_of,
+    lens_stats,
+)
 
 ROW_BLOCK = 1024
 
 
-def fused_lens_cpu(
-    hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> LensOutput:
+def fused_lens_cpu(hidden: Tensor, head: LensHead, targets: Tensor | None = None) -> LensStats:
     """Same signature, definition and result as the reference, for CPU tensors; products and logits are fp32.
 
     fp16 and bf16 are widened on the way, any strides are read in place. A row's result has the same bits
     for any number of threads and whatever rows are beside it. Extra memory: at most 12 MiB of packed
     rows, 2 KiB a row of them, and half a MiB a thread (more in proportion to ``d_model`` beyond 1024).
     """
-    weight = norm_bias = None
+    norm, weight, norm_bias = head.norm, None, None
     if norm is not None and norm.weight is not None:
         weight = _floats(norm.weight.float() + norm.offset)
     if norm is not None and norm.bias is not None:
         norm_bias = _floats(norm.bias)
     out = _C.fused_lens(
         _matrix(hidden),
-        _matrix(unembedding),
+        _matrix(head.weight),
         kind_of(norm),
         weight,
         norm_bias,
         0.0 if norm is None else norm.eps,
         None if targets is None else targets.contiguous().numpy(),
-        None if bias is None else _floats(bias),
-        logit_scale,
-        softcap or 0.0,
+        None if head.bias is None else _floats(head.bias),
+        head.scale,
+        head.softcap or 0.0,
         torch.get_num_threads(),
     )
-    return LensOutput(*(None if values is None else torch.from_numpy(values) for values in out))
+    return LensStats(*(None if values is None else torch.from_numpy(values) for values in out))
 
 
 def product_only(x_hat: Tensor, unembedding: Tensor) -> None:
@@ -71,28 +71,7 @@ def _floats(vector: Tensor):
     return vector.detach().float().contiguous().numpy()
 
 
-class CertifiedOutput(NamedTuple):
-    """A `LensOutput`, and what is known of its logsumexp and its making."""
-
-    argmax: Tensor  # [R] int64
-    max_logit: Tensor  # [R] fp32
-    logsumexp: Tensor  # [R] fp32
-    entropy: Tensor  # [R] fp32
-    target_logit: Tensor | None  # [R] fp32
-    target_rank: Tensor | None  # [R] int64
-    logsumexp_bound: Tensor  # [R] fp32, nats
-    fell_back: Tensor  # [R] bool
-
-
-def fused_lens_certified(
-    hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> CertifiedOutput:
+def fused_lens_certified(hidden: Tensor, head: LensHead, targets: Tensor | None = None) -> LensStats:
     """Same signature and definition as the reference, for CPU tensors, with argmax and rank decided without rounding.
 
     The norm is applied in fp64, and its result is what the logits are products of: argmax and rank are those of the
@@ -111,66 +90,61 @@ def fused_lens_certified(
     bound leaves open. A row has a few of those, and no more than 256 among 3072 tokens, or it falls back and needs
     none: at the very most they take ``ROW_BLOCK * (vocab_size + 10_000 * threads) * 4 / 3`` bytes.
     """
-    weights, options = _rows_in_memory(unembedding), (bias, softcap, logit_scale)
-    index = screen_index(unembedding, weights)
+    weights = _rows_in_memory(head.weight)
+    index = screen_index(head.weight, weights)
 
-    def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
+    def run(rows: Tensor, row_targets: Tensor | None) -> LensStats:
         if not index.finite:
-            return _exact_reference(rows, unembedding, norm, row_targets, *options)
-        return _run_block(index, weights, rows, norm, row_targets, *options, exhaustive=True)
+            return _exact_reference(rows, head, row_targets)
+        return _run_block(index, weights, rows, head, row_targets, exhaustive=True)
 
     return in_row_blocks(run, hidden, targets, ROW_BLOCK)
 
 
-def fused_lens_screened(
-    hidden: Tensor, unembedding: Tensor, norm: Norm, targets: Tensor | None, *options
-) -> LensOutput:
+def fused_lens_screened(hidden: Tensor, head: LensHead, targets: Tensor | None) -> LensStats:
     """What ``precision="auto"`` runs: certified, but rows that would fall back to fp64 are left to the fp32 kernel."""
-    weights = _rows_in_memory(unembedding)
-    index = screen_index(unembedding, weights)
+    weights = _rows_in_memory(head.weight)
+    index = screen_index(head.weight, weights)
     if not index.finite:
-        return fused_lens_cpu(hidden, unembedding, norm, targets, *options)
+        return fused_lens_cpu(hidden, head, targets)
 
-    def run(rows: Tensor, row_targets: Tensor | None) -> CertifiedOutput:
-        return _run_block(index, weights, rows, norm, row_targets, *options, exhaustive=False)
+    def run(rows: Tensor, row_targets: Tensor | None) -> LensStats:
+        return _run_block(index, weights, rows, head, row_targets, exhaustive=False)
 
     out = in_row_blocks(run, hidden, targets, ROW_BLOCK)
     (rows,) = out.fell_back.nonzero(as_tuple=True)
     if len(rows):
-        again = fused_lens_cpu(hidden[rows], unembedding, norm, None if targets is None else targets[rows], *options)
-        for name, value in again._asdict().items():
-            if value is not None:
-                getattr(out, name)[rows] = value
-    return LensOutput(*out[: len(LensOutput._fields)])
+        again = fused_lens_cpu(hidden[rows], head, None if targets is None else targets[rows])
+        for name, value in again.items():
+            getattr(out, name)[rows] = value
+    return replace(out, logsumexp_bound=None, fell_back=None)
 
 
-def _run_block(
-    index, weights, hidden, norm, targets, bias=None, softcap=None, logit_scale=1.0, *, exhaustive
-) -> CertifiedOutput:
+def _run_block(index, weights, hidden: Tensor, head: LensHead, targets: Tensor | None, *, exhaustive) -> LensStats:
     arrays = index.lens(
-        apply_norm(hidden, norm, torch.float64).contiguous().numpy(),
+        apply_norm(hidden, head.norm, torch.float64).contiguous().numpy(),
         weights,
         None if targets is None else targets.contiguous().numpy(),
-        None if bias is None else bias.double().contiguous().numpy(),
-        logit_scale,
-        softcap or 0.0,
+        None if head.bias is None else head.bias.double().contiguous().numpy(),
+        head.scale,
+        head.softcap or 0.0,
         exhaustive,
         torch.get_num_threads(),
     )
     argmax, best, logsumexp, entropy, target_z, rank, bound, fell_back = map(torch.from_numpy, arrays)
-    out = lens_output(argmax, best, logsumexp, entropy, targets, target_z, rank, softcap)
-    return _as_fp32(out, bound, fell_back)
+    out = lens_stats(head, argmax, best, logsumexp, entropy, targets, target_z, rank)
+    return _as_fp32(replace(out, logsumexp_bound=bound, fell_back=fell_back))
 
 
-def _exact_reference(rows, unembedding, norm, targets, bias, softcap, logit_scale) -> CertifiedOutput:
+def _exact_reference(rows: Tensor, head: LensHead, targets: Tensor | None) -> LensStats:
     """For weights that are not finite, whose sums have no bound."""
-    out = fused_lens_reference(rows, unembedding, norm, targets, bias, softcap, logit_scale, dtype=torch.float64)
-    return _as_fp32(out, torch.full_like(out.logsumexp, torch.inf), torch.ones(len(rows), dtype=torch.bool))
+    out = fused_lens_reference(rows, head, targets, dtype=torch.float64)
+    bound, fell_back = torch.full_like(out.logsumexp, torch.inf), torch.ones(len(rows), dtype=torch.bool)
+    return _as_fp32(replace(out, logsumexp_bound=bound, fell_back=fell_back))
 
 
-def _as_fp32(out, bound: Tensor, fell_back: Tensor) -> CertifiedOutput:
-    values = [v.float() if v is not None and v.is_floating_point() else v for v in (*out, bound)]
-    return CertifiedOutput(*values, fell_back)
+def _as_fp32(out: LensStats) -> LensStats:
+    return out.map(lambda value: value.float() if value.is_floating_point() else value)
 
 
 def _rows_in_memory(unembedding: Tensor) -> np.ndarray:

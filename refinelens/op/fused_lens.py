@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.reference import LensOutput, Norm, fused_lens_reference, kind_of, norm_from
-from .backends import backend_function, check_operands, choose_backend, choose_precision
-
-
-@dataclass(frozen=True, eq=False)
-class LensStats:
-    """Statistics of every hidden row over the whole vocabulary, each of shape ``hidden.shape[:-1]``.
-
-    Logits, log-probabilities and entropies are in nats and fp32. The three target fields are None when
-    no targets were given, the last two unless the precision ``"certified"`` was asked for.
-    """
-
-    argmax: Tensor  # int64, lowest id among equals
-    max_logit: Tensor  # fp32
-    logsumexp: Tensor  # fp32
-    entropy: Tensor  # fp32
-    target_logit: Tensor | None = None  # fp32
-    target_rank: Tensor | None = None  # int64, number of tokens that beat the target
-    target_logprob: Tensor | None = None  # fp32
-    logsumexp_bound: Tensor | None = None  # fp32, distance to the logsumexp of exact logits at most
-    fell_back: Tensor | None = None  # bool, rows whose logits were all computed in fp64
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value.shape != self.argmax.shape:
-                raise InputError(f"{field.name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
-
-    @property
-    def max_logprob(self) -> Tensor:
-        """Log-probability of the argmax, fp32, not above 0."""
-        return _logprob(self.max_logit, self.logsumexp)
-
-    def to(self, device: torch.device | str) -> LensStats:
-        """The same statistics on another device."""
-        return self.map(lambda value: value.to(device))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> LensStats:
-        """``function`` of every statistic that is there."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return LensStats(**{name: None if value is None else function(value) for name, value in values.items()})
+from ..kernels.reference import LensHead, LensStats, Norm, fused_lens_reference, kind_of, norm_from
+from .backends import backend_function, checked_operands, choose_backend, choose_precision
 
 
 @torch.no_grad()
 def fused_lens(
     hidden: Tensor,
-    unembedding: Tensor,
-    norm: Norm = None,
+    unembedding: Tensor | nn.Linear | LensHead,
+    norm: Norm | nn.Module = None,
     targets: Tensor | int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -76,8 +35,9 @@ def fused_lens(
         hidden: ``[..., d_model]``, fp32, fp16 or bf16, CPU or CUDA: states between blocks. The last of the
             ``hidden_states`` that Transformers returns is behind the final norm already: to read it too, take
             `LogitLens`, or that one state without a norm.
-        unembedding: ``[vocab_size, d_model]``, dtype and device of ``hidden``.
-        norm: ``LayerNorm``, ``RMSNorm`` or None; applied in fp32.
+        unembedding: ``[vocab_size, d_model]``, dtype and device of ``hidden``; an ``nn.Linear`` with such a weight, and
+            its bias; or a `LensHead`, which has norm, bias, softcap and scale too.
+        norm: ``LayerNorm`` or ``RMSNorm``, of refinelens or of ``torch.nn``, or None; applied in fp32.
         targets: Integer ids in ``[0, vocab_size)``, broadcastable to ``hidden.shape[:-1]``, or None.
         bias: ``[vocab_size]`` floating, or None.
         softcap: Positive cap of the logits, or None. On a GPU the cap's absolute error is up to a few 2^-23 times the
@@ -103,36 +63,29 @@ def fused_lens(
 
     Not differentiable.
     """
-    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
-    shape = hidden.shape[:-1]
-    flat_targets = None if targets is None else _flatten_targets(targets, hidden)
+    states, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    shape = states.shape[:-1]
+    flat_targets = None if targets is None else _flatten_targets(targets, states)
+    norm = head.norm
     weight, norm_bias, eps, offset = (norm.weight, norm.bias, norm.eps, norm.offset) if norm else (None, None, 0.0, 0.0)
     out = torch.ops.refinelens.fused_lens(
-        hidden.reshape(-1, hidden.shape[-1]),
-        unembedding,
+        states.reshape(-1, states.shape[-1]),
+        head.weight,
         kind_of(norm),
         weight,
         norm_bias,
         eps,
         offset,
         flat_targets,
-        bias,
-        softcap,
-        logit_scale,
+        head.bias,
+        head.softcap,
+        head.scale,
         backend,
         precision,
         check_values,
     )
     absent = _absent(targets, precision)
-    stats = {name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if name not in absent}
-    if targets is not None:
-        stats["target_logprob"] = _logprob(stats["target_logit"], stats["logsumexp"])
-    return LensStats(**stats)
-
-
-def _logprob(logit: Tensor, logsumexp: Tensor) -> Tensor:
-    """Both are rounded, so that their difference could be above 0."""
-    return (logit - logsumexp).clamp(max=0.0)
+    return LensStats(**{name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if name not in absent})
 
 
 def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
@@ -198,12 +151,12 @@ def _fused_lens_op(
         run = backend_function(chosen, chosen_precision, asked=precision == "certified")
     spec = norm_from(norm, norm_weight, norm_bias, norm_eps, norm_offset)
     with torch.no_grad():
-        out = run(hidden, unembedding, spec, targets, bias, softcap, logit_scale)
+        out = run(hidden, LensHead(unembedding, spec, bias, softcap, logit_scale), targets)
     saturates = spec is None and softcap is not None
     if (check_values or not at_once) and not values_fit(out, hidden, targets, unembedding.shape[0], saturates):
         _check_targets(targets, unembedding.shape[0])
         raise _broken_row(out, hidden, saturates)
-    values = out._asdict()
+    values = dict(out.items())
     if hidden.shape[0] == 0:  # the reference's
         values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
     empty = {name: hidden.new_empty(0, dtype=_OUTPUTS[name]) for name in _absent(targets, precision)}
@@ -225,7 +178,7 @@ def _is_capturing(tensor: Tensor) -> bool:
 
 
 def values_fit(
-    out: LensOutput | LensStats, hidden: Tensor, targets: Tensor | None, n_vocab: int, saturates: bool
+    out: LensStats, hidden: Tensor, targets: Tensor | None, n_vocab: int, saturates: bool
 ) -> bool:
     """Whether no id lies outside the vocabulary and no row is broken, in one wait for the device.
 
@@ -247,7 +200,7 @@ def _outside(targets: Tensor, n_vocab: int) -> Tensor:
     return (targets < 0) | (targets >= n_vocab)
 
 
-def _broken(out: LensOutput | LensStats, hidden: Tensor, saturates: bool) -> Tensor:
+def _broken(out: LensStats, hidden: Tensor, saturates: bool) -> Tensor:
     # A NaN or infinity anywhere in a row reaches its logsumexp, so the statistics are checked, not the
     # inputs; but for an infinity that no norm turns into NaN and that the softcap makes finite again.
     # An infinite weight may make a logit -inf, which the sums take; not every backend's entropy does.
@@ -264,7 +217,7 @@ def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
         raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
 
 
-def _broken_row(out: LensOutput, hidden: Tensor, saturates: bool) -> InputError:
+def _broken_row(out: LensStats, hidden: Tensor, saturates: bool) -> InputError:
     """What is wrong with the first broken row, in words."""
     broken = _broken(out, hidden, saturates)
     row = int(broken.nonzero()[0])

@@ -8,23 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.reference import Norm, apply_norm, row_chunk, soft_cap, z_chunks
-from .backends import check_operands
-from .fused_lens import LensStats
+from ..kernels.reference import LensHead, LensStats, Norm, apply_norm, row_chunk, soft_cap, z_chunks
+from .backends import checked_operands
 
 
 @torch.no_grad()
 def kl_to_final(
     hidden: Tensor,
     stats: LensStats,
-    unembedding: Tensor,
-    norm: Norm = None,
+    unembedding: Tensor | nn.Linear | LensHead,
+    norm: Norm | nn.Module = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    *,
+    last_is_normed: bool = False,
 ) -> Tensor:
     """KL divergence of every layer's prediction from the last layer's, ``KL(p_final || p_layer)``, in nats.
 
@@ -37,6 +38,7 @@ def kl_to_final(
         hidden: ``[n_layers + 1, ..., d_model]``, the last layer last.
         stats: ``fused_lens`` of ``hidden`` with the arguments that follow.
         unembedding, norm, bias, softcap, logit_scale: As in ``fused_lens``.
+        last_is_normed: The last layer's states are behind norm (and projection) already, and so are its statistics.
 
     Returns:
         ``[n_layers + 1, ...]`` fp32, not negative; the rounding of logits of size ``m`` is about ``1e-7 * m``.
@@ -46,7 +48,7 @@ def kl_to_final(
 
     Plain torch on every device, in fp32.
     """
-    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     if hidden.dim() < 2 or hidden.shape[0] == 0 or stats.logsumexp.shape != hidden.shape[:-1]:
         raise InputError(
             f"hidden and stats: expected hidden [n_layers + 1, ..., d_model] and its own statistics, got "
@@ -54,13 +56,19 @@ def kl_to_final(
         )
     states = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
     final_logsumexp = stats.logsumexp[-1].reshape(-1, 1)
-    if softcap is None:
+    if head.softcap is None:
         rows, expect = row_chunk(hidden.device), _expected_linear
     else:
         rows, expect = max(1, row_chunk(hidden.device) // len(hidden)), _expected_capped
+
+    def normed(block: Tensor) -> Tensor:
+        if not last_is_normed:
+            return apply_norm(block, head.norm)
+        return torch.cat([apply_norm(block[:-1], head.norm), apply_norm(block[-1:], None)])
+
     with torch.autocast(hidden.device.type, enabled=False):  # the products are fp32
         expected = [
-            expect(apply_norm(block, norm), lse, unembedding, bias, softcap, logit_scale)
+            expect(normed(block), lse, head)
             for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)
         ]
     # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
@@ -68,28 +76,28 @@ def kl_to_final(
     return (log_p[-1] - log_p).clamp(min=0.0)
 
 
-def _expected_linear(x_hat, final_logsumexp, unembedding, bias, _softcap, logit_scale) -> Tensor:
+def _expected_linear(x_hat: Tensor, final_logsumexp: Tensor, head: LensHead) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
     mean_weights = torch.zeros_like(x_hat[-1])
     mass, mean_bias = x_hat.new_zeros(2, *final_logsumexp.shape)
-    for first, weights, z in z_chunks(x_hat[-1], unembedding, bias, logit_scale):
+    for first, weights, z in z_chunks(x_hat[-1], head):
         p = z.sub_(final_logsumexp).exp_()
         mean_weights.addmm_(p, weights)
         mass += p.sum(-1, keepdim=True)
-        if bias is not None:
+        if head.bias is not None:
             # A token that cannot occur (bias -inf) has probability 0 and adds nothing.
-            chunk = bias[first : first + len(weights)].to(p.dtype)
+            chunk = head.bias[first : first + len(weights)].to(p.dtype)
             mean_bias += p @ chunk.masked_fill(chunk == float("-inf"), 0.0)[:, None]
     expected = torch.einsum("lnd,nd->ln", x_hat, mean_weights / mass) + (mean_bias / mass)[:, 0]
-    return logit_scale * expected
+    return head.scale * expected
 
 
-def _expected_capped(x_hat, final_logsumexp, unembedding, bias, softcap, logit_scale) -> Tensor:
+def _expected_capped(x_hat: Tensor, final_logsumexp: Tensor, head: LensHead) -> Tensor:
     """The same with a softcap, from the logits of every layer and of the last one, side by side."""
     n_layers, n_rows, _ = x_hat.shape
     expected, mass = x_hat.new_zeros(n_layers, n_rows), x_hat.new_zeros(n_rows)
-    for _, _, z in z_chunks(x_hat.flatten(0, 1), unembedding, bias, logit_scale):
-        logits = soft_cap(z, softcap).view(n_layers, n_rows, z.shape[-1])
+    for _, _, z in z_chunks(x_hat.flatten(0, 1), head):
+        logits = soft_cap(z, head.softcap).view(n_layers, n_rows, z.shape[-1])
         p = (logits[-1] - final_logsumexp).exp()
         expected += torch.einsum("lnv,nv->ln", logits, p)
         mass += p.sum(-1)
@@ -111,9 +119,9 @@ class TopK:
 @torch.no_grad()
 def lens_top_k(
     hidden: Tensor,
-    unembedding: Tensor,
+    unembedding: Tensor | nn.Linear | LensHead,
     k: int,
-    norm: Norm = None,
+    norm: Norm | nn.Module = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -132,11 +140,11 @@ def lens_top_k(
 
     Plain torch on every device, in fp32, one chunk of the vocabulary at a time.
     """
-    check_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
-    if not 1 <= k <= len(unembedding):
-        raise InputError(f"k: expected 1 to {len(unembedding)}, the size of the vocabulary, got {k}")
+    hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    if not 1 <= k <= head.vocab_size:
+        raise InputError(f"k: expected 1 to {head.vocab_size}, the size of the vocabulary, got {k}")
     blocks = [
-        _block_top_k(apply_norm(rows, norm), unembedding, k, bias, logit_scale)
+        _block_top_k(apply_norm(rows, head.norm), head, k)
         for rows in hidden.reshape(-1, hidden.shape[-1]).split(row_chunk(hidden.device))
     ]
     z, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -145,13 +153,13 @@ def lens_top_k(
         row = int(broken.nonzero()[0])
         raise InputError(f"hidden: expected finite logits, got a largest logit of {float(z[row, 0])} in row {row}")
     shape = (*hidden.shape[:-1], k)
-    return TopK(ids.view(shape), soft_cap(z, softcap).view(shape))
+    return TopK(ids.view(shape), soft_cap(z, head.softcap).view(shape))
 
 
-def _block_top_k(x_hat, unembedding, k, bias, logit_scale) -> tuple[Tensor, Tensor]:
+def _block_top_k(x_hat: Tensor, head: LensHead, k: int) -> tuple[Tensor, Tensor]:
     z = x_hat.new_empty(len(x_hat), 0)
     ids = torch.empty(len(x_hat), 0, dtype=torch.int64, device=x_hat.device)
-    for first, _, chunk in z_chunks(x_hat, unembedding, bias, logit_scale):
+    for first, _, chunk in z_chunks(x_hat, head):
         chunk_z, chunk_ids = _chunk_top_k(chunk, min(k, chunk.shape[1]))
         # Ids ascend from left to right among equal logits, and a stable sort leaves them so.
         z, order = torch.cat([z, chunk_z], 1).sort(descending=True, stable=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from operator import itemgetter
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -15,17 +15,18 @@ from torch import Tensor
 from transformers import Cache
 
 from ..config import SweepOptions, gold_positions
-from ..data.prompts import Context, Span
+from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
 from ..lens.files import Lens
-from ..lens.logit_lens import LayerReading, LogitLens
+from ..lens.logit_lens import LogitLens
 from ..lens.prefix import choose_reuse
+from ..lens.reading import LayerReading
 from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
 from ..model.identity import text_of
 from ..model.loading import LoadedModel
 from ..store.results import NO_ANSWER_TOKEN, PREDICTIONS, QuestionResult
-from .contexts import ContextBuilder, QuestionContexts
+from .contexts import ContextBuilder
 from .generate import Generation, Generator, check_cache
 
 STATISTICS = ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
@@ -34,16 +35,15 @@ COUNTS = (
     *("tokens_computed", "tokens_saved", "tokens_generated"),
 )
 ROWS_AT_A_TIME = 4096  # of one call of a lens, layers times positions, unless one context has more
-CONTEXTS_AT_A_TIME = 64  # of questions whose contexts share batches
-ContextRows = tuple[int, pa.Table, dict[str, int]]  # index of a context, its rows and counts
+CONTEXTS_AT_A_TIME = 64  # of questions that share batches
 SPANS = {"answer": "answer_span", "all": "whole_span"}
 
 
 def questions_together(options: SweepOptions, device_type: str) -> int:
     """How many neighbouring questions share their batches.
 
-    It follows from the manifest, as do the questions that stand together: a run that is gone on with, or that several
-    workers share, has the same batches, and so the same bits.
+    It follows from the manifest, as does which: a run that is gone on with, or that several workers share, has the same
+    batches, and so the same bits.
     """
     size = options.batch_size
     alone = options.positions == "all" or options.reuse_prefix == "on"  # much to hold; contexts that run one by one
@@ -61,18 +61,13 @@ def groups_of(places: Sequence[int], together: int) -> list[tuple[int, ...]]:
     return list(map(tuple, groups.values()))
 
 
-@dataclass(frozen=True)
-class AskedContext:
-    """A context, the answer that is looked for in it, and where it is read."""
+@dataclass(frozen=True, kw_only=True)
+class AskedContext(ModelInput):
+    """A context as it is run, and what is looked for in it."""
 
     context: Context
     alias: Alias
-    span: Span
-
-    @property
-    def model_input(self) -> ModelInput:
-        """What the model runs."""
-        return ModelInput(self.context.input_ids, self.span.positions, self.context.where)
+    next_ids: tuple[int, ...]  # the token that follows each position
 
 
 @dataclass(frozen=True)
@@ -86,19 +81,14 @@ class ContextReading:
 
 
 def read_contexts(
-    asked: Sequence[AskedContext],
-    ran: Sequence[ModelStates],
-    logit_lens: LogitLens,
-    lenses: Sequence[Lens],
-    target: str,
+    ran: Sequence[ModelStates], logit_lens: LogitLens, lenses: Sequence[Lens], target: str
 ) -> list[ContextReading]:
     """Read every layer of several contexts through every lens.
 
     The unembedding is fetched once for all of them: with a context at a time, that would be most of the work.
 
     Args:
-        asked: Contexts, at least one.
-        ran: What came of each.
+        ran: What came of each `AskedContext`, at least one.
         logit_lens: Of their model.
         lenses: What to read them through.
         target: ``answer``, the token that follows, or ``prediction``, the model's own.
@@ -110,22 +100,22 @@ def read_contexts(
     if target == "prediction":
         targets = logit_lens.stats(hidden[-1]).argmax
     else:
-        targets = torch.tensor([[id for one in asked for id in one.span.next_ids]], device=hidden.device)
-    readings = {lens.name: logit_lens.read(hidden, targets, lens.translators).to("cpu") for lens in lenses}
-    targets, found, start = targets[0].cpu(), [], 0
-    for one, states in zip(asked, ran, strict=True):
-        end = start + len(one.span.next_ids)
-        own = {name: reading.of(start, end) for name, reading in readings.items()}
-        found.append(ContextReading(one, targets[start:end], own, states.written))
-        start = end
-    return found
+        targets = torch.tensor([[id for one in ran for id in one.input.next_ids]], device=hidden.device)
+    readings = {
+        lens.name: logit_lens.read_states(hidden, targets, lens.translators, check_last=False).to("cpu")
+        for lens in lenses
+    }
+    targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
+    return [
+        ContextReading(one.input, targets[start:end], {n: r.of(start, end) for n, r in readings.items()}, one.written)
+        for one, (start, end) in zip(ran, pairwise(ends), strict=True)
+    ]
 
 
 def prediction_table(read: ContextReading, text: Callable[[int], str]) -> pa.Table:
     """Rows of `PREDICTIONS`, lens by lens, one per position, with ``text(id)`` of every token id."""
     shared = _shared_columns(read, text)
-    tables = [_table(shared, lens, reading, text) for lens, reading in read.readings.items()]
-    return pa.concat_tables(tables)
+    return pa.concat_tables([_table(shared, lens, reading, text) for lens, reading in read.readings.items()])
 
 
 def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int], str]) -> pa.Table:
@@ -138,11 +128,10 @@ def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int],
 
 def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
     """Columns that all lenses have alike."""
-    context, span, alias = read.asked.context, read.asked.span, read.asked.alias
-    n = len(span.next_ids)
+    asked, context, n = read.asked, read.asked.context, len(read.asked.next_ids)
     start, end = context.gold_span or (None, None)
     written = None if read.generation is None else read.generation.text
-    target_ids, next_ids = read.target_ids.numpy(), np.array(span.next_ids)
+    target_ids, next_ids = read.target_ids.numpy(), np.array(asked.next_ids)
     constants = {
         "question_id": context.question.id,
         "source_id": context.question.source_id,
@@ -151,12 +140,12 @@ def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
         "n_tokens": len(context.input_ids),
         "gold_start": start,
         "gold_end": end,
-        "alias": alias.index,
-        "alias_why": alias.why,
+        "alias": asked.alias.index,
+        "alias_why": asked.alias.why,
         "generated": written,
         "generated_correct": None if written is None else best_subspan_em(written, context.question.answers),
     }
-    positions = np.array(span.positions)
+    positions = np.array(asked.positions)
     answer_token = np.maximum(positions - (context.prompt_length - 1), NO_ANSWER_TOKEN)
     return {name: pa.array([value] * n, PREDICTIONS.field(name).type) for name, value in constants.items()} | {
         "position": positions,
@@ -193,7 +182,6 @@ class Predictor:
         lenses: list[Lens],
     ):
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
-        self._span = SPANS[options.positions]
         self._together = questions_together(options, loaded.model.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
         self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
@@ -218,72 +206,62 @@ class Predictor:
         for question in questions[first : first + self._together]:
             with blamed_on(f"question {question.id}"):
                 found.append(self._builder.build(question))
-            alias, contexts = found[-1].alias, found[-1].contexts
-            asked += [AskedContext(context, alias, getattr(context, self._span)) for context in contexts]
-        rows = sorted(self._rows(asked, warnings.append), key=itemgetter(0))
+            asked += [self._asked(context, found[-1].alias) for context in found[-1].contexts]
+        rows = dict(self._rows(asked, warnings.append))
         notes = {"prefix_reuse": asdict(self._runner.reuse), "contexts_at_a_time_at_most": self._runner.limit.at_most}
-        results = []
+        results, index = [], iter(range(len(asked)))
         for place, one in enumerate(found, first):
-            own, rows = rows[: len(one.contexts)], rows[len(one.contexts) :]
+            own = [rows[next(index)] for _ in one.contexts]
             if place in places:
-                results.append(_question_result(one, own, notes, tuple(warnings)))
+                counts = Counter(dict.fromkeys(COUNTS, 0))
+                counts.update(passages_replaced=one.n_replaced, tokens_computed=one.n_tokens)
+                for _, of_context in own:
+                    counts.update(of_context)
+                table = pa.concat_tables([PREDICTIONS.empty_table(), *(table for table, _ in own)])
+                results.append(QuestionResult(table, dict(counts), one.left_out, notes, tuple(warnings)))
                 warnings = []
         return results
 
-    def _rows(self, asked: list[AskedContext], warn: Callable[[str], None]) -> Iterator[ContextRows]:
-        """Rows of every context, in any order; a lens reads several at once, up to `ROWS_AT_A_TIME`."""
-        inputs = [one.model_input for one in asked]
-        states = self._runner.run(inputs, lambda *ran: self._write(asked, *ran), warn)
-        for ran in _enough_to_read(states):
-            for read in in_batches(ran, lambda batch: self._read(asked, batch), lambda one: inputs[one.index]):
-                yield from read
-            ran.clear()  # else the states would be held while the next contexts run
+    def _asked(self, context: Context, alias: Alias) -> AskedContext:
+        span = getattr(context, SPANS[self._options.positions])
+        own = {"context": context, "alias": alias, "next_ids": span.next_ids}
+        return AskedContext(context.input_ids, span.positions, context.where, **own)
 
-    def _write(self, asked: list[AskedContext], ran: list[int], cache: Cache | None) -> list[Generation | None]:
-        """A text per context that ran, which goes on from its prompt by itself."""
+    def _rows(
+        self, asked: list[AskedContext], warn: Callable[[str], None]
+    ) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
+        """Rows and counts of every context, by its index, in any order."""
+        held: list[ModelStates] = []
+        for states in self._runner.run(asked, self._write, warn):
+            held.append(states)
+            del states  # else it would be held while the next contexts run
+            if sum(one.n_rows for one in held) >= ROWS_AT_A_TIME:
+                yield from self._read(held)
+                held.clear()
+        yield from self._read(held)
+
+    def _write(self, asked: list[AskedContext], cache: Cache | None) -> list[Generation | None]:
+        """A text per context, which goes on from its prompt by itself."""
         if self._generator is None:
-            return [None] * len(ran)
-        contexts = [asked[index].context for index in ran]
+            return [None] * len(asked)
+        contexts = [one.context for one in asked]
         return self._generator.generate([c.prompt_ids for c in contexts], [c.n_shared for c in contexts], cache)
 
-    def _read(self, asked: list[AskedContext], ran: list[ModelStates]) -> list[ContextRows]:
-        own = [asked[one.index] for one in ran]
-        read = read_contexts(own, ran, self._logit_lens, self._lenses, self._options.target)
-        return [
-            (states.index, prediction_table(of_context, self._text), self._counts(of_context, states))
-            for of_context, states in zip(read, ran, strict=True)
-        ]
+    def _read(self, held: list[ModelStates]) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
+        """Read contexts that were run, together unless something is wrong with one of them."""
 
-    def _counts(self, read: ContextReading, states: ModelStates) -> dict[str, int]:
-        return {
-            "contexts": 1,
-            "positions_read": len(read.asked.span.positions),
-            "lens_rows": states.n_rows * len(self._lenses),
-            "tokens_computed": len(read.asked.context.input_ids) - states.n_saved,
-            "tokens_saved": states.n_saved,
-            "tokens_generated": read.generation.n_tokens if read.generation else 0,
-        }
+        def rows(ran: list[ModelStates]) -> list[pa.Table]:
+            read = read_contexts(ran, self._logit_lens, self._lenses, self._options.target)
+            return [prediction_table(of_context, self._text) for of_context in read]
 
-
-def _question_result(
-    found: QuestionContexts, rows: list[ContextRows], notes: dict, warnings: tuple[str, ...]
-) -> QuestionResult:
-    counts = Counter(dict.fromkeys(COUNTS, 0))
-    counts.update(passages_replaced=found.n_replaced, tokens_computed=found.n_tokens)
-    for _, _, of_context in rows:
-        counts.update(of_context)
-    table = pa.concat_tables([PREDICTIONS.empty_table(), *(table for _, table, _ in rows)])
-    return QuestionResult(table, dict(counts), found.left_out, notes, warnings)
-
-
-def _enough_to_read(states: Iterable[ModelStates]) -> Iterator[list[ModelStates]]:
-    """Contexts with `ROWS_AT_A_TIME` rows for the lens, and at last those that are left."""
-    held: list[ModelStates] = []
-    for one in states:
-        held.append(one)
-        del one
-        if sum(each.n_rows for each in held) >= ROWS_AT_A_TIME:
-            yield held
-            held = []
-    if held:
-        yield held
+        tables = [table for part in in_batches(held, rows, lambda one: one.input) for table in part]
+        for states, table in zip(held, tables, strict=True):
+            counts = {
+                "contexts": 1,
+                "positions_read": len(states.input.positions),
+                "lens_rows": len(self._lenses) * states.n_rows,
+                "tokens_computed": len(states.input.ids) - states.n_saved,
+                "tokens_saved": states.n_saved,
+                "tokens_generated": states.written.n_tokens if states.written else 0,
+            }
+            yield states.index, (table, counts)

@@ -126,7 +126,7 @@ class SweepInputs:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             chat = spec.chat if spec else render_chat(loaded.tokenizer)  # the template may write the date
             template = replace(template, chat=chat)
-        logit_lens = LogitLens.from_model(loaded.model)
+        logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         return cls(options, task, template, questions, lenses, loaded, logit_lens)
@@ -228,7 +228,7 @@ def run_sweep(
     with StopSignals() as signals, RunLock(out):
         check_overwrite(out, overwrite, options.arguments())
         runner = SweepInputs.load(options)
-        check_top(options.top, len(runner.logit_lens.parts.unembedding))
+        check_top(options.top, runner.logit_lens.head.vocab_size)
         manifest = runner.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
         check_disk(out, _bytes_needed(options, manifest))
         for line in runner.remarks:

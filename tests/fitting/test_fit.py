@@ -147,7 +147,7 @@ def test_no_document_is_read_twice(model, tmp_path):
     found = load_text(str(path))
     assert [piece.split("\n")[1] for piece in found.pieces()] == [passage["text"] for passage in passages]
     loaded = load_model(str(model), "cpu")
-    states = States(options(model, path, tokens=1600), found, loaded, LogitLens.from_model(loaded.model))
+    states = States(options(model, path, tokens=1600), found, loaded, LogitLens(loaded.model))
     fit, report = ([ids.tolist()[0] for ids in states._some(role)] for role in (states.split.fit, states.split.report))
     grams = [{tuple(ids[i : i + 12]) for ids in role for i in range(len(ids) - 11)} for role in (fit, report)]
     assert len(grams[1]) > 50 and not grams[0] & grams[1]
@@ -158,7 +158,7 @@ def test_a_tenth_is_the_nearest_number_of_sequences(model, text, monkeypatch, co
     """Of 39, which 20,000 tokens make, four: three would be a thirteenth."""
     loaded = load_model(str(model), "cpu")
     monkeypatch.setattr(States, "_sequences", lambda self, limit: iter(range(count)))
-    split = States(options(model, text), load_text(str(text)), loaded, LogitLens.from_model(loaded.model)).split
+    split = States(options(model, text), load_text(str(text)), loaded, LogitLens(loaded.model)).split
     assert [*split.fit, *split.choose, *split.report] == list(range(count)) and len(split.fit) >= 8
     assert len(split.choose) == len(split.report) and abs(len(split.report) - count / 10) <= 0.5
 
@@ -450,7 +450,7 @@ def test_a_fit_that_cannot_begin_leaves_no_folder(model, text, tmp_path):
 
 def test_a_sample_is_spread_over_its_sequences(model, text, monkeypatch):
     loaded = load_model(str(model))
-    read = States(options(model, text, tokens=6000), load_text(str(text)), loaded, LogitLens.from_model(loaded.model))
+    read = States(options(model, text, tokens=6000), load_text(str(text)), loaded, LogitLens(loaded.model))
     which = range(3, len(read.split.fit))
     asked = []
     hidden = LogitLens.hidden
@@ -467,7 +467,7 @@ def test_a_sample_is_spread_over_its_sequences(model, text, monkeypatch):
 
 
 def test_states_that_do_not_vary_explain_nothing(model):
-    logit_lens = LogitLens.from_model(load_model(str(model)).model)
+    logit_lens = LogitLens(load_model(str(model)).model)
     states = torch.randn(logit_lens.n_layers + 1, 1, logit_lens.d_model).expand(-1, 9, -1)
     with pytest.raises(InputError, match="--text: expected held-out text whose tokens differ"):
         measure(logit_lens, [states], {"plain": None})

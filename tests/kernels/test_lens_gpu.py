@@ -10,6 +10,7 @@ from refinelens.kernels.config import generation_of, pinned_config
 from refinelens.kernels.fused_lens import fused_lens_triton, target_matches_main_product
 from refinelens.kernels.kernel import LensOptions, LensRows, launch_targets
 from refinelens.kernels.norm_kernel import normed_rows
+from refinelens.kernels.reference import LensHead
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device; too large for the interpreter")
 
@@ -29,7 +30,7 @@ def test_model_sized(d_model, dtype):
 @pytest.mark.parametrize("d_model", [576, 768])
 def test_target_logit_is_that_of_the_main_product(d_model, dtype):
     hidden, unembedding, _ = operands(1024 + 3, d_model, 50257, dtype)
-    top = fused_lens_triton(hidden, unembedding)
+    top = fused_lens_triton(hidden, LensHead(unembedding))
     config = pinned_config(dtype, aligned=True, n_rows=1027, generation=generation_of(hidden.device))
     options = LensOptions(unembedding, None, None, 1.0, config)
     # By its own kernel, before the merge puts the largest logit in its place.

@@ -12,6 +12,7 @@ from refinelens.kernels import config, graphs, search
 from refinelens.kernels.config import ShapeClass, pinned_config
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.graphs import GraphedLens
+from refinelens.kernels.reference import LensHead
 from refinelens.kernels.search import Trial, candidate_configs, fastest, outputs_agree, search_config
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -51,12 +52,12 @@ def test_the_pinned_configuration_stays_unless_clearly_beaten():
 
 def test_outputs_agree_on_bits_of_logits_only():
     hidden, unembedding, targets = operands(5, 17, 67, torch.float32)
-    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     assert outputs_agree(out, out)
-    assert outputs_agree(out._replace(entropy=out.entropy + 1e-6), out)
-    assert not outputs_agree(out._replace(entropy=out.entropy + 1e-2), out)
-    assert not outputs_agree(out._replace(max_logit=out.max_logit.nextafter(out.max_logit + 1)), out)
-    assert not outputs_agree(out._replace(target_rank=out.target_rank + 1), out)
+    assert outputs_agree(replace(out, entropy=out.entropy + 1e-6), out)
+    assert not outputs_agree(replace(out, entropy=out.entropy + 1e-2), out)
+    assert not outputs_agree(replace(out, max_logit=out.max_logit.nextafter(out.max_logit + 1)), out)
+    assert not outputs_agree(replace(out, target_rank=out.target_rank + 1), out)
 
 
 def test_a_kept_configuration_is_used_for_its_class_only(monkeypatch):
@@ -77,7 +78,7 @@ def test_a_kept_configuration_is_used_for_its_class_only(monkeypatch):
 def test_search_without_a_gpu_is_refused():
     hidden, unembedding, _ = operands(5, 17, 67, torch.float32)
     with pytest.raises(ValueError, match="hidden: expected a CUDA device, got cpu"):
-        search_config(hidden, unembedding)
+        search_config(hidden, LensHead(unembedding))
 
 
 class FakeRecording:
@@ -98,7 +99,7 @@ def test_graphs_are_recorded_once_per_shape_and_bounded(monkeypatch):
     monkeypatch.setattr(graphs, "_Recording", FakeRecording)
     monkeypatch.setattr(FakeRecording, "made", made := [])
     hidden, unembedding, targets = operands(5, 17, 67, torch.float32)
-    lens = GraphedLens(unembedding, max_shapes=2)
+    lens = GraphedLens(LensHead(unembedding), max_shapes=2)
     for _ in range(3):
         out = lens(hidden, targets)
     lens(hidden)  # without targets: another graph
@@ -111,21 +112,22 @@ def test_graphs_are_recorded_once_per_shape_and_bounded(monkeypatch):
 
 @needs_gpu
 def test_replayed_graph_equals_a_plain_call():
-    lens = None
+    head = lens = None
     for seed in range(3):  # the graph must read the new values, and results must stay the caller's own
         hidden, unembedding, targets = operands(104, 768, 50257, BF16)
         hidden = hidden.roll(seed, 0)
-        lens = lens or GraphedLens(unembedding)
-        got = lens(hidden, targets)
-        for value, expected in zip(got, fused_lens_triton(hidden, lens._unembedding, targets=targets), strict=True):
-            assert torch.equal(value, expected)
+        head = head or LensHead(unembedding)
+        lens = lens or GraphedLens(head)
+        expected = fused_lens_triton(hidden, head, targets)
+        for name, value in lens(hidden, targets).items():
+            assert torch.equal(value, getattr(expected, name)), name
 
 
 @needs_gpu
 def test_search_finds_a_sound_configuration():
     hidden, unembedding, targets = operands(1027, 768, 5000, BF16)
-    tried = search.trials(hidden, unembedding, None, targets, None, None, 1.0)
+    tried = search.trials(hidden, LensHead(unembedding), targets)
     assert tried[0].agrees and all(trial.agrees for trial in tried if trial.config.kind == "plain")
     for trial in tried:
         print(trial.config.kind, trial.config.group, trial.config.splits, trial.agrees, sorted(trial.seconds)[:1])
-    assert search_config(hidden, unembedding, targets=targets) in [trial.config for trial in tried if trial.agrees]
+    assert search_config(hidden, LensHead(unembedding), targets) in [trial.config for trial in tried if trial.agrees]

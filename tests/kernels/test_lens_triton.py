@@ -9,7 +9,7 @@ from lens_cases import BF16, DEVICE, DTYPES, FEW_ROWS, NORMS, SMALL, TMA, check,
 from refinelens.kernels.config import LensConfig, is_aligned
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.norm_kernel import normed_rows
-from refinelens.kernels.reference import apply_norm
+from refinelens.kernels.reference import LensHead, apply_norm
 
 SLOW = pytest.mark.slow  # minutes in the interpreter
 SIZES = [
@@ -132,12 +132,13 @@ def test_pinned_configuration_of_plain_logits(n_rows):
 
 def test_no_rows():
     hidden, unembedding, targets = operands(0, 17, 67, torch.float32)
-    assert [value.shape for value in fused_lens_triton(hidden, unembedding, None, targets)] == [(0,)] * 6
+    stats = fused_lens_triton(hidden, LensHead(unembedding), targets)
+    assert [value.shape for _, value in stats.items()] == [(0,)] * 6
 
 
 def test_unknown_dtype_is_refused():
     double = torch.zeros(2, 16, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="bfloat16, float16 or float32 operands, got torch.float64"):
-        fused_lens_triton(double, double)
+        fused_lens_triton(double, LensHead(double))
     with pytest.raises(ValueError, match="block_k: expected a divisor of 64, got 128"):
         LensConfig(32, 32, 32, 128, num_warps=4, num_stages=2)

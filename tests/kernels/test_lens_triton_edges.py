@@ -23,7 +23,7 @@ from lens_cases import (
 )  # fmt: skip
 from refinelens.kernels import config, fused_lens
 from refinelens.kernels.fused_lens import fused_lens_triton
-from refinelens.kernels.reference import RMSNorm, fused_lens_reference
+from refinelens.kernels.reference import LensHead, RMSNorm, fused_lens_reference
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,8 @@ def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits,
     hidden = randint(-2, 3, (1, 16), seed=6).to(dtype).expand(n_vocab, -1)
     targets = torch.arange(n_vocab, device=DEVICE)
     config = replace(config, splits=splits)
-    out = fused_lens_triton(hidden, unembedding, targets=targets, config=config)
-    truth = fused_lens_reference(hidden, unembedding, targets=targets, dtype=torch.float64)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=config)
+    truth = fused_lens_reference(hidden, LensHead(unembedding), targets, dtype=torch.float64)
     for name in ("argmax", "target_rank", "max_logit", "target_logit"):
         assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
     assert torch.equal(out.target_rank.sort().values, targets)
@@ -61,7 +61,7 @@ def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits,
 def test_all_logits_equal():
     targets = torch.tensor([0, 1, 31, 32, 66], device=DEVICE)  # first, own tile, tile border, last
     hidden = torch.zeros(5, 17, device=DEVICE)
-    out = fused_lens_triton(hidden, randn(67, 17, seed=2), targets=targets, config=SMALL)
+    out = fused_lens_triton(hidden, LensHead(randn(67, 17, seed=2)), targets, config=SMALL)
     assert out.argmax.tolist() == [0] * 5
     assert torch.equal(out.target_rank, targets)
     log_v = torch.full((5,), 67.0, device=DEVICE).log()
@@ -86,8 +86,8 @@ def test_tokens_that_cannot_occur(splits):
     bias[:32] = bias[69] = float("-inf")
     targets = torch.tensor([40, 0, 69], device=DEVICE)
     config = replace(SMALL, splits=splits)
-    out = fused_lens_triton(hidden, unembedding, targets=targets, bias=bias, config=config)
-    kept = fused_lens_reference(hidden, unembedding[32:69], bias=bias[32:69], dtype=torch.float64)
+    out = fused_lens_triton(hidden, LensHead(unembedding, bias=bias), targets, config=config)
+    kept = fused_lens_reference(hidden, LensHead(unembedding[32:69], bias=bias[32:69]), dtype=torch.float64)
     assert torch.equal(out.argmax, kept.argmax + 32)
     torch.testing.assert_close(out.logsumexp.double(), kept.logsumexp, rtol=2**-22, atol=0)
     step = 300 * 2**-23  # of a logit in fp32
@@ -109,7 +109,7 @@ def test_target_never_beats_itself(monkeypatch):
 
     monkeypatch.setattr(fused_lens, "launch_targets", lower)
     monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: False)
-    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     z = unembedding[:, 0]
     above = (z[None] > z[:, None] - 0.5).sum(1) - 1  # all that reach the lowered logit but the target itself
     is_top = out.argmax == targets
@@ -120,20 +120,20 @@ def test_target_never_beats_itself(monkeypatch):
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_nan_stays_in_its_row():
     hidden, unembedding, targets = operands(35, 17, 67, torch.float32)
-    clean = fused_lens_triton(hidden, unembedding, NORMS["rms"](17), targets, config=SMALL)
+    clean = fused_lens_triton(hidden, LensHead(unembedding, NORMS["rms"](17)), targets, config=SMALL)
     hidden[3, 5] = float("nan")
-    out = fused_lens_triton(hidden, unembedding, NORMS["rms"](17), targets, config=SMALL)
+    out = fused_lens_triton(hidden, LensHead(unembedding, NORMS["rms"](17)), targets, config=SMALL)
     assert out.logsumexp.isnan().nonzero().tolist() == [[3]]
     assert 0 <= out.argmax[3] < 67
     others = torch.arange(35, device=DEVICE) != 3
-    for got, expected in zip(out, clean, strict=True):
+    for (_, got), (_, expected) in zip(out.items(), clean.items(), strict=True):
         assert torch.equal(got[others], expected[others])
 
 
 def test_nan_in_the_unembedding_reaches_every_row():
     hidden, unembedding, targets = operands(3, 17, 67, torch.float32)
     unembedding[66, 0] = float("nan")
-    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     assert out.logsumexp.isnan().all()
 
 
@@ -141,28 +141,16 @@ def test_strides_do_not_matter():
     _, unembedding, targets = operands(5, 17, 67, torch.float32)
     hidden = randint(-4, 5, (5, 17), seed=1).float()  # exact squares: their order is the compiler's choice
     weight, bias = NORMS["layer"](17).weight, randn(67, seed=4)
-    expected = fused_lens_triton(hidden, unembedding, RMSNorm(weight), targets, bias, config=SMALL)
+    expected = fused_lens_triton(hidden, LensHead(unembedding, RMSNorm(weight), bias), targets, config=SMALL)
 
     def every_second(tensor):
         return torch.stack([tensor, torch.full_like(tensor, 99)], -1).flatten(-2)[..., ::2]
 
-    got = fused_lens_triton(
-        hidden.T.contiguous().T,
-        every_second(unembedding),
-        RMSNorm(every_second(weight)),
-        every_second(targets),
-        every_second(bias),
-        config=SMALL,
-    )
-    transposed = fused_lens_triton(
-        hidden.repeat(2, 1)[:5],
-        unembedding.T.contiguous().T,
-        RMSNorm(weight),
-        targets,
-        bias,
-        config=SMALL,
-    )
-    for name, value in expected._asdict().items():
+    head = LensHead(every_second(unembedding), RMSNorm(every_second(weight)), every_second(bias))
+    got = fused_lens_triton(hidden.T.contiguous().T, head, every_second(targets), config=SMALL)
+    head = LensHead(unembedding.T.contiguous().T, RMSNorm(weight), bias)
+    transposed = fused_lens_triton(hidden.repeat(2, 1)[:5], head, targets, config=SMALL)
+    for name, value in expected.items():
         assert torch.equal(getattr(got, name), value), name
         assert torch.equal(getattr(transposed, name), value), name
 
@@ -175,18 +163,18 @@ def test_one_target_for_all_rows_without_a_copy():
 
 def test_chunks_of_rows_give_the_same_bits(monkeypatch):
     hidden, unembedding, targets = operands(70, 17, 67, torch.float32)
-    whole = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    whole = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     monkeypatch.setattr(config, "X_HAT_BYTES", 1)  # one row block at a time
-    chunked = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
-    for got, expected in zip(chunked, whole, strict=True):
+    chunked = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
+    for (_, got), (_, expected) in zip(chunked.items(), whole.items(), strict=True):
         assert torch.equal(got, expected)
 
 
 def test_target_outside_the_vocabulary_is_not_read():
     hidden, unembedding, targets = operands(3, 17, 67, torch.float32)
-    expected = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    expected = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     targets[1] = 2**40
-    out = fused_lens_triton(hidden, unembedding, targets=targets, config=SMALL)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     assert out.target_rank[[0, 2]].tolist() == expected.target_rank[[0, 2]].tolist()
 
 
@@ -207,10 +195,10 @@ def whole_operands(monkeypatch):
 def test_tma_with_targets(n_vocab, whole_operands):
     hidden, unembedding, targets = whole_operands(n_vocab)
     targets[:3] = torch.tensor([0, n_vocab - 1, n_vocab - 1])  # the last ones lie in the rest
-    truth = fused_lens_reference(hidden, unembedding, targets=targets, dtype=torch.float64)
+    truth = fused_lens_reference(hidden, LensHead(unembedding), targets, dtype=torch.float64)
     for splits in (1, 3):
-        out = fused_lens_triton(hidden, unembedding, targets=targets, config=replace(TMA, splits=splits))
-        plain = fused_lens_triton(hidden, unembedding, config=replace(TMA, splits=splits))
+        out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=replace(TMA, splits=splits))
+        plain = fused_lens_triton(hidden, LensHead(unembedding), config=replace(TMA, splits=splits))
         for name in ("argmax", "target_rank", "max_logit", "target_logit"):
             assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
         assert torch.equal(out.argmax, plain.argmax) and torch.equal(out.logsumexp, plain.logsumexp)
@@ -220,12 +208,12 @@ def test_tma_with_targets(n_vocab, whole_operands):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
 def test_tma_keeps_what_is_wrong_in_its_row(whole_operands):
     hidden, unembedding, targets = whole_operands(70)
-    clean = fused_lens_triton(hidden, unembedding, None, targets, config=TMA)
+    clean = fused_lens_triton(hidden, LensHead(unembedding), targets, config=TMA)
     hidden[3, 5] = float("nan")
     targets[7], targets[8] = 2**40, -1
-    out = fused_lens_triton(hidden, unembedding, None, targets, config=TMA)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=TMA)
     assert out.logsumexp.isnan().nonzero().tolist() == [[3]] and 0 <= out.argmax[3] < 70
     others = torch.tensor([row not in (3, 7, 8) for row in range(35)], device=DEVICE)
-    for got, expected in zip(out, clean, strict=True):
+    for (_, got), (_, expected) in zip(out.items(), clean.items(), strict=True):
         assert torch.equal(got[others], expected[others])
     assert torch.equal(out.argmax[7:9], clean.argmax[7:9]) and torch.equal(out.entropy[7:9], clean.entropy[7:9])

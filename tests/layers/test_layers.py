@@ -27,7 +27,7 @@ OTHER = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed
 
 
 def lens_of(model):
-    return LogitLens.from_model(model)
+    return LogitLens(model)
 
 
 def ablated(lens, name, tokens=EVERY, cached=False, at_a_time=1, ids=IDS, means=None):
@@ -82,7 +82,7 @@ def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
     """The model itself runs whole, with a hook that gives a block's input as its output."""
     lens = lens_of(build(name))
     _, remains = ablated(lens, "skip", tokens)
-    for index, block in enumerate(lens.parts.blocks):
+    for index, block in enumerate(lens.blocks):
 
         def skip(_module, args, kwargs, output):
             given = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point())
@@ -115,7 +115,7 @@ def test_halves_leave_what_the_other_half_adds(name):
 def test_halves_of_a_llama_are_its_own():
     lens = lens_of(build("llama"))
     run, remains = ablated(lens, "mlp")
-    block, state = lens.parts.blocks[1], run.states[1]
+    block, state = lens.blocks[1], run.states[1]
     with torch.no_grad():
         call = run.calls[1]
         added = block.self_attn(block.input_layernorm(state), **call.kwargs)[0]
@@ -273,7 +273,7 @@ def test_no_hook_is_left_behind(half, error):
     def fail(*_):
         raise error
 
-    for module in (lens.parts.blocks[2].mlp, lens.model.model.norm):
+    for module in (lens.blocks[2].mlp, lens.model.model.norm):
         handle = module.register_forward_pre_hook(fail)
         with pytest.raises(error):
             scan(run, Intervention(half, EVERY, sublayers, None).of_context(run), 1)
@@ -310,7 +310,7 @@ def test_a_scan_holds_one_state_per_run_that_is_under_way():
         found.append(sum(size == 11 * 32 * 4 for size in stores.values()))
 
     count()
-    with hooked(lens.parts.blocks[11], count):
+    with hooked(lens.blocks[11], count):
         scan(run, Intervention("skip", EVERY, [], None).of_context(run), 1)
     assert max(found) - found[0] <= 11 + 6  # runs under way, and what a block has in hand
 

@@ -213,14 +213,14 @@ def test_a_lens_of_another_model_is_refused(made, message, whole, refused_sweep,
 
 def test_the_same_model_in_another_folder_and_dtype_is_accepted(whole, model_folder, tmp_path):
     loaded = load_model(str(shutil.copytree(model_folder, tmp_path / "copy")), "cpu", "bfloat16")
-    fitted = fit_to_model(load_lens(whole), loaded, LogitLens.from_model(loaded.model))
+    fitted = fit_to_model(load_lens(whole), loaded, LogitLens(loaded.model))
     assert fitted.translators.weight.dtype == torch.bfloat16 and fitted.note is None
 
 
 def test_another_dtype_is_named_as_a_reason(whole, model_folder):
     loaded = load_model(str(model_folder), "cpu", "float16")
     with pytest.raises(InputError, match="another revision of it or one in another dtype "):
-        fit_to_model(load_lens(whole), loaded, LogitLens.from_model(loaded.model))
+        fit_to_model(load_lens(whole), loaded, LogitLens(loaded.model))
 
 
 def test_numbers_too_large_for_the_dtype_are_refused(tmp_path):
@@ -230,4 +230,4 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path):
     lens = load_lens(save_linear(tmp_path / "large", model_folder, large))
     loaded = load_model(str(model_folder), "cpu", "float16")
     with pytest.raises(InputError, match="--lens large: .* bias of layer 0 once in float16; use --dtype float32"):
-        fit_to_model(lens, loaded, LogitLens.from_model(loaded.model))
+        fit_to_model(lens, loaded, LogitLens(loaded.model))

@@ -57,7 +57,7 @@ def trie_tokens(contexts):
 @pytest.mark.parametrize("name", EXACT)
 def test_branches_are_the_whole_runs(name):
     """Several answer tokens; windows of 4 tokens are shorter than what is shared and what is cropped."""
-    lens, contexts = LogitLens.from_model(build(name)), question()
+    lens, contexts = LogitLens(build(name)), question()
     assert check_branching(lens).used
     branches, ran = Branches(lens), 0
     for index in branch_order(contexts):
@@ -93,7 +93,7 @@ def test_order_is_a_walk_through_the_trie():
     ],
 )
 def test_what_is_shared(contexts, shared):
-    lens = LogitLens.from_model(build("llama"))
+    lens = LogitLens(build("llama"))
     branches, found = Branches(lens), []
     for ids in contexts:
         positions = list(range(len(ids) - min(2, len(ids)), len(ids)))
@@ -105,11 +105,11 @@ def test_what_is_shared(contexts, shared):
 
 
 def test_a_failed_run_leaves_no_cache(monkeypatch):
-    lens = LogitLens.from_model(build("gpt2"))
+    lens = LogitLens(build("gpt2"))
     branches, ids, positions = Branches(lens), torch.tensor([[5, 6, 7, 8]]), torch.tensor([[3]])
     branches.hidden(ids, positions)
     with monkeypatch.context() as patch:
-        patch.setattr(lens.parts.blocks[1], "forward", lambda *_, **__: 1 / 0)
+        patch.setattr(lens.blocks[1], "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             branches.hidden(ids, positions)
     expected = whole(lens, [5, 6, 7, 8], [3])
@@ -141,7 +141,7 @@ def test_what_cannot_branch_is_refused(config, why):
     """And doctor says so."""
     torch.manual_seed(0)
     model = shake(tf.AutoModelForCausalLM.from_config(config())).eval()
-    reuse = check_branching(LogitLens.from_model(model))
+    reuse = check_branching(LogitLens(model))
     assert not reuse.used and reuse.why.startswith(why)
     loaded = LoadedModel("mine", model, None, "", "", "", "", ())
     assert dict(model_findings(loaded))["prefix reuse"] == f"contexts run whole: {reuse.why}"
@@ -166,7 +166,7 @@ def crop_and_round(cache, tokens):
 @pytest.mark.parametrize("crop", [crop_too_little, crop_nothing, crop_and_round])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "gemma3"])
 def test_gate_refuses_a_cache_that_was_tampered_with(name, crop, monkeypatch):
-    lens = LogitLens.from_model(build(name))
+    lens = LogitLens(build(name))
     monkeypatch.setattr(DynamicCache, "crop", crop)
     reuse = check_branching(lens)
     assert not reuse.used and type(lens.model).__name__ in reuse.why
@@ -268,7 +268,7 @@ class Spy:
 
 def test_a_context_twice_as_long_is_a_proof_of_its_own(monkeypatch):
     """Whatever was proven on shorter ones: here a cache that goes wrong behind 20 tokens."""
-    crop, spy = DynamicCache.crop, Spy(LogitLens.from_model(build("gpt2")))
+    crop, spy = DynamicCache.crop, Spy(LogitLens(build("gpt2")))
 
     def short_memory(cache, tokens):
         crop(cache, tokens)

@@ -37,7 +37,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def lens():
-    return LogitLens.from_model(build("llama"))
+    return LogitLens(build("llama"))
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 100])  # none, and one that leaves a rest
@@ -132,13 +132,13 @@ def test_what_goes_on_from_a_pass(lens):
     """It is told which contexts ran and is given their keys and values; what it gives is theirs."""
     inputs, seen = inputs_of(LENGTHS), []
 
-    def then(indices, cache):
-        seen.append((len(indices), None if cache is None else len(cache.layers[0].keys)))
-        return [f"text {index}" for index in indices]
+    def then(batch, cache):
+        seen.append((len(batch), None if cache is None else len(cache.layers[0].keys)))
+        return [f"text of {one.name}" for one in batch]
 
     for keeps in (True, False):
         runner = ForwardRunner(lens, 4, keeps_cache=keeps)
-        assert all(states.written == f"text {states.index}" for states in runner.run(inputs, then))
+        assert all(states.written == f"text of context {states.index}" for states in runner.run(inputs, then))
     assert seen == [(4, 4), (3, 3), (4, None), (3, None)]
 
 

@@ -1,7 +1,6 @@
 """Reading the layers through translators, against the formula in fp64."""
 
-from copy import deepcopy
-from dataclasses import replace
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ POSITIONS = torch.tensor([0, 3, 4, 7, 8, 9, 10])
 
 @pytest.fixture(scope="module", params=["gpt_neox", "gemma2"])
 def lens(request):
-    return LogitLens.from_model(tiny(request.param))
+    return LogitLens(tiny(request.param))
 
 
 def hidden_and_targets(lens, batch=2, positions=POSITIONS):
@@ -43,7 +42,7 @@ def by_hand(hidden, translators, dtype):
 def test_zero_translators_are_the_plain_lens_exactly(lens):
     hidden, targets = hidden_and_targets(lens)
     zeros = Translators(torch.zeros(N_LAYERS, D_MODEL, D_MODEL), torch.zeros(N_LAYERS, D_MODEL))
-    plain, through = (fields(lens.read(hidden, targets, t)) for t in (None, zeros))
+    plain, through = (fields(lens.read_states(hidden, targets, t)) for t in (None, zeros))
     for name in plain:
         assert torch.equal(plain[name], through[name]), name
 
@@ -51,22 +50,22 @@ def test_zero_translators_are_the_plain_lens_exactly(lens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
 def test_random_translators_are_the_formula(family, dtype):
-    lens = LogitLens.from_model(tiny(family).to(dtype))
+    lens = LogitLens(tiny(family).to(dtype))
     hidden, targets = hidden_and_targets(lens)
     translators = random_translators(dtype=dtype)
-    reading, parts = lens.read(hidden, targets, translators), lens.parts
+    reading, head = lens.read_states(hidden, targets, translators), lens.head
 
     def computed(in_dtype):
         moved, wanted = by_hand(hidden, translators, in_dtype).flatten(0, 2), targets.expand(N_LAYERS + 1, -1, -1)
-        rest = (parts.bias, parts.softcap, parts.logit_scale, in_dtype)
-        return truth(moved, parts.unembedding, parts.norm, wanted.flatten(), *rest)
+        rest = (head.bias, head.softcap, head.scale, in_dtype)
+        return truth(moved, head.weight, head.norm, wanted.flatten(), *rest)
 
     exact, own = computed(torch.float64), computed(dtype)
     stats = type(reading.stats)(
         **{name: None if value is None else value.flatten() for name, value in vars(reading.stats).items()}
     )
     assert_matches_truth(stats, exact, own, targets.expand(N_LAYERS + 1, -1, -1).flatten())
-    wanted, torchs = (kl_to_last(values["z"], parts.softcap, hidden.shape[:-1]) for values in (exact, own))
+    wanted, torchs = (kl_to_last(values["z"], head.softcap, hidden.shape[:-1]) for values in (exact, own))
     slack = 64 * torch.finfo(torch.float32).eps * float(exact["z"].abs().max())
     assert (reading.kl - wanted).abs().max() <= (torchs - wanted).abs().max() + slack
     assert (reading.kl[:-1] > 0.1).all() and not reading.kl[-1].any()
@@ -81,7 +80,7 @@ def kl_to_last(z, softcap, shape):
 
 def test_the_output_is_the_models_own_prediction_through_any_lens(lens):
     hidden, targets = hidden_and_targets(lens)
-    plain, through = (fields(lens.read(hidden, targets, t)) for t in (None, random_translators()))
+    plain, through = (fields(lens.read_states(hidden, targets, t)) for t in (None, random_translators()))
     for name in plain:
         assert torch.equal(plain[name][-1], through[name][-1]), name
         assert not torch.equal(plain[name][:-1], through[name][:-1]), f"{name}: the maps must change something"
@@ -91,9 +90,9 @@ def test_the_output_is_the_models_own_prediction_through_any_lens(lens):
 @pytest.mark.parametrize("rows", [1, 20, 56])
 def test_blocks_of_rows_give_the_numbers_of_one_call(lens, rows, monkeypatch):
     hidden, targets = hidden_and_targets(lens)
-    whole = fields(lens.read(hidden, targets, random_translators()))
+    whole = fields(lens.read_states(hidden, targets, random_translators()))
     monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", rows * D_MODEL * 4)
-    blocks = fields(lens.read(hidden, targets, random_translators()))
+    blocks = fields(lens.read_states(hidden, targets, random_translators()))
     for name, value in whole.items():
         assert blocks[name].shape == hidden.shape[:-1]
         if value.dtype == torch.int64:
@@ -105,22 +104,22 @@ def test_blocks_of_rows_give_the_numbers_of_one_call(lens, rows, monkeypatch):
 @pytest.mark.parametrize("translators", [None, random_translators()], ids=["plain", "random"])
 def test_one_row_fewer_than_layers(lens, translators):
     hidden, targets = hidden_and_targets(lens, batch=1, positions=torch.tensor([10]))
-    reading = lens.read(hidden, targets, translators)
+    reading = lens.read_states(hidden, targets, translators)
     assert reading.kl.shape == reading.stats.argmax.shape == (N_LAYERS + 1, 1, 1)
 
 
 @pytest.mark.parametrize("translators", [None, random_translators()], ids=["plain", "random"])
 def test_no_positions_are_an_empty_reading(lens, translators):
     hidden, targets = hidden_and_targets(lens, positions=torch.tensor([], dtype=torch.int64))
-    reading = lens.read(hidden, targets, translators)
+    reading = lens.read_states(hidden, targets, translators)
     assert reading.kl.shape == reading.stats.argmax.shape == reading.stats.target_rank.shape == (N_LAYERS + 1, 2, 0)
 
 
 def test_a_model_of_one_layer():
-    lens = LogitLens.from_model(tiny("gpt_neox", n_layers=1))
+    lens = LogitLens(tiny("gpt_neox", n_layers=1))
     hidden, targets = hidden_and_targets(lens)
     translators = random_translators(n_layers=1)
-    reading = lens.read(hidden, targets, translators)
+    reading = lens.read_states(hidden, targets, translators)
     moved = lens.stats(by_hand(hidden, translators, torch.float32), targets)
     assert torch.equal(reading.stats.argmax, moved.argmax) and torch.equal(reading.stats.target_rank, moved.target_rank)
 
@@ -136,7 +135,7 @@ def test_translators_that_do_not_fit_are_one_line(lens):
     hidden, targets = hidden_and_targets(lens)
     for translators in [random_translators(N_LAYERS - 1), random_translators(d_model=16)]:
         with pytest.raises(InputError, match=r"hidden: expected shape \[\d, N, \d+\] in torch.* like the translators"):
-            lens.read(hidden, targets, translators)
+            lens.read_states(hidden, targets, translators)
     rows = hidden.flatten(1, -2)
     with pytest.raises(InputError, match="in torch.bfloat16 on cpu like the translators, got .* in torch.float32"):
         random_translators(dtype=torch.bfloat16)(rows)
@@ -151,13 +150,13 @@ def test_dtype_follows_the_model(lens):
     """Maps of another dtype are those of the model's, rounded once; numbers that do not fit there are refused."""
     hidden, targets = hidden_and_targets(lens)
     half = random_translators(dtype=torch.bfloat16)
-    ours, theirs = (fields(lens.read(hidden, targets, t)) for t in (half, half.to("cpu", torch.float32)))
+    ours, theirs = (fields(lens.read_states(hidden, targets, t)) for t in (half, half.to("cpu", torch.float32)))
     for name, value in theirs.items():
         assert torch.equal(ours[name], value)
     large = Translators(1e5 * torch.ones(N_LAYERS, D_MODEL, D_MODEL), torch.zeros(N_LAYERS, D_MODEL))
-    small = LogitLens.from_model(deepcopy(lens.model).half())
+    small = LogitLens(deepcopy(lens.model).half())
     with pytest.raises(InputError, match="infinity in the weight of layer 0 once in float16; use --dtype float32"):
-        small.read(hidden.half(), targets, large)
+        small.read_states(hidden.half(), targets, large)
 
 
 @pytest.fixture
@@ -165,14 +164,15 @@ def ahead(lens, monkeypatch):
     """The lens as on a GPU, by Triton and checked at the end; here in its interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", 20 * D_MODEL * 4)
-    ahead = replace(lens, backend="triton")
-    assert ahead._checks_at_once(ahead.parts.unembedding) and not lens._checks_at_once(lens.parts.unembedding)
+    ahead = copy(lens)
+    ahead.backend = "triton"
+    assert ahead._checks_at_once(ahead.head.weight) and not lens._checks_at_once(lens.head.weight)
     return ahead
 
 
 def test_values_checked_at_the_end_are_those_checked_at_once(lens, ahead):
     hidden, targets = hidden_and_targets(lens)
-    ours, theirs = (fields(each.read(hidden, targets, random_translators())) for each in (ahead, lens))
+    ours, theirs = (fields(each.read_states(hidden, targets, random_translators())) for each in (ahead, lens))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
 
@@ -184,23 +184,23 @@ def test_what_is_wrong_is_said_at_the_end_too(lens, ahead, row):
     outside = targets.flatten().clone()
     outside[row] = 10**6
     with pytest.raises(InputError, match="targets: expected ids from 0 to .*, got 1000000 at row"):
-        ahead.read(hidden, outside.view_as(targets), random_translators())
+        ahead.read_states(hidden, outside.view_as(targets), random_translators())
     broken = hidden.clone()
     broken.flatten(1, -2)[1, row, 3] = torch.nan
     with pytest.raises(InputError, match="hidden: expected finite values, got NaN in row"):
-        ahead.read(broken, targets)
+        ahead.read_states(broken, targets)
     huge = random_translators()
     huge.weight[1] = 1e38
     with pytest.raises(InputError, match="lens: expected translated states that fit torch.float32"):
-        ahead.read(hidden, targets, huge)
+        ahead.read_states(hidden, targets, huge)
 
 
 def test_input_of_another_shape_is_one_line(lens):
     hidden, _ = hidden_and_targets(lens)
     with pytest.raises(InputError, match=r"targets: expected ids broadcastable to \[2, 7\], got \[3\]"):
-        lens.read(hidden, torch.tensor([1, 2, 3]))
-    with pytest.raises(InputError, match=r"hidden: expected .* got \[4, 32\]"):
-        lens.read(hidden[:, 0, 0])
+        lens.read_states(hidden, torch.tensor([1, 2, 3]))
+    with pytest.raises(InputError, match=r"states: expected .* got \[3, 2, 7, 32\]"):
+        lens.read_states(hidden[:-1])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def model_folder(tmp_path_factory, model):
 def fitted(folder, model_folder, dtype="float32"):
     """A lens fitted to a model, as a sweep does it."""
     loaded = load_model(str(model_folder), "cpu", dtype)
-    logit_lens = LogitLens.from_model(loaded.model)
+    logit_lens = LogitLens(loaded.model)
     return fit_to_model(load_lens(folder), loaded, logit_lens), logit_lens
 
 
@@ -60,7 +60,7 @@ def test_a_lens_saved_by_the_package_reads_as_the_package_reads_it(model, model_
     assert (lens.kind, lens.note) == ("tuned", None)
     ids = torch.randint(1, VOCAB, (1, 13), generator=torch.Generator().manual_seed(3))
     targets = torch.randint(VOCAB, (1, 13), generator=torch.Generator().manual_seed(4))
-    reading = logit_lens.read(logit_lens.hidden(ids, torch.arange(13)), targets, lens.translators)
+    reading = logit_lens.read_states(logit_lens.hidden(ids, torch.arange(13)), targets, lens.translators)
     with torch.no_grad():
         out = model(ids, output_hidden_states=True)
         exact_lens, identity = copy.deepcopy(package).double(), torch.eye(VOCAB)

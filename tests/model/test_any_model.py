@@ -225,7 +225,7 @@ def check(drawn, lengths, side, threads):
     model, refused = drawn
     if refused:
         with pytest.raises(UnsupportedModelError):
-            LogitLens.from_model(model)
+            LogitLens(model)
         return
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, VOCAB, (1, n), generator=generator) for n in lengths]
@@ -234,7 +234,7 @@ def check(drawn, lengths, side, threads):
     torch.set_num_threads(threads)
     try:
         try:
-            lens = LogitLens.from_model(model)
+            lens = LogitLens(model)
         except UnsupportedModelError as error:
             note(str(error))
             assert any(word in str(error) for word in ("expected a LayerNorm or RMSNorm", "one list of"))
@@ -247,10 +247,10 @@ def check(drawn, lengths, side, threads):
         for row, (own, start) in enumerate(zip(rows, starts, strict=True)):
             places = torch.arange(own.shape[1])
             targets = (own[0] + 7) % VOCAB
-            check_against(lens.trajectory(own, places, targets).map(lambda t: t[:, 0]), wanted[row], targets)
+            check_against(lens.read(own, targets, places).of(0, len(places)).stats, wanted[row], targets)
             positions = torch.tensor(starts)[:, None].expand(-1, len(places)).clone()
             positions[row] = places + start
-            stats = lens.trajectory(ids, positions, targets, mask).map(lambda t, row=row: t[:, row])
+            stats = lens.read(ids, targets, positions, attention_mask=mask).stats.map(lambda t, row=row: t[:, row])
             check_against(stats, wanted[row], targets)
     finally:
         torch.set_num_threads(before)

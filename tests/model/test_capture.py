@@ -6,24 +6,24 @@ import torch
 from families import VOCAB, build
 from refinelens import LogitLens
 from refinelens.errors import InputError
-from refinelens.model.head import find_head
+from refinelens.model.head import find_blocks
 from refinelens.model.hooks import keep_positions, run_base
 
 
 def test_padding_on_the_right_changes_nothing():
-    lens = LogitLens.from_model(build("llama"))
+    lens = LogitLens(build("llama"))
     ids = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(4))
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.int64)], dim=1)
     mask = torch.tensor([[1] * 9 + [0] * 5])
-    alone = lens.trajectory(ids, torch.tensor([8]), torch.tensor(3))
-    batch = lens.trajectory(padded, torch.tensor([8]), torch.tensor(3), attention_mask=mask)
-    torch.testing.assert_close(alone.target_logprob, batch.target_logprob, rtol=1e-5, atol=1e-5)
+    alone = lens.read(ids, torch.tensor(3), torch.tensor([8]))
+    batch = lens.read(padded, torch.tensor(3), torch.tensor([8]), attention_mask=mask)
+    torch.testing.assert_close(alone.logprob, batch.logprob, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_are_removed_also_after_an_exception():
     model = build("gpt2")
-    parts = find_head(model)
-    with pytest.raises(RuntimeError), keep_positions(model, parts.blocks, torch.tensor([[0]]), 2) as kept:
+    blocks = find_blocks(model)
+    with pytest.raises(RuntimeError), keep_positions(model, blocks, torch.tensor([[0]]), 2) as kept:
         run_base(model, torch.tensor([[1, 2]]))
         raise RuntimeError
     assert len(kept) == 4
@@ -32,7 +32,7 @@ def test_hooks_are_removed_also_after_an_exception():
 
 
 def test_only_chosen_positions_are_kept():
-    lens = LogitLens.from_model(build("gpt2"))
+    lens = LogitLens(build("gpt2"))
     hidden = lens.hidden(torch.ones(1, 60, dtype=torch.int64), torch.tensor([59]))
     assert hidden.shape == (4, 1, 1, 32)
     assert hidden.untyped_storage().nbytes() == 4 * 32 * 4
@@ -47,7 +47,7 @@ def test_only_chosen_positions_are_kept():
         (torch.tensor([[1, 2]]), torch.tensor([[0], [1]]), r"positions: .* got \[2, 1\]"),
     ],
 )
-def test_bad_trajectory_input(ids, positions, message):
-    lens = LogitLens.from_model(build("gpt2"))
+def test_bad_input(ids, positions, message):
+    lens = LogitLens(build("gpt2"))
     with pytest.raises(InputError, match=message):
-        lens.trajectory(ids, positions)
+        lens.hidden(ids, positions)

@@ -14,8 +14,8 @@ from refinelens.bench.problem import make_problem
 from refinelens.config import BenchOptions, SweepOptions
 from refinelens.doctor import describe_norm
 from refinelens.errors import InputError, UnsupportedModelError
-from refinelens.lens.logit_lens import check_parity
-from refinelens.model.head import find_head
+from refinelens.lens.parity import check_parity
+from refinelens.model.head import find_blocks, find_head
 from refinelens.model.loading import LoadedModel, load_model
 from refinelens.sweeping.sweep import run_sweep
 from tiny import tiny_gpt2
@@ -27,13 +27,13 @@ FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.va
 def test_trajectory_is_the_model(name):
     """What is found, and with it every layer of two contexts of different lengths, one padded on the right."""
     model, case = build(name), CASES[name]
-    lens = LogitLens.from_model(model)
-    assert_found(lens.parts, case, model)
+    lens = LogitLens(model)
+    assert_found(lens, case, model)
     generator = torch.Generator().manual_seed(3)
     ids, mask = torch.randint(3, VOCAB, (2, 11), generator=generator), torch.ones(2, 11, dtype=torch.int64)
     ids[1, 7:], mask[1, 7:] = 0, 0
     positions, targets = torch.tensor([[2, 10], [0, 6]]), torch.tensor([[5, 6], [7, 8]])
-    stats = lens.trajectory(ids, positions, targets, mask)
+    stats = lens.read(ids, targets, positions, attention_mask=mask).stats
     n_layers = lens.n_layers
     assert stats.argmax.shape == (n_layers + 1, 2, 2)
     with torch.no_grad():
@@ -51,19 +51,20 @@ def test_trajectory_is_the_model(name):
         assert not torch.equal(kept[layer], kept[layer + 1])
 
 
-def assert_found(parts, case, model):
-    assert describe_norm(parts.norm) == case.norm
-    assert (parts.projection is not None, parts.bias is not None) == (case.projection, case.bias)
-    assert (parts.softcap, parts.logit_scale) == (case.softcap, case.logit_scale)
-    assert (parts.unembedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()) == case.tied
-    assert parts.d_model == 32 and len(parts.blocks) == model.config.get_text_config().num_hidden_layers
+def assert_found(lens, case, model):
+    head = lens.head
+    assert describe_norm(head.norm) == case.norm
+    assert (head.projection is not None, head.bias is not None) == (case.projection, case.bias)
+    assert (head.softcap, head.scale) == (case.softcap, case.logit_scale)
+    assert (head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()) == case.tied
+    assert lens.d_model == 32 and lens.n_layers == model.config.get_text_config().num_hidden_layers
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parity_in_half_precision(name, dtype):
-    lens = LogitLens.from_model(build(name).to(dtype))
-    assert lens.parity.passed and describe_norm(lens.parts.norm) == CASES[name].norm
+    lens = LogitLens(build(name).to(dtype))
+    assert lens.parity.passed and describe_norm(lens.head.norm) == CASES[name].norm
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -73,18 +74,18 @@ def test_trajectory_on_a_gpu(name, dtype):
     """The Triton backend passes the gate and, in fp32, predicts what the CPU does."""
     model = build(name)
     ids, positions = torch.arange(11)[None], torch.tensor([4, 10])
-    on_cpu = LogitLens.from_model(model).trajectory(ids, positions, torch.tensor([5, 6]))
-    lens = LogitLens.from_model(model.to("cuda", dtype), backend="triton")
-    stats = lens.trajectory(ids, positions, torch.tensor([5, 6])).to("cpu")
+    on_cpu = LogitLens(model).read(ids, torch.tensor([5, 6]), positions).stats
+    lens = LogitLens(model.to("cuda", dtype), backend="triton")
+    stats = lens.read(ids, torch.tensor([5, 6]), positions).stats.to("cpu")
     if dtype == torch.float32:
         assert torch.equal(stats.argmax, on_cpu.argmax)
         torch.testing.assert_close(stats.target_logprob, on_cpu.target_logprob, rtol=1e-3, atol=1e-3)
 
 
-def other_norm(parts):
-    norm = parts.norm
+def other_norm(head):
+    norm = head.norm
     kind = RMSNorm(norm.weight, norm.eps) if isinstance(norm, LayerNorm) else LayerNorm(norm.weight, None, norm.eps)
-    return replace(parts, norm=kind)
+    return replace(head, norm=kind)
 
 
 WRONG = {
@@ -102,37 +103,37 @@ WRONG = {
     "projection": (["opt-projection", "opt-350m"], lambda p: replace(p, projection=p.projection.flip(1))),
     "unembedding bias": (["gptj", "phi"], lambda p: replace(p, bias=None)),
     "softcap": (["gemma2", "gemma3-cap"], lambda p: replace(p, softcap=None)),
-    "scale": (["cohere", "granite"], lambda p: replace(p, logit_scale=1.0)),
-    "stated scale": (["mpt-scale"], lambda p: replace(p, logit_scale=0.25)),
-    "unembedding": (["llama"], lambda p: replace(p, unembedding=p.unembedding.flip(0))),
+    "scale": (["cohere", "granite"], lambda p: replace(p, scale=1.0)),
+    "stated scale": (["mpt-scale"], lambda p: replace(p, scale=0.25)),
+    "unembedding": (["llama"], lambda p: replace(p, weight=p.weight.flip(0))),
 }
 
 
 @pytest.mark.parametrize("name, wrong", [(name, wrong) for wrong, (names, _) in WRONG.items() for name in names])
 def test_gate_refuses_what_is_not_the_model(name, wrong, monkeypatch):
     model = build(name)
-    parts = WRONG[wrong][1](find_head(model))
-    assert not check_parity(model, parts).passed
-    monkeypatch.setattr("refinelens.lens.logit_lens.find_head", lambda model: parts)
+    head = WRONG[wrong][1](find_head(model))
+    assert not check_parity(model, head, find_blocks(model)).passed
+    monkeypatch.setattr("refinelens.lens.logit_lens.find_head", lambda model: head)
     with pytest.raises(UnsupportedModelError, match=rf"{type(model).__name__}: expected .* maximum difference of \d"):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 def test_gate_refuses_a_norm_changed_after_it_was_found():
     model = build("starcoder2")
-    parts = find_head(model)
-    assert check_parity(model, parts).passed
+    head, blocks = find_head(model), find_blocks(model)
+    assert check_parity(model, head, blocks).passed
     model.model.norm.weight = nn.Parameter(torch.ones(32))
-    assert not check_parity(model, parts).passed
+    assert not check_parity(model, head, blocks).passed
 
 
 def test_a_projection_left_out_is_named():
     model = build("opt-350m")
-    parts = replace(find_head(model), projection=None)
+    head = replace(find_head(model), projection=None)
     with pytest.raises(UnsupportedModelError, match="OPTForCausalLM: .* of width 16 .* got width 32"):
-        check_parity(model, parts)
-    with pytest.raises(UnsupportedModelError, match=r"projection: expected shape \[16, d_model\], got \[32, 16\]"):
-        replace(parts, projection=torch.zeros(32, 16))
+        check_parity(model, head, find_blocks(model))
+    with pytest.raises(ValueError, match=r"projection: expected shape \[16, d_model\], got \[32, 16\]"):
+        replace(head, projection=torch.zeros(32, 16))
 
 
 def test_gate_refuses_a_norm_that_is_no_module():
@@ -142,7 +143,7 @@ def test_gate_refuses_a_norm_that_is_no_module():
     model.lm_head.register_forward_pre_hook(lambda _, args: (F.layer_norm(args[0], (32,)),))
     assert find_head(model).norm is None
     with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel: expected the lens at the last layer"):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_dropout_before_the_head_is_nothing():
     model.transformer.ln_f = nn.Sequential(
         model.transformer.ln_f, nn.Dropout(0.5), nn.Linear(32, 32, bias=False)
     ).eval()
-    lens = LogitLens.from_model(model)
-    assert isinstance(lens.parts.norm, LayerNorm) and lens.parts.projection.shape == (32, 32)
+    lens = LogitLens(model)
+    assert isinstance(lens.head.norm, LayerNorm) and lens.head.projection.shape == (32, 32)
 
 
 def test_other_lists_of_as_many_modules_are_no_blocks():
@@ -175,7 +176,7 @@ def test_other_lists_of_as_many_modules_are_no_blocks():
     model = tiny_gpt2(50)
     model.transformer.h[0].experts = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
     model.vision = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
-    assert LogitLens.from_model(model).parts.blocks is model.transformer.h
+    assert LogitLens(model).blocks is model.transformer.h
 
 
 def test_ambiguous_blocks_are_named():
@@ -198,7 +199,7 @@ def test_broken_weights_are_refused_not_raised():
         model = build("llama")
         model.get_submodule(broken).weight.data[0] = float("nan")
         with pytest.raises(UnsupportedModelError, match="^LlamaForCausalLM: .*, got NaN in the logits; check"):
-            LogitLens.from_model(model)
+            LogitLens(model)
 
 
 def test_longest_context():

@@ -61,7 +61,7 @@ def test_an_adapter_is_loaded_with_its_base(base_and_adapter, tmp_path):
     base = shutil.copytree(base_and_adapter, tmp_path / "base", ignore=shutil.ignore_patterns("adapter*"))
     loaded, bare = load_model(str(base_and_adapter), "cpu"), load_model(str(base), "cpu")
     positions = torch.arange(5)
-    found, plain = (LogitLens.from_model(each.model).trajectory(IDS, positions) for each in (loaded, bare))
+    found, plain = (LogitLens(each.model).read(IDS, positions=positions).stats for each in (loaded, bare))
     with torch.no_grad():
         own = loaded.model(IDS).logits[0]
     torch.testing.assert_close(found.max_logit[-1, 0], own.amax(-1))
@@ -187,7 +187,7 @@ def test_a_quantised_unembedding_is_refused_by_name():
     weight = model.lm_head.weight.detach()
     model.lm_head.weight = torch.nn.Parameter(Quantised(weight.to(torch.int8), weight.max()), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="expected an unembedding of floating numbers, .* Quantised"):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 def test_weights_that_cannot_be_read_are_named():
@@ -212,23 +212,23 @@ def test_a_lens_of_another_model_is_refused_in_python_too(two_models):
     mine, other, folder = two_models
     translators = load_lens(folder).translators
     positions = torch.arange(5)
-    own = LogitLens.from_model(load_model(str(mine), "cpu").model)
-    read = own.trajectory(IDS, positions, translators=translators)
-    assert not torch.equal(read.logsumexp, own.trajectory(IDS, positions).logsumexp)
-    wrong = LogitLens.from_model(load_model(str(other), "cpu").model)
+    own = LogitLens(load_model(str(mine), "cpu").model)
+    read = own.with_lens(translators).read(IDS, positions=positions).stats
+    assert not torch.equal(read.logsumexp, own.read(IDS, positions=positions).stats.logsumexp)
+    wrong = LogitLens(load_model(str(other), "cpu").model)
     with pytest.raises(InputError, match="a lens made for .*other, got one for .*mine, another revision of it"):
-        wrong.trajectory(IDS, positions, translators=translators)
+        wrong.with_lens(translators).read(IDS, positions=positions)
     with pytest.raises(InputError, match="expected a lens made for"):
-        wrong.read(wrong.hidden(IDS, positions), translators=translators.to("cpu", torch.float64))
+        wrong.read_states(wrong.hidden(IDS, positions), translators=translators.to("cpu", torch.float64))
 
 
 def test_a_lens_follows_the_dtype_of_its_model(two_models):
     """One that was fitted in fp32 reads the model in bf16, on the command line and in Python alike."""
     mine, _, folder = two_models
     loaded, translators = load_model(str(mine), "cpu", "bfloat16"), load_lens(folder).translators
-    lens, positions = LogitLens.from_model(loaded.model), torch.arange(5)
-    found = lens.trajectory(IDS, positions, translators=translators)
-    wanted = lens.trajectory(IDS, positions, translators=translators.to("cpu", torch.bfloat16))
+    lens, positions = LogitLens(loaded.model), torch.arange(5)
+    found = lens.with_lens(translators).read(IDS, positions=positions).stats
+    wanted = lens.with_lens(translators.to("cpu", torch.bfloat16)).read(IDS, positions=positions).stats
     assert torch.equal(found.logsumexp, wanted.logsumexp) and translators.weight.dtype == torch.float32
 
 
@@ -238,18 +238,18 @@ def test_a_published_lens_of_another_unembedding_is_refused(tmp_path):
     unembedding = model.get_output_embeddings().weight
     save_tuned(tmp_path / "tuned", unembed_hash=unembed_hash(unembedding, torch.float32))
     translators = load_lens(tmp_path / "tuned").translators
-    lens, ids = LogitLens.from_model(model), torch.tensor([[3, 9, 4]])
-    lens.trajectory(ids, torch.arange(3), translators=translators)
+    lens, ids = LogitLens(model), torch.tensor([[3, 9, 4]])
+    lens.with_lens(translators).read(ids, positions=torch.arange(3))
     with torch.no_grad():
         unembedding[0] += 1.0
     with pytest.raises(InputError, match="another model or revision .unembed_hash"):
-        LogitLens.from_model(model).trajectory(ids, torch.arange(3), translators=translators)
+        LogitLens(model).with_lens(translators).read(ids, positions=torch.arange(3))
 
 
 def test_maps_of_ones_own_have_no_model(tmp_path):
-    lens = LogitLens.from_model(tiny("gpt_neox"))
+    lens = LogitLens(tiny("gpt_neox"))
     assert random_translators().made_for is None
-    lens.trajectory(torch.tensor([[3, 9, 4]]), torch.arange(3), translators=random_translators())
+    lens.with_lens(random_translators()).read(torch.tensor([[3, 9, 4]]), positions=torch.arange(3))
 
 
 # ---------------------------------------------------------------- the command line around it
@@ -375,7 +375,7 @@ def test_numbers_beyond_any_context(sweep, tmp_path, capsys):
 def test_an_entry_of_a_lens_is_that_of_its_model(two_models, tmp_path):
     mine, _, _ = two_models
     loaded = load_model(str(mine), "cpu")
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     entry = model_entry(loaded, lens)
     assert entry["name"] == str(mine) and entry["config_sha256"] == loaded.config_sha256
     assert entry["weights_sample_sha256"] == loaded.weights_sample_sha256

@@ -8,8 +8,8 @@ import torch
 
 from refinelens import LogitLens, fused_lens
 from refinelens.config import SweepOptions
+from refinelens.kernels.reference import LensStats
 from refinelens.model.loading import find_smollm2, load_model
-from refinelens.op.fused_lens import LensStats
 from refinelens.sweeping.sweep import run_sweep
 from tiny import skip_unless_isa_runs
 
@@ -29,14 +29,14 @@ def load_once():
 
 def test_parity_and_ranks_on_real_states(load_once):
     """SmolLM2 has duplicate unembedding rows; the op must agree with whole fp64 logits on its own states."""
-    lens = LogitLens.from_model(load_once.model)
+    lens = LogitLens(load_once.model)
     assert lens.parity.max_difference <= 1e-4 * lens.parity.logit_range
     ids = load_once.tokenizer("The capital of France is Paris, and the capital of Italy is", return_tensors="pt")
     positions = torch.arange(ids["input_ids"].shape[1] - 1)
     targets = ids["input_ids"][:, 1:]
     hidden = lens.hidden(ids["input_ids"], positions)
     stats = lens.stats(hidden, targets)
-    exact = type(stats)(*_exact(lens.parts, hidden, targets))
+    exact = type(stats)(*_exact(lens.head, hidden, targets))
     assert torch.equal(stats.argmax, exact.argmax)
     assert (stats.target_rank != exact.target_rank).float().mean() < 0.02
     assert ((stats.target_rank == 0) == (stats.argmax == targets)).all()
@@ -45,11 +45,11 @@ def test_parity_and_ranks_on_real_states(load_once):
 @pytest.fixture(scope="module")
 def states(load_once):
     """Of all layers at 24 positions, what they are to predict, and their statistics in fp64."""
-    lens = LogitLens.from_model(load_once.model)
+    lens = LogitLens(load_once.model)
     text = "The bridge over the river was built in the year 1873 by an engineer who had never seen the sea before."
     ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :25]
     hidden, targets = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)), ids[:, 1:]
-    return lens.parts, hidden, targets, LensStats(*_exact(lens.parts, hidden, targets))
+    return lens.head, hidden, targets, LensStats(*_exact(lens.head, hidden, targets))
 
 
 @pytest.mark.usefixtures("every_core")
@@ -58,21 +58,19 @@ def test_certified_is_fp64_on_real_states(states, monkeypatch, isa):
     """On this many rows; benchmarks/certify.py does more than 10,000."""
     monkeypatch.setenv("REFINELENS_ISA", isa)
     skip_unless_isa_runs()
-    parts, hidden, targets, exact = states
-    stats = fused_lens(hidden, parts.unembedding, parts.norm, targets, precision="certified")
+    head, hidden, targets, exact = states
+    stats = fused_lens(hidden, head.weight, head.norm, targets, precision="certified")
     assert torch.equal(stats.argmax, exact.argmax) and torch.equal(stats.target_rank, exact.target_rank)
     assert ((stats.logsumexp - exact.logsumexp).abs() <= stats.logsumexp_bound).all()
     assert stats.logsumexp_bound.max() < 0.1 and not stats.fell_back.any()
 
 
-def _exact(parts, hidden, targets):
+def _exact(head, hidden, targets):
     from refinelens.kernels.reference import fused_lens_reference
 
     flat = targets.expand(hidden.shape[:-1]).reshape(-1)
-    out = fused_lens_reference(
-        hidden.reshape(-1, hidden.shape[-1]), parts.unembedding, parts.norm, flat, dtype=torch.float64
-    )
-    return [value.view(hidden.shape[:-1]) for value in out]
+    out = fused_lens_reference(hidden.reshape(-1, hidden.shape[-1]), head, flat, dtype=torch.float64)
+    return [value.view(hidden.shape[:-1]) for _, value in out.items()]
 
 
 def test_builtin_questions(tmp_path, quick):

@@ -68,7 +68,7 @@ def padded(rows, side):
 @pytest.mark.parametrize("name", [*BY_LENGTH, "gpt2", "opt", "bloom", "mpt", "llama", "gemma3", "mixtral", "gpt_oss"])
 def test_a_context_in_a_batch_is_the_context_alone(name, side):
     """Contexts shorter than the one beside them, padded on either side, and as the model itself computes them."""
-    lens = LogitLens.from_model(make(BY_LENGTH[name]()) if name in BY_LENGTH else build(name))
+    lens = LogitLens(make(BY_LENGTH[name]()) if name in BY_LENGTH else build(name))
     rows = [random_ids(n, seed) for seed, n in enumerate((SHORT, LONG, 1 + SHORT, 3))]
     ids, mask = padded(rows, side)
     for row, own in enumerate(rows):
@@ -90,7 +90,7 @@ def test_what_ran_before_is_forgotten(name, dtype):
     ids, positions = random_ids(ORIGINAL + 4), torch.arange(ORIGINAL + 4)
     wanted = own_states(make(BY_LENGTH[name](), dtype), ids)
     own_states(model, random_ids(60))  # by its owner, before there is a lens
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     for before in (60, 40, SHORT):
         lens.hidden(random_ids(before, seed=before), torch.tensor([0]))
         assert torch.equal(lens.hidden(ids, positions)[:-1], wanted)
@@ -116,7 +116,7 @@ def test_a_kind_without_a_name_is_found_by_what_it_does():
         return cos, sin
 
     rotary.forward = by_longest
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     assert lens.independence.one_at_a_time == "states depend on what else is in a batch"
     rows = [random_ids(SHORT), random_ids(50, seed=1)]
     ids, mask = padded(rows, "right")
@@ -136,7 +136,7 @@ def test_what_no_short_context_puts_right_is_refused():
 
     rotary.forward = remembering
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM: expected states that are a function of the"):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_no_short_context_puts_right_is_refused():
     ],
 )
 def test_masks_that_are_none(mask, position, message):
-    lens = LogitLens.from_model(build("gpt2"))
+    lens = LogitLens(build("gpt2"))
     with pytest.raises(InputError, match=message):
         lens.hidden(torch.ones(1, 4, dtype=torch.int64), torch.tensor([position]), torch.tensor(mask))
 
@@ -166,7 +166,7 @@ def test_one_block_that_stands_there_three_times_is_three_layers():
         copies.model.layers[index].load_state_dict(copies.model.layers[0].state_dict())
     shared.model.layers = nn.ModuleList([shared.model.layers[0]] * 3)
     ids, positions = random_ids(SHORT), torch.arange(SHORT)
-    found, wanted = (LogitLens.from_model(model).trajectory(ids, positions) for model in (shared, copies))
+    found, wanted = (LogitLens(model).read(ids, positions=positions).stats for model in (shared, copies))
     assert found.argmax.shape == (4, 1, SHORT)
     for name in ("argmax", "logsumexp", "entropy"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))
@@ -184,13 +184,13 @@ def test_blocks_that_run_twice_are_refused():
     model = build("llama")
     model.model.layers = RunsTwice(list(model.model.layers))
     with pytest.raises(UnsupportedModelError, match="expected each of its 3 blocks to run once, in order, got 6 runs"):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 def test_blocks_are_counted_at_every_call():
     """A model may pass by a block for some inputs alone."""
     model = build("llama")
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     model.model.layers = model.model.layers[:2].eval()
     with pytest.raises(UnsupportedModelError, match="expected each of its 3 blocks to run once, in order, got 2 runs"):
         lens.hidden(random_ids(SHORT), torch.tensor([0]))
@@ -198,15 +198,15 @@ def test_blocks_are_counted_at_every_call():
 
 def test_blocks_that_return_a_list():
     model = build("bloom")
-    plain = LogitLens.from_model(model).hidden(random_ids(SHORT), torch.arange(SHORT))
+    plain = LogitLens(model).hidden(random_ids(SHORT), torch.arange(SHORT))
     for block in model.transformer.h:
         block.register_forward_hook(lambda _block, _args, output: list(output))
-    assert torch.equal(LogitLens.from_model(model).hidden(random_ids(SHORT), torch.arange(SHORT)), plain)
+    assert torch.equal(LogitLens(model).hidden(random_ids(SHORT), torch.arange(SHORT)), plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "dynamic-llama"])
 def test_threads_that_share_a_lens_read_their_own_contexts(name):
-    lens = LogitLens.from_model(make(BY_LENGTH[name]()) if name in BY_LENGTH else build(name))
+    lens = LogitLens(make(BY_LENGTH[name]()) if name in BY_LENGTH else build(name))
     contexts = [random_ids(n, seed=n) for n in (5, 9, 20, 31)]
     wanted = [lens.hidden(ids, torch.tensor([4])) for ids in contexts]
     wrong = []
@@ -241,12 +241,12 @@ def other_embeddings(model, args, kwargs):
 def test_hooks_on_the_whole_model_are_not_passed_by():
     """Whether they were there when the lens was made or came later."""
     model = build("llama")
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     handle = model.register_forward_pre_hook(other_embeddings, with_kwargs=True)
     with pytest.raises(InputError, match="LlamaForCausalLM: expected the hooks that it had when its lens was made"):
         lens.hidden(random_ids(SHORT), torch.tensor([0]))
     with pytest.raises(UnsupportedModelError, match="expected its base model to compute .* others from layer 0 on"):
-        LogitLens.from_model(model)
+        LogitLens(model)
     handle.remove()
     ids = random_ids(SHORT)
     assert torch.equal(lens.hidden(ids, torch.arange(SHORT))[0], model.model.embed_tokens(ids))
@@ -255,7 +255,7 @@ def test_hooks_on_the_whole_model_are_not_passed_by():
 def test_training_mode_is_not_read():
     """Dropout, in any part of the model."""
     model = build("gpt2")
-    lens = LogitLens.from_model(model.train())
+    lens = LogitLens(model.train())
     assert not model.training
     model.transformer.h[1].train()
     with pytest.raises(InputError, match="GPT2LMHeadModel: expected evaluation mode, .* got training mode"):
@@ -267,8 +267,8 @@ def test_hooks_inside_the_model_are_read():
     model = build("llama")
     model.model.layers[1].register_forward_hook(lambda _block, _args, output: output + 1.0)
     ids = random_ids(SHORT)
-    lens = LogitLens.from_model(model)
-    assert torch.equal(lens.trajectory(ids, torch.arange(SHORT)).argmax[-1, 0], model(ids).logits[0].argmax(-1))
+    lens = LogitLens(model)
+    assert torch.equal(lens.read(ids).argmax[-1, 0], model(ids).logits[0].argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_virtual_tokens_are_refused(config, message):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build("llama"), getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(UnsupportedModelError, match=message):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 def lora(*modules):
@@ -296,19 +296,19 @@ def lora(*modules):
 
 def test_an_adapter_is_a_part_of_the_model():
     model, ids = lora("q_proj", "down_proj"), random_ids(SHORT)
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     own = model(ids).logits[0]
-    assert torch.equal(lens.trajectory(ids, torch.arange(SHORT)).argmax[-1, 0], own.argmax(-1))
+    assert torch.equal(lens.read(ids).argmax[-1, 0], own.argmax(-1))
     assert not torch.equal(own.argmax(-1), build("llama")(ids).logits[0].argmax(-1))
-    merged = LogitLens.from_model(model.merge_and_unload())
+    merged = LogitLens(model.merge_and_unload())
     again = lens.hidden(ids, torch.arange(SHORT))
     torch.testing.assert_close(merged.hidden(ids, torch.arange(SHORT)), again, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_on_the_unembedding_is_named():
     with pytest.raises(UnsupportedModelError, match="expected an unembedding without an adapter, got one on .*head"):
-        LogitLens.from_model(lora("q_proj", "lm_head"))
-    LogitLens.from_model(lora("q_proj", "lm_head").merge_and_unload())
+        LogitLens(lora("q_proj", "lm_head"))
+    LogitLens(lora("q_proj", "lm_head").merge_and_unload())
 
 
 # ---------------------------------------------------------------- not refused without need
@@ -318,11 +318,11 @@ def test_an_adapter_on_the_unembedding_is_named():
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "opt-350m", "nemotron"])
 def test_the_default_dtype_is_nobodys_business(name, dtype):
     model, ids = build(name), random_ids(SHORT)
-    wanted = LogitLens.from_model(model).trajectory(ids, torch.arange(SHORT), torch.tensor(5))
+    wanted = LogitLens(model).read(ids, torch.tensor(5), torch.arange(SHORT)).stats
     torch.set_default_dtype(dtype)
     try:
-        lens = LogitLens.from_model(model)
-        found = lens.trajectory(ids, torch.arange(SHORT), torch.tensor(5))
+        lens = LogitLens(model)
+        found = lens.read(ids, torch.tensor(5), torch.arange(SHORT)).stats
     finally:
         torch.set_default_dtype(torch.float32)
     for name in ("argmax", "target_rank", "target_logprob", "entropy"):
@@ -332,9 +332,9 @@ def test_the_default_dtype_is_nobodys_business(name, dtype):
 def test_autocast_around_a_lens_changes_nothing():
     """The model is read in the dtype that it was proven in."""
     model, ids = build("llama"), random_ids(SHORT)
-    wanted = LogitLens.from_model(model).trajectory(ids, torch.arange(SHORT), torch.tensor(5))
+    wanted = LogitLens(model).read(ids, torch.tensor(5), torch.arange(SHORT)).stats
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = LogitLens.from_model(model).trajectory(ids, torch.arange(SHORT), torch.tensor(5))
+        found = LogitLens(model).read(ids, torch.tensor(5), torch.arange(SHORT)).stats
     assert torch.equal(found.target_logprob, wanted.target_logprob)
 
 
@@ -370,16 +370,16 @@ def test_a_decoder_is_counted_by_its_own_blocks(model):
     """Its configuration counts the encoder's two first, which are not there."""
     torch.manual_seed(0)
     model, ids = shake(model()).eval(), random_ids(SHORT)
-    lens = LogitLens.from_model(model)
+    lens = LogitLens(model)
     own = model(ids, use_cache=False).logits[0]  # Transformers' own cache counts the encoder's blocks too
     assert lens.n_layers == 3
-    assert torch.equal(lens.trajectory(ids, torch.arange(SHORT)).argmax[-1, 0], own.argmax(-1))
+    assert torch.equal(lens.read(ids).argmax[-1, 0], own.argmax(-1))
 
 
 def test_a_softcap_by_another_name():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 2, "chunk_size": 8}
     model = make(tf.xLSTMConfig(vocab_size=VOCAB, **sizes, output_logit_soft_cap=2.0))
-    assert LogitLens.from_model(model).parts.softcap == 2.0
+    assert LogitLens(model).head.softcap == 2.0
 
 
 def test_prophetnet_has_three_streams():
@@ -388,14 +388,14 @@ def test_prophetnet_has_three_streams():
     heads = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "is_encoder_decoder": False}
     model = tf.ProphetNetForCausalLM(tf.ProphetNetConfig(**names, **heads, is_decoder=True)).eval()
     with pytest.raises(UnsupportedModelError, match=r"ProphetNetForCausalLM: expected states \[1, 8, d.*24, 32"):
-        LogitLens.from_model(model)
+        LogitLens(model)
 
 
 def test_half_precision_that_mixes_with_fp32_has_a_remedy():
     model = make(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB), torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM: .* torch.float32 at layer 1; use --dtype fl"):
-        LogitLens.from_model(model)
-    LogitLens.from_model(model.float())
+        LogitLens(model)
+    LogitLens(model.float())
 
 
 def test_weights_that_are_elsewhere_are_named():
@@ -403,7 +403,7 @@ def test_weights_that_are_elsewhere_are_named():
     for part in (model.model.layers[1], model):
         part.to("meta")
         with pytest.raises(UnsupportedModelError, match="a whole model on one device, got weights that are loaded"):
-            LogitLens.from_model(model)
+            LogitLens(model)
 
 
 def test_limits_of_positions():

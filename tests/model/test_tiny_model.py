@@ -19,7 +19,7 @@ from refinelens.cli import main
 from refinelens.config import FitOptions, LayerOptions, SweepOptions
 from refinelens.data.generated import HELD_OUT, context_text, generate_tiny_task, vocabulary
 from refinelens.fitting.fit import fit_lens
-from refinelens.kernels.reference import LayerNorm, fused_lens_reference
+from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
 from refinelens.layers.analysis import run_layers
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.loading import TINY, load_model
@@ -41,8 +41,8 @@ def test_weights_are_small_and_in_half_precision():
 
 
 def test_the_architecture_is_gpt2s(loaded):
-    lens = LogitLens.from_model(loaded.model)
-    assert type(loaded.model).__name__ == "GPT2LMHeadModel" and isinstance(lens.parts.norm, LayerNorm)
+    lens = LogitLens(loaded.model)
+    assert type(loaded.model).__name__ == "GPT2LMHeadModel" and isinstance(lens.head.norm, LayerNorm)
     assert (lens.n_layers, lens.d_model, loaded.model.config.n_head) == (8, 128, 4)
     assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight
     assert 1.6e6 < loaded.model.num_parameters() < 1.8e6
@@ -65,11 +65,11 @@ def test_it_answers_questions_about_entities_it_never_saw(loaded, n_documents, a
 
 def test_parity_on_trained_states(loaded):
     """At every position of a context the lens at the last layer is the model, and below it is not."""
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     text, _ = context_text(random.Random(0), 10, 10, HELD_OUT)
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
     positions, targets = torch.arange(ids.shape[1] - 1), ids[:, 1:]
-    stats = lens.trajectory(ids, positions, targets)
+    stats = lens.read(ids, targets, positions).stats
     with torch.no_grad():
         logits = loaded.model(ids).logits[:, :-1]
     assert torch.equal(stats.argmax[-1], logits.argmax(-1))
@@ -201,12 +201,12 @@ def test_the_answer_stands_before_the_last_layers(layers):
 @pytest.mark.parametrize("precision", ["fp32", "certified"])
 def test_ranks_of_trained_states_are_those_of_fp64(loaded, precision):
     """Certified to the last one; fp32 but for near-ties, of which half-precision weights leave some."""
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     ids = loaded.tokenizer(context_text(random.Random(1), 10, 10, HELD_OUT)[0], return_tensors="pt")["input_ids"]
     hidden = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)).flatten(0, 2)
     targets = ids[0, 1:].repeat(9)
-    unembedding, norm = lens.parts.unembedding, lens.parts.norm
+    unembedding, norm = lens.head.weight, lens.head.norm
     stats = fused_lens(hidden, unembedding, norm, targets, precision=precision)
-    exact = fused_lens_reference(hidden, unembedding, norm, targets, dtype=torch.float64)
+    exact = fused_lens_reference(hidden, LensHead(unembedding, norm), targets, dtype=torch.float64)
     differ = (stats.target_rank != exact.target_rank) | (stats.argmax != exact.argmax)
     assert differ.float().mean() <= (0.0 if precision == "certified" else 0.01)

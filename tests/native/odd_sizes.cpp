@@ -1,14 +1,17 @@
 // Runs the CPU kernels on buffers that end where their data ends, so that a sanitizer or valgrind sees every access
 // beyond them, and compares with sums in fp64. `odd_sizes overread` reads past a buffer on purpose.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "fused_lens.hpp"
+#include "lens/fused_lens.hpp"
+#include "screen/screen.hpp"
 
 using namespace refinelens;
 
@@ -71,15 +74,20 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
   std::vector<float> bias(c.vocab), max_logit(c.rows), logsumexp(c.rows), entropy(c.rows), target_logit(c.rows);
   std::vector<int64_t> targets(c.rows), argmax(c.rows), rank(c.rows);
   for (float& b : bias) b = static_cast<float>(random() % 64) / 64;
-  for (int64_t& t : targets) t = random() % c.vocab;
+  std::vector<std::vector<double>> reference;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    reference.push_back(reference_logits(c, hidden, unembedding, bias, r));
+    const auto& logits = reference.back();
+    targets[r] = r % 2 ? random() % c.vocab : std::max_element(logits.begin(), logits.end()) - logits.begin();
+  }
   const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
                             c.bias ? bias.data() : nullptr, 1.0f, c.softcap, c.targets ? targets.data() : nullptr};
-  fused_lens(problem, lens_kernels(picked_isa()), threads,
+  fused_lens(problem, lens_kernels(selected_isa()), threads,
              {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(),
               c.targets ? target_logit.data() : nullptr, c.targets ? rank.data() : nullptr});
   bool good = true;
   for (int64_t r = 0; r < c.rows; ++r) {
-    const std::vector<double> logits = reference_logits(c, hidden, unembedding, bias, r);
+    const std::vector<double>& logits = reference[r];
     double peak = -INFINITY, sum = 0, weighted = 0;
     for (double l : logits) peak = std::fmax(peak, l);
     for (double l : logits) sum += std::exp(l - peak), weighted += (l - peak) * std::exp(l - peak);
@@ -88,6 +96,7 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
     good &= std::fabs(logsumexp[r] - (peak + std::log(sum))) < slack;
     good &= std::fabs(entropy[r] - (std::log(sum) - weighted / sum)) < slack;
     if (!c.targets) continue;
+    good &= (rank[r] == 0) == (argmax[r] == targets[r]);
     int64_t above = 0, near = 0;
     for (double l : logits) above += l > logits[targets[r]] + slack, near += std::fabs(l - logits[targets[r]]) <= slack;
     good &= std::fabs(target_logit[r] - logits[targets[r]]) < slack && rank[r] >= above && rank[r] < above + near;
@@ -95,6 +104,44 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
   if (!good)
     std::printf("differs: rows %ld d_model %ld vocab %ld element %d norm %d threads %d\n", long(c.rows),
                 long(c.d_model), long(c.vocab), int(c.element), int(c.norm), threads);
+  return good;
+}
+
+// The certified lens, exactly and with all ties: products of these values and their sums have no rounding in fp64.
+bool screen_agrees(Case c, int threads, std::mt19937& random) {
+  c.norm = NormSpec::none;
+  const Operand hidden(c.rows, c.d_model, Element::fp32, random), unembedding(c.vocab, c.d_model, c.element, random);
+  std::vector<float> bias(c.vocab), bound(c.rows);
+  std::vector<double> best(c.rows), logsumexp(c.rows), entropy(c.rows), target_z(c.rows);
+  std::vector<int64_t> targets(c.rows), argmax(c.rows), rank(c.rows);
+  const std::unique_ptr<bool[]> fell_back(new bool[c.rows]);
+  for (float& b : bias) b = static_cast<float>(random() % 64) / 64;
+  for (int64_t& t : targets) t = random() % c.vocab;
+  const std::vector<double> wide_bias(bias.begin(), bias.end());
+  const ScreenIndex index(unembedding.matrix, screen_kernels(c.d_model), threads);
+  const CertifiedProblem problem{hidden.values.data(), c.rows, unembedding.matrix, c.bias ? wide_bias.data() : nullptr,
+                                 1.0, c.softcap, c.targets ? targets.data() : nullptr};
+  certified_lens(index, problem,
+                 {argmax.data(), best.data(), logsumexp.data(), entropy.data(), bound.data(), fell_back.get(),
+                  c.targets ? target_z.data() : nullptr, c.targets ? rank.data() : nullptr},
+                 true, threads);
+  bool good = true;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    const float softcap = std::exchange(c.softcap, 0.0f);
+    const std::vector<double> z = reference_logits(c, hidden, unembedding, bias, r);
+    c.softcap = softcap;
+    const int64_t largest = std::max_element(z.begin(), z.end()) - z.begin();
+    double sum = 0;
+    for (double l : reference_logits(c, hidden, unembedding, bias, r)) sum += std::exp(l);
+    good &= argmax[r] == largest && best[r] == z[largest] && std::fabs(logsumexp[r] - std::log(sum)) <= bound[r] + 1e-9;
+    if (!c.targets) continue;
+    int64_t above = 0;
+    for (int64_t v = 0; v < c.vocab; ++v) above += z[v] > z[targets[r]] || (z[v] == z[targets[r]] && v < targets[r]);
+    good &= target_z[r] == z[targets[r]] && rank[r] == above;
+  }
+  if (!good)
+    std::printf("screen differs: rows %ld d_model %ld vocab %ld element %d threads %d\n", long(c.rows),
+                long(c.d_model), long(c.vocab), int(c.element), threads);
   return good;
 }
 
@@ -108,7 +155,7 @@ int main(int argc, char** argv) {
                               nullptr, 1.0f, 0.0f, nullptr};
     int64_t argmax[3];
     float numbers[9];
-    fused_lens(problem, lens_kernels(picked_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
+    fused_lens(problem, lens_kernels(selected_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
     return 0;
   }
   bool good = true;
@@ -120,8 +167,10 @@ int main(int argc, char** argv) {
         for (Element element : {Element::fp32, Element::bf16})
           for (auto norm : {NormSpec::none, NormSpec::layer, NormSpec::rms}) {
             const bool odd = ++count % 2;
-            good &= agrees({rows, d_model, vocab, element, norm, odd, !odd, odd ? 0.0f : 5.0f}, 1 + count % 3, random);
+            const Case c{rows, d_model, vocab, element, norm, odd, !odd, odd ? 0.0f : 5.0f};
+            good &= agrees(c, 1 + count % 3, random);
+            if (norm != NormSpec::none) good &= screen_agrees(c, 1 + count % 3, random);
           }
-  std::printf("%d cases with %s\n", count, isa_description(picked_isa()));
+  std::printf("%d cases with %s\n", count, isa_description(selected_isa()));
   return good ? 0 : 1;
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from refinelens import _C, LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
-from refinelens.kernels.reference import LensOutput, apply_norm, fused_lens_reference
+from refinelens.kernels.reference import LensHead, apply_norm, fused_lens_reference
 from refinelens.op import cpu
 from refinelens.op.backends import CERTIFIED_ROWS, CERTIFIED_WIDTH, choose_precision
 from refinelens.op.cpu import fused_lens_certified, fused_lens_screened, screen_index
@@ -76,7 +76,8 @@ def exact_argmax_and_rank(hidden, unembedding, norm, targets, bias=None):
 
 def assert_certified(out, hidden, unembedding, norm, targets, bias=None, softcap=None, scale=1.0):
     """Against the fp64 reference, which itself is exact to (d_model + 4) 2^-53 of the product of norms."""
-    exact = fused_lens_reference(hidden, unembedding, norm, targets, bias, softcap, scale, dtype=torch.float64)
+    head = LensHead(unembedding, norm, bias, softcap, scale)
+    exact = fused_lens_reference(hidden, head, targets, dtype=torch.float64)
     size = apply_norm(hidden, norm, torch.float64).norm(dim=-1) * unembedding.double().norm(dim=-1).max()
     size += 0.0 if bias is None else bias.double().nan_to_num(neginf=0.0).abs().max()
     slack = 1e-12 + (hidden.shape[-1] + 4) * 2**-51 * scale * size
@@ -101,7 +102,7 @@ def test_equal_to_fp64(screen, dtype, norm_name, with_bias, softcap, scale):
     hidden, unembedding, targets, randn = make(dtype=dtype)
     bias = randn(len(unembedding)) if with_bias else None
     norm = NORMS[norm_name](randn, 24)
-    out = fused_lens_certified(hidden, unembedding, norm, targets, bias, softcap, scale)
+    out = fused_lens_certified(hidden, LensHead(unembedding, norm, bias, softcap, scale), targets)
     exact = assert_certified(out, hidden, unembedding, norm, targets, bias, softcap, scale)
     assert torch.equal(out.argmax, exact.argmax) and torch.equal(out.target_rank, exact.target_rank)
     assert not out.fell_back.any()
@@ -111,7 +112,7 @@ def test_equal_to_fp64(screen, dtype, norm_name, with_bias, softcap, scale):
 @pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e6, 1e30])
 def test_a_cap_of_any_size_is_screened(screen, softcap):
     hidden, unembedding, targets, _ = make()
-    out = fused_lens_certified(hidden, unembedding, None, targets, softcap=softcap)
+    out = fused_lens_certified(hidden, LensHead(unembedding, softcap=softcap), targets)
     exact = assert_certified(out, hidden, unembedding, None, targets, softcap=softcap)
     assert torch.equal(out.argmax, exact.argmax) and torch.equal(out.target_rank, exact.target_rank)
     assert not out.fell_back.any() and out.logsumexp_bound.max() < 0.02
@@ -124,7 +125,7 @@ def test_a_cap_of_any_size_is_screened(screen, softcap):
 )
 def test_odd_sizes(screen, rows, d_model, vocab):
     hidden, unembedding, targets, _ = make(rows, d_model, vocab)
-    out = fused_lens_certified(hidden, unembedding, None, targets)
+    out = fused_lens_certified(hidden, LensHead(unembedding), targets)
     exact = assert_certified(out, hidden, unembedding, None, targets)
     assert torch.equal(out.argmax, exact.argmax) and torch.equal(out.target_rank, exact.target_rank)
 
@@ -132,9 +133,9 @@ def test_odd_sizes(screen, rows, d_model, vocab):
 def test_more_rows_than_a_block(monkeypatch):
     monkeypatch.setattr(cpu, "ROW_BLOCK", 16)
     hidden, unembedding, targets, _ = make(37)
-    whole = fused_lens_certified(hidden[:16], unembedding, None, targets[:16])
-    blocks = fused_lens_certified(hidden, unembedding, None, targets)
-    for one, other in zip(whole, blocks, strict=True):
+    whole = fused_lens_certified(hidden[:16], LensHead(unembedding), targets[:16])
+    blocks = fused_lens_certified(hidden, LensHead(unembedding), targets)
+    for (_, one), (_, other) in zip(whole.items(), blocks.items(), strict=True):
         assert torch.equal(one, other[:16])
     assert_certified(blocks, hidden, unembedding, None, targets)
 
@@ -172,7 +173,7 @@ def test_no_input_breaks_exactness_or_the_bound(problem, scale, isa):
     hidden, unembedding, norm, targets, bias, softcap = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFINELENS_ISA", isa)
-        out = fused_lens_certified(hidden, unembedding, norm, targets, bias, softcap, scale)
+        out = fused_lens_certified(hidden, LensHead(unembedding, norm, bias, softcap, scale), targets)
     argmax, rank = exact_argmax_and_rank(hidden, unembedding, norm, targets, bias)
     assert torch.equal(out.argmax, argmax) and torch.equal(out.target_rank, rank)
     assert_certified(out, hidden, unembedding, norm, targets, bias, softcap, scale)
@@ -196,7 +197,7 @@ def test_the_bound_holds_for_heavy_tails(seed, d_model, spread, giant, offset, s
     unembedding += offset
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFINELENS_ISA", isa)
-        out = fused_lens_certified(hidden, unembedding, None, targets, None, softcap)
+        out = fused_lens_certified(hidden, LensHead(unembedding, softcap=softcap), targets)
     exact = assert_certified(out, hidden, unembedding, None, targets, None, softcap)
     assert torch.equal(out.argmax, exact.argmax)
     certain = torch.tensor([_is_certain(h, unembedding, t) for h, t in zip(hidden, targets, strict=True)])
@@ -233,7 +234,7 @@ def adversarial():
 
 @pytest.mark.parametrize("hidden, unembedding, norm, targets", [pytest.param(*c[1:], id=c[0]) for c in adversarial()])
 def test_adversarial_rows(screen, hidden, unembedding, norm, targets):
-    out = fused_lens_certified(hidden, unembedding, norm, targets)
+    out = fused_lens_certified(hidden, LensHead(unembedding, norm), targets)
     argmax, rank = exact_argmax_and_rank(hidden[:6], unembedding, norm, targets[:6])
     assert torch.equal(out.argmax[:6], argmax) and torch.equal(out.target_rank[:6], rank)
     assert_certified(out, hidden, unembedding, norm, targets)
@@ -242,7 +243,7 @@ def test_adversarial_rows(screen, hidden, unembedding, norm, targets):
 def test_rows_that_no_screen_decides_fall_back_alone(screen):
     hidden, unembedding, targets, _ = make(20, 16, 3000)
     hidden[3], hidden[11] = 0.0, 1e-42
-    out = fused_lens_certified(hidden, unembedding, None, targets)
+    out = fused_lens_certified(hidden, LensHead(unembedding), targets)
     assert out.fell_back.nonzero()[:, 0].tolist() == [3, 11]
     assert_certified(out, hidden, unembedding, None, targets)
 
@@ -254,7 +255,8 @@ def test_all_screens_of_one_width_agree(monkeypatch):
     for isa in SCREENS.values():
         monkeypatch.setenv("REFINELENS_ISA", isa)
         digits = _C.screen_kernels(100)[1]
-        outs.setdefault(digits, []).append(fused_lens_certified(hidden, unembedding, LayerNorm(None), targets))
+        head = LensHead(unembedding, LayerNorm(None))
+        outs.setdefault(digits, []).append(fused_lens_certified(hidden, head, targets))
     for same in outs.values():
         for other in same[1:]:
             assert torch.equal(same[0].argmax, other.argmax) and torch.equal(same[0].target_rank, other.target_rank)
@@ -446,11 +448,11 @@ def test_rows_that_would_take_long_are_left_to_fp32_unless_asked_for():
     hidden, unembedding = torch.randn(9, 16), torch.randn(4000, 16)
     hidden[3] = 0.0
     targets = torch.randint(0, 4000, (9,))
-    screened = fused_lens_screened(hidden, unembedding, None, targets)
+    screened = fused_lens_screened(hidden, LensHead(unembedding), targets)
     fp32 = fused_lens(hidden, unembedding, None, targets, precision="fp32")
     cpu = fused_lens(hidden, unembedding, None, targets, precision="certified")
     assert cpu.fell_back.tolist() == [row == 3 for row in range(9)]
-    for name in LensOutput._fields:
+    for name, _ in screened.items():
         expected = getattr(cpu, name).clone()
         expected[3] = getattr(fp32, name)[3]
         assert torch.equal(getattr(screened, name), expected), name

@@ -219,7 +219,7 @@ def bad_calls():
     yield "target shape", (hidden, unembedding), {"targets": targets[:3]}, r"broadcasts to \[10\], got \[3\]"
     yield "target dtype", (hidden, unembedding), {"targets": targets.float()}, "integer ids, got torch.float32"
     yield "norm weight", (hidden, unembedding, LayerNorm(weight[:5])), {}, r"norm.weight: .*\[8\], got .*\[5\]"
-    yield "norm type", (hidden, unembedding, torch.nn.LayerNorm(8)), {}, "norm: expected.*got torch.nn.*LayerNorm; make"
+    yield "norm type", (hidden, unembedding, torch.nn.BatchNorm1d(8)), {}, "norm: .*got torch.nn.*BatchNorm1d; make"
     yield "bias", (hidden, unembedding), {"bias": torch.ones(99)}, r"bias: .*\[100\], got .*\[99\]"
     yield "no tensor", ([[1.0]], unembedding), {}, "hidden: expected a tensor, got list"
     yield "infinite softcap", (hidden, unembedding), {"softcap": float("inf")}, "softcap: expected a positive"
@@ -320,3 +320,63 @@ def test_on_a_gpu_of_amd_the_reference_runs(monkeypatch):
     assert chosen == "reference" and "for NVIDIA" in why
     with pytest.raises(InputError, match="for NVIDIA, this torch is for AMD; use auto"):
         choose_backend("cuda", "triton")
+
+
+def assert_equal(stats, other):
+    assert [name for name, _ in stats.items()] == [name for name, _ in other.items()]
+    for name, value in stats.items():
+        assert torch.equal(value, getattr(other, name)), name
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_modules_of_torch_are_taken_as_they_are(eps):
+    """The op's norm of an ``nn`` module against the module itself, in fp64."""
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(7, 24), torch.arange(7)
+    linear = torch.nn.Linear(24, 67)
+    layer = torch.nn.LayerNorm(24, *([] if eps is None else [eps]))
+    for norm in (layer, torch.nn.RMSNorm(24, eps), torch.nn.LayerNorm(24, elementwise_affine=False)):
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+        stats = fused_lens(hidden, linear, norm, targets)
+        z = linear.double()(norm.double()(hidden.double()))
+        torch.testing.assert_close(stats.logsumexp.double(), z.logsumexp(-1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(stats.target_logit.double(), z.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
+        assert torch.equal(stats.argmax, z.argmax(-1))
+        linear.float(), norm.float()
+
+
+def test_a_head_is_its_operands():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(2, 5, 24), torch.randn(67, 24), torch.randn(67)
+    norm = RMSNorm(torch.randn(24))
+    head = refinelens.LensHead(weight, norm, bias, softcap=5.0, scale=0.5)
+    given = dict(norm=norm, bias=bias, softcap=5.0, logit_scale=0.5)
+    stats = fused_lens(hidden, head, targets=3)
+    assert_equal(stats, fused_lens(hidden, weight, targets=3, **given))
+    kl, same = refinelens.kl_to_final(hidden, stats, head), refinelens.kl_to_final(hidden, stats, weight, **given)
+    assert torch.equal(kl, same)
+    top, same = refinelens.lens_top_k(hidden, head, 4), refinelens.lens_top_k(hidden, weight, 4, **given)
+    assert torch.equal(top.ids, same.ids) and torch.equal(top.logits, same.logits)
+    with pytest.raises(InputError, match="expected none beside a LensHead"):
+        fused_lens(hidden, head, norm)
+
+
+def test_a_head_with_a_projection():
+    torch.manual_seed(0)
+    hidden, weight, projection = torch.randn(5, 24), torch.randn(67, 16), torch.randn(16, 24)
+    norm = LayerNorm(torch.randn(24))
+    stats = fused_lens(hidden, refinelens.LensHead(weight, norm, projection=projection))
+    projected = torch.nn.functional.layer_norm(hidden, (24,), norm.weight) @ projection.T
+    torch.testing.assert_close(stats.logsumexp, (projected @ weight.T).logsumexp(-1))
+    with pytest.raises(InputError, match=r"got \[5, 16\] and \[67, 16\]"):
+        fused_lens(hidden[:, :16], refinelens.LensHead(weight, norm, projection=projection))
+
+
+def test_heads_that_are_none():
+    with pytest.raises(ValueError, match="bias: expected None beside an nn.Linear"):
+        refinelens.LensHead(torch.nn.Linear(3, 4), bias=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"unembedding: expected a tensor .*, got \[3\]"):
+        refinelens.LensHead(torch.zeros(3))
+    with pytest.raises(ValueError, match="norm: expected one over the last dimension, got one over 2"):
+        refinelens.LensHead(torch.zeros(4, 3), torch.nn.LayerNorm((2, 3)))

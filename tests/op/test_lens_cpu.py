@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 
 import pytest
 import torch
 
 from refinelens import _C, LayerNorm, RMSNorm, fused_lens
-from refinelens.kernels.reference import fused_lens_reference
+from refinelens.kernels.reference import LensHead, fused_lens_reference
 from refinelens.op.cpu import fused_lens_cpu, product_only
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
@@ -41,12 +42,12 @@ def problem(rows=70, d_model=64, vocab=20011, dtype=torch.float32, seed=0):
     return hidden, unembedding, torch.randint(0, vocab, (rows,), generator=generator)
 
 
-def run(hidden, unembedding, targets=None, norm=None, **options):
-    return fused_lens_cpu(hidden, unembedding, norm, targets, **options)
+def run(hidden, unembedding, targets=None, norm=None, logit_scale=1.0, **options):
+    return fused_lens_cpu(hidden, LensHead(unembedding, norm, scale=logit_scale, **options), targets)
 
 
 def assert_same_bits(ours, theirs):
-    for mine, other in zip(ours, theirs, strict=True):
+    for (_, mine), (_, other) in zip(ours.items(), theirs.items(), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -88,7 +89,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(isa):
     hidden, unembedding, targets = problem(rows=131, vocab=700)
     together = run(hidden, unembedding, targets)
     for rows in (slice(0, 1), slice(3, 20), slice(60, 131)):
-        assert_same_bits(run(hidden[rows], unembedding, targets[rows]), [values[rows] for values in together])
+        assert_same_bits(run(hidden[rows], unembedding, targets[rows]), together.map(itemgetter(rows)))
 
 
 # Rows: one; one short of and one more than a vector, a panel. Tokens: one; around a register tile of 6; more than a
@@ -242,7 +243,7 @@ def test_near_constant_rows_are_normed_as_in_fp64(isa):
     hidden, unembedding, _ = problem(rows=9, d_model=96, vocab=50)
     hidden = 1000.0 + hidden * 1e-2
     ours = run(hidden, unembedding, norm=LayerNorm(None))
-    exact = fused_lens_reference(hidden, unembedding, LayerNorm(None), dtype=torch.float64)
+    exact = fused_lens_reference(hidden, LensHead(unembedding, LayerNorm(None)), dtype=torch.float64)
     torch.testing.assert_close(ours.logsumexp.double(), exact.logsumexp, rtol=2e-6, atol=0)
 
 

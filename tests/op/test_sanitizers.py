@@ -1,6 +1,10 @@
-"""The C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind. Slow lane: `make test-slow`."""
+"""The C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind, and for other processors than x86.
+
+Slow lane, `make test-slow`, but for a look at the sources.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +17,6 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 COMPILER = shutil.which("g++")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="needs g++"),
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the C++ sources"),
 ]
@@ -24,12 +27,14 @@ def run(command, **environment):
     return done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def build_native(folder, flags):
+SOURCES = sorted((ROOT / "csrc").glob("*/*.cpp"))  # all but the Python bindings, which stand above the folders
+
+
+def build_native(folder, flags, compiler=COMPILER):
     """The kernels without Python, and a program that tries odd sizes."""
-    sources = [*(p for p in sorted((ROOT / "csrc").glob("*.cpp")) if not p.name.startswith("bind"))]
     program = folder / "odd_sizes"
-    command = [COMPILER, "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-pthread", *flags, "-Icsrc"]
-    code, output = run([*command, "tests/native/odd_sizes.cpp", *map(str, sources), "-o", str(program)])
+    command = [compiler, "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-pthread", *flags, "-Icsrc"]
+    code, output = run([*command, "tests/native/odd_sizes.cpp", *map(str, SOURCES), "-o", str(program)])
     assert code == 0, output
     return program
 
@@ -39,6 +44,7 @@ def sanitized(tmp_path_factory):
     return build_native(tmp_path_factory.mktemp("sanitized"), SANITIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["v4", "v3", "baseline"])
 def test_odd_sizes_under_sanitizers(sanitized, isa):
     code, output = run([sanitized], REFINELENS_ISA=isa)
@@ -47,6 +53,7 @@ def test_odd_sizes_under_sanitizers(sanitized, isa):
     assert code == 0 and "cases with" in output, output
 
 
+@pytest.mark.slow
 def test_sanitizers_see_an_overread(sanitized):
     code, output = run([sanitized, "overread"])
     assert code != 0 and "heap-buffer-overflow" in output
@@ -62,17 +69,47 @@ def for_valgrind(tmp_path_factory):
 VALGRIND = ["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["v3", "baseline"])  # valgrind does not know AVX-512
 def test_odd_sizes_under_valgrind(for_valgrind, isa):
     code, output = run([*VALGRIND, for_valgrind], REFINELENS_ISA=isa)
     assert code == 0 and "cases with" in output, output
 
 
+@pytest.mark.slow
 def test_valgrind_sees_an_overread(for_valgrind):
     code, output = run([*VALGRIND, for_valgrind, "overread"], REFINELENS_ISA="v3")
     assert code == 9 and "Invalid read" in output, output
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_portable_sources_have_nothing_of_x86(source):
+    command = [COMPILER, "-std=c++17", "-E", "-DREFINELENS_PORTABLE", "-Icsrc", source]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not re.findall(r".*(?:[a-z]mmintrin|x86intrin|GCC target|cpu_supports).*", done.stdout)
+
+
+# The last one compiles for another processor, whose programs qemu runs.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compiler, flags, runner",
+    [
+        ("g++", ["-DREFINELENS_PORTABLE"], []),
+        ("clang++", [], []),
+        ("aarch64-linux-gnu-g++", ["-static"], ["qemu-aarch64"]),
+    ],
+)
+def test_odd_sizes_of_a_portable_build(tmp_path, compiler, flags, runner):
+    missing = [tool for tool in (compiler, *runner) if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"needs {missing[0]}")
+    program = build_native(tmp_path, ["-O2", "-Wall", "-Wextra", "-Werror", *flags], compiler)
+    code, output = run([*runner, program], REFINELENS_ISA="baseline")
+    assert code == 0 and "cases with compiler default" in output, output
+
+
+@pytest.mark.slow
 def test_extension_under_sanitizers(tmp_path):
     """The whole extension, built with both sanitizers, through the tests of the op."""
     source = tmp_path / "source"

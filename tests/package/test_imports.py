@@ -32,7 +32,12 @@ def imported(name):
     """What a module imports of refinelens, as dotted names below it; also what it imports within functions."""
     package = ["refinelens", *name.split(".")]
     package = package if MODULES[name].stem == "__init__" else package[:-1]
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    tree = ast.parse(MODULES[name].read_text())
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    for_types = {id(one) for block in blocks for one in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])

@@ -4,7 +4,7 @@ import torch
 
 from refinelens.kernels.config import LensConfig
 from refinelens.kernels.fused_lens import fused_lens_triton
-from refinelens.kernels.reference import LayerNorm, RMSNorm, apply_norm, fused_lens_reference, linear_logits
+from refinelens.kernels.reference import LayerNorm, LensHead, RMSNorm, apply_norm, fused_lens_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.bfloat16
@@ -53,13 +53,13 @@ def operands(n_rows, d_model, n_vocab, dtype):
 def check(hidden, unembedding, norm=None, targets=None, bias=None, softcap=None, logit_scale=1.0, config=SMALL):
     """Compare with fp64 within the error of torch's own computation; return the output and the count of
     rows whose argmax or rank that error leaves open."""
-    options = (norm, targets, bias, softcap, logit_scale)
-    out = fused_lens_triton(hidden, unembedding, *options, config=config)
-    truth = fused_lens_reference(hidden, unembedding, *options, dtype=torch.float64)
-    z = linear_logits(apply_norm(hidden, norm, torch.float64), unembedding, bias, logit_scale)
+    head = LensHead(unembedding, norm, bias, softcap, logit_scale)
+    out = fused_lens_triton(hidden, head, targets, config=config)
+    truth = fused_lens_reference(hidden, head, targets, dtype=torch.float64)
+    z = head.z(apply_norm(hidden, norm, torch.float64))
     # Without a norm nothing is rounded to the operands' dtype, and fp32 accuracy is due.
     own_dtype = torch.float32 if norm is None else hidden.dtype
-    own_z = linear_logits(apply_norm(hidden, norm).to(own_dtype), unembedding, bias, logit_scale)
+    own_z = head.z(apply_norm(hidden, norm).to(own_dtype))
     slack = 4 if own_dtype == torch.float32 else 1  # orders of summation differ; logits are not rounded
     error = slack * (own_z.double() - z).abs().max() + 8 * 2**-23 * z.abs().max().clamp(min=1)
     if softcap is not None:

@@ -47,7 +47,7 @@ def random_translators(n_layers=N_LAYERS, d_model=D_MODEL, seed=5, dtype=torch.f
 def save_linear(folder, model_folder, translators=None):
     """A lens in the format of `refinelens fit`, made for the model in a folder."""
     loaded = load_model(str(model_folder), "cpu")
-    entry = model_entry(loaded, LogitLens.from_model(loaded.model))
+    entry = model_entry(loaded, LogitLens(loaded.model))
     translators = translators or random_translators(entry["n_layers"], entry["d_model"])
     save_lens(folder, translators, {"format_version": 1, "kind": "linear", "model": entry})
     return folder

@@ -73,7 +73,7 @@ def save_tiny_lens(folder, model_folder, scale, seed=0):
     from refinelens.model.loading import load_model
 
     loaded = load_model(str(model_folder), "cpu")
-    lens = LogitLens.from_model(loaded.model)
+    lens = LogitLens(loaded.model)
     generator = torch.Generator().manual_seed(seed)
     weight = scale * torch.randn(lens.n_layers, lens.d_model, lens.d_model, generator=generator)
     manifest = {"format_version": 1, "kind": "linear", "model": model_entry(loaded, lens)}

@@ -188,7 +188,7 @@ def test_no_alias_is_given_a_space(tmp_path):
     with torch.no_grad():
         logprobs = loaded.model(torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = [float(logprobs[place - 1, whole[place]]) for place in range(len(prompt), len(whole))]
-    runner = ForwardRunner(LogitLens.from_model(loaded.model))
+    runner = ForwardRunner(LogitLens(loaded.model))
     assert alias_scores(runner, [context]) == pytest.approx([np.mean(expected)], abs=1e-5)
 
 

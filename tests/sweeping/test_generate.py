@@ -56,7 +56,7 @@ def loaded(model_folder):
 
 @pytest.fixture(scope="module")
 def logit_lens(loaded):
-    return LogitLens.from_model(loaded.model)
+    return LogitLens(loaded.model)
 
 
 def predictions(run):
@@ -213,7 +213,7 @@ def test_ends_are_those_that_model_and_tokenizer_name(tmp_path):
     tokenizer.eos_token = "gate"
     tokenizer.save_pretrained(folder)
     loaded = load_model(str(folder), "cpu")
-    ends = Generator.from_model(loaded, LogitLens.from_model(loaded.model), N).end_ids
+    ends = Generator.from_model(loaded, LogitLens(loaded.model), N).end_ids
     assert ends == {7, 9, tokenizer.convert_tokens_to_ids("gate")}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from refinelens import LayerNorm, fused_lens
 from refinelens.errors import InputError
-from refinelens.op.fused_lens import LensStats
+from refinelens.kernels.reference import LensStats
 from tiny import assert_matches_truth, screening_error, truth
 
 pytestmark = pytest.mark.usefixtures("every_core")

@@ -1,0 +1,184 @@
+// A block of rows is packed, threads scan ranges of the vocabulary, and the ranges are merged in ascending order.
+#include "lens/fused_lens.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "common/parallel.hpp"
+
+namespace refinelens {
+
+namespace {
+
+constexpr int64_t kPackedBytes = 12 << 20;  // packed rows held at a time
+constexpr int64_t kMaxRanges = 64;          // of the vocabulary: what threads share, and what is merged in order
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Where the vocabulary is cut: whole blocks, the same for any number of threads.
+struct Ranges {
+  int64_t vocab_size, block, n_blocks, count;
+
+  Ranges(int64_t vocab_size, int64_t block)
+      : vocab_size(vocab_size), block(block), n_blocks((vocab_size + block - 1) / block),
+        count(std::min(n_blocks, kMaxRanges)) {}
+  int64_t start(int64_t i) const { return std::min(n_blocks * i / count * block, vocab_size); }
+};
+
+class Accumulators {
+ public:
+  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers)
+      : n_rows_(n_rows), floats_(aligned<float>(2 * n_ranges * n_rows_)),
+        ints_(aligned<int32_t>(2 * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)),
+        seen_(aligned<float>(n_workers * n_rows_)), n_seen_(n_workers * n_rows_) {}
+
+  RangeState of(int64_t range, int worker = 0) const {
+    const int64_t at = 2 * range * n_rows_;
+    return {floats_.get() + at,         floats_.get() + at + n_rows_,  ints_.get() + at,
+            ints_.get() + at + n_rows_, doubles_.get() + at,           doubles_.get() + at + n_rows_,
+            seen_.get() + worker * n_rows_};
+  }
+
+  void reset_seen() const { std::fill_n(seen_.get(), n_seen_, -kInfinity); }
+
+  RangeState cleared(int64_t range, int worker) const {
+    const RangeState state = of(range, worker);
+    std::fill_n(state.best, 2 * n_rows_, -kInfinity);
+    std::fill_n(state.argmax, 2 * n_rows_, 0);
+    std::fill_n(state.total, 2 * n_rows_, 0.0);
+    return state;
+  }
+
+ private:
+  int64_t n_rows_;
+  Aligned<float> floats_;
+  Aligned<int32_t> ints_;
+  Aligned<double> doubles_;
+  Aligned<float> seen_;  // [worker][row]
+  int64_t n_seen_;
+};
+
+// Merge the ranges of one row in ascending order and write its statistics.
+void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t row, const LensStats& stats,
+                int64_t out) {
+  float best = -kInfinity, peak = -kInfinity;
+  int64_t argmax = 0, rank = 0;
+  for (int64_t i = 0; i < ranges.count; ++i) {
+    const RangeState state = accumulators.of(i);
+    peak = std::max(peak, state.peak[row]);  // a softcap leaves one where all z are -inf
+    if (state.best[row] > best) {
+      best = state.best[row];
+      argmax = ranges.start(i) + state.argmax[row];
+    }
+    rank += state.rank[row];
+  }
+  double total = 0.0, weighted = 0.0;
+  for (int64_t i = 0; i < ranges.count; ++i) {
+    const RangeState state = accumulators.of(i);
+    // A range that has seen no logit but -inf has sums of 0 (or NaN, which must come through).
+    const double shift = state.peak[row] == -kInfinity ? 0.0 : static_cast<double>(state.peak[row]) - peak;
+    const double factor = std::exp(shift);
+    total += state.total[row] * factor;
+    weighted += (state.weighted[row] + shift * state.total[row]) * factor;
+  }
+  stats.argmax[out] = argmax;
+  stats.max_logit[out] = peak;
+  stats.logsumexp[out] = static_cast<float>(peak + std::log(total));
+  stats.entropy[out] = static_cast<float>(std::log(total) - weighted / total);
+  if (stats.target_rank) stats.target_rank[out] = rank;
+}
+
+class Driver {
+ public:
+  Driver(const LensProblem& problem, const LensKernels& kernels, int n_threads)
+      : problem_(problem), kernels_(kernels), n_threads_(n_threads), d_model_(problem.hidden.columns),
+        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_)),
+        block_rows_(std::min(round_up(std::max<int64_t>(problem.hidden.rows, 1), kernels.wide_panel),
+                             std::max<int64_t>(kPackedBytes / (4 * d_model_) / kernels.wide_panel, 1) *
+                                 kernels.wide_panel)),
+        scratch_floats_(kernels.scratch_floats(d_model_)), panels_(aligned<float>(block_rows_ * d_model_)),
+        targets_(aligned<int32_t>(block_rows_)), target_z_(aligned<float>(block_rows_)),
+        target_logit_(aligned<float>(block_rows_)),
+        scratch_(aligned<float>(scratch_floats_ * std::max(n_threads, 1))) {}
+
+  void run(const LensStats* stats) const {
+    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_, std::max(n_threads_, 1));
+    for (int64_t first = 0; first < problem_.hidden.rows; first += block_rows_) {
+      const PackedRows rows = pack(first);
+      scan(rows, stats ? &accumulators : nullptr);
+      if (stats) finish(rows, accumulators, *stats, first);
+    }
+  }
+
+ private:
+  float* scratch(int worker) const { return scratch_.get() + worker * scratch_floats_; }
+
+  PackedRows pack(int64_t first_row) const {
+    const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first_row), panels_.get(), targets_.get(),
+                          target_z_.get(), target_logit_.get()};
+    const int64_t n_panels = (rows.count + kernels_.wide_panel - 1) / kernels_.wide_panel;
+    constexpr double kFlopsPerElement = 64;  // what packing takes compared with multiplying
+    parallel_for(n_panels, useful_threads(kFlopsPerElement * rows.count * d_model_, n_threads_),
+                 [&](int64_t panel, int worker) {
+                   kernels_.pack_panel(problem_, first_row, rows, panel, scratch(worker));
+                 });
+    return rows;
+  }
+
+  void scan(const PackedRows& rows, const Accumulators* accumulators) const {
+    if (accumulators) accumulators->reset_seen();
+    const double flops = 2.0 * rows.count * d_model_ * problem_.unembedding.rows;
+    parallel_for(ranges_.count, useful_threads(flops, n_threads_), [&](int64_t range, int worker) {
+      const RangeState state = accumulators ? accumulators->cleared(range, worker) : RangeState{};
+      kernels_.scan_range(problem_, rows, ranges_.start(range), ranges_.start(range + 1),
+                          accumulators ? &state : nullptr, scratch(worker));
+    });
+  }
+
+  void finish(const PackedRows& rows, const Accumulators& accumulators, const LensStats& stats, int64_t first) const {
+    constexpr double kFlopsPerRange = 4096;  // what merging a range takes compared with multiplying
+    parallel_for(rows.count, useful_threads(kFlopsPerRange * rows.count * ranges_.count, n_threads_),
+                 [&](int64_t row, int) {
+                   finish_row(accumulators, ranges_, row, stats, first + row);
+                   if (stats.target_logit) stats.target_logit[first + row] = rows.target_logit[row];
+                 });
+  }
+
+  const LensProblem& problem_;
+  const LensKernels& kernels_;
+  const int n_threads_;
+  const int64_t d_model_;
+  const Ranges ranges_;
+  const int64_t block_rows_, scratch_floats_;
+  const Aligned<float> panels_;
+  const Aligned<int32_t> targets_;
+  const Aligned<float> target_z_, target_logit_, scratch_;
+};
+
+}  // namespace
+
+void fused_lens(const LensProblem& problem, const LensKernels& kernels, int n_threads, const LensStats& stats) {
+  Driver(problem, kernels, n_threads).run(&stats);
+}
+
+void product_only(const LensProblem& problem, const LensKernels& kernels, int n_threads) {
+  Driver(problem, kernels, n_threads).run(nullptr);
+}
+
+double fma_peak(const LensKernels& kernels, double milliseconds) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kRounds = 1 << 15;  // about half a millisecond: shorter than a time slice
+  const auto begin = Clock::now();
+  double best = 0.0;
+  do {
+    const auto start = Clock::now();
+    const double flops = kernels.multiply_adds(kRounds);
+    best = std::max(best, flops / std::chrono::duration<double>(Clock::now() - start).count());
+  } while (std::chrono::duration<double, std::milli>(Clock::now() - begin).count() < milliseconds);
+  return best;
+}
+
+}  // namespace refinelens

@@ -1,0 +1,94 @@
+// The fused lens over all rows and the whole vocabulary: what is computed, and the kernels of an instruction set that
+// compute it. No Python types.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.hpp"
+#include "common/matrix.hpp"
+
+namespace refinelens {
+
+struct NormSpec {
+  enum Kind { none, layer, rms } kind;
+  const float* weight;  // [d_model], or null for ones
+  const float* bias;    // [d_model], or null for zeros
+  double eps;
+};
+
+// z = scale * (norm(hidden) . unembedding_v + bias_v) decides argmax and rank; l = softcap * tanh(z / softcap) enters
+// the sums, or z itself where softcap is 0.
+struct LensProblem {
+  Matrix hidden;  // [rows, d_model]
+  NormSpec norm;
+  Matrix unembedding;  // [vocab_size, d_model], fewer than 2^31 tokens
+  const float* bias;   // [vocab_size], or null
+  float scale;
+  float softcap;
+  const int64_t* targets;  // [rows], or null
+};
+
+// One entry for every hidden row; the last two are null without targets.
+struct LensStats {
+  int64_t* argmax;
+  float* max_logit;
+  float* logsumexp;
+  float* entropy;
+  float* target_logit;
+  int64_t* target_rank;
+};
+
+// A block of hidden rows as the product reads it: as few panels of at most `wide_panel` rows as will do, each
+// [d_model][rows]. The other arrays have an entry for every row of the panels; the rows that fill up the last vector
+// have target -1.
+struct PackedRows {
+  int64_t count;
+  float* panels;
+  int32_t* targets;
+  float* target_z;
+  float* target_logit;
+};
+
+// Running statistics of a block of rows over a range of the vocabulary, laid out like the rows of PackedRows.
+struct RangeState {
+  float* best;       // largest z, -inf at first
+  float* peak;       // the logit of `best`; the sums below are relative to it
+  int32_t* argmax;   // lowest id that has `best`, counted from the start of the range; any where `seen` is larger
+  int32_t* rank;     // tokens that beat the target
+  double* total;     // sum of exp(l - peak)
+  double* weighted;  // sum of (l - peak) * exp(l - peak)
+  float* seen;       // a z that some token of this or another range has, or -inf: below it there is no argmax
+};
+
+struct LensKernels {
+  int64_t wide_panel;  // rows of the widest panel
+
+  // Tokens that are staged in cache at a time; ranges start at multiples of it.
+  int64_t (*block_tokens)(int64_t d_model);
+
+  // Floats that pack_panel and scan_range need, aligned to a cache line.
+  int64_t (*scratch_floats)(int64_t d_model);
+
+  // Norm, pack and find the targets' logits of panel `panel` of the block of rows that starts at `first_row`.
+  void (*pack_panel)(const LensProblem&, int64_t first_row, const PackedRows&, int64_t panel, float* scratch);
+
+  // Multiply all rows with tokens first to last and fold the logits into `state`; without state only multiply.
+  void (*scan_range)(const LensProblem&, const PackedRows&, int64_t first, int64_t last, const RangeState* state,
+                     float* scratch);
+
+  // `rounds` rounds of independent multiply-adds in registers; returns the floating-point operations they are.
+  double (*multiply_adds)(int64_t rounds);
+};
+
+const LensKernels& lens_kernels(Isa isa);
+
+// The same bits for any number of threads, and for a row whatever rows are beside it.
+void fused_lens(const LensProblem& problem, const LensKernels& kernels, int n_threads, const LensStats& stats);
+
+// The matrix product of fused_lens alone, thrown away tile by tile: the floor that benchmarks compare with.
+void product_only(const LensProblem& problem, const LensKernels& kernels, int n_threads);
+
+// Floating-point operations a second of one thread in multiply-adds between registers, the best of many bursts.
+double fma_peak(const LensKernels& kernels, double milliseconds);
+
+}  // namespace refinelens
