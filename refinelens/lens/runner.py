@@ -160,11 +160,6 @@ class ModelStates:
     n_saved: int  # tokens that another context had run
     written: object  # what ``then`` made of the context
 
-    @property
-    def n_rows(self) -> int:
-        """Rows that a lens reads: layers times positions."""
-        return self.hidden.shape[0] * self.hidden.shape[1]
-
 
 class ForwardRunner:
     """Runs contexts through one model.

@@ -235,7 +235,7 @@ class Predictor:
         for states in self._runner.run(asked, self._write, warn):
             held.append(states)
             del states  # else it would be held while the next contexts run
-            if sum(one.n_rows for one in held) >= ROWS_AT_A_TIME:
+            if sum(one.hidden[..., 0].numel() for one in held) >= ROWS_AT_A_TIME:
                 yield from self._read(held)
                 held.clear()
         yield from self._read(held)
@@ -259,7 +259,7 @@ class Predictor:
             counts = {
                 "contexts": 1,
                 "positions_read": len(states.input.positions),
-                "lens_rows": len(self._lenses) * states.n_rows,
+                "lens_rows": len(self._lenses) * states.hidden[..., 0].numel(),
                 "tokens_computed": len(states.input.ids) - states.n_saved,
                 "tokens_saved": states.n_saved,
                 "tokens_generated": states.written.n_tokens if states.written else 0,
