@@ -175,13 +175,13 @@ def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_
     """However many that are, the rows are the same; with few at a time a context is not divided."""
     from refinelens.lens.logit_lens import LogitLens
 
-    read, calls = LogitLens.read, []
+    read, calls = LogitLens.read_states, []
 
-    def spy(self, hidden, *arguments):
+    def spy(self, hidden, *arguments, **options):
         calls.append(hidden.shape[2])
-        return read(self, hidden, *arguments)
+        return read(self, hidden, *arguments, **options)
 
-    monkeypatch.setattr(LogitLens, "read", spy)
+    monkeypatch.setattr(LogitLens, "read_states", spy)
     run_sweep(options, tmp_path / "run")
     tokens = [1, 2, 1, 3, 1, 1]  # answers of one, two and three words
     assert calls == [n * (2 + 4) for n in tokens]
