@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from torch import Tensor
 from refinelens.data.prompts import DEFAULT_TEMPLATE, Context, build_context
 from refinelens.data.tasks import DistractorSource, choose_questions, load_task
 from refinelens.lens.logit_lens import LogitLens
-from refinelens.lens.prefix import Branches, branch_order, check_branching, difference
+from refinelens.lens.prefix import PrefixReuse, check_branching, difference
+from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.machine import device_name
 from refinelens.model.loading import LoadedModel, load_model
 
@@ -43,9 +43,10 @@ def main() -> None:
     loaded = load_model(options.model, "cpu")
     lens = LogitLens(loaded.model)
     print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
-    print(f"gate: {check_branching(lens).why}\n")
+    reuse = check_branching(lens)
+    print(f"gate: {reuse.why}\n")
     for size in map(int, options.documents.split(",")):
-        print(_measure(lens, size, _contexts(loaded, options, size)), flush=True)
+        print(_measure(lens, reuse, size, _contexts(loaded, options, size)), flush=True)
 
 
 def _contexts(loaded: LoadedModel, options: argparse.Namespace, size: int) -> list[list[Context]]:
@@ -61,31 +62,25 @@ def _contexts(loaded: LoadedModel, options: argparse.Namespace, size: int) -> li
     ]
 
 
-def run_whole(lens: LogitLens, contexts: list[Context]) -> Runs:
-    """Every context by itself, as a sweep does without prefix reuse."""
-    states = [lens.hidden(torch.tensor([c.input_ids]), torch.tensor([c.positions])) for c in contexts]
-    return states, sum(len(c.input_ids) for c in contexts)
-
-
-def run_branched(lens: LogitLens, contexts: list[Context]) -> Runs:
-    """The same with prefix reuse, as a sweep does."""
-    branches, states, tokens = Branches(lens), {}, 0
-    for index in branch_order([c.input_ids for c in contexts]):
-        c = contexts[index]
-        states[index] = branches.hidden(torch.tensor([c.input_ids]), torch.tensor([c.positions]))
-        tokens += len(c.input_ids) - branches.shared
+def _run(runner: ForwardRunner, contexts: list[Context]) -> Runs:
+    """As a sweep does."""
+    ran = list(runner.run([ModelInput(c.input_ids, c.answer_span.positions, c.where) for c in contexts]))
+    states = {one.index: one.hidden for one in ran}
+    tokens = sum(len(c.input_ids) for c in contexts) - sum(one.n_saved for one in ran)
     return [states[index] for index in range(len(contexts))], tokens
 
 
-def _measure(lens: LogitLens, size: int, questions: list[list[Context]]) -> str:
-    timed, found = {run_whole: [], run_branched: []}, []
+def _measure(lens: LogitLens, reuse: PrefixReuse, size: int, questions: list[list[Context]]) -> str:
+    runners = {"whole": ForwardRunner(lens), "branched": ForwardRunner(lens, reuse=reuse)}
+    _run(runners["branched"], questions[0])  # whose first contexts are also run whole, as a proof
+    timed, found = {name: [] for name in runners}, []
     for index, contexts in enumerate(questions):
         states = {}
-        for run in (run_whole, run_branched) if index % 2 else (run_branched, run_whole):
+        for name in list(runners)[:: -1 if index % 2 else 1]:
             start = time.process_time()
-            states[run], tokens = run(lens, contexts)
-            timed[run].append((time.process_time() - start, tokens))
-        for context, *pair in zip(contexts, states[run_whole], states[run_branched], strict=True):
+            states[name], tokens = _run(runners[name], contexts)
+            timed[name].append((time.process_time() - start, tokens))
+        for context, *pair in zip(contexts, states["whole"], states["branched"], strict=True):
             found.append(_compare(lens, context, *pair))
     return f"{size} documents, {len(questions)} questions: {_differences(found)}\n{_table(size, timed)}"
 
@@ -116,8 +111,8 @@ def _differences(found: list[list[float]]) -> str:
     )
 
 
-def _table(size: int, timed: dict[Callable, list[tuple[float, int]]]) -> str:
-    (whole, tokens), (branched, computed) = (zip(*timed[run], strict=True) for run in (run_whole, run_branched))
+def _table(size: int, timed: dict[str, list[tuple[float, int]]]) -> str:
+    (whole, tokens), (branched, computed) = (zip(*of, strict=True) for of in timed.values())
     ratios = [w / b for w, b in zip(whole, branched, strict=True)]
     ratio, token_ratio = statistics.median(ratios), sum(tokens) / sum(computed)
     goal = f"; goal {GOALS[size]}" if size in GOALS else ""

@@ -23,6 +23,7 @@ from .data.prompts import Context
 from .errors import InputError
 from .lens.files import Lens
 from .lens.logit_lens import LogitLens
+from .lens.runner import ForwardRunner
 from .machine import now
 from .model.identity import text_of
 from .op.vocabulary import lens_top_k
@@ -79,7 +80,7 @@ def widget(
     ids = context.input_ids
     positions = torch.arange(max(0, len(ids) - n_tokens), len(ids))
     following = [*ids, context.answer_ids[-1]][int(positions[0]) + 1 :]
-    states = logit_lens.hidden(torch.tensor([ids]), positions)[:, 0]  # [n_layers + 1, token, d_model]
+    states = ForwardRunner(logit_lens).states(ids, positions.tolist(), context.where)  # [n_layers + 1, token, d_model]
     states = states if lens.translators is None else lens.translators(states)
     top = lens_top_k(states, logit_lens.head, k).ids.cpu()
     logsumexp = logit_lens.stats(states).logsumexp

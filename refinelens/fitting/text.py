@@ -21,6 +21,7 @@ from ..config import SEQUENCES, SHORTEST, FitConfig
 from ..data.generated import TINY, training_texts
 from ..errors import InputError
 from ..lens.logit_lens import LogitLens
+from ..lens.runner import ForwardRunner
 from ..model.loading import LoadedModel
 
 BUILTIN = "builtin"
@@ -77,8 +78,8 @@ def load_text(name: str) -> Text:
         return Text(name, path, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> Iterator[Tensor]:
-    """At most ``limit`` sequences ``[1, length]`` of token ids, int64; documents follow each other, a rest is left.
+def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> Iterator[list[int]]:
+    """At most ``limit`` sequences of ``length`` token ids; documents follow each other, a rest is left.
 
     A sequence begins with the token that the tokenizer puts before a context, if it puts one there.
     """
@@ -94,7 +95,7 @@ def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit
         sequence = begin + list(islice(stream, length - len(begin)))
         if len(sequence) < length:
             return
-        yield torch.tensor([sequence])
+        yield sequence
 
 
 def _builtin_documents() -> list[str]:
@@ -166,7 +167,7 @@ class States:
     """
 
     def __init__(self, options: FitConfig, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
-        self._text, self._loaded, self._logit_lens = text, loaded, logit_lens
+        self._text, self._loaded, self._runner = text, loaded, ForwardRunner(logit_lens)
         length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
         self._limit = options.tokens // min(length, loaded.max_tokens or length)
         self._length = min(length, loaded.max_tokens or length)
@@ -188,16 +189,15 @@ class States:
             range(count - tenth, count),
         )
 
-    def _sequences(self, limit: int) -> Iterator[Tensor]:
+    def _sequences(self, limit: int) -> Iterator[list[int]]:
         for ids in sequences(self._text, self._loaded.tokenizer, self._length, limit):
-            self._loaded.check_ids(ids[0].tolist(), f"``text`` {self._text.name}")
+            self._loaded.check_ids(ids, f"``text`` {self._text.name}")
             yield ids
 
     def of(self, which: range) -> Iterator[Tensor]:
         """States ``[n_layers + 1, tokens, d_model]`` of some sequences, one after the other."""
-        positions = torch.arange(1, self._length)
         for ids in self._some(which):
-            yield self._logit_lens.hidden(ids, positions)[:, 0]
+            yield self._runner.states(ids, range(1, self._length))
 
     def sample(self, which: range, limit: int) -> Iterator[Tensor]:
         """The same of tokens drawn evenly from some sequences, ``limit`` of them at most, the same ones every time."""
@@ -207,7 +207,7 @@ class States:
         for index, ids in enumerate(self._some(which)):
             positions = drawn[drawn // per_sequence == index] % per_sequence + 1
             if len(positions):
-                yield self._logit_lens.hidden(ids, positions)[:, 0]
+                yield self._runner.states(ids, positions.tolist())
 
-    def _some(self, which: range) -> Iterator[Tensor]:
+    def _some(self, which: range) -> Iterator[list[int]]:
         return islice(self._sequences(which.stop), which.start, None)

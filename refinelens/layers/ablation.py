@@ -1,7 +1,7 @@
 """Asks one question again: interventions at every block in each of its contexts, and patches between them.
 
-One intervention is put at every block in turn, each run restarted from the stored state of its block; the lens reads
-the clean run and what remains of it.
+One intervention is put at every block in turn, each run replayed from the stored state of its block; the lens reads
+the clean run and the states downstream of the block.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import Tensor
 from ..config import PATCH, LayersConfig
 from ..data.prompts import Context
 from ..data.questions import Question
-from ..errors import FaultError, InputError
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
+from ..lens.runner import MemoryLimit, Proof, blamed_on
 from ..model.hooks import difference
-from ..model.loading import is_out_of_memory
 from ..store.layers import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 from ..store.trajectory import NONE, trajectories
 from ..sweeping.contexts import ContextBuilder
@@ -31,7 +30,7 @@ from .interventions import EVERY, LAST, Intervention, MeanContributions, patched
 
 @dataclass(frozen=True)
 class Reading:
-    """Target of one context at every layer, ``[1 + runs, n_layers + 1]``: the clean run, then one per struck block."""
+    """Target of one context at every layer, ``[1 + runs, n_layers + 1]``: the clean run, then one per ablated block."""
 
     ranks: np.ndarray  # int64, 0-based
     logprobs: np.ndarray  # fp32, nats
@@ -41,18 +40,18 @@ class Reading:
             raise ValueError(f"expected equal shapes, got {list(self.ranks.shape)} and {list(self.logprobs.shape)}")
 
 
-def read_scan(logit_lens: LogitLens, lens: Lens, clean: Tensor, remains: list[Tensor], target: int) -> Reading:
-    """Read every layer of a scan in one call of the op, so that clean and struck runs are read alike.
+def read_scan(logit_lens: LogitLens, lens: Lens, clean: Tensor, downstream: list[Tensor], target: int) -> Reading:
+    """Read every layer of a scan in one call of the op, so that clean and ablated runs are read alike.
 
     Args:
         logit_lens: Of the model.
         lens: What the layers are read with.
         clean: ``[n_layers + 1, d_model]``.
-        remains: As `scan` gives them: of block ``i`` layers ``i + 1 .. n_layers``.
+        downstream: As `scan` gives them: of block ``i`` layers ``i + 1 .. n_layers``.
         target: Token id.
     """
     n_layers = len(clean) - 1
-    by_layer = [torch.stack([clean[j], *(remains[i][j - i - 1] for i in range(j))]) for j in range(n_layers + 1)]
+    by_layer = [torch.stack([clean[j], *(downstream[i][j - i - 1] for i in range(j))]) for j in range(n_layers + 1)]
     read = _read(logit_lens, lens, by_layer, target)
     ranks, logprobs = (np.repeat(values[None], n_layers + 1, 0) for values in (_clean(read[0]), _clean(read[1])))
     for layer in range(1, n_layers + 1):
@@ -93,7 +92,7 @@ class ContextKey:
 
 
 def ablation_rows(asked: ContextKey, intervention: str, at: str, reading: Reading, top: int) -> pa.Table:
-    """One row per struck block, with the trajectory of what remains."""
+    """One row per ablated block, with the trajectory of its downstream states."""
     found = trajectories(reading.ranks, top, axis=-1)
     columns = {}
     for name in ("first_correct", "settle", "depth"):
@@ -141,9 +140,9 @@ def _table(
 
 
 def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -> list[Tensor]:
-    """What remains of a context when an intervention strikes each block in turn.
+    """Downstream states of a context when each block in turn is intervened on.
 
-    A run that was struck at block i needs blocks ``i + 1 .. n_layers - 1`` alone, so that the whole scan takes
+    A run that is ablated at block i needs blocks ``i + 1 .. n_layers - 1`` alone, so that the whole scan takes
     ``(n_layers - 1) / 2`` forward passes. All runs that are under way go through a block together. One that the
     intervention left as it was, bit for bit, is not run: it is the clean run.
 
@@ -155,12 +154,12 @@ def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -
     Returns:
         For each block ``i`` the states ``[n_layers - i, d_model]`` of layers ``i + 1 .. n_layers`` at the last token.
     """
-    under_way: dict[int, Tensor] = {}  # block that was struck: state
+    under_way: dict[int, Tensor] = {}  # ablated block: state
     kept: list[list[Tensor]] = [[] for _ in run.blocks]
     for index in range(run.n_layers):
-        struck = list(under_way)
-        for first in range(0, len(struck), at_a_time):
-            chunk = struck[first : first + at_a_time]
+        ablated = list(under_way)
+        for first in range(0, len(ablated), at_a_time):
+            chunk = ablated[first : first + at_a_time]
             states = run.block(index, torch.cat([under_way[i] for i in chunk]))
             under_way.update(zip(chunk, states.split(1), strict=True))
         clean, started = run.states[index + 1], start(index)
@@ -189,16 +188,16 @@ class AblationRunner:
         builder: ContextBuilder,
         logit_lens: LogitLens,
         lens: Lens,
-        restarts: BlockReplay,
+        replay: BlockReplay,
         targets: dict[tuple[int, int, int], int],
         top: int,
     ):
         self.means: MeanContributions | None = None
         self._options, self._builder, self._logit_lens, self._lens = options, builder, logit_lens, lens
-        self._restarts, self._targets, self._top = restarts, targets, top
-        self._cached = restarts.cached
-        self._proven = 0  # tokens of the longest context that was run from held keys and compared with itself run whole
-        self._at_most: int | None = None  # runs at a time, once memory ran out
+        self._replay, self._targets, self._top = replay, targets, top
+        self._cached = replay.cached
+        self._tokens = EVERY if options.at == "all" else LAST
+        self._proof, self._limit = Proof(), MemoryLimit()  # of held keys; of runs that go through a block together
 
     def contexts(self, question: Question) -> list[Context]:
         """All contexts that the run asked a question in."""
@@ -224,8 +223,8 @@ class AblationRunner:
         Raises:
             FaultError: Names the question, whatever went wrong.
         """
-        try:
-            tables, answered = [], []
+        tables, answered = [], []
+        with blamed_on(f"question {question.id}"):
             for context in self.contexts(question):
                 found, one = self._ablate(context, control=not answered)
                 tables += found
@@ -233,29 +232,20 @@ class AblationRunner:
             if PATCH in self._options.interventions:
                 tables += self._patch(answered)
             return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
-        except (InputError, FaultError):
-            raise
-        except Exception as error:
-            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
-
-    @property
-    def _tokens(self) -> slice:
-        return EVERY if self._options.at == "all" else LAST
 
     @property
     def _ablation_cached(self) -> bool:
-        """Whether the last token alone is run: nothing else changes where nothing else is struck."""
+        """Whether the last token alone is run: nothing else changes where nothing else is ablated."""
         return self._options.at == "answer" and self._cached
 
     def _record(self, context: Context, cached: bool) -> ActivationCache:
         ids = torch.tensor([context.input_ids[: context.prompt_length]])
         run = ActivationCache.record(self._logit_lens, ids, cached)
-        if not cached or context.prompt_length <= 2 * self._proven:
+        if not cached or not self._proof.is_due(context.prompt_length):
             return run
         whole = ActivationCache.record(self._logit_lens, ids)
         pair = (states.answer_states()[:, None, None] for states in (run, whole))
-        # The gate has seen a few tokens; a real context is longer, than a sliding window say.
-        self._proven, self._cached = context.prompt_length, difference(*pair) <= self._logit_lens.parity.tolerance
+        self._cached = difference(*pair) <= self._logit_lens.parity.tolerance
         return run if self._cached else whole
 
     def _ablate(self, context: Context, control: bool) -> tuple[list[pa.Table], Answered]:
@@ -263,9 +253,9 @@ class AblationRunner:
         names = [*self._options.ablations, *([CONTROL] if control and self._options.ablations else [])]
         tables, clean, asked = [], run.answer_states(), self._asked(context)
         for name in names:
-            way = Intervention(name, self._tokens, self._restarts.sublayers, self.means)
-            remains = self._scan(run, context, way.of_context(run))
-            reading = read_scan(self._logit_lens, self._lens, clean, remains, asked.target)
+            way = Intervention(name, self._tokens, self._replay.sublayers, self.means)
+            downstream = self._scan(run, context, way.of_context(run))
+            reading = read_scan(self._logit_lens, self._lens, clean, downstream, asked.target)
             tables.append(ablation_rows(asked, name, self._options.at, reading, self._top))
         if not names:
             reading = read_output(self._logit_lens, self._lens, clean, clean[:0], asked.target)
@@ -281,8 +271,8 @@ class AblationRunner:
                 continue
             run, asked = self._record(one.context, self._cached), self._asked(one.context)
             for source in sources:
-                remains = self._scan(run, one.context, patched(run, source.states))
-                ends = torch.stack([states[-1] for states in remains])
+                downstream = self._scan(run, one.context, patched(run, source.states))
+                ends = torch.stack([states[-1] for states in downstream])
                 reading = read_output(self._logit_lens, self._lens, run.answer_states(), ends, asked.target)
                 name = RESTORE if source.correct else DESTROY
                 tables.append(patch_rows(asked, name, source.context.gold_position, reading, self._top))
@@ -295,13 +285,5 @@ class AblationRunner:
     def _scan(self, run: ActivationCache, context: Context, start) -> list[Tensor]:
         """`scan`, fewer runs at a time from when memory ran out."""
         on_cpu, cached = run.states[0].device.type == "cpu", run.states[0].shape[1] == 1
-        while True:
-            size = self._restarts.at_a_time(context.prompt_length, cached, on_cpu)
-            size = size if self._at_most is None else min(size, self._at_most)
-            try:
-                return scan(run, start, size)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                self._at_most = size // 2
+        size = self._replay.at_a_time(context.prompt_length, cached, on_cpu)
+        return self._limit.run(size, lambda fits: scan(run, start, fits))

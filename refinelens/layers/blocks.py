@@ -148,7 +148,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Sublayers:
-    """The two parts of one block, of which nothing but the identity is left when both are silent."""
+    """The two parts of one block, of which nothing but the identity is left when both are zero-ablated."""
 
     attention: Sublayer
     mlp: Sublayer
@@ -158,7 +158,7 @@ def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
     """Find attention and feed-forward part of every block, whatever their names; None where there are none such.
 
     Attention is the direct child that carries something from other tokens to the last one. With it the child is
-    sought, the one with the most parameters first, that leaves exactly the identity when both are silent. A block
+    sought, the one with the most parameters first, that leaves exactly the identity when both are zero-ablated. A block
     whose attention happens to do nothing has them where another block has them.
 
     Args:

@@ -78,7 +78,7 @@ def _places(run: ActivationCache, tokens: slice) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Intervention:
-    """One way to strike any block of a model, at all tokens or at the last.
+    """One way to ablate any block of a model, at all tokens or at the last.
 
     - ``skip``: the block is the identity;
     - ``mean``: what it adds is replaced by what it adds on average;

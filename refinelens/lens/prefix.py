@@ -32,14 +32,9 @@ class Branches:
 
     def __init__(self, lens: LogitLens):
         self.shared = 0  # tokens that the last context took from the cache
+        self.cache: DynamicCache | None = None  # of the last context, for the next to branch off: not to be added to
         self._lens = lens
         self._ids: list[int] = []  # tokens in the cache
-        self._cache: DynamicCache | None = None
-
-    @property
-    def cache(self) -> DynamicCache | None:
-        """Keys and values of the last context, which the next one branches off from: not to be added to."""
-        return self._cache
 
     def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """As `LogitLens.hidden` of one context: ``[n_layers + 1, 1, n_positions, d_model]``.
@@ -51,10 +46,10 @@ class Branches:
         ids = input_ids[0].tolist()
         shared = min(shared_length(self._ids, ids), int(positions.min()))
         cache = self._branch(shared)
-        self._ids, self._cache = [], None  # a run that fails leaves a cache that nobody knows
+        self._ids, self.cache = [], None  # a run that fails leaves a cache that nobody knows
         with SkipHiddenKeys():
             states = self._lens.hidden(input_ids[:, shared:], positions - shared, None, cache)
-        self._ids, self._cache, self.shared = ids, cache, shared
+        self._ids, self.cache, self.shared = ids, cache, shared
         return states
 
     def _branch(self, shared: int) -> DynamicCache:
@@ -65,11 +60,11 @@ class Branches:
         """
         if shared == 0:
             return DynamicCache()
-        if self._cache.get_seq_length() != len(self._ids):
-            raise RuntimeError(f"expected a cache of {len(self._ids)} tokens, got {self._cache.get_seq_length()}")
+        if self.cache.get_seq_length() != len(self._ids):
+            raise RuntimeError(f"expected a cache of {len(self._ids)} tokens, got {self.cache.get_seq_length()}")
         if shared < len(self._ids):
-            self._cache.crop(shared - len(self._ids))  # negative: tokens to remove
-        return self._cache
+            self.cache.crop(shared - len(self._ids))  # negative: tokens to remove
+        return self.cache
 
 
 def branch_order(contexts: list[tuple[int, ...]]) -> list[int]:

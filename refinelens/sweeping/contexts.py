@@ -6,7 +6,7 @@ What a reader must know of their texts is said when a sweep begins and kept in i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from ..data.prompts import Context, Template, build_context
 from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
 from ..data.tasks import DistractorSource, Task
-from ..errors import CannotAskError, FaultError, InputError
+from ..errors import CannotAskError
 from ..lens.logit_lens import LogitLens
+from ..lens.runner import ForwardRunner, ModelInput, blamed_on_context
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
 from ..report.rows import counted
@@ -41,7 +42,7 @@ def best_alias(scores: dict[int, float]) -> Alias:
     """The answer of the highest score, of equal ones the first.
 
     Args:
-        scores: By the place of every answer that can be asked for, in their order, see `alias_score`.
+        scores: By the place of every answer that can be asked for, in their order, see `alias_scores`.
     """
     index = max(scores, key=scores.__getitem__)
     if len(scores) == 1:
@@ -50,15 +51,24 @@ def best_alias(scores: dict[int, float]) -> Alias:
     return Alias(index, f"best of {len(scores)}: {scores[index]:.2f} against {others:.2f} nats a token")
 
 
-def alias_score(lens: LogitLens, context: Context) -> float:
-    """Mean log-probability per token, nats, that the model gives all that follows the prompt by itself.
+def alias_scores(runner: ForwardRunner, contexts: Sequence[Context]) -> list[float]:
+    """Mean log-probability per token, nats, that the model gives all that follows each prompt by itself.
 
     That is the teacher-forced answer, with the space before it where that is a token: no answer gets one for nothing.
+
+    Raises:
+        FaultError: Names the context at fault.
     """
-    span = context.reply_span
-    hidden = lens.hidden(torch.tensor([context.input_ids]), torch.tensor([list(span.positions)]))
-    targets = torch.tensor([span.next_ids], device=hidden.device)
-    return float(lens.stats(hidden[-1], targets).target_logprob.double().mean())
+    spans = [context.reply_span for context in contexts]
+    inputs = [ModelInput(c.input_ids, s.positions, c.where) for c, s in zip(contexts, spans, strict=True)]
+    scores = [0.0] * len(contexts)
+
+    for ran in runner.run(inputs):
+        with blamed_on_context(inputs[ran.index]):
+            targets = torch.tensor(spans[ran.index].next_ids, device=ran.hidden.device)
+            logprobs = runner.lens.stats(ran.hidden[-1], targets).target_logprob
+            scores[ran.index] = float(logprobs.double().mean())
+    return scores
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class ContextBuilder:
         self._options = options
         self._template = template
         self._loaded = loaded
-        self._logit_lens = logit_lens
+        self._runner = ForwardRunner(logit_lens)
         self._distractors = DistractorSource(task, options.seed)
 
     def build(self, question: Question) -> QuestionContexts:
@@ -133,7 +143,8 @@ class ContextBuilder:
         if self._any_too_long(list(contexts.values())):
             return Alias(min(contexts), f"first: {CONTEXT_TOO_LONG}"), 0
         n_tokens = sum(len(context.input_ids) for context in contexts.values())
-        return best_alias({alias: self._score(context) for alias, context in contexts.items()}), n_tokens
+        scores = alias_scores(self._runner, list(contexts.values()))
+        return best_alias(dict(zip(contexts, scores, strict=True))), n_tokens
 
     def _of_aliases(self, question: Question) -> dict[int, Context]:
         """The oracle context of every answer that the model can be asked for."""
@@ -146,12 +157,6 @@ class ContextBuilder:
         if not found:
             raise reason
         return found
-
-    def _score(self, context: Context) -> float:
-        try:
-            return alias_score(self._logit_lens, context)
-        except InputError as error:
-            raise FaultError(f"{context.where}: {error}") from None
 
     def _any_too_long(self, contexts: list[Context]) -> bool:
         lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)

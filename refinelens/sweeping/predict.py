@@ -1,111 +1,94 @@
-"""Prediction rows of a question: contexts, one forward pass per batch, every layer through every lens."""
+"""The questions of a sweep: their contexts, forward passes, every layer through every lens, rows."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from ..config import SweepConfig
-from ..data.prompts import Context, Span
+from ..config import SweepConfig, gold_positions
+from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
-from ..errors import FaultError, InputError
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
-from ..lens.prefix import Branches, branch_order, choose_reuse, compare
+from ..lens.prefix import choose_reuse
 from ..lens.reading import LayerReading
+from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
 from ..model.identity import text_of
-from ..model.loading import LoadedModel, is_out_of_memory
+from ..model.loading import LoadedModel
 from ..store.results import NO_ANSWER_TOKEN, PREDICTIONS, QuestionResult
 from .contexts import ContextBuilder
 from .generate import Generation, Generator, check_cache
 
-TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 STATISTICS = ("argmax", "target_rank", "target_logprob", "max_logprob", "entropy")
 COUNTS = (
     *("contexts", "passages_replaced", "positions_read", "lens_rows"),
     *("tokens_computed", "tokens_saved", "tokens_generated"),
 )
 ROWS_AT_A_TIME = 4096  # of one call of a lens, layers times positions, unless one context has more
+CONTEXTS_AT_A_TIME = 64  # of questions that share batches
 SPANS = {"answer": "answer_span", "all": "whole_span"}
 
 
-class Batching:
-    """Splits contexts into batches, and into smaller ones from the moment memory ran out."""
+def questions_together(options: SweepConfig, device_type: str) -> int:
+    """How many neighbouring questions share their batches.
 
-    def __init__(self, options: SweepConfig, device_type: str):
-        self.at_most: int | None = None  # contexts, once memory ran out
-        self._options = options
-        self._on_cpu = device_type == "cpu"
-
-    def split(self, contexts: list[Context]) -> Iterator[list[Context]]:
-        """Batches in order; how large the next one is depends on how the last one went."""
-        while contexts:
-            size = self._size(contexts)
-            yield contexts[:size]
-            contexts = contexts[size:]
-
-    def shrink(self, batch: list[Context]) -> str:
-        """Take note that there was no memory for a batch, and say so in one line."""
-        self.at_most = max(1, len(batch) // 2)
-        return (
-            f"out of memory with {len(batch)} contexts of {len(batch[0].input_ids)} tokens; from here on at most "
-            f"{self.at_most} at a time"
-        )
-
-    def _size(self, contexts: list[Context]) -> int:
-        if self._options.batch_size != "auto":
-            size = int(self._options.batch_size)
-        elif self._on_cpu or self._options.positions == "all":
-            size = 1  # several at a time bring nothing on a CPU; all states of a context are much to hold
-        else:
-            size = max(1, TOKENS_PER_BATCH // max(len(context.input_ids) for context in contexts))
-        return size if self.at_most is None else min(size, self.at_most)
+    It follows from the manifest, as does which: a run that is gone on with, or that several workers share, has the same
+    batches, and so the same bits.
+    """
+    size = options.batch_size
+    alone = options.positions == "all" or options.reuse_prefix == "on"  # much to hold; contexts that run one by one
+    if alone or size == "1" or (size == "auto" and device_type == "cpu"):
+        return 1
+    n_contexts = sum(len(gold_positions(options.gold_positions, n)) for n in options.documents)
+    return max(1, max(CONTEXTS_AT_A_TIME, 0 if size == "auto" else int(size)) // n_contexts)
 
 
-@dataclass(frozen=True)
-class ContextStates:
-    """A context that was run: its residual stream where it is to be read, and the text it goes on with, if any."""
+def groups_of(places: Sequence[int], together: int) -> list[tuple[int, ...]]:
+    """Places of questions, in ascending order, with those that share batches side by side."""
+    groups: dict[int, list[int]] = {}
+    for place in places:
+        groups.setdefault(place // together, []).append(place)
+    return list(map(tuple, groups.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedContext(ModelInput):
+    """A context as it is run, and what is looked for in it."""
 
     context: Context
-    span: Span
-    hidden: Tensor  # [n_layers + 1, n_positions, d_model]
-    generation: Generation | None
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that a lens reads: layers times positions."""
-        return self.hidden.shape[0] * self.hidden.shape[1]
+    alias: Alias
+    next_ids: tuple[int, ...]  # the token that follows each position
 
 
 @dataclass(frozen=True)
 class ContextReading:
     """What was read of one context, on the CPU."""
 
-    context: Context
-    span: Span
+    asked: AskedContext
     target_ids: Tensor  # [n_positions] int64
     readings: dict[str, LayerReading]  # by lens, fields [n_layers + 1, n_positions]
     generation: Generation | None
 
 
 def read_contexts(
-    ran: Sequence[ContextStates], logit_lens: LogitLens, lenses: Sequence[Lens], target: str
+    ran: Sequence[ModelStates], logit_lens: LogitLens, lenses: Sequence[Lens], target: str
 ) -> list[ContextReading]:
     """Read every layer of several contexts through every lens.
 
     The unembedding is fetched once for all of them: with a context at a time, that would be most of the work.
 
     Args:
-        ran: Contexts, at least one.
+        ran: What came of each `AskedContext`, at least one.
         logit_lens: Of their model.
         lenses: What to read them through.
         target: ``answer``, the token that follows, or ``prediction``, the model's own.
@@ -117,29 +100,22 @@ def read_contexts(
     if target == "prediction":
         targets = logit_lens.stats(hidden[-1]).argmax
     else:
-        targets = torch.tensor([[id for one in ran for id in one.span.next_ids]], device=hidden.device)
-    read = partial(logit_lens.read_states, hidden, targets, check_last=False)
-    readings = {lens.name: read(lens.translators).to("cpu") for lens in lenses}
-    targets, found, start = targets[0].cpu(), [], 0
-    for one in ran:
-        end = start + len(one.span.next_ids)
-        own = {name: reading.of(start, end) for name, reading in readings.items()}
-        found.append(ContextReading(one.context, one.span, targets[start:end], own, one.generation))
-        start = end
-    return found
+        targets = torch.tensor([[id for one in ran for id in one.input.next_ids]], device=hidden.device)
+    readings = {
+        lens.name: logit_lens.read_states(hidden, targets, lens.translators, check_last=False).to("cpu")
+        for lens in lenses
+    }
+    targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
+    return [
+        ContextReading(one.input, targets[start:end], {n: r.of(start, end) for n, r in readings.items()}, one.written)
+        for one, (start, end) in zip(ran, pairwise(ends), strict=True)
+    ]
 
 
-def prediction_table(read: ContextReading, alias: Alias, text: Callable[[int], str]) -> pa.Table:
-    """Rows of `PREDICTIONS`, lens by lens, one per position.
-
-    Args:
-        read: A context.
-        alias: The answer of its question that is the target.
-        text: The text of a token id.
-    """
-    shared = _shared_columns(read, alias, text)
-    tables = [_table(shared, lens, reading, text) for lens, reading in read.readings.items()]
-    return pa.concat_tables(tables)
+def prediction_table(read: ContextReading, text: Callable[[int], str]) -> pa.Table:
+    """Rows of `PREDICTIONS`, lens by lens, one per position, with ``text(id)`` of every token id."""
+    shared = _shared_columns(read, text)
+    return pa.concat_tables([_table(shared, lens, reading, text) for lens, reading in read.readings.items()])
 
 
 def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int], str]) -> pa.Table:
@@ -150,12 +126,12 @@ def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int],
     return pa.table([columns[name] for name in PREDICTIONS.names], PREDICTIONS.names).cast(PREDICTIONS)
 
 
-def _shared_columns(read: ContextReading, alias: Alias, text: Callable[[int], str]) -> dict:
+def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
     """Columns that all lenses have alike."""
-    context, n = read.context, len(read.span.next_ids)
+    asked, context, n = read.asked, read.asked.context, len(read.asked.next_ids)
     start, end = context.gold_span or (None, None)
     written = None if read.generation is None else read.generation.text
-    target_ids, next_ids = read.target_ids.numpy(), np.array(read.span.next_ids)
+    target_ids, next_ids = read.target_ids.numpy(), np.array(asked.next_ids)
     constants = {
         "question_id": context.question.id,
         "source_id": context.question.source_id,
@@ -164,12 +140,12 @@ def _shared_columns(read: ContextReading, alias: Alias, text: Callable[[int], st
         "n_tokens": len(context.input_ids),
         "gold_start": start,
         "gold_end": end,
-        "alias": alias.index,
-        "alias_why": alias.why,
+        "alias": asked.alias.index,
+        "alias_why": asked.alias.why,
         "generated": written,
         "generated_correct": None if written is None else best_subspan_em(written, context.question.answers),
     }
-    positions = np.array(read.span.positions)
+    positions = np.array(asked.positions)
     answer_token = np.maximum(positions - (context.prompt_length - 1), NO_ANSWER_TOKEN)
     return {name: pa.array([value] * n, PREDICTIONS.field(name).type) for name, value in constants.items()} | {
         "position": positions,
@@ -205,171 +181,87 @@ class Predictor:
         logit_lens: LogitLens,
         lenses: list[Lens],
     ):
-        self.options = options
-        self.counts: Counter[str] = Counter()  # of the question that is asked
-        self.warnings: list[str] = []
-        self.reuse = choose_reuse(options, logit_lens)
-        self.left_out: dict[str, list[int]] = {}  # reason: question ids, of the question that is asked
-        self._loaded = loaded
-        self._logit_lens = logit_lens
-        self._lenses = lenses
-        self._branches: Branches | None = None  # of the question that is asked, while its contexts branch off
-        self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
-        # Whether the pass that the lens reads keeps a cache for generation to go on from.
-        self._cached = bool(options.generate) and (self.reuse.used or check_cache(logit_lens).used)
-        self._proven = 0  # tokens of the longest context that branched off and was compared with itself run whole
-        self._builder = builder
-        self._batching = Batching(options, loaded.model.device.type)
+        self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
+        self._together = questions_together(options, loaded.model.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
+        self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
+        reuse = choose_reuse(options, logit_lens)
+        keeps_cache = bool(options.generate) and (reuse.used or check_cache(logit_lens).used)
+        size = None if options.batch_size == "auto" else int(options.batch_size)
+        size = 1 if size is None and options.positions == "all" else size  # all states of a context are much to hold
+        self._runner = ForwardRunner(logit_lens, size, reuse, keeps_cache)
 
-    def ask(self, question: Question) -> QuestionResult:
-        """All that comes of one question, at every context size and gold position it can be asked at.
+    def ask(self, questions: Sequence[Question], places: Sequence[int]) -> list[QuestionResult]:
+        """All that comes of the questions at some places, at every context size and gold position.
 
-        Raises:
-            FaultError: Names the question, whatever went wrong.
-        """
-        self.counts, self.warnings = Counter(dict.fromkeys(COUNTS, 0)), []
-        try:
-            rows = self.rows(question)
-        except (InputError, FaultError):
-            raise
-        except Exception as error:
-            raise FaultError(f"question {question.id}: {type(error).__name__}: {error}") from error
-        notes = {"prefix_reuse": asdict(self.reuse), "contexts_at_a_time_at_most": self._batching.at_most}
-        return QuestionResult(rows, dict(self.counts), self.left_out, notes, tuple(self.warnings))
-
-    def rows(self, question: Question) -> pa.Table:
-        """Prediction rows of one question."""
-        found = self._builder.build(question)
-        self.counts.update(
-            contexts=len(found.contexts), passages_replaced=found.n_replaced, tokens_computed=found.n_tokens
-        )
-        self.left_out = found.left_out
-        read = self._ask(found.contexts)
-        tables = {reading.context: prediction_table(reading, found.alias, self._text) for reading in read}
-        return pa.concat_tables([PREDICTIONS.empty_table(), *(tables[context] for context in found.contexts)])
-
-    def _ask(self, contexts: list[Context]) -> Iterator[ContextReading]:
-        """Run all contexts of a question and read them, as many at a time as `ROWS_AT_A_TIME` allows, in any order."""
-        batches = self._batching.split(contexts)
-        if self.reuse.used:
-            self._branches = Branches(self._logit_lens)  # nothing of other questions: each gives the same by itself
-            batches = ([contexts[index]] for index in branch_order([c.input_ids for c in contexts]))
-        ran: list[ContextStates] = []
-        for batch in batches:
-            ran += self._run(batch)
-            if sum(one.n_rows for one in ran) >= ROWS_AT_A_TIME:
-                yield from self._read(ran)
-                ran = []
-        yield from self._read(ran)
-
-    def _run(self, batch: list[Context]) -> list[ContextStates]:
-        try:
-            ran = self._states(batch)
-        except (InputError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, InputError) and not is_out_of_memory(error):
-                raise
-            failure = error.with_traceback(None)  # or its frames would hold the tensors that there was no room for
-        else:
-            saved = 0 if self._branches is None else self._branches.shared
-            self.counts["tokens_computed"] += sum(len(context.input_ids) for context in batch) - saved
-            self.counts["tokens_saved"] += saved
-            self.counts["tokens_generated"] += sum(one.generation.n_tokens for one in ran if one.generation)
-            return ran
-        return [one for part in self._after(failure, batch) for one in self._run(part)]
-
-    def _after(self, failure: Exception, batch: list[Context]) -> Iterable[list[Context]]:
-        """What to run in place of a batch that failed: smaller ones, or the same without a cache.
+        Args:
+            questions: All of the sweep.
+            places: One of `groups_of`. The questions that share its batches run too, so that these are what they are.
 
         Raises:
-            FaultError: Names the context at fault.
+            FaultError: Names the question or the context, whatever went wrong.
         """
-        torch.cuda.empty_cache()
-        out_of_memory = not isinstance(failure, InputError)
-        if out_of_memory and self._branches is not None:
-            self._branches = None  # without a cache it may fit
-            return [batch]
-        if len(batch) == 1:
-            raise _name_context(batch[0], failure)
-        if out_of_memory:
-            self.warnings.append(self._batching.shrink(batch))
-            return self._batching.split(batch)
-        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]  # the one at fault is found and named
+        first = places[0] // self._together * self._together
+        found, asked, warnings = [], [], []
+        for question in questions[first : first + self._together]:
+            with blamed_on(f"question {question.id}"):
+                found.append(self._builder.build(question))
+            asked += [self._asked(context, found[-1].alias) for context in found[-1].contexts]
+        rows = dict(self._rows(asked, warnings.append))
+        notes = {"prefix_reuse": asdict(self._runner.reuse), "contexts_at_a_time_at_most": self._runner.limit.at_most}
+        results, index = [], iter(range(len(asked)))
+        for place, one in enumerate(found, first):
+            own = [rows[next(index)] for _ in one.contexts]
+            if place in places:
+                counts = Counter(dict.fromkeys(COUNTS, 0))
+                counts.update(passages_replaced=one.n_replaced, tokens_computed=one.n_tokens)
+                for _, of_context in own:
+                    counts.update(of_context)
+                table = pa.concat_tables([PREDICTIONS.empty_table(), *(table for table, _ in own)])
+                results.append(QuestionResult(table, dict(counts), one.left_out, notes, tuple(warnings)))
+                warnings = []
+        return results
 
-    def _states(self, batch: list[Context]) -> list[ContextStates]:
-        """Run contexts together, padded on the right, their spans by repeating the last token; padding is not kept."""
-        spans = [getattr(context, SPANS[self.options.positions]) for context in batch]
-        n_tokens = max(len(c.input_ids) for c in batch)
-        n_read = max(len(span.next_ids) for span in spans)
-        ids = torch.tensor([_pad(c.input_ids, n_tokens, c.input_ids[-1]) for c in batch])
-        mask = torch.tensor([_pad([1] * len(c.input_ids), n_tokens, 0) for c in batch])
-        positions = torch.tensor([_pad(span.positions, n_read, span.positions[-1]) for span in spans])
-        hidden, cache = self._hidden(ids, positions, mask)
-        generations = self._generate(batch, cache)
-        return [
-            ContextStates(context, span, hidden[:, index, : len(span.next_ids)], generation)
-            for index, (context, span, generation) in enumerate(zip(batch, spans, generations, strict=True))
-        ]
+    def _asked(self, context: Context, alias: Alias) -> AskedContext:
+        span = getattr(context, SPANS[self._options.positions])
+        own = {"context": context, "alias": alias, "next_ids": span.next_ids}
+        return AskedContext(context.input_ids, span.positions, context.where, **own)
 
-    def _generate(self, batch: list[Context], cache: Cache | None) -> list[Generation] | list[None]:
+    def _rows(
+        self, asked: list[AskedContext], warn: Callable[[str], None]
+    ) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
+        """Rows and counts of every context, by its index, in any order."""
+        held: list[ModelStates] = []
+        for states in self._runner.run(asked, self._write, warn):
+            held.append(states)
+            del states  # else it would be held while the next contexts run
+            if sum(one.hidden[..., 0].numel() for one in held) >= ROWS_AT_A_TIME:
+                yield from self._read(held)
+                held.clear()
+        yield from self._read(held)
+
+    def _write(self, asked: list[AskedContext], cache: Cache | None) -> list[Generation | None]:
         """A text per context, which goes on from its prompt by itself."""
         if self._generator is None:
-            return [None] * len(batch)
-        return self._generator.generate([c.prompt_ids for c in batch], [c.n_shared for c in batch], cache)
+            return [None] * len(asked)
+        contexts = [one.context for one in asked]
+        return self._generator.generate([c.prompt_ids for c in contexts], [c.n_shared for c in contexts], cache)
 
-    def _read(self, ran: list[ContextStates]) -> Iterator[ContextReading]:
+    def _read(self, held: list[ModelStates]) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
         """Read contexts that were run, together unless something is wrong with one of them."""
-        if not ran:
-            return
-        try:
-            read = read_contexts(ran, self._logit_lens, self._lenses, self.options.target)
-        except (InputError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, InputError) and not is_out_of_memory(error):
-                raise
-            failure = error.with_traceback(None)
-        else:
-            self.counts["positions_read"] += sum(len(one.span.positions) for one in ran)
-            self.counts["lens_rows"] += sum(one.n_rows for one in ran) * len(self._lenses)
-            yield from read
-            return
-        if len(ran) == 1:
-            raise _name_context(ran[0].context, failure)
-        torch.cuda.empty_cache()
-        for half in (ran[: len(ran) // 2], ran[len(ran) // 2 :]):
-            yield from self._read(half)
 
-    def _hidden(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, Cache | None]:
-        """``[n_layers + 1, batch, answer tokens, d_model]``, and a cache for generation to go on from, if there is one.
+        def rows(ran: list[ModelStates]) -> list[pa.Table]:
+            read = read_contexts(ran, self._logit_lens, self._lenses, self._options.target)
+            return [prediction_table(of_context, self._text) for of_context in read]
 
-        The first context that branches off also runs whole, and then every one more than twice as long as all that did.
-
-        The gate has seen a few tokens; a real context is longer, than a sliding window say. Those runs are not counted.
-        """
-        if self._branches is None:
-            cache = DynamicCache() if self._cached else None
-            return self._logit_lens.hidden(ids, positions, mask, cache), cache
-        branched = self._branches.hidden(ids, positions)
-        if self._branches.shared == 0 or ids.shape[1] <= 2 * self._proven:
-            return branched, self._branches.cache
-        whole = self._logit_lens.hidden(ids, positions, mask)
-        self.reuse, self._proven = compare(self._logit_lens, [(branched, whole)]), ids.shape[1]
-        if self.reuse.used:
-            return branched, self._branches.cache
-        self._branches, self._cached = None, False
-        return whole, None
-
-
-def _name_context(context: Context, error: Exception) -> FaultError:
-    what = str(error)
-    if not isinstance(error, InputError):
-        what = (
-            f"``device``: expected memory for one context of {len(context.input_ids)} tokens, got out of memory; use "
-            "fewer documents, a smaller model or ``dtype='bfloat16'``"
-        )
-    return FaultError(f"{context.where}: {what}")
-
-
-def _pad(values, length: int, value: int) -> list[int]:
-    return [*values, *[value] * (length - len(values))]
+        tables = [table for part in in_batches(held, rows, lambda one: one.input) for table in part]
+        for states, table in zip(held, tables, strict=True):
+            counts = {
+                "contexts": 1,
+                "positions_read": len(states.input.positions),
+                "lens_rows": len(self._lenses) * states.hidden[..., 0].numel(),
+                "tokens_computed": len(states.input.ids) - states.n_saved,
+                "tokens_saved": states.n_saved,
+                "tokens_generated": states.written.n_tokens if states.written else 0,
+            }
+            yield states.index, (table, counts)

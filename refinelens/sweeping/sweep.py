@@ -29,7 +29,7 @@ from ..store.process import Interrupted, RunLock, StopSignals
 from ..store.results import QuestionResult, Run, open_run
 from .contexts import ContextBuilder, remarks
 from .manifest import RunSpec, make_manifest, resumed_entry
-from .predict import Predictor
+from .predict import Predictor, groups_of, questions_together
 from .recorder import RunWriter
 from .workers import Workers, check_workers
 
@@ -109,12 +109,12 @@ class SweepInputs:
         return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places one after another, each with its outcome, until ``stopped``."""
+        """Ask the questions at these places, each with its outcome, in their order, until ``stopped``."""
         predictor = self.predictor()
-        for place in places:
+        for group in groups_of(places, questions_together(self.options, self.loaded.model.device.type)):
             if stopped():
                 return
-            yield place, predictor.ask(self.questions[place])
+            yield from zip(group, predictor.ask(self.questions, group), strict=True)
 
 
 def _check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:

@@ -1,7 +1,7 @@
 """A process that asks questions for another one: ``python -m refinelens.sweeping.worker FD``, which `Workers` starts.
 
 Over the connection it is given it takes options and manifest, loads everything, says that it is ready, and then answers
-the place of each question with a `QuestionResult`. An exception is the answer to whatever went wrong, and the last
+the places of questions with a `QuestionResult` each. An exception is the answer to whatever went wrong, and the last
 one.
 """
 
@@ -36,7 +36,8 @@ def _answer(connection: Connection) -> None:
     predictor = inputs.predictor()
     connection.send(None)  # ready
     while True:
-        connection.send(predictor.ask(inputs.questions[connection.recv()]))
+        for result in predictor.ask(inputs.questions, connection.recv()):
+            connection.send(result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -20,6 +20,7 @@ from ..errors import FaultError, InputError
 from ..machine import module_command, module_path
 from ..store.results import QuestionResult
 from .manifest import RunSpec
+from .predict import groups_of, questions_together
 
 AHEAD = 4  # questions per worker that may be finished before an earlier one is
 POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
@@ -34,7 +35,8 @@ class Workers:
 
     def __init__(self, options: SweepConfig, spec: RunSpec, count: int, warn: Callable[[str], None]):
         self._setup = (options, spec)
-        self._on_gpu = spec.manifest["model"]["device"] == "cuda"
+        device_type = spec.manifest["model"]["device"]
+        self._on_gpu, self._together = device_type == "cuda", questions_together(options, device_type)
         self._count = count
         self._warn = warn
 
@@ -71,28 +73,26 @@ class Workers:
     def _ask(
         self, workers: list[_Worker], places: list[int], stopped: Callable[[], bool]
     ) -> Iterator[tuple[int, QuestionResult]]:
-        todo: deque[int] = deque(range(len(places)))
+        todo, ahead = deque(groups_of(places, self._together)), AHEAD * self._count * self._together
         arrived: dict[int, QuestionResult] = {}
-        n_yielded = 0
-        while n_yielded < len(places):
+        index, left = {place: number for number, place in enumerate(places)}, deque(places)
+        while left:
             for worker in wait(workers, POLL_SECONDS):
                 try:
                     arrived |= worker.receive()
                 except EOFError:
                     workers.remove(worker)
                     self._on_worker_exit(worker, len(workers))
-                    todo.extendleft(worker.task)
-            while n_yielded in arrived:
-                yield places[n_yielded], arrived.pop(n_yielded)
-                n_yielded += 1
+                    todo.extendleft(filter(None, [worker.task]))
+            while left and left[0] in arrived:
+                yield left[0], arrived.pop(left.popleft())
             if stopped():
                 todo.clear()
                 if not any(worker.task for worker in workers):
                     return
             for worker in workers:
-                if worker.is_free and todo and todo[0] < n_yielded + AHEAD * self._count:
-                    index = todo.popleft()
-                    worker.send(index, places[index])
+                if worker.is_free and todo and index[todo[0][0]] < len(places) - len(left) + ahead:
+                    worker.send(todo.popleft())
 
     def _on_worker_exit(self, worker: _Worker, left: int) -> None:
         """Say that a worker died and how.
@@ -104,7 +104,7 @@ class Workers:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if not left:
             raise FaultError(f"``workers`` {self._count}: expected one that lives, got none; the last of them {how}")
-        again = "; its question goes to another" if worker.task else ""
+        again = f"; its question{'s go' if len(worker.task) > 1 else ' goes'} to another" if worker.task else ""
         self._warn(f"worker {worker.process.pid} {how}{again}; {left} of {self._count} left")
 
     def _environment(self, index: int, count: int) -> dict[str, str]:
@@ -136,7 +136,7 @@ class _Worker:
     process: subprocess.Popen
     connection: Connection
     is_ready: bool = False
-    task: tuple[int, ...] = ()  # the index of its question, if it has one
+    task: Sequence[int] = ()  # places of the questions that it has yet to answer, in order
 
     @classmethod
     def start(cls, environment: dict[str, str], setup: tuple) -> _Worker:
@@ -162,14 +162,14 @@ class _Worker:
         """For `wait`."""
         return self.connection.fileno()
 
-    def send(self, index: int, place: int) -> None:
-        """Ask a question."""
-        self.task = (index,)
+    def send(self, places: Sequence[int]) -> None:
+        """Ask questions."""
+        self.task = places
         with suppress(OSError):
-            self.connection.send(place)
+            self.connection.send(places)
 
     def receive(self) -> dict[int, QuestionResult]:
-        """What it answered, by the index of its question.
+        """What it answered, by the place of its question.
 
         Raises:
             EOFError: It has died.
@@ -185,8 +185,8 @@ class _Worker:
         if isinstance(message, Exception):
             raise message
         if isinstance(message, QuestionResult):
-            (index,), self.task = self.task, ()
-            return {index: message}
+            place, *self.task = self.task
+            return {place: message}
         self.is_ready = True
         return {}
 

@@ -31,7 +31,7 @@ def lens_of(model):
 
 
 def ablated(lens, name, tokens=EVERY, cached=False, at_a_time=1, ids=IDS, means=None):
-    """What remains under one intervention at every block: see `scan`."""
+    """Downstream states under one intervention at every block: see `scan`."""
     sublayers = check_replay(lens).sublayers if name in HALVES else []
     run = ActivationCache.record(lens, ids, cached)
     return run, scan(run, Intervention(name, tokens, sublayers, means).of_context(run), at_a_time)
@@ -81,7 +81,7 @@ def test_doctor_says_what_can_be_intervened_on(name, halves):
 def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
     """The model itself runs whole, with a hook that gives a block's input as its output."""
     lens = lens_of(build(name))
-    _, remains = ablated(lens, "skip", tokens)
+    _, downstream = ablated(lens, "skip", tokens)
     for index, block in enumerate(lens.blocks):
 
         def skip(_module, args, kwargs, output):
@@ -93,12 +93,12 @@ def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
 
         with hooked(block, skip):
             own = lens.hidden(IDS, torch.tensor([10]))[index + 1 :, 0, 0]
-        assert torch.equal(remains[index], own)
+        assert torch.equal(downstream[index], own)
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - POST_NORM))
 def test_halves_leave_what_the_other_half_adds(name):
-    """Silent attention and silent feed-forward part together are a skip; each alone is neither that nor nothing."""
+    """Attention and feed-forward part zero-ablated together are a skip; each alone is neither that nor nothing."""
     lens = lens_of(build(name))
     sublayers, run = check_replay(lens).sublayers, ActivationCache.record(lens, IDS)
     for index in range(run.n_layers):
@@ -114,12 +114,12 @@ def test_halves_leave_what_the_other_half_adds(name):
 
 def test_halves_of_a_llama_are_its_own():
     lens = lens_of(build("llama"))
-    run, remains = ablated(lens, "mlp")
+    run, downstream = ablated(lens, "mlp")
     block, state = lens.blocks[1], run.states[1]
     with torch.no_grad():
         call = run.calls[1]
         added = block.self_attn(block.input_layernorm(state), **call.kwargs)[0]
-    torch.testing.assert_close(remains[1][0], (state + added)[0, -1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(downstream[1][0], (state + added)[0, -1], rtol=1e-5, atol=1e-5)
 
 
 def without_block(model, index, prefix):
@@ -145,15 +145,15 @@ def without_block(model, index, prefix):
 def test_a_skip_is_a_model_rebuilt_without_the_block(name, prefix):
     model = build(name)
     lens = lens_of(model)
-    _, remains = ablated(lens, "skip")
+    _, downstream = ablated(lens, "skip")
     for index in range(lens.n_layers):
         smaller = without_block(model, index, prefix)
         with torch.no_grad():
             own = smaller(IDS).logits[0, -1]
-        stats = lens.stats(remains[index][-1][None], own.argmax()[None])
+        stats = lens.stats(downstream[index][-1][None], own.argmax()[None])
         assert int(stats.target_rank) == 0
         torch.testing.assert_close(stats.target_logprob[0], own.log_softmax(-1).max(), rtol=1e-5, atol=1e-5)
-        assert torch.equal(remains[index][-1], lens_of(smaller).hidden(IDS, torch.tensor([10]))[-1, 0, 0])
+        assert torch.equal(downstream[index][-1], lens_of(smaller).hidden(IDS, torch.tensor([10]))[-1, 0, 0])
 
 
 @pytest.mark.parametrize("name", ["skip", "attn", "mlp", "mean"])
@@ -169,9 +169,9 @@ def test_a_block_that_adds_nothing_costs_exactly_nothing(name, cached):
     means = MeanContributions.of_nothing(3, 11, 32, "cpu")
     for ids in (IDS, OTHER):
         means.add(ActivationCache.record(lens, ids, cached), EVERY)
-    run, remains = ablated(lens, name, EVERY, cached, at_a_time=8, means=means)
-    assert torch.equal(remains[1], run.answer_states()[2:])
-    assert not torch.equal(remains[0], run.answer_states()[1:])
+    run, downstream = ablated(lens, name, EVERY, cached, at_a_time=8, means=means)
+    assert torch.equal(downstream[1], run.answer_states()[2:])
+    assert not torch.equal(downstream[0], run.answer_states()[1:])
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -179,8 +179,8 @@ def test_the_mean_of_one_context_changes_nothing(cached):
     lens = lens_of(build("llama"))
     run, means = ActivationCache.record(lens, IDS, cached), MeanContributions.of_nothing(3, 11, 32, "cpu")
     means.add(run, EVERY)
-    _, remains = ablated(lens, "mean", EVERY, cached, means=means)
-    for index, states in enumerate(remains):
+    _, downstream = ablated(lens, "mean", EVERY, cached, means=means)
+    for index, states in enumerate(downstream):
         assert torch.equal(states, run.answer_states()[index + 1 :])
 
 
@@ -226,11 +226,11 @@ def test_a_scan_on_a_gpu(name, dtype):
     """All runs of the scan at a time; in fp32 what the CPU gives."""
     _, own = ablated(lens_of(build(name)), "attn")
     lens = lens_of(build(name).to("cuda", dtype))
-    restarts = check_replay(lens)
-    assert restarts.batched and None not in restarts.sublayers
-    assert restarts.at_a_time(11, cached=False, on_cpu=False) > lens.n_layers
-    _, remains = ablated(lens, "attn", at_a_time=8)
-    for one, other in zip(own, remains, strict=True):
+    replay = check_replay(lens)
+    assert replay.batched and None not in replay.sublayers
+    assert replay.at_a_time(11, cached=False, on_cpu=False) > lens.n_layers
+    _, downstream = ablated(lens, "attn", at_a_time=8)
+    for one, other in zip(own, downstream, strict=True):
         assert torch.isfinite(other).all()
         if dtype == torch.float32:
             torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
@@ -259,9 +259,9 @@ def test_a_patch_of_its_own_states_is_nothing_and_the_last_layer_is_the_other_ru
     run, other = ActivationCache.record(lens, IDS, cached=True), ActivationCache.record(lens, OTHER, cached=True)
     for index, states in enumerate(scan(run, patched(run, run.answer_states()), 8)):
         assert torch.equal(states, run.answer_states()[index + 1 :])
-    remains = scan(run, patched(run, other.answer_states()), 8)
-    assert torch.equal(remains[-1][-1], other.answer_states()[-1])
-    assert not torch.equal(remains[0][-1], other.answer_states()[-1]), "earlier tokens are still its own"
+    downstream = scan(run, patched(run, other.answer_states()), 8)
+    assert torch.equal(downstream[-1][-1], other.answer_states()[-1])
+    assert not torch.equal(downstream[0][-1], other.answer_states()[-1]), "earlier tokens are still its own"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -285,15 +285,15 @@ def test_no_hook_is_left_behind(half, error):
 def test_a_scan_takes_half_a_forward_pass_per_layer():
     model = tiny_gpt2(VOCAB, n_layer=12)
     lens, calls = lens_of(model), []
-    restarts = check_replay(lens)
+    replay = check_replay(lens)
     handles = [b.register_forward_hook(lambda *_: calls.append(1)) for b in model.transformer.h]
     means = MeanContributions.of_nothing(12, 11, 32, "cpu")
     means.add(ActivationCache.record(lens, OTHER), EVERY)
     calls.clear()
     run = ActivationCache.record(lens, IDS)
     for name in ("skip", "mean", "attn", "mlp"):
-        scan(run, Intervention(name, EVERY, restarts.sublayers, means).of_context(run), 1)
-    assert len(calls) == 12 + 4 * 66 + 2 * 12  # the clean run, what follows each block, blocks with a silent half
+        scan(run, Intervention(name, EVERY, replay.sublayers, means).of_context(run), 1)
+    assert len(calls) == 12 + 4 * 66 + 2 * 12  # the clean run, what follows each block, blocks with a zero-ablated half
     assert len(calls) / 12 / 4 <= 0.6 * 12
     for handle in handles:
         handle.remove()

@@ -15,9 +15,9 @@ from refinelens import LogitLens
 from refinelens.config import SweepConfig
 from refinelens.doctor import model_findings
 from refinelens.errors import FaultError, InputError
-from refinelens.lens.prefix import Branches, branch_order, check_branching, difference, shared_length
+from refinelens.lens.prefix import PROBE_TOKENS, Branches, branch_order, check_branching, difference, shared_length
+from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.model.loading import LoadedModel
-from refinelens.sweeping.predict import Predictor
 from refinelens.sweeping.sweep import run_sweep
 from tiny import shake
 
@@ -46,7 +46,7 @@ def question(seed=0):
 
 
 def whole(lens, ids, positions):
-    return lens.hidden(torch.tensor([ids]), torch.tensor([positions]))
+    return lens.hidden(torch.tensor([ids]), torch.tensor([list(positions)]))
 
 
 def trie_tokens(contexts):
@@ -248,33 +248,50 @@ def test_a_real_context_may_show_what_the_gate_cannot(options, ran_whole, tmp_pa
     assert "GPT2LMHeadModel branched is not the model" in run.manifest["prefix_reuse"]["why"]
 
 
-def test_a_context_twice_as_long_is_a_proof_of_its_own(options, tmp_path, monkeypatch):
-    """Whatever was proven on shorter ones: here a cache that goes wrong behind 20 tokens."""
-    from refinelens.sweeping import predict
+class Spy:
+    """A lens that tells of every pass how many tokens it had and whether they went on from a cache."""
 
-    crop, compare, compared = DynamicCache.crop, predict.compare, []
+    def __init__(self, lens):
+        self.lens, self.passes = lens, []
+
+    def __getattr__(self, name):
+        return getattr(self.lens, name)
+
+    def hidden(self, ids, positions, mask=None, cache=None):
+        self.passes.append((ids.shape[1], cache is not None))
+        return self.lens.hidden(ids, positions, mask, cache)
+
+    @property
+    def whole(self):
+        return [n_tokens for n_tokens, branched in self.passes if not branched]
+
+
+def test_a_context_twice_as_long_is_a_proof_of_its_own(monkeypatch):
+    """Whatever was proven on shorter ones: here a cache that goes wrong behind 20 tokens."""
+    crop, spy = DynamicCache.crop, Spy(LogitLens(build("gpt2")))
 
     def short_memory(cache, tokens):
         crop(cache, tokens)
         if cache.get_seq_length() > 20:
             cache.layers[0].values[..., :10, :] = 0
 
-    def spy(lens, pairs):
-        compared.append(len(compared))
-        return compare(lens, pairs)
-
-    options = replace(options, documents=(1, 2, 6), template=str(tmp_path / "template"))
-    (tmp_path / "template").write_text("{documents}\n{question}")
-    whole = run_sweep(replace(options, reuse_prefix="off"), tmp_path / "whole")
-    lengths = sorted({row["n_tokens"] for row in predictions(whole)})
-    monkeypatch.setattr(predict, "compare", spy)
-    run_sweep(options, tmp_path / "right")
-    right = len(compared)
-    assert 1 < right <= np.log2(lengths[-1] / lengths[0]) + 1
+    contexts = []
+    for first, n_shared in ((10, 7), (20, 20), (30, 60)):
+        shared = [first, *random_ids(n_shared - 1, first)]
+        contexts += [tuple([*shared, token, 5, 6]) for token in (40, 50)]
+    inputs = [ModelInput(ids, range(len(ids) - 2, len(ids))) for ids in contexts]
+    runner = ForwardRunner(spy, reuse=check_branching(spy.lens))
+    for _ in range(2):
+        assert len(list(runner.run(inputs))) == len(inputs) and runner.reuse.used
+    assert spy.whole == [10, 23, 63], "each of those once"
+    spy.passes.clear()
     monkeypatch.setattr(DynamicCache, "crop", short_memory)
-    run = run_sweep(options, tmp_path / "run")
-    assert len(compared) - right == 2 and not run.manifest["prefix_reuse"]["used"]
-    assert_same(run, whole)
+    runner = ForwardRunner(spy, reuse=runner.reuse)
+    found = {states.index: states.hidden for states in runner.run(inputs)}
+    assert spy.whole == [10, 23, 63] and not runner.reuse.used
+    assert "GPT2LMHeadModel branched is not the model" in runner.reuse.why
+    for index, one in enumerate(inputs):
+        torch.testing.assert_close(found[index], whole(spy.lens, one.ids, one.positions)[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, monkeypatch):
@@ -326,10 +343,13 @@ def test_out_of_memory_runs_the_question_whole(options, ran_whole, tmp_path, mon
     assert_same(run, ran_whole)
     assert failed["here"] == 1 and run.manifest["counts"]["tokens_saved"] > 0
 
-    def no_machine(*arguments):
-        raise MemoryError
+    def no_machine(self, ids, *rest):
+        if ids.shape[1] > PROBE_TOKENS:
+            raise MemoryError
+        return hidden(self, ids, *rest)
 
-    monkeypatch.setattr(Predictor, "_hidden", no_machine)
+    hidden = LogitLens.hidden
+    monkeypatch.setattr(LogitLens, "hidden", no_machine)
     with pytest.raises(FaultError, match=r"^question 0, \d documents, .* expected memory for one context of"):
         run_sweep(options, tmp_path / "none")
 

@@ -327,17 +327,17 @@ def test_show_needs_no_disk(sweep, tmp_path, capsys, monkeypatch, quick):
 
 
 def test_ctrl_c_in_a_sweep(sweep, tmp_path, capsys, monkeypatch, quick):
-    from refinelens.sweeping.predict import Predictor
+    from refinelens.sweeping.contexts import ContextBuilder
 
-    run_question, calls = Predictor.rows, []
+    build, calls = ContextBuilder.build, []
 
-    def rows(self, question):
+    def interrupted(self, question):
         calls.append(question)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return run_question(self, question)
+        return build(self, question)
 
-    monkeypatch.setattr(Predictor, "rows", rows)
+    monkeypatch.setattr(ContextBuilder, "build", interrupted)
     assert main(sweep) == 130
     captured = capsys.readouterr()
     assert_one_line(captured.err, "interrupted; the finished questions stay readable, refinelens sweep --resume")

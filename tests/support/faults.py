@@ -124,7 +124,7 @@ def _child(
     from refinelens.report import tables
     from refinelens.store.process import StopSignals
     from refinelens.sweeping import sweep, workers
-    from refinelens.sweeping.predict import Predictor
+    from refinelens.sweeping.contexts import ContextBuilder
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -137,7 +137,7 @@ def _child(
     if kill_at_step:
         for name, step in at_step(kill_at_step, lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
             setattr(os, name, step)
-    rows, asked, take = Predictor.rows, [0], StopSignals._take
+    build, asked, take = ContextBuilder.build, [0], StopSignals._take
 
     def take_and_tell(self, signum, frame):
         take(self, signum, frame)
@@ -148,7 +148,7 @@ def _child(
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, kill_after[1])
 
-    def faulty_rows(self, question):
+    def faulty_build(self, question):
         asked[0] += 1
         arm()
         for place, signum in signal_at:
@@ -157,9 +157,9 @@ def _child(
         while asked[0] == hold_at and not Path(f"{log}.go").exists():
             Path(f"{log}.holds").touch()
             time.sleep(0.01)
-        return rows(self, question)
+        return build(self, question)
 
-    Predictor.rows, StopSignals._take = faulty_rows, take_and_tell
+    ContextBuilder.build, StopSignals._take = faulty_build, take_and_tell
     arm()
     return cli.main(arguments)
 

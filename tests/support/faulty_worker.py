@@ -11,20 +11,20 @@ import sys
 import time
 
 from refinelens.sweeping import worker
-from refinelens.sweeping.predict import Predictor
+from refinelens.sweeping.contexts import ContextBuilder
 
 
 def run_worker(folder, descriptor):
     """What ``python -m refinelens.sweeping.worker`` runs, with faults; its exit code."""
     (folder / f"pid-{os.getpid()}").touch()
-    rows = Predictor.rows
+    build = ContextBuilder.build
 
     def hold(where):
         while (folder / f"hold-{where}").exists():
             (folder / f"holds-{where}").touch()
             time.sleep(0.01)
 
-    def faulty_rows(self, question):
+    def faulty_build(self, question):
         kill = folder / f"kill-{question.id}"
         if kill.exists() or (folder / f"always-kill-{question.id}").exists():
             kill.unlink(missing_ok=True)
@@ -32,9 +32,9 @@ def run_worker(folder, descriptor):
         if (folder / f"raise-{question.id}").exists():
             raise RuntimeError("a fault in\na driver")
         hold(question.id)
-        return rows(self, question)
+        return build(self, question)
 
-    Predictor.rows = faulty_rows
+    ContextBuilder.build = faulty_build
     hold("start")
     sys.argv = ["worker", str(descriptor)]
     worker.main()

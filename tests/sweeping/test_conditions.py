@@ -16,9 +16,10 @@ from refinelens.data.prompts import DEFAULT_TEMPLATE, Chat, Template, build_cont
 from refinelens.data.questions import QA, QUERY_AWARE, Document, Question
 from refinelens.errors import InputError
 from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.runner import ForwardRunner
 from refinelens.model.loading import load_model
 from refinelens.store.results import open_run
-from refinelens.sweeping.contexts import alias_score
+from refinelens.sweeping.contexts import alias_scores
 from refinelens.sweeping.sweep import run_sweep
 from tiny import byte_tokenizer, save_tiny_model, word_tokenizer
 
@@ -188,7 +189,8 @@ def test_no_alias_is_given_a_space(tmp_path):
     with torch.no_grad():
         logprobs = loaded.model(torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = [float(logprobs[place - 1, whole[place]]) for place in range(len(prompt), len(whole))]
-    assert alias_score(LogitLens(loaded.model), context) == pytest.approx(np.mean(expected), abs=1e-5)
+    runner = ForwardRunner(LogitLens(loaded.model))
+    assert alias_scores(runner, [context]) == pytest.approx([np.mean(expected)], abs=1e-5)
 
 
 def test_unknown_alias(options):

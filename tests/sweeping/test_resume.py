@@ -292,21 +292,21 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
 def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pages):
     """A real one, filled by somebody else while the tenth question is asked."""
-    from refinelens.sweeping.predict import Predictor
+    from refinelens.sweeping.contexts import ContextBuilder
 
     if pages < 20:  # no figure is reached
         monkeypatch.setattr("refinelens.report.tables.draw_figures", quick_figures)
-    rows, path, ballast = Predictor.rows, small_disk / "run", small_disk / "ballast"
+    build, path, ballast = ContextBuilder.build, small_disk / "run", small_disk / "ballast"
 
     def fill(self, question):
         if question.id == 9:
             free = os.statvfs(small_disk)
             with ballast.open("wb") as file:
                 file.write(bytes(max(free.f_bfree - pages, 0) * free.f_bsize))
-        return rows(self, question)
+        return build(self, question)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "rows", fill)
+        patch.setattr(ContextBuilder, "build", fill)
         assert main([*sweep, "--out", str(path)]) == 1
     line = one_line(capsys.readouterr().err)
     assert "no free disk left; what was written stays readable; free some; refinelens sweep --resume" in line
@@ -352,16 +352,16 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     ],
 )
 def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick, error, words):
-    from refinelens.sweeping.predict import Predictor
+    from refinelens.sweeping.contexts import ContextBuilder
 
     def fault(self, question):
         if question.id == 9:
             raise error
-        return rows(self, question)
+        return build(self, question)
 
-    rows, path = Predictor.rows, tmp_path / "run"
+    build, path = ContextBuilder.build, tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "rows", fault)
+        patch.setattr(ContextBuilder, "build", fault)
         assert main([*sweep, "--out", str(path)]) == 1
     line = one_line(capsys.readouterr().err)
     assert f"refinelens: question 9: {words}; refinelens sweep --resume {path} goes on" in line

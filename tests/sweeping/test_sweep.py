@@ -342,13 +342,14 @@ def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, 
     """Whether the lens finds it, which reads all contexts of a question at once, or generation before."""
     from refinelens.lens.logit_lens import LogitLens
 
-    hidden, broken = LogitLens.hidden, []
+    inputs, hidden = SweepInputs.load(options), LogitLens.hidden
+    (question,) = (question for question in inputs.questions if question.id == 0)
+    broken = inputs.builder().build(question).contexts[4].input_ids
 
     def break_one(self, ids, *rest):
         states = hidden(self, ids, *rest)
-        broken.extend([ids[4].tolist()] if not broken else [])
         for row, own in enumerate(ids.tolist()):
-            if all(a == b for a, b in zip(own, broken[0], strict=False)):  # but for padding
+            if all(a == b for a, b in zip(own, broken, strict=False)):  # but for padding
                 states[:, row] = float("nan")
         return states
 
@@ -417,17 +418,17 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
-    from refinelens.sweeping.predict import Predictor
+    from refinelens.lens.logit_lens import LogitLens
 
-    read, sizes = Predictor._states, []
+    read, sizes = LogitLens.hidden, []
 
-    def small_machine(self, batch):
-        sizes.append(len(batch))
-        if len(batch) > most:
+    def small_machine(self, ids, *rest):
+        sizes.append(len(ids))
+        if len(ids) > most:
             raise error
-        return read(self, batch)
+        return read(self, ids, *rest)
 
-    monkeypatch.setattr(Predictor, "_states", small_machine)
+    monkeypatch.setattr(LogitLens, "hidden", small_machine)
     most, said = 1, []
     run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
@@ -457,19 +458,19 @@ def test_equal_questions_are_said(options, question_file, tmp_path):
 
 def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
     """Else a GPU would try the smaller batch beside the tensors of the larger one."""
-    from refinelens.sweeping.predict import Predictor
+    from refinelens.lens.logit_lens import LogitLens
 
-    read, held = Predictor._states, []
+    read, held = LogitLens.hidden, []
 
-    def small_machine(self, batch):
+    def small_machine(self, ids, *rest):
         assert all(tensor() is None for tensor in held)
         states = torch.zeros(4)
         held.append(weakref.ref(states))
-        if len(batch) > 1:
+        if len(ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(self, batch)
+        return read(self, ids, *rest)
 
-    monkeypatch.setattr(Predictor, "_states", small_machine)
+    monkeypatch.setattr(LogitLens, "hidden", small_machine)
     run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
     assert len(held) > 2
 

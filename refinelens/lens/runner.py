@@ -1,0 +1,275 @@
+"""Contexts through a model: how many in one pass, fewer where memory runs out, and what they share run once.
+
+Sweep, generation, layers, fit and export ask here, so that there is one way to fill a batch, to make it smaller and to
+find the context that an error comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from ..errors import FaultError, InputError
+from ..model.loading import is_out_of_memory
+from .logit_lens import LogitLens
+from .prefix import Branches, PrefixReuse, branch_order, compare
+
+TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
+NO_REUSE = PrefixReuse(False, "not asked for")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A context to be run, and the positions that are read."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]  # in ascending order
+    name: str = ""  # for errors; "" leaves an exception as it is
+
+
+class MemoryLimit:
+    """How many things go through a model together: half as many from the moment memory ran out."""
+
+    def __init__(self):
+        self.at_most: int | None = None
+
+    def of(self, size: int) -> int:
+        """As many as asked for, or as there is memory for."""
+        return size if self.at_most is None else min(size, self.at_most)
+
+    def run(self, size: int, work: Callable[[int], Result]) -> Result:
+        """``work`` with as many at a time as asked for, and fewer until there is memory for them.
+
+        Raises:
+            Exception: There is none for a single one, or anything else went wrong.
+        """
+        while True:
+            fits = self.of(size)
+            try:
+                return work(fits)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or fits == 1:
+                    raise
+                self.at_most = fits // 2
+            torch.cuda.empty_cache()
+
+
+class Proof:
+    """Which contexts are run in both ways and compared: the first, then each more than twice as long as all those.
+
+    A gate sees a few tokens; a real context is longer, than a sliding window say.
+    """
+
+    def __init__(self):
+        self._n_tokens = 0  # of the longest that was compared
+
+    def is_due(self, n_tokens: int) -> bool:
+        """Whether a context of this length is to be compared; if so, shorter ones need not be from now on."""
+        due = n_tokens > 2 * self._n_tokens
+        self._n_tokens = n_tokens if due else self._n_tokens
+        return due
+
+
+@contextmanager
+def blamed_on(what: str) -> Iterator[None]:
+    """Within the block an exception that says nothing of its place becomes a FaultError that names it."""
+    try:
+        yield
+    except (InputError, FaultError):
+        raise
+    except Exception as error:
+        raise FaultError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def blamed_on_context(context: ModelInput) -> Iterator[None]:
+    """Within the block any exception becomes a FaultError that names the context, if it has a name."""
+    try:
+        yield
+    except FaultError:
+        raise
+    except Exception as error:
+        if not context.name:
+            raise
+        what = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            what = (
+                f"``device``: expected memory for one context of {len(context.ids)} tokens, got out of memory; use "
+                "fewer documents, a smaller model or ``dtype='bfloat16'``"
+            )
+        raise FaultError(f"{context.name}: {what}") from error
+
+
+def in_batches(
+    items: Sequence[Item],
+    work: Callable[[list[Item]], Result],
+    context: Callable[[Item], ModelInput],
+    size: Callable[[list[Item]], int] = len,
+    out_of_memory: Callable[[list[Item]], bool] = lambda batch: False,
+) -> Iterator[Result]:
+    """What ``work`` makes of the items, a batch at a time; one that fails is tried again in halves.
+
+    So there is memory for it, or the item at fault is alone and can be named.
+
+    Args:
+        items: In the order in which they are taken.
+        work: Called with a batch.
+        context: That an item is of.
+        size: How large the next batch is, given the items that are left.
+        out_of_memory: Told of a batch that there was no memory for; true where the next try is another one already.
+
+    Raises:
+        FaultError: Names the context at fault.
+    """
+    items, most = list(items), len(items)
+    while items:
+        batch, result = items[: min(size(items), most)], None
+        try:
+            result = work(batch)
+        except Exception as error:
+            if not (is_out_of_memory(error) and out_of_memory(batch)):
+                if len(batch) == 1:
+                    with blamed_on_context(context(batch[0])):
+                        raise
+                most = len(batch) // 2
+            error.__traceback__ = None  # its frames hold the tensors that there was no room for
+        if result is None:
+            torch.cuda.empty_cache()
+            continue
+        items = items[len(batch) :]
+        yield result
+        result = None  # is not held while the next batch runs
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """The residual stream of a context that was run."""
+
+    input: ModelInput
+    index: int  # of the input among those that were given
+    hidden: Tensor  # [n_layers + 1, n_positions, d_model]
+    n_saved: int  # tokens that another context had run
+    written: object  # what ``then`` made of the context
+
+
+class ForwardRunner:
+    """Runs contexts through one model.
+
+    Whatever runs beside a context, its states are those that it has by itself, to the rounding of larger products.
+    """
+
+    def __init__(
+        self,
+        lens: LogitLens,
+        batch_size: int | None = None,
+        reuse: PrefixReuse = NO_REUSE,
+        keeps_cache: bool = False,
+    ):
+        """
+        Args:
+            lens: Of the model.
+            batch_size: Contexts in one pass; by default one on a CPU, on a GPU as many as `TOKENS_PER_BATCH` allows.
+            reuse: Whether contexts branch off from what they share, see `choose_reuse`; then they run one by one.
+            keeps_cache: Whether a pass keeps keys and values for ``then`` to go on from.
+        """
+        if batch_size is None and lens.model.device.type == "cpu":
+            batch_size = 1  # several gain nothing there
+        self.lens, self.reuse, self.limit = lens, reuse, MemoryLimit()
+        self._batch_size, self._keeps_cache = batch_size, keeps_cache
+        self._branches: Branches | None = None  # of the contexts that are run, while they branch off
+        self._proof = Proof()
+
+    def states(self, ids: Sequence[int], positions: Sequence[int], name: str = "") -> Tensor:
+        """``[n_layers + 1, n_positions, d_model]`` of a single context, see `ModelInput`."""
+        (found,) = self.run([ModelInput(ids, positions, name)])
+        return found.hidden
+
+    def run(
+        self,
+        inputs: Sequence[ModelInput],
+        then: Callable[[list[ModelInput], Cache | None], list] = lambda batch, cache: [None] * len(batch),
+        warn: Callable[[str], None] = lambda line: None,
+    ) -> Iterator[ModelStates]:
+        """Run contexts: those of similar length together, or one after the other, along their shared prefixes.
+
+        Nothing is shared between calls, so that what comes of these contexts is a function of them.
+
+        Args:
+            inputs: Contexts.
+            then: Called after every pass with its contexts and their keys and values, if it kept any.
+            warn: Called with a line about what there was no memory for.
+
+        Raises:
+            FaultError: Names the context at fault.
+        """
+        ids, branching = [one.ids for one in inputs], self.reuse.used
+        self._branches = Branches(self.lens) if branching else None
+        order = branch_order(ids) if branching else list(range(len(ids)))
+        if self._batch_size != 1 and not branching:
+            order.sort(key=lambda index: -len(ids[index]))
+
+        def work(batch: list[int]) -> list[ModelStates]:
+            own = [inputs[index] for index in batch]
+            hidden, cache, n_saved = self._pass(own)
+            states = [hidden[:, row, : len(one.positions)] for row, one in enumerate(own)]
+            written = then(own, cache)
+            return [ModelStates(*one, n_saved, more) for *one, more in zip(own, batch, states, written, strict=True)]
+
+        def size(left: list[int]) -> int:
+            by_tokens = max(1, TOKENS_PER_BATCH // len(ids[left[0]]))
+            return 1 if branching else self.limit.of(self._batch_size or by_tokens)
+
+        def out_of_memory(batch: list[int]) -> bool:
+            if self._branches is not None:
+                self._branches = None  # without a cache it may fit
+            elif len(batch) > 1:
+                self.limit.at_most = len(batch) // 2
+                warn(
+                    f"out of memory with {len(batch)} contexts of {len(ids[batch[0]])} tokens; from here on at most "
+                    f"{self.limit.at_most} at a time"
+                )
+            else:
+                return False
+            return True
+
+        for found in in_batches(order, work, lambda index: inputs[index], size, out_of_memory):
+            while found:
+                yield found.pop()
+
+    def _pass(self, batch: list[ModelInput]) -> tuple[Tensor, Cache | None, int]:
+        """``[n_layers + 1, batch, n_positions, d_model]``, a cache if one is kept, and tokens that had run before.
+
+        Contexts are padded on the right, their positions by repeating the last. A run whole that a branched one is
+        compared with is not counted.
+        """
+        lengths = [len(one.ids) for one in batch]
+        n_tokens, n_read = max(lengths), max(len(one.positions) for one in batch)
+        ids = torch.tensor([_padded(one.ids, n_tokens) for one in batch])
+        positions = torch.tensor([_padded(one.positions, n_read) for one in batch])
+        mask = None
+        if min(lengths) < n_tokens:
+            mask = (torch.arange(n_tokens) < torch.tensor(lengths)[:, None]).long()
+        if self._branches is None:
+            cache = DynamicCache() if self._keeps_cache else None
+            return self.lens.hidden(ids, positions, mask, cache), cache, 0
+        branched, n_saved = self._branches.hidden(ids, positions), self._branches.shared
+        if n_saved and self._proof.is_due(ids.shape[1]):
+            whole = self.lens.hidden(ids, positions)
+            self.reuse = compare(self.lens, [(branched, whole)])
+            if not self.reuse.used:
+                self._branches, self._keeps_cache = None, False
+                return whole, None, 0
+        return branched, self._branches.cache, n_saved
+
+
+def _padded(values: Sequence[int], length: int) -> list[int]:
+    return [*values, *[values[-1]] * (length - len(values))]
