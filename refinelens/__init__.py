@@ -25,7 +25,10 @@ _PUBLIC = {
     "load_lens": "lens.files",
     "trajectories": "store.trajectory",
     "Trajectories": "store.trajectory",
-    # Runs.
+    # Experiments.
+    "sweep": "api",
+    "fit": "api",
+    "essential_layers": "api",
     "load_run": "store.frames",
     "compare_runs": "report.agreement",
     # Agreement of ranks.

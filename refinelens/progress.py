@@ -25,7 +25,7 @@ class SweepProgress:
 @contextmanager
 def fit_progress(console: Console) -> Iterator[Callable[..., None]]:
     """Show a stage, how much of it is done and, in words, how fast, while the block runs; yields the reporter."""
-    if not console.file.isatty():  # rich also takes FORCE_COLOR for a terminal
+    if not _is_shown(console):
         yield lambda stage, done, total, speed=None: None
         return
     columns = (
@@ -53,3 +53,7 @@ def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]
     """The same of a sweep: questions done and lens rows per second."""
     with fit_progress(console) as report:
         yield lambda now: report("questions", now.done, now.questions, lambda s: f"{now.rows / s:,.0f} rows/s")
+
+
+def _is_shown(console: Console) -> bool:
+    return console.is_jupyter or console.file.isatty()  # rich also takes FORCE_COLOR for a terminal

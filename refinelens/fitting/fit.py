@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import FitConfig
 from ..errors import FaultError, InputError
-from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, model_entry, save_lens
+from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, model_entry, save_lens
 from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
 from ..machine import now, packages
@@ -49,12 +49,21 @@ class LensFolder(Folder):
     MARKS = (MANIFEST, STATISTICS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fitted:
     """A lens that was fitted: its folder and manifest."""
 
     path: Path
     manifest: dict
+
+    @property
+    def lens(self) -> Lens:
+        """The lens itself, for `LogitLens.with_lens`."""
+        return load_lens(str(self.path))
+
+    def __repr__(self) -> str:
+        model, tokens = self.manifest["model"], self.manifest["tokens"]
+        return f"Lens {self.path}: {self.manifest['kind']} lens of {model['name']}, fitted on {tokens['fit']} tokens"
 
 
 def fit_lens(

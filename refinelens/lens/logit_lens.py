@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
-from pathlib import Path
+from os import PathLike
 from threading import RLock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -120,7 +120,7 @@ class LogitLens:
             f"{parity.tolerance * parity.logit_range:.2g})".replace("torch.", "")
         )
 
-    def with_lens(self, lens: Lens | Translators | str | Path) -> LogitLens:
+    def with_lens(self, lens: Lens | Translators | str | PathLike) -> LogitLens:
         """This model through a fitted lens: a folder, what `load_lens` gives, or translators of one's own.
 
         Raises:
@@ -129,7 +129,7 @@ class LogitLens:
         if isinstance(lens, Translators):
             name, translators = "own", lens
         else:
-            if isinstance(lens, str | Path):
+            if isinstance(lens, str | PathLike):
                 from .files import load_lens
 
                 lens = load_lens(str(lens))

@@ -112,11 +112,20 @@ def _jsonl(path: Path) -> Iterator[Callable[[pa.Table], object]]:
 FORMATS = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRun:
-    """A run folder; every frame is read when it is asked for."""
+    """A run folder; every frame is read when it is asked for, and needs pandas."""
 
     run: Run
+
+    def __repr__(self) -> str:
+        manifest, counts = self.manifest, self.manifest["counts"]
+        lenses = ", ".join(entry["name"] for entry in manifest["lenses"])
+        return (
+            f"Run {self.run.path}: {manifest['model']['name']} on {manifest['task']['name']}, {manifest['status']}, "
+            f"{counts['done']} of {counts['questions']} questions; lenses {lenses}\n"
+            "  frames: summary, paired, trajectories, predictions, layers, interventions"
+        )
 
     @property
     def manifest(self) -> dict:
@@ -126,13 +135,14 @@ class LoadedRun:
     @property
     def predictions(self) -> pd.DataFrame:
         """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
+        _pandas()
         tables = list(self.run.parts(PREDICTIONS.names))
         return (pa.concat_tables(tables) if tables else PREDICTIONS.empty_table()).to_pandas()
 
     @property
     def layers(self) -> pd.DataFrame:
         """The predictions with a row for every layer, as `refinelens export` writes them."""
-
+        _pandas()
         tables = list(long_tables(self.run))
         return (pa.concat_tables(tables) if tables else LONG.empty_table()).to_pandas()
 
@@ -143,15 +153,7 @@ class LoadedRun:
         Raises:
             InputError: It has not been run, was stopped, or the run was replaced since.
         """
-        folder = LayersFolder(self.run.path / LAYERS)
-        found = folder.checked_manifest() if folder.exists else None
-        if found is None or found["status"] != "finished" or found["run_id"] != self.manifest["run_id"]:
-            got = "none" if found is None else f"one of run {found['run_id']} that is {found['status']}"
-            raise InputError(
-                f"{folder.path}: expected a finished analysis of run {self.manifest['run_id']}, got {got}; "
-                "make one with refinelens layers"
-            )
-        return _with_integers(pq.read_table(folder.path / ROWS))
+        return LoadedLayers(LayersFolder(self.run.path / LAYERS), self.manifest["run_id"]).rows
 
     @property
     def trajectories(self) -> pd.DataFrame:
@@ -172,10 +174,72 @@ class LoadedRun:
         return self._table("paired.csv")
 
     def _table(self, name: str) -> pd.DataFrame:
-        import pandas as pd
+        return _read_csv(self.run.path / name)
 
-        # A lens may be called "7" or "NA".
-        return pd.read_csv(self.run.path / name, dtype={"lens": str}, keep_default_na=False, na_values=[""])
+
+@dataclass(frozen=True, repr=False)
+class LoadedLayers:
+    """The folder of an analysis of layers; every frame is read when it is asked for, and needs pandas."""
+
+    folder: LayersFolder
+    run_id: str | None = None  # of the run that it must be of, None for any
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        done = ", ".join(manifest["arguments"]["interventions"]) or "none"
+        return (
+            f"Layers {self.folder.path}: {manifest['status']}, {len(manifest['questions'])} questions, interventions "
+            f"{done}\n  frames: layers, essential, patching, agreement, early_exit, rows"
+        )
+
+    @property
+    def manifest(self) -> dict:
+        """What it is of and how it was made.
+
+        Raises:
+            InputError: There is none that is finished, or it is of another run.
+        """
+        found = self.folder.manifest if self.folder.exists else None
+        if found is None or found["status"] != "finished" or self.run_id not in (None, found["run_id"]):
+            got = "none" if found is None else f"one of run {found['run_id']} that is {found['status']}"
+            wanted = "" if self.run_id is None else f" of run {self.run_id}"
+            raise InputError(
+                f"{self.folder.path}: expected a finished analysis{wanted}, got {got}; make one with refinelens layers"
+            )
+        return found
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """A row per example, layer and intervention."""
+        return self.manifest and _with_integers(pq.read_table(self.folder.path / ROWS))
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """``layers.csv``: a row per layer, gold position and what was measured, with intervals over questions."""
+        return self._table("layers.csv")
+
+    @property
+    def essential(self) -> pd.DataFrame:
+        """``essential.csv``: a row per condition, with the layers that an answer cannot do without."""
+        return self._table("essential.csv")
+
+    @property
+    def patching(self) -> pd.DataFrame:
+        """``patching.csv``: from which layer on a state that is patched in brings the answer, or takes it away."""
+        return self._table("patching.csv")
+
+    @property
+    def agreement(self) -> pd.DataFrame:
+        """``agreement.csv``: how far lens and interventions agree on the order of the layers."""
+        return self._table("agreement.csv")
+
+    @property
+    def early_exit(self) -> pd.DataFrame:
+        """``early_exit.csv``: what is lost by stopping at a layer and taking what the lens reads there."""
+        return self._table("early_exit.csv")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        return self.manifest and _read_csv(self.folder.path / name)
 
 
 def load_run(path: str | Path) -> LoadedRun:
@@ -184,17 +248,26 @@ def load_run(path: str | Path) -> LoadedRun:
     Raises:
         InputError: No run there, one of another schema version, or pandas is not installed.
     """
+    _pandas("load_run")
+    return LoadedRun(open_run(path))
+
+
+def _pandas(what: str = "frames"):
     try:
-        import pandas  # noqa: F401
+        import pandas
     except ImportError:
         raise InputError(
-            "load_run: expected the package pandas, which is not installed; pip install 'refinelens[frames]'"
+            f"{what}: expected the package pandas, which is not installed; pip install 'refinelens[frames]'"
         ) from None
-    return LoadedRun(open_run(path))
+    return pandas
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    # A lens may be called "7" or "NA".
+    return _pandas().read_csv(path, dtype={"lens": str}, keep_default_na=False, na_values=[""])
 
 
 def _with_integers(table: pa.Table) -> pd.DataFrame:
     """Integers stay integers, also where some are missing."""
-    import pandas as pd
-
-    return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)
+    pandas = _pandas()
+    return table.to_pandas(types_mapper={pa.int32(): pandas.Int32Dtype()}.get)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "refinelens"
 LINES = ("kernels", "op", "model store", "lens data", "report", "sweeping fitting bench", "layers")
 ORDER = [line.split() for line in LINES]
 BASE = {"errors", "config", "machine", "progress", "stats", "_C", "__version__"}  # which any package may import
-COMMANDS = {"cli", "parser", "doctor", "lens_json"}  # which import what they compose, and nothing imports
+COMMANDS = {"api", "cli", "parser", "doctor", "lens_json"}  # which import what they compose, and nothing imports
 
 
 def modules():

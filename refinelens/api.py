@@ -1,0 +1,160 @@
+"""What the command line runs, as functions: a sweep, the fit of a lens, the analysis of layers.
+
+Options are keywords and named as the fields of the configs in `refinelens.config`; they take Python's values and the
+command line's words alike. Lines that the command line says on the way are warnings here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .config import TRAINING, Config, FitConfig, LayersConfig, SweepConfig
+from .errors import InputError
+from .fitting.fit import Fitted, fit_lens
+from .layers.analysis import run_layers
+from .progress import fit_progress, sweep_progress
+from .store.frames import LoadedLayers, LoadedRun
+from .sweeping.sweep import resume_sweep, run_sweep
+
+
+def sweep(
+    model: str | PathLike = "smollm2",
+    *,
+    out: str | PathLike | None = None,
+    overwrite: bool = False,
+    resume: str | PathLike | None = None,
+    workers: int = 1,
+    progress: bool = False,
+    **options: Any,
+) -> LoadedRun:
+    """Move the gold document through the context of every question and read every layer; ``refinelens sweep``.
+
+    Args:
+        model: ``smollm2``, ``tiny``, a hub name, a folder or a ``.gguf`` file.
+        out: Folder of the run, made here.
+        overwrite: Replace a run that is there.
+        resume: Folder of an interrupted run to go on with instead, with its own options.
+        workers: Processes that ask, a model in each.
+        progress: Show a bar on a terminal or in a notebook.
+        **options: Fields of `refinelens.config.SweepConfig`, such as ``documents=(5, 10)``, ``examples=8``,
+            ``task="nq"``, ``lens=["plain", "lenses/mine"]``, ``top=(1, 5)``, ``dtype="bfloat16"``.
+
+    Returns:
+        LoadedRun: ``summary``, ``trajectories``, ``predictions`` and more as data frames.
+
+    Raises:
+        InputError: Input that does not fit, or an option that there is not.
+        FaultError: Something broke; what was written stays, and ``resume`` goes on with it.
+        KeyboardInterrupt: SIGINT or SIGTERM, once the current question is written.
+    """
+    with _bar(sweep_progress, progress) as report:
+        if resume is not None:
+            if options or out is not None:
+                raise InputError(
+                    "``resume``: expected no other option but ``workers``: the run has its own, got "
+                    f"{', '.join(options) or 'out'}"
+                )
+            return LoadedRun(resume_sweep(str(resume), None, workers, report, warn=_warn))
+        config = _config(SweepConfig, model=str(model), **options)
+        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, report, warn=_warn))
+
+
+def fit(
+    model: str | PathLike = "smollm2",
+    *,
+    out: str | PathLike | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Fitted:
+    """Fit a lens that sees what the plain logit lens cannot; ``refinelens fit``. A fit that was stopped goes on.
+
+    Args:
+        model: As in `sweep`.
+        out: Folder of the lens, made here.
+        overwrite: Replace a lens or a stopped fit that is there.
+        progress: Show a bar on a terminal or in a notebook.
+        **options: Fields of `refinelens.config.FitConfig`, such as ``text="notes.txt"``, ``tokens=20_000``,
+            ``objective="kl"``.
+
+    Returns:
+        Fitted: its ``lens`` goes into `LogitLens.with_lens`, its ``path`` into ``sweep(lens=...)``.
+
+    Raises:
+        InputError: Input that does not fit, or an option that there is not.
+        FaultError: No free disk or no memory; the same call goes on from the last checkpoint.
+        KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
+    """
+    config = _config(FitConfig, model=str(model), **options)
+    idle = [name for name in TRAINING if name in options]
+    if idle and config.objective != "kl":
+        raise InputError(
+            f"``{idle[0]}``: expected ``objective='kl'``, which alone has this option, got {config.objective}"
+        )
+    with _bar(fit_progress, progress) as report:
+        return fit_lens(config, _folder(out), overwrite, None, report)
+
+
+def essential_layers(
+    run: LoadedRun | str | PathLike,
+    *,
+    out: str | PathLike | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> LoadedLayers:
+    """Which layers are essential: by the lens, and by taking each of them away; ``refinelens layers``.
+
+    Args:
+        run: A finished run, or its folder. An analysis that was stopped goes on.
+        out: Folder of the analysis, by default ``layers`` in the run's.
+        overwrite: Replace an analysis that is there.
+        progress: Show a bar on a terminal or in a notebook.
+        **options: Fields of `refinelens.config.LayersConfig`, such as ``interventions=("skip", "attn")``,
+            ``examples=10``.
+
+    Raises:
+        InputError: Input that does not fit, a model that is not the run's or cannot be intervened on.
+        FaultError: Something broke; what was finished stays, and the same call goes on with it.
+        KeyboardInterrupt: SIGINT or SIGTERM, once the current question is written.
+    """
+    path = run.run.path if isinstance(run, LoadedRun) else Path(run)
+    config = _config(LayersConfig, **options)
+    with _bar(fit_progress, progress) as report:
+        folder, _ = run_layers(path, config, out, overwrite, None, report, _warn)
+    return LoadedLayers(folder)
+
+
+def _config(kind: type[Config], **options: Any) -> Any:
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"``{name}``: expected one of {', '.join(known)}, got another option")
+    return kind(**options)
+
+
+def _folder(out: str | PathLike | None) -> str:
+    if out is None:
+        raise InputError("``out``: expected the folder to write, got none")
+    return str(out)
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
+
+
+@contextmanager
+def _bar(progress: Any, wanted: bool) -> Iterator[Any]:
+    from rich.console import Console
+
+    if not wanted:
+        yield lambda *told: None
+        return
+    with progress(Console(stderr=True)) as report:
+        yield report
