@@ -480,7 +480,7 @@ def test_no_write_of_a_fit_may_fail_unseen(model, text, tmp_path, monkeypatch):
     def fail():
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("refinelens.fitting.fit.draw_figure", lambda *_: None)
+    monkeypatch.setattr("refinelens.fitting.fit.draw_quality", lambda *_: None)
     loaded = load_model(str(model), "cpu")
     monkeypatch.setattr("refinelens.fitting.fit.load_model", lambda *_: loaded)
     whole = fit.fit_lens(options(model, text), str(tmp_path / "whole"))

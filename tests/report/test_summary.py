@@ -368,14 +368,14 @@ def test_no_value_has_no_estimate():
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (("lenses",), [], "expected a list of one entry or more as lenses of"),
-        (("lenses", 0), {"name": "plain"}, "expected a text as kind of an entry of lenses of"),
-        (("arguments", "top"), 1, "expected a list of one entry or more as top of arguments of"),
-        (("arguments", "top", 0), "x", "expected a whole number as an entry of top of arguments of"),
-        (("model", "n_layers"), None, "expected a whole number as n_layers of model of"),
-        (("model", "parity"), {}, "expected a number as max_difference of parity of model of"),
-        (("seed",), -1, "expected a whole number as seed of"),
-        (("counts",), {}, "expected a whole number as questions of counts of"),
+        (("lenses",), [], "expected lenses in .* to be a list of one entry or more, got"),
+        (("lenses", 0), {"name": "plain"}, "expected kind in entry 0 of lenses of .*, got none"),
+        (("arguments", "top"), 1, "expected top in arguments of .* to be a list of one entry or more, got 1"),
+        (("arguments", "top", 0), "x", "expected entry 0 in top of arguments of .* to be a whole number, got 'x'"),
+        (("model", "n_layers"), None, "expected n_layers in model of .* to be a whole number, got None"),
+        (("model", "parity"), {}, "expected max_difference in parity of model of .*, got none"),
+        (("seed",), -1, "expected seed in .* to be a whole number, got -1"),
+        (("counts",), {}, "expected questions in counts of .*, got none"),
     ],
 )
 def test_a_manifest_edited_by_hand_is_one_line(tmp_path, place, value, message):
