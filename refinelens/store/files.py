@@ -150,7 +150,8 @@ def check_entries(entries: dict, shape: dict, name: str, least: int = 0) -> None
             raise InputError(f"expected {key} in {name}, got none")
         value = entries[key]
         if isinstance(kind, list) and isinstance(value, list) and value:
-            value, kind = dict(enumerate(value)), dict.fromkeys(range(len(value)), kind[0])
+            value = {f"entry {index}": entry for index, entry in enumerate(value)}
+            kind = dict.fromkeys(value, kind[0])
         if isinstance(kind, dict) and isinstance(value, dict):
             check_entries(value, kind, f"{key} of {name}", least)
         elif type(value) not in ((int, float) if kind is float else (kind,)) or (kind is int and value < least):
