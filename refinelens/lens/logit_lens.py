@@ -22,7 +22,7 @@ from ..model.head import check_device, find_blocks, find_head
 from ..model.hooks import hooks_on, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import memory_for
-from ..model.positions import Independence, Rows, aligned, check_independence
+from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
 from ..op.vocabulary import TopK, kl_to_final, lens_top_k
@@ -135,7 +135,7 @@ class LogitLens:
                 lens = load_lens(str(lens))
             name, translators = lens.name, lens.translators
         other = copy(self)
-        other.name, other.translators = name, None if translators is None else self.adapted(translators)
+        other.name, other.translators = name, translators and self.adapted(translators)
         return other
 
     @property
@@ -248,7 +248,11 @@ class LogitLens:
             InputError: Shapes that do not fit, or a position or token id out of range (both are shown).
             UnsupportedModelError: Blocks that did not run once each.
         """
-        rows = aligned(input_ids, self._check_inputs(input_ids, positions), attention_mask)
+        rows = aligned(
+            input_ids,
+            checked_positions(input_ids, positions, len(self.model.get_input_embeddings().weight)),
+            attention_mask,
+        )
         if self.independence.one_at_a_time is None or not len(input_ids):
             return self._states(rows, cache)
         if cache is not None:
@@ -429,32 +433,6 @@ class LogitLens:
             found = [lens_top_k(states, head, plan.top_k) for states, head in heads]
             top = TopK(torch.cat([each.ids for each in found]), torch.cat([each.logits for each in found]))
         return LayerReading(stats, kl, top)
-
-    def _check_inputs(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise InputError(
-                f"input_ids: expected integer ids of shape [batch, token], got {input_ids.dtype} "
-                f"{list(input_ids.shape)}"
-            )
-        n_vocab = self.model.get_input_embeddings().weight.shape[0]
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < n_vocab:
-            raise InputError(
-                f"input_ids: expected ids from 0 to {n_vocab - 1}, got {int(input_ids.min())} to {int(input_ids.max())}"
-            )
-        positions = torch.as_tensor(positions)
-        if positions.dim() == 1:
-            positions = positions.expand(len(input_ids), -1)
-        n_tokens = input_ids.shape[1]
-        if positions.dim() != 2 or len(positions) != len(input_ids):
-            raise InputError(
-                f"positions: expected shape [n_positions] or [{len(input_ids)}, n_positions], got "
-                f"{list(positions.shape)}"
-            )
-        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
-            raise InputError(
-                f"positions: expected 0 to {n_tokens - 1}, got {int(positions.min())} to {int(positions.max())}"
-            )
-        return positions
 
 
 def _spread(targets: Tensor, shape: torch.Size) -> Tensor:

@@ -55,6 +55,35 @@ class Rows:
         return Rows(self.input_ids[row : row + 1, :n_tokens], self.positions[row : row + 1], None)
 
 
+def checked_positions(input_ids: Tensor, positions: Tensor, n_vocab: int) -> Tensor:
+    """Positions as ``[batch, n_positions]``.
+
+    Raises:
+        InputError: Ids that are none or that the model has no embedding for, or positions outside of them.
+    """
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise InputError(
+            f"input_ids: expected integer ids of shape [batch, token], got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < n_vocab:
+        raise InputError(
+            f"input_ids: expected ids from 0 to {n_vocab - 1}, got {int(input_ids.min())} to {int(input_ids.max())}"
+        )
+    positions = torch.as_tensor(positions)
+    if positions.dim() == 1:
+        positions = positions.expand(len(input_ids), -1)
+    n_tokens = input_ids.shape[1]
+    if positions.dim() != 2 or len(positions) != len(input_ids):
+        raise InputError(
+            f"positions: expected shape [n_positions] or [{len(input_ids)}, n_positions], got {list(positions.shape)}"
+        )
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
+        raise InputError(
+            f"positions: expected 0 to {n_tokens - 1}, got {int(positions.min())} to {int(positions.max())}"
+        )
+    return positions
+
+
 def aligned(input_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Rows:
     """Move the real tokens of every row to its start, where models count positions from.
 
