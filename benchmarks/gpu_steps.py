@@ -117,21 +117,21 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
     weight = problem.unembedding[: problem.vocab // config.block_v * config.block_v]
     n_rows = 3072
     targets = problem.targets[:n_rows].clamp(max=len(weight) - 1)
-    floats, ids = torch.empty((4, n_rows), device="cuda"), torch.empty((2, n_rows), dtype=torch.int64, device="cuda")
-    rows = LensRows(normed_rows(problem.hidden[:n_rows], problem.norm, config.block_m), targets, floats[3], n_rows)
+    stats, target_z = RowStats.empty(n_rows, DEVICE), torch.empty(n_rows, device=DEVICE)
+    rows = LensRows(normed_rows(problem.hidden[:n_rows], problem.norm, config.block_m), targets, target_z, n_rows)
     head = LensHead(weight)
     options = LensOptions(head, config, has_targets=True, same_bits=target_matches_main_product(head, config))
 
     def everything():
         launch_targets(rows, options)
-        reduce_rows(rows, RowStats(floats[0], ids[0], ids[1], floats[1], floats[2]), options)
+        reduce_rows(rows, stats, options)
 
     def alone():
         return launch_logsumexp(rows.x_hat, n_rows, weight, config)
 
     everything()
     peak, total = alone()
-    assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), floats[1], atol=1e-3)
+    assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), stats.logsumexp, atol=1e-3)
     times = timed({"all statistics": everything, "logsumexp alone": alone})
     for name, (seconds, spread) in times.items():
         print(f"{problem.name}, {n_rows} rows: {name} {seconds * 1e3:.3f} ms ({spread:.0%})")

@@ -55,10 +55,8 @@ def fused_lens_triton(
     """
     n_rows, device = len(hidden), hidden.device
     config = config or config_for(ShapeClass.of(hidden, head, targets), n_rows)
-    # Separate allocations: a torch operator may not return tensors that share memory.
-    best, target_z, logsumexp, entropy = (torch.empty(n_rows, dtype=torch.float32, device=device) for _ in range(4))
-    argmax, rank = (torch.empty(n_rows, dtype=torch.int64, device=device) for _ in range(2))
-    stats = RowStats(best, argmax, rank, logsumexp, entropy)
+    stats = RowStats.empty(n_rows, device)
+    target_z = torch.empty(n_rows, dtype=torch.float32, device=device)
     row_multiple = max(config.block_m, TARGET_ROWS)
     row_bytes = padded_width(hidden.shape[1]) * hidden.element_size()
     step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple, processor_count(device))
@@ -71,14 +69,12 @@ def fused_lens_triton(
             chunk = slice(start, start + step)
             x_hat = normed_rows(hidden[chunk], head.norm, row_multiple, out=x_hat)
             own = (None, None) if targets is None else (targets[chunk], target_z[chunk])
-            rows = LensRows(x_hat, *own, len(best[chunk]))
+            rows = LensRows(x_hat, *own, min(step, n_rows - start))
             if targets is not None:
                 launch_targets(rows, options)
             reduce_rows(rows, _slice(stats, chunk), options)
-    max_logit = soft_cap(best, head.softcap)
-    if targets is None:
-        return LensStats(argmax, max_logit, logsumexp, entropy)
-    return LensStats(argmax, max_logit, logsumexp, entropy, soft_cap(target_z, head.softcap), rank)
+    of_target = () if targets is None else (soft_cap(target_z, head.softcap), stats.rank)
+    return LensStats(stats.argmax, soft_cap(stats.best, head.softcap), stats.logsumexp, stats.entropy, *of_target)
 
 
 def reduce_rows(rows: LensRows, stats: RowStats, options: LensOptions) -> None:
@@ -91,10 +87,7 @@ def reduce_rows(rows: LensRows, stats: RowStats, options: LensOptions) -> None:
     row_bytes = rows.x_hat.shape[1] * rows.x_hat.element_size()
     processors = processor_count(device)
     ranges = tile_ranges(options.head.vocab_size, row_blocks, row_bytes, config, processors, options.by_tma)
-    n_splits = sum(tiles.splits for tiles in ranges)
-    best, total, weighted = torch.empty((3, n_splits, rows.count), dtype=torch.float32, device=device)
-    argmax, rank = torch.empty((2, n_splits, rows.count), dtype=torch.int32, device=device)
-    parts = PartialStats(best, argmax, rank, total, weighted)
+    parts = PartialStats.empty(sum(tiles.splits for tiles in ranges), rows.count, device)
     launch, first = launch_tma if options.by_tma else launch_tiles, 0
     for tiles in ranges:
         launch(rows, _slice(parts, slice(first, first + tiles.splits)), options, tiles)
@@ -135,9 +128,8 @@ def _try_same_bits(device: torch.device, dtype: torch.dtype, config: LensConfig)
 
     n_rows = max(TARGET_ROWS, config.block_m)
     options = LensOptions(LensHead(randn(2 * config.block_v - 1, _PROBE_WIDTH)), config)
-    best, target_z, logsumexp, entropy = torch.empty((4, n_rows), dtype=torch.float32, device=device)
-    argmax, rank = torch.empty((2, n_rows), dtype=torch.int64, device=device)
-    x_hat = randn(n_rows, _PROBE_WIDTH)
-    reduce_rows(LensRows(x_hat, None, None, n_rows), RowStats(best, argmax, rank, logsumexp, entropy), options)
-    launch_targets(LensRows(x_hat, argmax, target_z, n_rows), options)
-    return torch.equal(best, target_z)
+    x_hat, stats = randn(n_rows, _PROBE_WIDTH), RowStats.empty(n_rows, device)
+    reduce_rows(LensRows(x_hat, None, None, n_rows), stats, options)
+    target_z = torch.empty(n_rows, dtype=torch.float32, device=device)
+    launch_targets(LensRows(x_hat, stats.argmax, target_z, n_rows), options)
+    return torch.equal(stats.best, target_z)

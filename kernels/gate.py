@@ -110,19 +110,19 @@ class KernelReport:
 
 def inspect_variant(variant: LensVariant) -> KernelReport:
     """Compile ``variant`` and report on it; not possible under ``TRITON_INTERPRET=1``."""
-    kernel, passed = _specialisation(variant)
-    constants = {name: value for name, value in passed.items() if name in kernel.arg_names}
+    jitted, passed = _specialisation(variant)
+    constants = {name: value for name, value in passed.items() if name in jitted.arg_names}
     launch = {name: passed[name] for name in LAUNCH if name in passed}
     vectors = {"width"} if variant.kernel == "norm" else {"x_ptr", "width"}
     if variant.aligned and variant.kernel in PRODUCTS:
         vectors |= {"w_ptr", "d_model", "stride_wv"}
     signature, attrs = {}, {}
-    for position, name in enumerate(kernel.arg_names):
+    for position, name in enumerate(jitted.arg_names):
         signature[name] = "constexpr" if name in constants else _type_of(name, variant)
         if name in vectors and name not in constants:
             attrs[(position,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attrs),
+        ASTSource(jitted, signature, constants, attrs),
         target=GPUTarget("cuda", GENERATIONS[variant.generation][0], 32),
         options=launch,
     )

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,8 +39,8 @@ TARGET_STAGES = 6  # a program is over before latency is hidden by anything else
 MERGE_ELEMENTS, MERGE_WARPS = 1024, 4  # elements of a program: rows times splits
 # Arguments that differ from call to call: no kernel is compiled for a value of the first, an alignment of the second.
 VARYING = ["n_rows", "n_vocab", "row_blocks", "first_tile", "n_tiles", "n_splits", "group", "zero"]
-_SUMS = ["best_ptr", "argmax_ptr", "rank_ptr", "total_ptr", "weighted_ptr"]
-UNALIGNED = ["bias_ptr", "targets_ptr", "target_z_ptr", *_SUMS, *(f"parts_{name}" for name in _SUMS)]
+_STATS = ["best_ptr", "argmax_ptr", "rank_ptr", "total_ptr", "weighted_ptr"]
+UNALIGNED = ["bias_ptr", "targets_ptr", "target_z_ptr", *_STATS, *(f"parts_{name}" for name in _STATS)]
 UNALIGNED += ["logsumexp_ptr", "entropy_ptr", "stride_b", "stride_t"]
 
 
@@ -62,6 +63,13 @@ class PartialStats(NamedTuple):
     total: Tensor  # fp32
     weighted: Tensor  # fp32
 
+    @classmethod
+    def empty(cls, n_splits: int, n_rows: int, device: torch.device) -> PartialStats:
+        """Buffers to write."""
+        best, total, weighted = torch.empty((3, n_splits, n_rows), dtype=torch.float32, device=device)
+        argmax, rank = torch.empty((2, n_splits, n_rows), dtype=torch.int32, device=device)
+        return cls(best, argmax, rank, total, weighted)
+
 
 class RowStats(NamedTuple):
     """Statistics of every row, ``[R]``, in the order of arguments."""
@@ -71,6 +79,12 @@ class RowStats(NamedTuple):
     rank: Tensor  # int64; not written without targets
     logsumexp: Tensor  # fp32, nats
     entropy: Tensor  # fp32, nats
+
+    @classmethod
+    def empty(cls, n_rows: int, device: torch.device) -> RowStats:
+        """Buffers to write, allocated apart: a torch operator may not return tensors that share memory."""
+        dtypes = (torch.float32, torch.int64, torch.int64, torch.float32, torch.float32)
+        return cls(*(torch.empty(n_rows, dtype=dtype, device=device) for dtype in dtypes))
 
 
 def stride_of(vector: Tensor | None) -> int:

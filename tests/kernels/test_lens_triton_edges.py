@@ -106,13 +106,12 @@ def test_target_never_beats_itself():
     z = unembedding[:, 0]
     options = LensOptions(LensHead(unembedding), SMALL, has_targets=True, same_bits=False)
     rows = LensRows(normed_rows(hidden, None, 64), targets, z - 0.5, n_vocab)
-    best, logsumexp, entropy = torch.empty(3, n_vocab, device=DEVICE)
-    argmax, rank = torch.empty(2, n_vocab, dtype=torch.int64, device=DEVICE)
-    reduce_rows(rows, RowStats(best, argmax, rank, logsumexp, entropy), options)
+    out = RowStats.empty(n_vocab, DEVICE)
+    reduce_rows(rows, out, options)
     above = (z[None] > z[:, None] - 0.5).sum(1) - 1  # all that reach the lowered logit but the target itself
-    is_top = argmax == targets
+    is_top = out.argmax == targets
     assert is_top.sum() == 1
-    assert torch.equal(rank[~is_top], above[~is_top].clamp(min=1))
+    assert torch.equal(out.rank[~is_top], above[~is_top].clamp(min=1))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
