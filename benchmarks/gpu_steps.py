@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from refinelens import LogitLens, fused_lens, kl_to_final, lens_top_k
 from refinelens.bench import competitors
 from refinelens.bench import problem as bench
-from refinelens.kernels.config import choose_splits, generation_of, pinned_config, processor_count
+from refinelens.kernels.config import LensOptions, choose_splits, generation_of, pinned_config, processor_count
 from refinelens.kernels.fused_lens import fused_lens_triton, reduce_rows, target_matches_main_product
 from refinelens.kernels.graphs import GraphedLens
-from refinelens.kernels.kernel import LensOptions, LensRows, RowStats, launch_targets
+from refinelens.kernels.kernel import LensRows, RowStats, launch_targets
 from refinelens.kernels.norm_kernel import normed_rows
 from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
 from refinelens.kernels.search import outputs_agree
@@ -146,9 +146,9 @@ def target_bits(measured: dict[str, float]) -> None:
     generation = generation_of(DEVICE)
     configs = [pinned_config(torch.bfloat16, True, rows, generation) for rows in (1024, 264, 100, 60, 5)]
     configs.append(replace(configs[0], kind="plain"))
-    weight = torch.empty(0, device="cuda", dtype=torch.bfloat16)
+    head = LensHead(torch.empty(0, 0, device="cuda", dtype=torch.bfloat16))
     for config in configs:
-        same = target_matches_main_product(LensOptions(weight, None, None, 1.0, config))
+        same = target_matches_main_product(head, config)
         measured["bits"] += not same
         print(f"target bits, {config.kind} {config.block_m}x{config.block_v}: {'equal' if same else 'differ'}")
 
@@ -176,23 +176,23 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
     """All statistics against a logsumexp alone, on the first 3,072 rows and the whole tiles of the vocabulary."""
     config = pinned_config(torch.bfloat16, True, problem.rows, generation_of(DEVICE))
     weight = problem.unembedding[: problem.vocab // config.block_v * config.block_v]
-    options = LensOptions(weight, None, None, 1.0, config)
     n_rows = 3072
     targets = problem.targets[:n_rows].clamp(max=len(weight) - 1)
-    floats, ids = torch.empty((4, n_rows), device="cuda"), torch.empty((2, n_rows), dtype=torch.int64, device="cuda")
-    rows = LensRows(normed_rows(problem.hidden[:n_rows], problem.norm, config.block_m), targets, floats[3], n_rows)
-    same_bits = target_matches_main_product(options)
+    stats, target_z = RowStats.empty(n_rows, DEVICE), torch.empty(n_rows, device=DEVICE)
+    rows = LensRows(normed_rows(problem.hidden[:n_rows], problem.norm, config.block_m), targets, target_z, n_rows)
+    head = LensHead(weight)
+    options = LensOptions(head, config, has_targets=True, same_bits=target_matches_main_product(head, config))
 
     def everything():
         launch_targets(rows, options)
-        reduce_rows(rows, RowStats(floats[0], ids[0], ids[1], floats[1], floats[2]), options, same_bits)
+        reduce_rows(rows, stats, options)
 
     def alone():
         return launch_logsumexp(rows.x_hat, n_rows, weight, config)
 
     everything()
     peak, total = alone()
-    assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), floats[1], atol=1e-3)
+    assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), stats.logsumexp, atol=1e-3)
     times = device_times({"all statistics": everything, "logsumexp alone": alone})
     print_times(f"{problem.name}, {n_rows} rows", times)
     measured[f"{problem.name}/statistics"] = times["all statistics"][0] / times["logsumexp alone"][0]

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refinelens.kernels.config import LensConfig, block_and_split, processor_count, tile_ranges
-from refinelens.kernels.kernel import LensOptions, add_product
+from refinelens.kernels.config import LensConfig, LensOptions, processor_count, tile_ranges
+from refinelens.kernels.kernel import add_product, block_and_split
+from refinelens.kernels.reference import LensHead
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -21,7 +22,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def _logsumexp_kernel(
     x_ptr, w_ptr, best_ptr, total_ptr,
     n_rows, d_model, row_blocks, n_tiles, n_splits, group, width, stride_wv, stride_wd,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, split = block_and_split(tl.program_id(0), row_blocks, n_splits, group)
@@ -34,7 +35,7 @@ def _logsumexp_kernel(
         rows_w = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
         w_ptrs = w_ptr + rows_w[None, :] * stride_wv + offs_k.to(tl.int64)[:, None] * stride_wd
         z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        z = add_product(z, x_ptrs, w_ptrs, d_model, stride_wd, False, UPCAST, PRECISION, BLOCK_K)
+        z = add_product(z, x_ptrs, w_ptrs, d_model, stride_wd, False, INTERPRETED, PRECISION, BLOCK_K)
         new_best = tl.maximum(best, tl.max(z, 1) * _LOG2E)
         total = total * tl.exp2(best - new_best) + tl.sum(tl.exp2(z * _LOG2E - new_best[:, None]), 1)
         best = new_best
@@ -56,12 +57,11 @@ def launch_logsumexp(x_hat: Tensor, n_rows: int, unembedding: Tensor, config: Le
     row_bytes = x_hat.shape[1] * x_hat.element_size()
     tiles = tile_ranges(len(unembedding), row_blocks, row_bytes, config, processor_count(x_hat.device), by_tma=False)[0]
     best, total = torch.empty((2, tiles.splits, n_rows), dtype=torch.float32, device=x_hat.device)
-    flags = LensOptions(unembedding, None, None, 1.0, config).product_flags()
     _logsumexp_kernel[(row_blocks * tiles.splits,)](
         x_hat, unembedding, best, total,
         n_rows, unembedding.shape[1], row_blocks, tiles.count, tiles.splits, tiles.group,
         x_hat.shape[1], *unembedding.stride(),
-        **{name: flags[name] for name in ("UPCAST", "PRECISION", "BLOCK_K")},
+        **LensOptions(LensHead(unembedding), config).product_flags(),
         BLOCK_M=config.block_m, BLOCK_V=tiles.width, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return best, total

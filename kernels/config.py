@@ -1,7 +1,7 @@
-"""How the fused lens is launched: pinned tile sizes, and how its work is divided over programs.
+"""How the fused lens is launched: tile sizes, the options of a call, and how its work is divided over programs.
 
-One configuration per dtype, layout, row count and GPU generation; chunks of rows, splits of the vocabulary and the
-order of programs follow from it and from the shapes.
+Tile sizes are pinned per dtype, layout, row count and GPU generation; chunks of rows, splits of the vocabulary and
+groups of row blocks follow from them and from the shapes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+
+from .reference import LensHead
 
 WIDTH_MULTIPLE = 64  # of the padded columns of the normed states; every BLOCK_K divides it
 KINDS = ("plain", "few_rows", "tma")
@@ -37,9 +38,9 @@ class LensConfig:
         num_warps: Warps of a program.
         num_stages: Tiles of operands in flight.
         kind: ``"plain"``, ``"few_rows"`` (operands swapped, tokens as the rows of the product) or
-            ``"tma"`` (the kernel of ``kernel_tma`` wherever it can run, else as ``"plain"``).
-        splits: PartialStats of the vocabulary; None lets the launcher divide it.
-        group: Row blocks whose programs are neighbours; None lets the launcher choose.
+            ``"tma"`` (the kernel of `kernel_tma` wherever it can run, else as ``"plain"``).
+        splits: Parts of the vocabulary that programs reduce apart; None takes `choose_splits`.
+        group: Row blocks whose programs are neighbours; None takes `choose_group`.
     """
 
     block_m: int
@@ -61,26 +62,26 @@ class LensConfig:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
-# Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. Only Hopper's
-# products leave the others free; tf32x3 keeps two parts of each operand as well, so fp32 gets half the columns.
+# Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. Only Hopper's products leave
+# the others free; tf32x3 keeps two parts of each operand as well, so that fp32 gets half the columns.
 _HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _SINGLE_BLACKWELL = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
-# One warp group's 64 rows would stand mostly empty: the tokens take their place.
-_FEW_HALF = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=6, kind="few_rows")
-_FEW_SINGLE = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
-_SOME_HALF = LensConfig(64, 128, 128, 64, num_warps=4, num_stages=8, kind="tma")
-_SOME_SINGLE = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
+# Up to 16 rows (64 in fp32): one warp group's 64 rows would stand mostly empty, tokens take their place.
+_HALF_16_ROWS = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=6, kind="few_rows")
+_SINGLE_16_ROWS = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
+_HALF_64_ROWS = LensConfig(64, 128, 128, 64, num_warps=4, num_stages=8, kind="tma")
+_SINGLE_64_ROWS = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=4, kind="few_rows")
 # One row block: narrower tiles, so that the processors end at about the same time.
-_ONE_BLOCK_HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=6, kind="tma")
-# Few row blocks, of which half a one would be padding.
-_HALF_BLOCKS_HALF = LensConfig(64, 256, 128, 64, num_warps=4, num_stages=5, kind="tma")
-_FEW_BLOCKS = 4 * 128
+_HALF_128_ROWS = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=6, kind="tma")
+# An odd number of half row blocks, up to 8: of whole ones, half the last would be padding.
+_HALF_ODD_BLOCKS = LensConfig(64, 256, 128, 64, num_warps=4, num_stages=5, kind="tma")
+_MOST_ODD_BLOCKS = 8
 # Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
-_UNALIGNED_HALF = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
-_UNALIGNED_SINGLE = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
+_HALF_UNALIGNED = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
+_SINGLE_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
 
 
 def is_aligned(unembedding: Tensor) -> bool:
@@ -95,7 +96,7 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
 
     Args:
         dtype: Of both operands.
-        aligned: Whether ``is_aligned`` holds for the unembedding.
+        aligned: Whether `is_aligned` holds for the unembedding.
         n_rows: Rows of the call.
         generation: Major compute capability of the device.
 
@@ -108,24 +109,84 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
     if not aligned and generation == HOPPER:
         return _SINGLE if single else _HALF
     if not aligned:
-        return _UNALIGNED_SINGLE if single else _UNALIGNED_HALF
-    if n_rows <= _FEW_HALF.block_m and generation <= HOPPER:
-        return _FEW_SINGLE if single else _FEW_HALF
+        return _SINGLE_UNALIGNED if single else _HALF_UNALIGNED
+    if n_rows <= 16 and generation <= HOPPER:
+        return _SINGLE_16_ROWS if single else _HALF_16_ROWS
     if generation != HOPPER:
         return _HALF if not single else _SINGLE if generation < HOPPER else _SINGLE_BLACKWELL
-    if n_rows <= _SOME_HALF.block_m:
-        return _SOME_SINGLE if single else _SOME_HALF
-    if n_rows <= _ONE_BLOCK_HALF.block_m and not single:
-        return _ONE_BLOCK_HALF
-    if n_rows <= _FEW_BLOCKS and -(-n_rows // _HALF_BLOCKS_HALF.block_m) % 2 and not single:
-        return _HALF_BLOCKS_HALF
-    return _SINGLE_HOPPER if single else _HALF_HOPPER
+    if n_rows <= 64:
+        return _SINGLE_64_ROWS if single else _HALF_64_ROWS
+    if single:
+        return _SINGLE_HOPPER
+    if n_rows <= 128:
+        return _HALF_128_ROWS
+    half_blocks = -(-n_rows // _HALF_ODD_BLOCKS.block_m)
+    return _HALF_ODD_BLOCKS if half_blocks <= _MOST_ODD_BLOCKS and half_blocks % 2 else _HALF_HOPPER
 
 
 @lru_cache
 def generation_of(device: torch.device) -> int:
     """Major compute capability of ``device``; without a GPU that of the kernels' first target."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
+
+
+@dataclass(frozen=True)
+class LensOptions:
+    """What all launches of a call share, and the compile-time arguments that follow from it.
+
+    Args:
+        head: Unembedding, bias, softcap and scale. Its norm is not used: rows are normed already.
+        config: Tile sizes of the main kernel.
+        has_targets: Whether ranks are counted.
+        same_bits: Whether a target's own product has the bits of its column of the main product; what
+            `fused_lens.target_matches_main_product` says.
+    """
+
+    head: LensHead
+    config: LensConfig
+    has_targets: bool = False
+    same_bits: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a logit is nothing but its product."""
+        return self.head.bias is None and self.head.softcap is None and self.head.scale == 1.0
+
+    @property
+    def by_tma(self) -> bool:
+        """Whether the main kernel is that of `kernel_tma`, which takes plain logits, rows that do not overlap and, with
+        targets, their logits with the bits of the main product.
+        """
+        can_read = self.is_plain and self.head.weight.stride(0) >= self.head.weight.shape[1]
+        return self.config.kind == "tma" and can_read and (self.same_bits or not self.has_targets)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the logits as a kernel's argument: of one type, whatever was given."""
+        return float(self.head.scale)
+
+    @property
+    def softcap(self) -> float:
+        """The softcap as a kernel's argument; not read without ``HAS_SOFTCAP``."""
+        return float(self.head.softcap or 0.0)
+
+    def product_flags(self) -> dict:
+        """Compile-time arguments of every kernel that multiplies."""
+        return dict(
+            # The interpreter multiplies bfloat16 wrongly; products of fp32 copies are the same numbers.
+            INTERPRETED=triton.knobs.runtime.interpret,
+            # "ieee" has no tensor core instruction; three tf32 products keep fp32's accuracy.
+            PRECISION="tf32x3" if self.head.weight.dtype == torch.float32 else "tf32",
+            BLOCK_K=self.config.block_k,
+        )
+
+    def logit_flags(self) -> dict:
+        """Compile-time arguments of the kernels that make logits of products."""
+        return dict(HAS_BIAS=self.head.bias is not None, HAS_SCALE=self.head.scale != 1.0)
+
+    def row_flags(self) -> dict:
+        """Compile-time arguments of the kernels that reduce logits."""
+        return dict(HAS_TARGETS=self.has_targets, HAS_SOFTCAP=self.head.softcap is not None)
 
 
 @dataclass(frozen=True)
@@ -141,14 +202,14 @@ class ShapeClass:
     row_bits: int
 
     @classmethod
-    def of(cls, hidden: Tensor, unembedding: Tensor, bias, softcap, targets) -> ShapeClass:
-        """The class of a call of ``fused_lens_triton``."""
-        options = (bias is not None, softcap is not None, targets is not None)
+    def of(cls, hidden: Tensor, head: LensHead, targets: Tensor | None) -> ShapeClass:
+        """The class of a call of `fused_lens.fused_lens_triton`."""
+        options = (head.bias is not None, head.softcap is not None, targets is not None)
         row_bits = hidden.shape[0].bit_length()
-        return cls(hidden.device, hidden.dtype, is_aligned(unembedding), *unembedding.shape, options, row_bits)
+        return cls(hidden.device, hidden.dtype, is_aligned(head.weight), *head.weight.shape, options, row_bits)
 
 
-KEPT: dict[ShapeClass, LensConfig] = {}  # written by ``search.search_config`` on request
+KEPT: dict[ShapeClass, LensConfig] = {}  # written by `search.search_config` on request
 
 
 def config_for(shape: ShapeClass, n_rows: int) -> LensConfig:
@@ -157,7 +218,7 @@ def config_for(shape: ShapeClass, n_rows: int) -> LensConfig:
 
 
 def chunk_blocks(n_rows: int, row_bytes: int, block_m: int, processors: int) -> int:
-    """Row blocks per chunk, whose normed states fit in ``X_HAT_BYTES``: a whole number for each processor, where there
+    """Row blocks per chunk, whose normed states fit in ``X_HAT_BYTES``: the same number for every processor where there
     are that many, else equal chunks.
     """
     blocks = max(1, -(-n_rows // block_m))
@@ -168,7 +229,7 @@ def chunk_blocks(n_rows: int, row_bytes: int, block_m: int, processors: int) -> 
 
 
 def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """The vocabulary splits that finish soonest: all waves of programs but the last take the mean number of tiles."""
+    """The splits of the vocabulary that finish soonest, if all waves of programs but the last take the mean time."""
     most = max(1, min(tiles, max(MAX_SPLITS, processors // row_blocks)))
 
     def time(splits: int) -> float:
@@ -185,7 +246,7 @@ def choose_group(block_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class TileRange:
-    """Tiles of ``width`` tokens from tile ``first`` on, divided into ``splits`` consecutive parts."""
+    """Tiles of ``width`` tokens from tile ``first`` on, divided into ``splits`` consecutive parts: one launch."""
 
     width: int
     first: int
@@ -199,13 +260,11 @@ class TileRange:
 def tile_ranges(
     n_vocab: int, row_blocks: int, row_bytes: int, config: LensConfig, processors: int, by_tma: bool
 ) -> tuple[TileRange, ...]:
-    """The whole tiles of a vocabulary, then the rest in smaller tiles; either may be missing.
+    """The whole tiles of a vocabulary, then the rest in smaller, masked ones; either may be missing.
 
-    ``row_bytes`` are those of a row of the normed states.
-
-    Two launches: a kernel without masks takes fewer instructions a logit and no branch. But that of ``kernel_tma``
-    takes the rest in a loop of its own, and one row block is over so soon that a second launch would cost more than
-    masks, where tiles of one width can do both.
+    Two launches, as a kernel without masks takes fewer instructions a logit. But the kernel of `kernel_tma` takes the
+    rest in a loop of its own, and for one row block a second launch would cost more than masks, where tiles of one
+    width can do both. ``row_bytes`` are those of a row of the normed states.
     """
     ranges = []
     whole, rest = divmod(n_vocab, config.block_v)
@@ -220,21 +279,6 @@ def tile_ranges(
         count = -(-(n_vocab - begin) // config.tail_v)
         ranges.append(TileRange(config.tail_v, begin // config.tail_v, count, splits=1, group=1, masked=True))
     return tuple(ranges)
-
-
-@triton.jit
-def block_and_split(program, row_blocks, n_splits, group):
-    """The row block and the split of a program.
-
-    Programs start in the order of their number, so what runs at one time is a run of numbers. A group of row
-    blocks goes through all splits before the next group begins, and within a group the row blocks of one split
-    are neighbours: the states of few row blocks stay in L2 while all of them read the same tiles of the
-    unembedding at about the same time. The last group may be smaller.
-    """
-    first = program // (group * n_splits) * group
-    size = tl.minimum(group, row_blocks - first)
-    within = program - first * n_splits
-    return first + within % size, within // size
 
 
 @lru_cache

@@ -1,9 +1,9 @@
 """The fused lens on a GPU: every statistic of every row in one pass over the vocabulary.
 
 A chunk of rows goes through four kernels: the final norm, the targets' own logits, the main product with its running
-reductions (where the kernel of `kernel_tma` cannot run, a second launch takes the last, partial tiles), and the merge
-over vocabulary splits. On Hopper a fifth counts the rare ties that the main one left open.
-Logits only ever exist as tiles in registers.
+reductions, and the merge of the vocabulary's splits. The main kernel is that of `kernel_tma` where it can run, and a
+fifth counts the rare ties that it left open; else it is that of `kernel`, launched once more for the last, partial
+tiles. Logits only ever exist as tiles in registers.
 """
 
 from __future__ import annotations
@@ -12,89 +12,23 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import LensConfig, ShapeClass, chunk_blocks, config_for, processor_count, tile_ranges
-from .kernel import (
-    TARGET_ROWS,
-    LensOptions,
-    LensRows,
-    PartialStats,
-    RowStats,
-    launch_targets,
-    launch_tiles,
-    merge_splits,
-)
+from .config import LensConfig, LensOptions, ShapeClass, chunk_blocks, config_for, processor_count, tile_ranges
+from .kernel import TARGET_ROWS, LensRows, PartialStats, RowStats, launch_targets, launch_tiles, merge_splits
 from .kernel_tma import add_ties, launch_tma
 from .norm_kernel import normed_rows, padded_width
 from .reference import LensHead, LensStats, soft_cap
 
-_known: dict[tuple, bool] = {}
-_D_MODEL = 1024
-
-
-def reduce_rows(rows: LensRows, merged: RowStats, options: LensOptions, same_bits: bool) -> None:
-    """Write the statistics of ``rows`` into ``merged``.
-
-    ``same_bits`` says that ``rows.target_z`` has the bits of the main product. Rank is 0 exactly where the argmax is
-    the target, whose logit then is the largest.
-    """
-    config, device = options.config, rows.x_hat.device
-    row_blocks = triton.cdiv(rows.count, config.block_m)
-    row_bytes = rows.x_hat.shape[1] * rows.x_hat.element_size()
-    by_tma = options.by_tma(rows.targets is not None, same_bits)
-    ranges = tile_ranges(len(options.unembedding), row_blocks, row_bytes, config, processor_count(device), by_tma)
-    n_parts = sum(tiles.splits for tiles in ranges)
-    best, total, weighted = torch.empty((3, n_parts, rows.count), dtype=torch.float32, device=device)
-    argmax, rank = torch.empty((2, n_parts, rows.count), dtype=torch.int32, device=device)
-    parts = PartialStats(best, argmax, rank, total, weighted)
-    first = 0
-    for tiles in ranges:
-        own_parts = PartialStats(*(part[first : first + tiles.splits] for part in parts))
-        if by_tma:
-            launch_tma(rows, own_parts, options, tiles)
-        else:
-            launch_tiles(rows, own_parts, options, tiles, same_bits)
-        first += tiles.splits
-    merge_splits(parts, merged, rows, options.cap, options.row_flags(rows.targets is not None))
-    if by_tma and rows.targets is not None:
-        add_ties(rows, merged.rank, options)
-
-
-def target_matches_main_product(options: LensOptions) -> bool:
-    """Whether targets need not be kept from beating themselves, which costs some instructions a logit.
-
-    Tried once per device, dtype and configuration, on 64 rows; not while a CUDA graph is captured, where the
-    answer is no unless it is known. With a bias, a scale or a softcap it is always no: those kernels lack the
-    registers to gain from it.
-    """
-    weight = options.unembedding
-    if not options.is_plain or weight.device.type != "cuda":
-        return False
-    key = (weight.device, weight.dtype, options.config)
-    if key not in _known:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        _known[key] = _try(weight.device, weight.dtype, options.config)
-    return _known[key]
-
-
-def _try(device: torch.device, dtype: torch.dtype, config: LensConfig) -> bool:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
-    n_rows = max(TARGET_ROWS, config.block_m)
-    options = LensOptions(randn(2 * config.block_v - 1, _D_MODEL), None, None, 1.0, config)
-    best, t, logsumexp, entropy = torch.empty((4, n_rows), dtype=torch.float32, device=device)
-    argmax, rank = torch.empty((2, n_rows), dtype=torch.int64, device=device)
-    x_hat = randn(n_rows, _D_MODEL)
-    reduce_rows(LensRows(x_hat, None, None, n_rows), RowStats(best, argmax, rank, logsumexp, entropy), options, False)
-    launch_targets(LensRows(x_hat, argmax, t, n_rows), options)
-    return torch.equal(best, t)
+_PROBE_WIDTH = 1024
+_same_bits: dict[tuple, bool] = {}  # by device, dtype and configuration
 
 
 def fused_lens_triton(
-    hidden: Tensor, head: LensHead, targets: Tensor | None = None, *, config: LensConfig | None = None
+    hidden: Tensor,
+    head: LensHead,
+    targets: Tensor | None = None,
+    *,
+    config: LensConfig | None = None,
+    same_bits: bool | None = None,
 ) -> LensStats:
     """Lens statistics of ``hidden`` ``[R, d_model]`` in one pass over the vocabulary per chunk of rows.
 
@@ -104,8 +38,10 @@ def fused_lens_triton(
         hidden: ``[R, d_model]`` bfloat16, float16 or float32, any strides.
         head: Norm and unembedding ``[V, d_model]`` of the dtype of ``hidden``, any strides; without a projection.
         targets: ``[R]`` int64 in ``[0, V)``, or None. Ids outside are not read, their rows are meaningless.
-        config: How the main kernel is launched; None takes what ``search.search_config`` kept for such calls,
-            else the pinned configuration.
+        config: How the main kernel is launched; None takes what `search.search_config` kept for such calls, else the
+            pinned configuration.
+        same_bits: Whether a target's own product has the bits of its column of the main product, on which ranks are
+            counted; None asks `target_matches_main_product`.
 
     Raises:
         ValueError: The dtype is none of the three.
@@ -117,33 +53,83 @@ def fused_lens_triton(
 
     Source of the running sums: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3.
     """
-    shape = ShapeClass.of(hidden, head.weight, head.bias, head.softcap, targets)
-    config = config or config_for(shape, len(hidden))
-    options = LensOptions(head.weight, head.bias, head.softcap, float(head.scale), config)
-    n_rows = hidden.shape[0]
-    # Separate allocations: a torch operator may not return tensors that share memory.
-    best, target_z, logsumexp, entropy = (_empty(hidden, n_rows, torch.float32) for _ in range(4))
-    argmax, rank = (_empty(hidden, n_rows, torch.int64) for _ in range(2))
+    n_rows, device = len(hidden), hidden.device
+    config = config or config_for(ShapeClass.of(hidden, head, targets), n_rows)
+    stats = RowStats.empty(n_rows, device)
+    target_z = torch.empty(n_rows, dtype=torch.float32, device=device)
     row_multiple = max(config.block_m, TARGET_ROWS)
     row_bytes = padded_width(hidden.shape[1]) * hidden.element_size()
-    step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple, processor_count(hidden.device))
+    step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple, processor_count(device))
     with torch.cuda.device_of(hidden):
-        same_bits = targets is not None and target_matches_main_product(options)
+        if same_bits is None:
+            same_bits = targets is not None and target_matches_main_product(head, config)
+        options = LensOptions(head, config, targets is not None, same_bits)
         x_hat = None
         for start in range(0, n_rows, step):
-            part = slice(start, start + step)
-            x_hat = normed_rows(hidden[part], head.norm, row_multiple, out=x_hat)
-            part_targets, part_z = (None, None) if targets is None else (targets[part], target_z[part])
-            rows = LensRows(x_hat, part_targets, part_z, len(best[part]))
+            chunk = slice(start, start + step)
+            x_hat = normed_rows(hidden[chunk], head.norm, row_multiple, out=x_hat)
+            own = (None, None) if targets is None else (targets[chunk], target_z[chunk])
+            rows = LensRows(x_hat, *own, min(step, n_rows - start))
             if targets is not None:
                 launch_targets(rows, options)
-            merged = RowStats(best, argmax, rank, logsumexp, entropy)
-            reduce_rows(rows, RowStats(*(field[part] for field in merged)), options, same_bits)
-    max_logit = soft_cap(best, head.softcap)
-    if targets is None:
-        return LensStats(argmax, max_logit, logsumexp, entropy)
-    return LensStats(argmax, max_logit, logsumexp, entropy, soft_cap(target_z, head.softcap), rank)
+            reduce_rows(rows, _slice(stats, chunk), options)
+    of_target = () if targets is None else (soft_cap(target_z, head.softcap), stats.rank)
+    return LensStats(stats.argmax, soft_cap(stats.best, head.softcap), stats.logsumexp, stats.entropy, *of_target)
 
 
-def _empty(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, dtype=dtype, device=like.device)
+def reduce_rows(rows: LensRows, stats: RowStats, options: LensOptions) -> None:
+    """Write the statistics of ``rows``, whose targets' logits are there, into ``stats``.
+
+    Rank is 0 exactly where the argmax is the target; there ``rows.target_z`` becomes the largest logit.
+    """
+    config, device = options.config, rows.x_hat.device
+    row_blocks = triton.cdiv(rows.count, config.block_m)
+    row_bytes = rows.x_hat.shape[1] * rows.x_hat.element_size()
+    processors = processor_count(device)
+    ranges = tile_ranges(options.head.vocab_size, row_blocks, row_bytes, config, processors, options.by_tma)
+    parts = PartialStats.empty(sum(tiles.splits for tiles in ranges), rows.count, device)
+    launch, first = launch_tma if options.by_tma else launch_tiles, 0
+    for tiles in ranges:
+        launch(rows, _slice(parts, slice(first, first + tiles.splits)), options, tiles)
+        first += tiles.splits
+    merge_splits(parts, stats, rows, options)
+    if options.by_tma and options.has_targets:
+        add_ties(rows, stats.rank, options)
+
+
+def _slice(stats: PartialStats | RowStats, part: slice) -> PartialStats | RowStats:
+    return type(stats)(*(field[part] for field in stats))
+
+
+def target_matches_main_product(head: LensHead, config: LensConfig) -> bool:
+    """Whether a target's own product has the bits of its column of the main one on this device.
+
+    Where it has, targets need not be kept from beating themselves, which saves some instructions a logit. With a bias,
+    a scale or a softcap the answer is no: those kernels lack the registers to gain from it. Else it is tried, once per
+    device, dtype and configuration; not while a CUDA graph is captured, where it is no unless known.
+    """
+    weight = head.weight
+    if not LensOptions(head, config).is_plain or weight.device.type != "cuda":
+        return False
+    key = (weight.device, weight.dtype, config)
+    if key not in _same_bits:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _same_bits[key] = _try_same_bits(weight.device, weight.dtype, config)
+    return _same_bits[key]
+
+
+def _try_same_bits(device: torch.device, dtype: torch.dtype, config: LensConfig) -> bool:
+    """Whether the largest logits of random rows are those of the same tokens as targets."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    n_rows = max(TARGET_ROWS, config.block_m)
+    options = LensOptions(LensHead(randn(2 * config.block_v - 1, _PROBE_WIDTH)), config)
+    x_hat, stats = randn(n_rows, _PROBE_WIDTH), RowStats.empty(n_rows, device)
+    reduce_rows(LensRows(x_hat, None, None, n_rows), stats, options)
+    target_z = torch.empty(n_rows, dtype=torch.float32, device=device)
+    launch_targets(LensRows(x_hat, stats.argmax, target_z, n_rows), options)
+    return torch.equal(stats.best, target_z)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,14 @@ WARM_UPS = 3  # compile, settle what is tried once per device, fill the allocato
 class GraphedLens:
     """A lens whose launches are recorded once per shape and replayed after that.
 
-    Worth it where a call is short, tens of rows, and its shape comes again. Every recorded shape keeps its
-    buffers; beyond ``max_shapes`` shapes calls run without a graph. The weights must stay where they are in
-    memory. Not for several threads at once.
+    Worth it where a call is short, tens of rows, and its shape comes again. Every recorded shape keeps its buffers;
+    beyond ``max_shapes`` shapes calls run without a graph. The weights must stay where they are in memory. Not for
+    several threads at once.
 
     Args:
-        head: As for ``fused_lens_triton``, the same for all calls.
+        head: As for `fused_lens_triton`, the same for all calls.
         max_shapes: Shapes to record.
+        record: What makes a recording of a call; another one in tests.
 
     Example::
 
@@ -28,13 +31,14 @@ class GraphedLens:
         out = lens(hidden, targets)
     """
 
-    def __init__(self, head: LensHead, *, max_shapes: int = 8):
+    def __init__(self, head: LensHead, *, max_shapes: int = 8, record: Callable[..., Recording] | None = None):
         self._head = head
         self._max_shapes = max_shapes
-        self._recorded: dict[tuple, _Recording] = {}
+        self._record = record or Recording
+        self._recorded: dict[tuple, Recording] = {}
 
     def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> LensStats:
-        """Lens statistics of ``hidden`` ``[R, d_model]``, as ``fused_lens_triton`` returns them; unchecked.
+        """Lens statistics of ``hidden`` ``[R, d_model]``, as `fused_lens_triton` returns them; unchecked.
 
         Those of one call share memory.
         """
@@ -44,14 +48,14 @@ class GraphedLens:
             if key not in self._recorded:
                 if hidden.shape[0] == 0 or len(self._recorded) == self._max_shapes:
                     return self._run(hidden, targets)
-                self._recorded[key] = _Recording(self._run, hidden, targets)
+                self._recorded[key] = self._record(self._run, hidden, targets)
             return self._recorded[key].replay(hidden, targets)
 
     def _run(self, hidden: Tensor, targets: Tensor | None) -> LensStats:
         return fused_lens_triton(hidden, self._head, targets)
 
 
-class _Recording:
+class Recording:
     """One captured call with the buffers that its launches read and write."""
 
     def __init__(self, run, hidden: Tensor, targets: Tensor | None):

@@ -16,19 +16,20 @@ PROGRAM_ELEMENTS = 1024  # of a program, unless a row has more
 
 @triton.jit(do_not_specialize=["n_rows", "padded_rows"])
 def _norm_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, x_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, x_ptr,  # [R, d_model], [d_model], [d_model], [padded R, width]
     n_rows, padded_rows, d_model, width, stride_hr, stride_hd, stride_w, stride_b, eps, offset,
     HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """A program: whole rows, in one block of columns."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    col_ok = (offs_d < d_model)[None, :]
-    ok = (rows < n_rows)[:, None] & col_ok
-    ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hr + offs_d.to(tl.int64)[None, :] * stride_hd
-    x = tl.load(ptrs, mask=ok, other=0.0).to(tl.float32)
+    mask_d = (offs_d < d_model)[None, :]
+    mask = (offs_m < n_rows)[:, None] & mask_d
+    ptrs = hidden_ptr + offs_m.to(tl.int64)[:, None] * stride_hr + offs_d.to(tl.int64)[None, :] * stride_hd
+    x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
     if HAS_MEAN:
-        x = tl.where(col_ok, x - (tl.sum(x, 1) / d_model)[:, None], 0.0)
+        x = tl.where(mask_d, x - (tl.sum(x, 1) / d_model)[:, None], 0.0)
     if HAS_NORM:
         x = x * tl.rsqrt(tl.sum(x * x, 1) / d_model + eps)[:, None]
     if HAS_WEIGHT:
@@ -38,31 +39,9 @@ def _norm_kernel(
         bias = tl.load(bias_ptr + offs_d.to(tl.int64) * stride_b, mask=offs_d < d_model, other=0.0)
         x = x + bias.to(tl.float32)[None, :]
     # Rows and columns of the padding become zeros, so that the products need no mask on this operand.
-    x = tl.where(ok, x, 0.0)
-    out = x_ptr + rows.to(tl.int64)[:, None] * width + offs_d[None, :]
-    tl.store(out, x.to(x_ptr.dtype.element_ty), mask=(rows < padded_rows)[:, None] & (offs_d < width)[None, :])
-
-
-def padded_width(d_model: int) -> int:
-    """Columns of the normed states, padding included."""
-    return triton.cdiv(d_model, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-
-
-def norm_flags(norm: Norm, width: int) -> dict:
-    """What `normed_rows` compiles the kernel for, with padded rows of ``width``: 8 elements a thread, as far as there
-    are warps.
-    """
-    block_d = triton.next_power_of_2(width)
-    block_m = max(1, PROGRAM_ELEMENTS // block_d)
-    return dict(
-        HAS_NORM=norm is not None,
-        HAS_MEAN=isinstance(norm, LayerNorm),
-        HAS_WEIGHT=norm is not None and norm.weight is not None,
-        HAS_BIAS=norm is not None and norm.bias is not None,
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        num_warps=min(16, block_m * block_d // 256),
-    )
+    x = tl.where(mask, x, 0.0)
+    out = x_ptr + offs_m.to(tl.int64)[:, None] * width + offs_d[None, :]
+    tl.store(out, x.to(x_ptr.dtype.element_ty), mask=(offs_m < padded_rows)[:, None] & (offs_d < width)[None, :])
 
 
 def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | None = None) -> Tensor:
@@ -91,3 +70,23 @@ def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | Non
         stride_of(weight), stride_of(bias), eps, offset, **flags,
     )  # fmt: skip
     return x_hat.to(hidden.dtype)
+
+
+def padded_width(d_model: int) -> int:
+    """Columns of the normed states, padding included."""
+    return triton.cdiv(d_model, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def norm_flags(norm: Norm, width: int) -> dict:
+    """What `normed_rows` compiles the kernel for, with padded rows of ``width``."""
+    block_d = triton.next_power_of_2(width)
+    block_m = max(1, PROGRAM_ELEMENTS // block_d)
+    return dict(
+        HAS_NORM=norm is not None,
+        HAS_MEAN=isinstance(norm, LayerNorm),
+        HAS_WEIGHT=norm is not None and norm.weight is not None,
+        HAS_BIAS=norm is not None and norm.bias is not None,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        num_warps=min(16, block_m * block_d // 256),  # 8 elements a thread, as far as there are warps
+    )

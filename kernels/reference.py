@@ -1,6 +1,7 @@
-"""What the fused lens computes, in plain torch: its norms, its result, and the reference of every other backend.
+"""What the fused lens computes, in plain torch: norms and head, the statistics, the reference of every other backend.
 
-Imports no Triton: the lens on a CPU, and tests on any machine, use it.
+In reading order: the norms; the head, from residual stream to logits; the statistics; the reference, a chunk of the
+vocabulary at a time, in the names of `kernel` but for sums of ``exp``. Imports no Triton: the lens on a CPU uses it.
 """
 
 from __future__ import annotations
@@ -272,7 +273,7 @@ def row_chunk(device: torch.device) -> int:
 
 
 def z_chunks(x_hat: Tensor, head: LensHead) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The vocabulary in chunks: first id, weights ``[C, d_model]`` and ``z`` ``[R, C]`` in the dtype of ``x_hat``.
+    """The vocabulary in chunks: first id, weights ``[C, d_embed]`` and ``z`` ``[R, C]`` in the dtype of ``x_hat``.
 
     The caller may overwrite ``z``; the next chunk does.
     """
@@ -291,17 +292,6 @@ def z_chunks(x_hat: Tensor, head: LensHead) -> Iterator[tuple[int, Tensor, Tenso
         yield first, weights, z
 
 
-def settle_ties(argmax: Tensor, max_logit: Tensor, targets: Tensor, logit: Tensor, rank: Tensor):
-    """Make rank 0 hold exactly when the argmax is the target.
-
-    A target's logit computed apart from the main product may differ from its own column there by
-    rounding; the main product, which decided the argmax, decides here too.
-    """
-    is_top = argmax == targets
-    rank = torch.where(is_top, 0, rank.clamp(min=1))
-    return torch.where(is_top, max_logit, logit), rank
-
-
 def lens_stats(
     head: LensHead,
     argmax: Tensor,
@@ -312,12 +302,17 @@ def lens_stats(
     target_z: Tensor | None,
     rank: Tensor | None,
 ) -> LensStats:
-    """The statistics from uncapped maxima and target logits; the last two are not read without targets."""
+    """The statistics from uncapped maxima and target logits; the last two are not read without targets.
+
+    A target's logit computed apart from the main product may differ from its own column there by rounding. The main
+    product decided the argmax, and decides here too: rank is 0 exactly where the argmax is the target.
+    """
     max_logit = soft_cap(best, head.softcap)
     if targets is None:
         return LensStats(argmax, max_logit, logsumexp, entropy)
-    target_logit, rank = settle_ties(argmax, max_logit, targets, soft_cap(target_z, head.softcap), rank)
-    return LensStats(argmax, max_logit, logsumexp, entropy, target_logit, rank)
+    is_top = argmax == targets
+    target_logit = torch.where(is_top, max_logit, soft_cap(target_z, head.softcap))
+    return LensStats(argmax, max_logit, logsumexp, entropy, target_logit, torch.where(is_top, 0, rank.clamp(min=1)))
 
 
 def in_row_blocks(
@@ -351,35 +346,36 @@ def fused_lens_reference(
 
 
 def _reduce_block(x_hat: Tensor, head: LensHead, targets: Tensor | None) -> LensStats:
-    best = x_hat.new_full((len(x_hat),), float("-inf"))  # largest z so far
+    best = x_hat.new_full((len(x_hat),), float("-inf"))  # [R] largest z so far
     argmax = torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device)
     peak = best.clone()  # largest capped logit so far
     total = torch.zeros_like(best)  # sum of exp(l - peak)
     weighted = torch.zeros_like(best)  # sum of (l - peak) exp(l - peak)
-    t_z = None if targets is None else _target_z(x_hat, head, targets)
+    target_z = None if targets is None else _target_z(x_hat, head, targets)
     rank = torch.zeros_like(argmax)
     buffer = None
-    for first, _, z in z_chunks(x_hat, head):
+    for first_id, _, z in z_chunks(x_hat, head):  # z [R, C]
         buffer = z.new_empty(z.numel()) if buffer is None else buffer
         work = buffer[: z.numel()].view_as(z)
         chunk_best = z.amax(-1)
         (rising,) = (chunk_best > best).nonzero(as_tuple=True)  # after the first chunks, few rows
-        argmax[rising] = first + z[rising].argmax(-1)  # documented to return the first among equals
+        argmax[rising] = first_id + z[rising].argmax(-1)  # documented to return the first among equals
         best = torch.maximum(best, chunk_best)
         if targets is not None:
-            rank += _count_beating(z, t_z, targets - first, work)
+            rank += _count_better(z, targets - first_id, target_z, work)
         new_peak = torch.maximum(peak, soft_cap(chunk_best, head.softcap))
         total, weighted = _rescale(total, weighted, peak - new_peak)
         # A token of logit -inf has probability 0 and adds nothing, also where there is nothing else yet.
         shift = new_peak.masked_fill(new_peak == float("-inf"), 0.0)[:, None]
         shifted = torch.sub(soft_cap(z, head.softcap), shift, out=z)
-        weight = torch.exp(shifted, out=work)
-        total = total + weight.sum(-1)
-        weighted = weighted + weight.mul_(shifted.clamp_(min=LOWEST)).sum(-1)
+        p = torch.exp(shifted, out=work)
+        total = total + p.sum(-1)
+        weighted = weighted + p.mul_(shifted.clamp_(min=LOWEST)).sum(-1)
         peak = new_peak
-    logsumexp = peak + total.log()
-    entropy = total.log() - weighted / total
-    return lens_stats(head, argmax, best, logsumexp, entropy, targets, t_z, rank)
+    log_total = total.log()
+    return lens_stats(
+        head, argmax, best, peak + log_total, log_total - weighted / total, targets, target_z, rank
+    )
 
 
 def _target_z(x_hat: Tensor, head: LensHead, targets: Tensor) -> Tensor:
@@ -390,20 +386,20 @@ def _target_z(x_hat: Tensor, head: LensHead, targets: Tensor) -> Tensor:
     return z * head.scale
 
 
-def _count_beating(z: Tensor, t_z: Tensor, own: Tensor, work: Tensor) -> Tensor:
-    """Columns of ``z`` that beat a target at column ``own``, which may lie outside; ``work`` is overwritten.
+def _count_better(z: Tensor, target_col: Tensor, target_z: Tensor, work: Tensor) -> Tensor:
+    """Tokens of each row of ``z`` that beat its target, whose column may lie outside; ``work`` is overwritten.
 
-    An equal logit beats the target from a lower id only, so left of the target one comparison with the
-    next lower float does; the target's own column is left out, whatever it holds. There is no float below
-    -inf: such a target is compared as if its column were here.
+    An equal logit beats the target from a lower id only, so left of the target one comparison with the next lower float
+    does; the target's own column is left out, whatever it holds. There is no float below -inf: such a target is
+    compared as if its column were here.
     """
-    width, floor = z.shape[-1], t_z.new_full((), float("-inf"))
-    is_left = (own >= width) & (t_z > floor)
-    bar = torch.where(is_left, torch.nextafter(t_z, floor), t_z)
+    width, floor = z.shape[-1], target_z.new_full((), float("-inf"))
+    is_left = (target_col >= width) & (target_z > floor)
+    bar = torch.where(is_left, torch.nextafter(target_z, floor), target_z)
     count = torch.gt(z, bar[:, None], out=work).sum(-1).to(torch.int64)  # exact: fewer than 2^24 ones
-    (here,) = ((own >= 0) & ~is_left).nonzero(as_tuple=True)
-    z, t, own, ids = z[here], t_z[here, None], own[here, None], torch.arange(width, device=z.device)
-    count[here] += ((z == t) & (ids < own)).sum(-1) - ((z > t) & (ids == own)).sum(-1)
+    (here,) = ((target_col >= 0) & ~is_left).nonzero(as_tuple=True)
+    z, t, col, cols = z[here], target_z[here, None], target_col[here, None], torch.arange(width, device=z.device)
+    count[here] += ((z == t) & (cols < col)).sum(-1) - ((z > t) & (cols == col)).sum(-1)
     return count
 
 

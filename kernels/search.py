@@ -33,7 +33,7 @@ def search_config(
     """The fastest configuration for these operands among those that agree with the pinned one.
 
     Args:
-        hidden, head, targets: As for ``fused_lens_triton``.
+        hidden, head, targets: As for `fused_lens_triton`.
         keep: Use the result for later calls of this process with the same dtype, layout, vocabulary, width,
             options and about as many rows.
 
@@ -44,14 +44,13 @@ def search_config(
         raise ValueError(f"hidden: expected a CUDA device, got {hidden.device}")
     best = fastest(trials(hidden, head, targets))
     if keep:
-        KEPT[ShapeClass.of(hidden, head.weight, head.bias, head.softcap, targets)] = best
+        KEPT[ShapeClass.of(hidden, head, targets)] = best
     return best
 
 
 def trials(hidden: Tensor, head: LensHead, targets: Tensor | None) -> list[Trial]:
     """Outcomes of all candidates, the pinned configuration first; timed in turns, so that all see one clock."""
-    shape = ShapeClass.of(hidden, head.weight, head.bias, head.softcap, targets)
-    candidates = candidate_configs(shape, hidden.shape[0], processor_count(hidden.device))
+    candidates = candidate_configs(ShapeClass.of(hidden, head, targets), len(hidden), processor_count(hidden.device))
 
     def run(config):
         return fused_lens_triton(hidden, head, targets, config=config)

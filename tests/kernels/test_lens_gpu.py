@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from lens_cases import DEVICE, DTYPES, check, operands
-from refinelens.kernels.config import generation_of, pinned_config
+from refinelens.kernels.config import LensOptions, generation_of, pinned_config
 from refinelens.kernels.fused_lens import fused_lens_triton, target_matches_main_product
-from refinelens.kernels.kernel import LensOptions, LensRows, launch_targets
+from refinelens.kernels.kernel import LensRows, launch_targets
 from refinelens.kernels.norm_kernel import normed_rows
 from refinelens.kernels.reference import LensHead
 
@@ -30,14 +30,15 @@ def test_model_sized(d_model, dtype):
 @pytest.mark.parametrize("d_model", [576, 768])
 def test_target_logit_is_that_of_the_main_product(d_model, dtype):
     hidden, unembedding, _ = operands(1024 + 3, d_model, 50257, dtype)
-    top = fused_lens_triton(hidden, LensHead(unembedding))
+    head = LensHead(unembedding)
+    top = fused_lens_triton(hidden, head)
     config = pinned_config(dtype, aligned=True, n_rows=1027, generation=generation_of(hidden.device))
-    options = LensOptions(unembedding, None, None, 1.0, config)
     # By its own kernel, before the merge puts the largest logit in its place.
     t = torch.full((1027,), float("nan"), device=DEVICE)
-    launch_targets(LensRows(normed_rows(hidden, None, config.block_m), top.argmax, t, 1027), options)
+    rows = LensRows(normed_rows(hidden, None, config.block_m), top.argmax, t, 1027)
+    launch_targets(rows, LensOptions(head, config, has_targets=True))
     mismatches = int((t != top.max_logit).sum())
     print(f"{dtype} d_model {d_model}: {mismatches} of 1027 target logits differ from the main product")
     torch.testing.assert_close(t, top.max_logit, rtol=2e-6, atol=1e-4)
-    if target_matches_main_product(options):
+    if target_matches_main_product(head, config):
         assert mismatches == 0  # the kernel counts ranks on that promise

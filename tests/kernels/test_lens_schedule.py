@@ -8,14 +8,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from refinelens.kernels.config import (
-    LensConfig,
-    block_and_split,
-    choose_group,
-    choose_splits,
-    chunk_blocks,
-    tile_ranges,
-)
+from refinelens.kernels.config import LensConfig, choose_group, choose_splits, chunk_blocks, tile_ranges
+from refinelens.kernels.kernel import block_and_split
 
 
 @pytest.mark.parametrize("d_model, itemsize", [(1, 2), (576, 2), (768, 4), (4096, 2), (16384, 4)])

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from lens_cases import BF16, DEVICE, SMALL, operands
-from refinelens.kernels import config, graphs, search
+from refinelens.kernels import config, search
 from refinelens.kernels.config import ShapeClass, pinned_config
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.graphs import GraphedLens
@@ -62,13 +62,14 @@ def test_outputs_agree_on_bits_of_logits_only():
 
 def test_a_kept_configuration_is_used_for_its_class_only(monkeypatch):
     hidden, unembedding, targets = operands(5, 64, 67, torch.float32)
-    shape = ShapeClass.of(hidden, unembedding, None, None, targets)
+    head = LensHead(unembedding)
+    shape = ShapeClass.of(hidden, head, targets)
     monkeypatch.setitem(config.KEPT, shape, SMALL)
     assert config.config_for(shape, 5) == SMALL
     others = (
-        ShapeClass.of(hidden, unembedding, None, 5.0, targets),
-        ShapeClass.of(hidden, unembedding, None, None, None),
-        ShapeClass.of(hidden.repeat(2, 1), unembedding, None, None, targets),
+        ShapeClass.of(hidden, LensHead(unembedding, softcap=5.0), targets),
+        ShapeClass.of(hidden, head, None),
+        ShapeClass.of(hidden.repeat(2, 1), head, targets),
     )
     for other in others:
         assert config.config_for(other, 5) == pinned_config(torch.float32, aligned=True, n_rows=5)
@@ -84,22 +85,23 @@ def test_search_without_a_gpu_is_refused():
 class FakeRecording:
     """Stands in for a captured graph: counts its replays, computes anew."""
 
-    made = []
-
     def __init__(self, run, hidden, targets):
         self.run, self.replays = run, 0
-        self.made.append(self)
 
     def replay(self, hidden, targets):
         self.replays += 1
         return self.run(hidden, targets)
 
 
-def test_graphs_are_recorded_once_per_shape_and_bounded(monkeypatch):
-    monkeypatch.setattr(graphs, "_Recording", FakeRecording)
-    monkeypatch.setattr(FakeRecording, "made", made := [])
+def test_graphs_are_recorded_once_per_shape_and_bounded():
+    made = []
+
+    def record(*call):
+        made.append(FakeRecording(*call))
+        return made[-1]
+
     hidden, unembedding, targets = operands(5, 17, 67, torch.float32)
-    lens = GraphedLens(LensHead(unembedding), max_shapes=2)
+    lens = GraphedLens(LensHead(unembedding), max_shapes=2, record=record)
     for _ in range(3):
         out = lens(hidden, targets)
     lens(hidden)  # without targets: another graph

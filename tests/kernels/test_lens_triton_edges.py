@@ -21,8 +21,11 @@ from lens_cases import (
     randint,
     randn,
 )  # fmt: skip
-from refinelens.kernels import config, fused_lens
-from refinelens.kernels.fused_lens import fused_lens_triton
+from refinelens.kernels import config
+from refinelens.kernels.config import LensOptions
+from refinelens.kernels.fused_lens import fused_lens_triton, reduce_rows
+from refinelens.kernels.kernel import LensRows, RowStats
+from refinelens.kernels.norm_kernel import normed_rows
 from refinelens.kernels.reference import LensHead, RMSNorm, fused_lens_reference
 
 
@@ -41,8 +44,7 @@ def poisoned_buffers(monkeypatch):
         *(pytest.param(SMALL, dtype, 1, marks=pytest.mark.slow) for dtype in DTYPES if dtype != BF16),
     ],
 )
-def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits, monkeypatch):
-    monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: same_bits)
+def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits):
     # Small integers: sums are exact in fp32, so equal logits are equal bits on every backend.
     n_vocab = 70
     unembedding = randint(-2, 3, (n_vocab, 16), seed=5).to(dtype)
@@ -50,7 +52,7 @@ def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits,
     hidden = randint(-2, 3, (1, 16), seed=6).to(dtype).expand(n_vocab, -1)
     targets = torch.arange(n_vocab, device=DEVICE)
     config = replace(config, splits=splits)
-    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=config)
+    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=config, same_bits=same_bits)
     truth = fused_lens_reference(hidden, LensHead(unembedding), targets, dtype=torch.float64)
     for name in ("argmax", "target_rank", "max_logit", "target_logit"):
         assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
@@ -95,26 +97,21 @@ def test_tokens_that_cannot_occur(splits):
     assert out.target_rank[1:].tolist() == [37, 69]  # the 37 tokens that can occur, then ids in order
 
 
-def test_target_never_beats_itself(monkeypatch):
+def test_target_never_beats_itself():
     # Another order of summation may put the target's own product below its column of the main product.
     n_vocab = 70
     hidden = torch.ones(n_vocab, 16, device=DEVICE)
     unembedding = randint(0, n_vocab, (n_vocab, 1), seed=5) * torch.eye(16, device=DEVICE)[0]
     targets = torch.arange(n_vocab, device=DEVICE)
-    launch = fused_lens.launch_targets
-
-    def lower(rows, options):
-        launch(rows, options)
-        rows.target_z.sub_(0.5)
-
-    monkeypatch.setattr(fused_lens, "launch_targets", lower)
-    monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: False)
-    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     z = unembedding[:, 0]
+    options = LensOptions(LensHead(unembedding), SMALL, has_targets=True, same_bits=False)
+    rows = LensRows(normed_rows(hidden, None, 64), targets, z - 0.5, n_vocab)
+    out = RowStats.empty(n_vocab, DEVICE)
+    reduce_rows(rows, out, options)
     above = (z[None] > z[:, None] - 0.5).sum(1) - 1  # all that reach the lowered logit but the target itself
     is_top = out.argmax == targets
     assert is_top.sum() == 1
-    assert torch.equal(out.target_rank[~is_top], above[~is_top].clamp(min=1))
+    assert torch.equal(out.rank[~is_top], above[~is_top].clamp(min=1))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -178,27 +175,27 @@ def test_target_outside_the_vocabulary_is_not_read():
     assert out.target_rank[[0, 2]].tolist() == expected.target_rank[[0, 2]].tolist()
 
 
-@pytest.fixture
-def whole_operands(monkeypatch):
-    """Small integers: a target's logit then has the bits of its column, as the kernel by TMA is told here."""
-    monkeypatch.setattr(fused_lens, "target_matches_main_product", lambda options: True)
+def whole_operands(n_vocab):
+    """Small integers: a target's logit then has the bits of its column, as the kernel by TMA is told below."""
+    hidden, unembedding = (randint(-2, 3, (rows, 80), seed=rows).to(BF16) for rows in (35, n_vocab))
+    return hidden, unembedding, randint(0, n_vocab, (35,), seed=3)
 
-    def make(n_vocab):
-        hidden, unembedding = (randint(-2, 3, (rows, 80), seed=rows).to(BF16) for rows in (35, n_vocab))
-        return hidden, unembedding, randint(0, n_vocab, (35,), seed=3)
 
-    return make
+def by_tma(hidden, unembedding, targets, splits=TMA.splits):
+    return fused_lens_triton(
+        hidden, LensHead(unembedding), targets, config=replace(TMA, splits=splits), same_bits=targets is not None
+    )
 
 
 # No whole tile, exactly one, one and one token more, several and a rest; more splits than tiles with the first ones.
 @pytest.mark.parametrize("n_vocab", [31, 32, 33, 70])
-def test_tma_with_targets(n_vocab, whole_operands):
+def test_tma_with_targets(n_vocab):
     hidden, unembedding, targets = whole_operands(n_vocab)
     targets[:3] = torch.tensor([0, n_vocab - 1, n_vocab - 1])  # the last ones lie in the rest
     truth = fused_lens_reference(hidden, LensHead(unembedding), targets, dtype=torch.float64)
     for splits in (1, 3):
-        out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=replace(TMA, splits=splits))
-        plain = fused_lens_triton(hidden, LensHead(unembedding), config=replace(TMA, splits=splits))
+        out = by_tma(hidden, unembedding, targets, splits)
+        plain = by_tma(hidden, unembedding, None, splits)
         for name in ("argmax", "target_rank", "max_logit", "target_logit"):
             assert torch.equal(getattr(out, name).double(), getattr(truth, name).double()), name
         assert torch.equal(out.argmax, plain.argmax) and torch.equal(out.logsumexp, plain.logsumexp)
@@ -206,12 +203,12 @@ def test_tma_with_targets(n_vocab, whole_operands):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
-def test_tma_keeps_what_is_wrong_in_its_row(whole_operands):
+def test_tma_keeps_what_is_wrong_in_its_row():
     hidden, unembedding, targets = whole_operands(70)
-    clean = fused_lens_triton(hidden, LensHead(unembedding), targets, config=TMA)
+    clean = by_tma(hidden, unembedding, targets)
     hidden[3, 5] = float("nan")
     targets[7], targets[8] = 2**40, -1
-    out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=TMA)
+    out = by_tma(hidden, unembedding, targets)
     assert out.logsumexp.isnan().nonzero().tolist() == [[3]] and 0 <= out.argmax[3] < 70
     others = torch.tensor([row not in (3, 7, 8) for row in range(35)], device=DEVICE)
     for (_, got), (_, expected) in zip(out.items(), clean.items(), strict=True):
