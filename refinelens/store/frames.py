@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ class Choice:
     tokens: int = 32  # at most, the last ones of the context
     k: int = 5  # most likely next tokens of every layer
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in (("--tokens", self.tokens), ("--k", self.k)):
             if value < 1:
                 raise InputError(f"{name}: expected 1 or more, got {value}")
@@ -136,7 +136,7 @@ class LoadedRun:
     run: Run
 
     @property
-    def manifest(self) -> dict:
+    def manifest(self) -> dict[str, Any]:
         """All that is needed to repeat the run."""
         return self.run.manifest
 
