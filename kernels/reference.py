@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,19 @@ class LensHead:
     scale: float = 1.0
     projection: Tensor | None = None
 
-    def __post_init__(self):
+    if TYPE_CHECKING:  # the fields are what became of the arguments
+
+        def __init__(
+            self,
+            weight: Tensor | nn.Linear,
+            norm: Norm | nn.Module = None,
+            bias: Tensor | None = None,
+            softcap: float | None = None,
+            scale: float = 1.0,
+            projection: Tensor | None = None,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
         if isinstance(self.weight, nn.Linear):
             linear = self.weight
             if linear.bias is not None:
@@ -214,7 +226,7 @@ class LensStats:
     logsumexp_bound: Tensor | None = None  # fp32, distance to the logsumexp of exact logits at most
     fell_back: Tensor | None = None  # bool, rows whose logits were all computed in fp64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in self.items():
             if value.shape != self.argmax.shape:
                 raise ValueError(f"{name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
@@ -310,6 +322,7 @@ def lens_stats(
     max_logit = soft_cap(best, head.softcap)
     if targets is None:
         return LensStats(argmax, max_logit, logsumexp, entropy)
+    assert target_z is not None and rank is not None
     is_top = argmax == targets
     target_logit = torch.where(is_top, max_logit, soft_cap(target_z, head.softcap))
     return LensStats(argmax, max_logit, logsumexp, entropy, target_logit, torch.where(is_top, 0, rank.clamp(min=1)))
@@ -361,7 +374,7 @@ def _reduce_block(x_hat: Tensor, head: LensHead, targets: Tensor | None) -> Lens
         (rising,) = (chunk_best > best).nonzero(as_tuple=True)  # after the first chunks, few rows
         argmax[rising] = first_id + z[rising].argmax(-1)  # documented to return the first among equals
         best = torch.maximum(best, chunk_best)
-        if targets is not None:
+        if targets is not None and target_z is not None:
             rank += _count_better(z, targets - first_id, target_z, work)
         new_peak = torch.maximum(peak, soft_cap(chunk_best, head.softcap))
         total, weighted = _rescale(total, weighted, peak - new_peak)

@@ -4,6 +4,23 @@ Public names are imported on first use, so that `refinelens --help` needs no tor
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import essential_layers, fit, sweep
+    from .errors import FaultError, InputError, UnsupportedModelError
+    from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
+    from .lens.files import load_lens
+    from .lens.logit_lens import LogitLens
+    from .lens.reading import LayerReading
+    from .lens.translators import Translators
+    from .model.loading import load_model
+    from .op.fused_lens import fused_lens
+    from .op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap
+    from .op.vocabulary import TopK, kl_to_final, lens_top_k
+    from .report.agreement import compare_runs
+    from .store.frames import LoadedLayers, LoadedRun, load_run
+    from .store.trajectory import Trajectories, trajectories
 
 __version__ = "0.1.0"
 
@@ -30,6 +47,8 @@ _PUBLIC = {
     "fit": "api",
     "essential_layers": "api",
     "load_run": "store.frames",
+    "LoadedRun": "store.frames",
+    "LoadedLayers": "store.frames",
     "compare_runs": "report.agreement",
     # Agreement of ranks.
     "spearman": "op.ranks",
@@ -41,13 +60,47 @@ _PUBLIC = {
     "UnsupportedModelError": "errors",
     "FaultError": "errors",
 }
-__all__ = [*_PUBLIC, "__version__"]
+# Written out, so that editors and type checkers know the names without running this.
+__all__ = [
+    "fused_lens",
+    "LensHead",
+    "LensStats",
+    "LayerNorm",
+    "RMSNorm",
+    "kl_to_final",
+    "lens_top_k",
+    "TopK",
+    "load_model",
+    "LogitLens",
+    "LayerReading",
+    "Translators",
+    "load_lens",
+    "trajectories",
+    "Trajectories",
+    "sweep",
+    "fit",
+    "essential_layers",
+    "load_run",
+    "LoadedRun",
+    "LoadedLayers",
+    "compare_runs",
+    "spearman",
+    "kendall_tau_b",
+    "top_k_overlap",
+    "between_layers",
+    "InputError",
+    "UnsupportedModelError",
+    "FaultError",
+    "__version__",
+]
 
 
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to type checkers a name that is not imported above is an error
+
+    def __getattr__(name: str):
+        if name in _PUBLIC:
+            return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

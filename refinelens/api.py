@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from .sweeping.sweep import resume_sweep, run_sweep
 
 
 def sweep(
-    model: str | PathLike = "smollm2",
+    model: str | Path = "smollm2",
     *,
-    out: str | PathLike | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
-    resume: str | PathLike | None = None,
+    resume: str | Path | None = None,
     workers: int = 1,
     progress: bool = False,
     **options: Any,
@@ -66,9 +65,9 @@ def sweep(
 
 
 def fit(
-    model: str | PathLike = "smollm2",
+    model: str | Path = "smollm2",
     *,
-    out: str | PathLike | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
     **options: Any,
@@ -102,9 +101,9 @@ def fit(
 
 
 def essential_layers(
-    run: LoadedRun | str | PathLike,
+    run: LoadedRun | str | Path,
     *,
-    out: str | PathLike | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
     **options: Any,
@@ -139,7 +138,7 @@ def _config(kind: type[Config], **options: Any) -> Any:
     return kind(**options)
 
 
-def _folder(out: str | PathLike | None) -> str:
+def _folder(out: str | Path | None) -> str:
     if out is None:
         raise InputError("``out``: expected the folder to write, got none")
     return str(out)

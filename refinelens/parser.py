@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
+from typing import TypeVar
 
 from . import __version__, config
 from .errors import InputError
@@ -32,6 +33,7 @@ FIT_EXAMPLE = """example:
   refinelens fit --model smollm2 --tokens 20000 --out lenses/smollm2
   refinelens sweep --model smollm2 --lens plain,lenses/smollm2
 """
+Kind = TypeVar("Kind", bound=config.Config)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,8 +132,8 @@ def _group(parser: argparse._ActionsContainer, title: str | None) -> argparse._A
 @cache
 def known_options() -> set[str]:
     """Every ``--option`` of every command."""
-    commands = build_parser()._subparsers._group_actions[0].choices.values()
-    return {option for command in commands for option in command._option_string_actions}
+    (commands,) = [dict(action.choices) for action in build_parser()._actions if action.dest == "command"]
+    return {option for command in commands.values() for option in command._option_string_actions}
 
 
 def option_of(name: str) -> str:
@@ -139,7 +141,7 @@ def option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def config_of(arguments: argparse.Namespace, kind: type[config.Config]) -> config.Config:
+def config_of(arguments: argparse.Namespace, kind: type[Kind]) -> Kind:
     """The config of what was given."""
     names = (field.name for field in fields(kind) if field.name in arguments)
     return kind(**{name: getattr(arguments, name) for name in names})

@@ -201,9 +201,9 @@ class Fp64Check:
                 error = max(error, float(off.max()))
                 if not (off <= self.tolerance + bound).all():
                     wrong.append(f"{name} differs by {float(off.max()):.2g}, rounding explains {self.tolerance:.2g}")
-        off = {name: found[name] != self._exact[name][:rows] for name in IDS if name in found}
-        wrong += self._unexplained_argmax(found, off) + self._unexplained_rank(found, off)
-        counts = {name: int(mask.sum()) for name, mask in off.items()}
+        differs = {name: found[name] != self._exact[name][:rows] for name in IDS if name in found}
+        wrong += self._unexplained_argmax(found, differs) + self._unexplained_rank(found, differs)
+        counts = {name: int(mask.sum()) for name, mask in differs.items()}
         return CheckResult(
             rows=rows,
             argmax_off=counts.get("argmax"),

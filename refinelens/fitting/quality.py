@@ -47,7 +47,8 @@ class _Tally:
         self._translators = translators
         self._tokens = 0
         self._sums: Tensor | None = None  # [3, n_layers + 1]: squared error, KL, agreement
-        self._y = self._yy = 0.0  # [d_model] sums of the last layer's states and of their squares
+        self._y: Tensor | float = 0.0  # [d_model] sum of the last layer's states
+        self._yy: Tensor | float = 0.0  # and of their squares
 
     def add(self, logit_lens: LogitLens, hidden: Tensor) -> None:
         reading = logit_lens.read_states(hidden[:, None], None, self._translators, check_last=False)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
-from os import PathLike
+from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -47,11 +47,17 @@ class _Plan:
     normed: bool  # the last layer's states are behind the final norm
 
 
-def _in_own_dtype(method: Callable) -> Callable:
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _in_own_dtype(
+    method: Callable[Concatenate[LogitLens, _Arguments], _Result],
+) -> Callable[Concatenate[LogitLens, _Arguments], _Result]:
     """Switches autocast off: a model is read, as it is proven, in its own dtype."""
 
     @wraps(method)
-    def run(self: LogitLens, *arguments, **options):
+    def run(self: LogitLens, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         with torch.autocast(self.head.weight.device.type, enabled=False):
             return method(self, *arguments, **options)
 
@@ -64,7 +70,7 @@ _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of models t
 class LogitLens:
     """A causal LM read layer by layer: the head of its lens is found, and proven against the model's own logits.
 
-    Example::
+    For example:
 
         lens = LogitLens(model, tokenizer)
         reading = lens.read("The capital of France is", targets=" Paris")
@@ -92,7 +98,7 @@ class LogitLens:
             raise InputError(f"model: expected a causal LM of Transformers, got {type(model).__name__}")
         model.eval()
         check_device(model)
-        with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):
+        with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):  # type: ignore[arg-type]
             head, blocks = find_head(model), find_blocks(model)
             parity = check_parity(model, head, blocks, backend)
             if not parity.passed:
@@ -103,7 +109,8 @@ class LogitLens:
                     f"op {'in agreement' if parity.op_agrees else 'in disagreement'}"
                 )
             independence = check_independence(model, blocks)
-        self.model, self.tokenizer, self.backend = model, tokenizer, backend
+        self.model: PreTrainedModel = model
+        self.tokenizer, self.backend = tokenizer, backend
         self.head: LensHead = head
         self.blocks: nn.ModuleList = blocks
         self.parity: ParityReport = parity
@@ -120,16 +127,17 @@ class LogitLens:
             f"{parity.tolerance * parity.logit_range:.2g})".replace("torch.", "")
         )
 
-    def with_lens(self, lens: Lens | Translators | str | PathLike) -> LogitLens:
+    def with_lens(self, lens: Lens | Translators | str | Path) -> LogitLens:
         """This model through a fitted lens: a folder, what `load_lens` gives, or translators of one's own.
 
         Raises:
             InputError: No lens there, or one that was made for another model or revision, or does not fit the dtype.
         """
+        translators: Translators | None
         if isinstance(lens, Translators):
             name, translators = "own", lens
         else:
-            if isinstance(lens, str | PathLike):
+            if isinstance(lens, str | Path):
                 from .files import load_lens
 
                 lens = load_lens(str(lens))
@@ -149,7 +157,7 @@ class LogitLens:
         return self.head.d_model
 
     @cached_property
-    def entry(self) -> dict:
+    def entry(self) -> dict[str, Any]:
         """What identifies the model to a lens that was made for it, by `translators.MODEL_KEYS`."""
         name = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
         hashes = (config_sha256(self.model), weights_sample_sha256(self.model))
@@ -171,7 +179,7 @@ class LogitLens:
             return returns_normed(self.model, self.head, self.blocks)
 
     @cached_property
-    def _accepted(self) -> list[dict]:
+    def _accepted(self) -> list[dict[str, Any]]:
         """Models of lenses that were held against this one and found to be it."""
         return []
 

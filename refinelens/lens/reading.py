@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -128,11 +128,12 @@ class LayerReading:
         if len(blocks) == 1:
             return blocks[0]
         stats = LensStats.cat([block.stats for block in blocks], dim)
-        kl = None if blocks[0].kl is None else torch.cat([block.kl for block in blocks], dim)
+        kls = [block.kl for block in blocks if block.kl is not None]
+        kl = torch.cat(kls, dim) if kls else None
+        tops = [block.top for block in blocks if block.top is not None]
         top = None
-        if blocks[0].top is not None:
-            columns = zip(*((block.top.ids, block.top.logits) for block in blocks), strict=True)
-            top = TopK(*(torch.cat(column, dim) for column in columns))
+        if tops:
+            top = TopK(torch.cat([each.ids for each in tops], dim), torch.cat([each.logits for each in tops], dim))
         return replace(blocks[0], stats=stats, kl=kl, top=top)
 
     def text(self, token_id: int) -> str:
@@ -192,11 +193,11 @@ class LayerReading:
         if n_layers > SHOWN_LAYERS:
             layers = sorted({round(i * (n_layers - 1) / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)})
         columns = range(max(0, n - SHOWN_POSITIONS), n)
-        cells = [[_cell(self.text(argmax[layer, column])) for column in columns] for layer in layers]
+        cells = [[_cell(self.text(int(argmax[layer, column]))) for column in columns] for layer in layers]
         names = [str(layer if self.layer is None else self.layer) for layer in layers]
         if self.tokens is not None:
             ids = self.tokens.input_ids[0, self.tokens.positions[0]]
-            cells, names = [[_cell(self.text(ids[column])) for column in columns], *cells], ["", *names]
+            cells, names = [[_cell(self.text(int(ids[column]))) for column in columns], *cells], ["", *names]
         widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
         left = max(map(len, names))
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
@@ -236,7 +237,7 @@ def tokens_of(
 
 
 def _ids_of(
-    text: object, mask: object, tokenizer: PreTrainedTokenizerBase | None
+    text: Any, mask: object, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[Tensor, Tensor | None, bool]:
     if isinstance(text, str) or (isinstance(text, list | tuple) and text and all(isinstance(t, str) for t in text)):
         if tokenizer is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -154,11 +154,11 @@ def in_batches(
 class ModelStates:
     """The residual stream of a context that was run."""
 
-    input: ModelInput
+    input: Any  # the `ModelInput` that was given
     index: int  # of the input among those that were given
     hidden: Tensor  # [n_layers + 1, n_positions, d_model]
     n_saved: int  # tokens that another context had run
-    written: object  # what ``then`` made of the context
+    written: Any  # what ``then`` made of the context
 
 
 class ForwardRunner:

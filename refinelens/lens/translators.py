@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ class Translators:
 
     weight: Tensor  # [n_layers, d_model, d_model] floating
     bias: Tensor  # [n_layers, d_model] floating
-    made_for: dict | None = None  # what a lens on disk says of its model; None for maps of one's own
+    made_for: dict[str, Any] | None = None  # what a lens on disk says of its model; None for maps of one's own
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = tuple(self.weight.shape)
         if len(shape) != 3 or shape[1] != shape[2] or tuple(self.bias.shape) != shape[:2]:
             raise InputError(
@@ -96,7 +97,7 @@ class Translators:
         return torch.addmm(self.bias[layer], states, self.weight[layer].mT) + states
 
 
-def check_made_for(made_for: dict, here: dict, unembedding: Tensor) -> str | None:
+def check_made_for(made_for: dict[str, Any], here: dict[str, Any], unembedding: Tensor) -> str | None:
     """Hold what a lens says of its model, which of a tuned lens is less, against the model's own entry.
 
     The name of the model is not compared: the same model may lie in another folder.
@@ -129,14 +130,14 @@ def check_made_for(made_for: dict, here: dict, unembedding: Tensor) -> str | Non
         raise _another(made_for, here, f"another model or revision ({error})") from None
 
 
-def _another(made_for: dict, here: dict, difference: str) -> InputError:
+def _another(made_for: dict[str, Any], here: dict[str, Any], difference: str) -> InputError:
     name = made_for["name"] + (f" at {made_for['revision']}" if made_for.get("revision") else "")
     return InputError(
         f"expected a lens made for {here['name']}, got one for {name}, {difference}; fit one with refinelens fit"
     )
 
 
-def compare_unembedding(made_for: dict, unembedding: Tensor) -> str | None:
+def compare_unembedding(made_for: dict[str, Any], unembedding: Tensor) -> str | None:
     """Hold the unembedding that a tuned lens was made for against the model's own.
 
     The package hashes numbers printed with one digit, and the same numbers print differently once they are

@@ -73,7 +73,7 @@ def hooked(
         def own(*call):
             return hook(*call) if get_ident() == thread else None
 
-        own.of_refinelens = True
+        own.of_refinelens = True  # type: ignore[attr-defined]
         return own
 
     try:

@@ -117,7 +117,7 @@ _OUTPUTS = {
 }
 
 
-def _absent(targets: Tensor | None, precision: str) -> set[str]:
+def _absent(targets: Tensor | int | None, precision: str) -> set[str]:
     """The outputs that were not asked for."""
     absent = {"target_logit", "target_rank"} if targets is None else set()
     return absent if precision == "certified" else absent | {"logsumexp_bound", "fell_back"}
@@ -160,11 +160,11 @@ def _fused_lens_op(
     if hidden.shape[0] == 0:  # the reference's
         values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
     empty = {name: hidden.new_empty(0, dtype=_OUTPUTS[name]) for name in _absent(targets, precision)}
-    return tuple((values | empty)[name] for name in _OUTPUTS)
+    return tuple((values | empty)[name] for name in _OUTPUTS)  # type: ignore[return-value]
 
 
 @_fused_lens_op.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
     backend, precision="auto", check_values=True,
 ):  # fmt: skip

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from ..errors import InputError
 
 # A sum of n products of ranks, each below n^2, is below 2^63; longer rows are summed in fp64.
 EXACT_LENGTH = 1 << 21
+
+Whole = np.ndarray | np.integer[Any]  # a sum over the last axis
 
 
 def spearman_numpy(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -54,7 +57,7 @@ def top_k_overlap_numpy(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     return np.where(_has_nan(a) | _has_nan(b), np.nan, share)[()]
 
 
-def _over_geometric_mean(shared: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _over_geometric_mean(shared: Whole, a: Whole, b: Whole) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # 0 over 0 is NaN: a constant row, or fewer than two entries
         return shared / np.sqrt(np.multiply(a, b, dtype=np.float64))
 
@@ -96,7 +99,7 @@ def _in_top_k(values: np.ndarray, k: int) -> np.ndarray:
 try:
     from .. import _C
 except ImportError:  # built without a compiler
-    _C = None
+    _C = None  # type: ignore[assignment]
 
 INT64_MAX = np.iinfo(np.int64).max
 

@@ -37,7 +37,7 @@ def kl_to_final(
     Args:
         hidden: ``[n_layers + 1, ..., d_model]``, the last layer last.
         stats: ``fused_lens`` of ``hidden`` with the arguments that follow.
-        unembedding, norm, bias, softcap, logit_scale: As in ``fused_lens``.
+        unembedding: As in ``fused_lens``, and so the next four.
         last_is_normed: The last layer's states are behind norm (and projection) already, and so are its statistics.
 
     Returns:
@@ -111,7 +111,7 @@ class TopK:
     ids: Tensor  # int64, lower id first among equal logits
     logits: Tensor  # fp32, nats
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.ids.shape != self.logits.shape:
             raise InputError(f"logits: expected shape {tuple(self.ids.shape)}, got {tuple(self.logits.shape)}")
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -128,7 +129,7 @@ class LoadedRun:
         )
 
     @property
-    def manifest(self) -> dict:
+    def manifest(self) -> dict[str, Any]:
         """All that is needed to repeat the run."""
         return self.run.manifest
 
@@ -193,7 +194,7 @@ class LoadedLayers:
         )
 
     @property
-    def manifest(self) -> dict:
+    def manifest(self) -> dict[str, Any]:
         """What it is of and how it was made.
 
         Raises:
@@ -211,7 +212,8 @@ class LoadedLayers:
     @property
     def rows(self) -> pd.DataFrame:
         """A row per example, layer and intervention."""
-        return self.manifest and _with_integers(pq.read_table(self.folder.path / ROWS))
+        _ = self.manifest  # that it is finished
+        return _with_integers(pq.read_table(self.folder.path / ROWS))
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -239,7 +241,8 @@ class LoadedLayers:
         return self._table("early_exit.csv")
 
     def _table(self, name: str) -> pd.DataFrame:
-        return self.manifest and _read_csv(self.folder.path / name)
+        _ = self.manifest  # that it is finished
+        return _read_csv(self.folder.path / name)
 
 
 def load_run(path: str | Path) -> LoadedRun:
@@ -252,7 +255,7 @@ def load_run(path: str | Path) -> LoadedRun:
     return LoadedRun(open_run(path))
 
 
-def _pandas(what: str = "frames"):
+def _pandas(what: str = "frames") -> ModuleType:
     try:
         import pandas
     except ImportError:

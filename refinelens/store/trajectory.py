@@ -32,7 +32,7 @@ LISTS = ["logprob_gain"]  # the only column that grows with the layers
 try:
     from .. import _C
 except ImportError:  # built without a compiler
-    _C = None
+    _C = None  # type: ignore[assignment]
 
 NONE = -1  # stands for a value that does not exist
 INT64_MAX = np.iinfo(np.int64).max
@@ -47,7 +47,7 @@ class Trajectories:
     flips: np.ndarray
     largest_gain: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shapes = [column.shape for column in vars(self).values()]
         if len(set(shapes)) > 1:
             raise ValueError(f"expected equal shapes, got {', '.join(map(str, shapes))}")
