@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Or constraints/oldest.txt, or /dev/null for the newest of everything.
 CONSTRAINTS ?= constraints/tested.txt
 
-.PHONY: demo tiny test test-slow test-triton36 lint docs bench scaling clean
+.PHONY: demo tiny test test-fast test-slow test-triton36 lint docs bench scaling clean
 
 # The tiny model of the package over every gold position, in seconds; then fits a lens to a small real model, sweeps that
 # model over the built-in questions and draws the figures of both lenses.
@@ -19,6 +19,10 @@ tiny: .venv/.ready
 # A process per core; an idle one takes over tests of another, so that mostly whole files share what is slow to make.
 test: .venv/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Tests of up to a second, while one works; CONTRIBUTING.md has the rule, and tests/support/lanes.py holds tests to it.
+test-fast: .venv/.ready
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not medium'
 
 # Sanitizer builds of the C++ code, valgrind, every form of every kernel through the compile-only gate, large inputs.
 test-slow: .venv/.ready

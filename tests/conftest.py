@@ -20,6 +20,8 @@ import json
 
 import pytest
 
+from lanes import pytest_runtest_call, pytest_terminal_summary  # noqa: F401 - what is measured of every test
+
 CORES = torch.get_num_threads()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is such a process per core already, and threads of all would wait for each other

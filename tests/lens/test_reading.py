@@ -217,5 +217,3 @@ def test_without_a_tokenizer(loaded):
     assert "<id " in repr(lens.read([1, 2]))
     with pytest.raises(InputError, match="model: expected a causal LM of Transformers, got str"):
         LogitLens("gpt2")
-
-
