@@ -9,7 +9,6 @@ import os
 import pytest
 
 LIMIT = 1.0  # seconds
-FAILS = 10.0  # times the limit: room for a slower machine, and for what the first test of a process imports
 MARKS = ("medium", "slow")
 MEASURED = "processor_seconds"
 
@@ -25,17 +24,11 @@ def pytest_runtest_call(item):
     result = yield
     took = _processor_seconds() - before
     item.user_properties.append((MEASURED, took))
-    if took > FAILS * LIMIT and not any(map(item.get_closest_marker, MARKS)):
-        pytest.fail(
-            f"expected at most {LIMIT:g} s of processor time of a test without a mark, got {took:.1f} s; make it "
-            "cheaper, or mark it with @pytest.mark.medium",
-            pytrace=False,
-        )
     return result
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Lists what is above its limit, though not yet by so much that it fails."""
+    """Lists what is above the limit; no test fails by the time it took, which machines decide."""
     above = {}
     for report in terminalreporter.getreports("passed"):
         took = dict(report.user_properties).get(MEASURED, 0.0)
