@@ -1,4 +1,4 @@
-"""Which tests `make test-fast` runs: those without a mark, whose bodies take a second of processor time at most.
+"""Which tests `make test-fast` runs: those without a mark, whose bodies take half a second of processor time at most.
 
 The rule stands in CONTRIBUTING.md. Processor time, also of processes that a test starts, hardly depends on what else
 the machine does.
@@ -8,8 +8,8 @@ import os
 
 import pytest
 
-LIMIT = 1.0  # seconds
-FAILS = 10.0  # times the limit: room for a slower machine, and for what the first test of a process imports
+LIMIT = 0.5  # seconds
+FAILS = 20.0  # times the limit: room for a slower machine, and for what the first test of a process imports
 MARKS = ("medium", "slow")
 MEASURED = "processor_seconds"
 
@@ -42,6 +42,6 @@ def pytest_terminal_summary(terminalreporter):
         if took > LIMIT and not any(mark in report.keywords for mark in MARKS):
             above[report.nodeid] = took
     if above:
-        terminalreporter.section("without a mark, and above a second of processor time: mark them medium")
+        terminalreporter.section("without a mark, and above half a second of processor time: mark them medium")
         for name, took in sorted(above.items(), key=lambda item: -item[1]):
             terminalreporter.line(f"{took:5.1f} s  {name}")
