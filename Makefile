@@ -20,7 +20,7 @@ tiny: .venv/.ready
 test: .venv/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Tests of up to a second, while one works; CONTRIBUTING.md has the rule, and tests/support/lanes.py holds tests to it.
+# Tests of up to half a second, while one works; CONTRIBUTING.md has the rule, and tests/support/lanes.py holds tests to it.
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not medium'
 

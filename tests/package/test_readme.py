@@ -31,6 +31,11 @@ def test_first_example_is_the_op_in_ten_lines():
     assert "fused_lens" in code and len(code.splitlines()) <= 10
 
 
+def test_readme_is_short():
+    """What is longer belongs into a page."""
+    assert len(PAGES["README.md"].splitlines()) <= 120
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_is_a_real_one(page):
     from refinelens.parser import known_options

@@ -1,4 +1,4 @@
-"""Which tests `make test-fast` runs: those without a mark, whose bodies take a second of processor time at most.
+"""Which tests `make test-fast` runs: those without a mark, whose bodies take half a second of processor time at most.
 
 The rule stands in CONTRIBUTING.md. Processor time, also of processes that a test starts, hardly depends on what else
 the machine does.
@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-LIMIT = 1.0  # seconds
+LIMIT = 0.5  # seconds
 MARKS = ("medium", "slow")
 MEASURED = "processor_seconds"
 
@@ -35,6 +35,6 @@ def pytest_terminal_summary(terminalreporter):
         if took > LIMIT and not any(mark in report.keywords for mark in MARKS):
             above[report.nodeid] = took
     if above:
-        terminalreporter.section("without a mark, and above a second of processor time: mark them medium")
+        terminalreporter.section("without a mark, and above half a second of processor time: mark them medium")
         for name, took in sorted(above.items(), key=lambda item: -item[1]):
             terminalreporter.line(f"{took:5.1f} s  {name}")
