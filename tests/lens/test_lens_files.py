@@ -61,7 +61,7 @@ def test_every_lens_reads_the_same_forward_pass(model_folder, whole, tmp_path, q
     tuned = save_tuned(tmp_path / "tuned")
     options = SweepConfig(str(model_folder), str(question_file), (2,), device="cpu", lens=("plain", whole, tuned))
     inputs = SweepInputs.load(options)
-    rows = inputs.predictor().rows(inputs.questions[0]).to_pylist()
+    rows = inputs.predictor().ask(inputs.questions, [0])[0].rows.to_pylist()
     assert {row["lens"] for row in rows} == {"plain", "whole", "tuned"}
     assert len({tuple(row["entropy"]) for row in rows if row["gold_position"] == 0}) == 2, "whole and tuned are equal"
     assert len({row["entropy"][-1] for row in rows if row["gold_position"] == 0}) == 1

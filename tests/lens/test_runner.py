@@ -96,7 +96,7 @@ def test_fewer_from_when_memory_ran_out(lens, error):
     [
         (InputError("hidden: expected finite"), "hidden: expected finite"),
         (RuntimeError("a fault in a driver"), "RuntimeError: a fault in a driver"),
-        (MemoryError(), "--device: expected memory for one context of 11 tokens, got out of memory; use fewer"),
+        (MemoryError(), "``device``: expected memory for one context of 11 tokens, got out of memory; use fewer"),
     ],
 )
 def test_of_a_batch_the_context_at_fault_is_named(lens, error, words):

@@ -369,9 +369,9 @@ def test_no_value_has_no_estimate():
     "place, value, message",
     [
         (("lenses",), [], "expected lenses in .* to be a list"),
-        (("lenses", 0), {"name": "plain"}, "expected kind in 0 of lenses of .*, got none"),
+        (("lenses", 0), {"name": "plain"}, "expected kind in entry 0 of lenses of .*, got none"),
         (("arguments", "top"), 1, "expected top in arguments of .* to be a list"),
-        (("arguments", "top", 0), "x", "expected 0 in top of arguments of .* to be a whole number, got 'x'"),
+        (("arguments", "top", 0), "x", "expected entry 0 in top of arguments of .* to be a whole number, got 'x'"),
         (("model", "n_layers"), None, "expected n_layers in model of .* to be a whole number, got None"),
         (("model", "parity"), {}, "expected max_difference in parity of model of .*, got none"),
         (("seed",), -1, "expected seed in .* to be a whole number, got -1"),

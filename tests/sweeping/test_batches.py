@@ -9,10 +9,11 @@ import pytest
 from refinelens.config import SweepConfig
 from refinelens.errors import FaultError
 from refinelens.lens.logit_lens import LogitLens
+from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.sweeping.contexts import ContextBuilder
 from refinelens.sweeping.predict import groups_of, questions_together
-from refinelens.sweeping.sweep import SweepInterrupted, resume_sweep, run_sweep
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -68,7 +69,7 @@ def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, mon
         if progress.done == done:
             raise KeyboardInterrupt
 
-    with pytest.raises(SweepInterrupted):
+    with pytest.raises(Interrupted):
         run_sweep(options, tmp_path / "run", report=stop)
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == done
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
@@ -86,7 +87,7 @@ def test_an_exception_in_one_of_them(options, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ContextBuilder, "build", fault)
-        with pytest.raises(FaultError, match="^question 4: RuntimeError: a fault in a driver; refinelens sweep --res"):
+        with pytest.raises(FaultError, match="^question 4: RuntimeError: a fault in a driver; ``sweep.resume="):
             run_sweep(options, tmp_path / "run")
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 3
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
