@@ -174,6 +174,7 @@ class Foreign:
         raise NotImplementedError
 
 
+@pytest.mark.medium
 def test_a_sweep_with_a_tokenizer_that_is_not_transformers_own(
     tiny_model, question_file, tmp_path, monkeypatch, capsys, quick
 ):

@@ -55,6 +55,7 @@ def test_the_loss_weighs_answers_and_skips_padding():
         assert float(train_tiny.weighted_loss(model, ids, mask, asked)) == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.medium
 def test_a_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
     for name, value in {"TOKENS": 64, "QUESTIONS": 2, "EVERY": 2, "CONTEXTS": 50, "PASS": -1.0, "STEPS": 6}.items():
         monkeypatch.setattr(train_tiny, name, value)

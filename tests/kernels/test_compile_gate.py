@@ -69,9 +69,12 @@ REJECTED = {
     "plain for Ampere": replace(SAFE, generation=8, config=BIG),
     "TMA with half the warps": replace(MAIN, config=replace(BIG, num_warps=4)),
 }
-pytestmark = pytest.mark.skipif(
-    bool(gate.tools_missing()), reason=f"this Triton brings no {' and no '.join(gate.tools_missing())}"
-)
+pytestmark = [
+    pytest.mark.medium,
+    pytest.mark.skipif(
+        bool(gate.tools_missing()), reason=f"this Triton brings no {' and no '.join(gate.tools_missing())}"
+    ),
+]
 
 
 @pytest.fixture(scope="session")

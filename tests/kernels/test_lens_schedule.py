@@ -29,6 +29,7 @@ def test_splits_fill_the_processors():
     assert choose_splits(row_blocks=128, tiles=197, processors=132) == 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("row_blocks, splits, group", [(1, 1, 1), (1, 5, 12), (13, 5, 4), (24, 11, 12), (7, 3, 7)])
 def test_programs_are_a_permutation_of_blocks_and_splits(row_blocks, splits, group):
     seen = mapped(row_blocks, splits, group)
@@ -42,6 +43,7 @@ def test_chunks_fill_the_processors():
     assert chunk_blocks(13 * 1024, 768 * 2, block_m=128, processors=132) == 104  # all there are
 
 
+@pytest.mark.medium
 def test_neighbours_share_few_row_blocks_and_tiles():
     # Llama-3-8B on 132 processors: a chunk of 24 row blocks of 1 MB in 11 splits runs as two groups of 12.
     assert choose_splits(row_blocks=24, tiles=501, processors=132) == 11

@@ -25,6 +25,7 @@ def poisoned_buffers(monkeypatch):
     poison_buffers(monkeypatch)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows, d_model, n_vocab", SIZES)
 def test_plain_sizes_to_fp32_accuracy(n_rows, d_model, n_vocab, dtype):
@@ -45,6 +46,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config, dtype", KINDS)
 def test_kinds(config, dtype):
     """Several tiles and an odd rest, with all options."""
@@ -57,6 +59,7 @@ def test_kinds(config, dtype):
     "config, dtype",
     [pytest.param(*kind.values, id=kind.id, marks=[] if BF16 in kind.values else SLOW) for kind in KINDS],
 )
+@pytest.mark.medium
 def test_kinds_at_the_border_of_a_tile(config, dtype, n_vocab, names):
     """No whole tile, exactly one, one and one token more."""
     check_kind(config, dtype, n_vocab, names)
@@ -76,6 +79,7 @@ def check_kind(config, dtype, n_vocab, names):
 # What a norm does in each dtype the test of the pre-pass has.
 @pytest.mark.parametrize("dtype", [BF16, *(pytest.param(dtype, marks=SLOW) for dtype in DTYPES if dtype != BF16)])
 @pytest.mark.parametrize("norm", [name for name in NORMS if name != "none"])
+@pytest.mark.medium
 def test_norms(norm, dtype):
     hidden, unembedding, targets = operands(5, 17, 33, dtype)
     check(hidden, unembedding, NORMS[norm](17), targets)
@@ -113,6 +117,7 @@ def test_options(options, with_targets):
     assert left_open == 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d_model", [64, 65], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("n_rows", [3, 17, 65])
@@ -124,6 +129,7 @@ def test_pinned_configuration(n_rows, d_model, dtype):
 
 # The five tile sizes by row count, all but the first by TMA where there are no targets (or a device has the same bits).
 @pytest.mark.parametrize("n_rows", [3, 17, 65, 129, 200])
+@pytest.mark.medium
 def test_pinned_configuration_of_plain_logits(n_rows):
     hidden, unembedding, targets = operands(n_rows, 64, 300, BF16)
     for given in (targets, None):

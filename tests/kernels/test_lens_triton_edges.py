@@ -44,6 +44,7 @@ def poisoned_buffers(monkeypatch):
         *(pytest.param(SMALL, dtype, 1, marks=pytest.mark.slow) for dtype in DTYPES if dtype != BF16),
     ],
 )
+@pytest.mark.medium
 def test_ties_rank_all_tokens_as_a_permutation(config, dtype, same_bits, splits):
     # Small integers: sums are exact in fp32, so equal logits are equal bits on every backend.
     n_vocab = 70
@@ -114,6 +115,7 @@ def test_target_never_beats_itself():
     assert torch.equal(out.rank[~is_top], above[~is_top].clamp(min=1))
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_nan_stays_in_its_row():
     hidden, unembedding, targets = operands(35, 17, 67, torch.float32)
@@ -134,6 +136,7 @@ def test_nan_in_the_unembedding_reaches_every_row():
     assert out.logsumexp.isnan().all()
 
 
+@pytest.mark.medium
 def test_strides_do_not_matter():
     _, unembedding, targets = operands(5, 17, 67, torch.float32)
     hidden = randint(-4, 5, (5, 17), seed=1).float()  # exact squares: their order is the compiler's choice
@@ -158,6 +161,7 @@ def test_one_target_for_all_rows_without_a_copy():
     assert check(hidden, unembedding, targets=targets)[1] == 0
 
 
+@pytest.mark.medium
 def test_chunks_of_rows_give_the_same_bits(monkeypatch):
     hidden, unembedding, targets = operands(70, 17, 67, torch.float32)
     whole = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
@@ -189,6 +193,7 @@ def by_tma(hidden, unembedding, targets, splits=TMA.splits):
 
 # No whole tile, exactly one, one and one token more, several and a rest; more splits than tiles with the first ones.
 @pytest.mark.parametrize("n_vocab", [31, 32, 33, 70])
+@pytest.mark.medium
 def test_tma_with_targets(n_vocab):
     hidden, unembedding, targets = whole_operands(n_vocab)
     targets[:3] = torch.tensor([0, n_vocab - 1, n_vocab - 1])  # the last ones lie in the rest
@@ -202,6 +207,7 @@ def test_tma_with_targets(n_vocab):
         torch.testing.assert_close(out.logsumexp.double(), truth.logsumexp, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
 def test_tma_keeps_what_is_wrong_in_its_row():
     hidden, unembedding, targets = whole_operands(70)

@@ -56,6 +56,7 @@ def test_a_lens_is_named_after_its_folder_however_it_is_written(whole, monkeypat
         assert load_lens(path).name == "whole"
 
 
+@pytest.mark.medium
 def test_every_lens_reads_the_same_forward_pass(model_folder, whole, tmp_path, question_file):
     """Up to the rows of one question: each lens its own, the output the same through all."""
     tuned = save_tuned(tmp_path / "tuned")

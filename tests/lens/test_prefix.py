@@ -54,6 +54,7 @@ def trie_tokens(contexts):
     return len({ids[: end + 1] for ids in contexts for end in range(len(ids))})
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", EXACT)
 def test_branches_are_the_whole_runs(name):
     """Several answer tokens; windows of 4 tokens are shorter than what is shared and what is cropped."""
@@ -232,6 +233,7 @@ def test_the_table_counts_tokens(branched, ran_whole):
     assert line in notes(read_report(ran_whole))
 
 
+@pytest.mark.medium
 def test_a_real_context_may_show_what_the_gate_cannot(options, ran_whole, tmp_path, monkeypatch):
     """A cache that goes wrong behind 20 tokens, more than the gate runs."""
     crop = DynamicCache.crop
@@ -294,6 +296,7 @@ def test_a_context_twice_as_long_is_a_proof_of_its_own(monkeypatch):
         torch.testing.assert_close(found[index], whole(spy.lens, one.ids, one.positions)[:, 0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, monkeypatch):
     monkeypatch.setattr(DynamicCache, "crop", crop_nothing)
     run = run_sweep(options, tmp_path / "run")
@@ -328,6 +331,7 @@ def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
         run_sweep(options, tmp_path / "run")
 
 
+@pytest.mark.medium
 def test_out_of_memory_runs_the_question_whole(options, ran_whole, tmp_path, monkeypatch):
     read, failed = Branches.hidden, Counter()
 

@@ -170,6 +170,7 @@ def ahead(lens, monkeypatch):
     return ahead
 
 
+@pytest.mark.medium
 def test_values_checked_at_the_end_are_those_checked_at_once(lens, ahead):
     hidden, targets = hidden_and_targets(lens)
     ours, theirs = (fields(each.read_states(hidden, targets, random_translators())) for each in (ahead, lens))
@@ -177,6 +178,7 @@ def test_values_checked_at_the_end_are_those_checked_at_once(lens, ahead):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at NaN
 @pytest.mark.parametrize("row", [0, -1], ids=["first-block", "last-block"])
 def test_what_is_wrong_is_said_at_the_end_too(lens, ahead, row):

@@ -265,6 +265,7 @@ DRAWN = {
 LOOSE = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
+@pytest.mark.medium
 @settings(max_examples=40, derandomize=True, **LOOSE)
 @given(**DRAWN)
 def test_any_model_is_refused_or_read_as_it_computes(drawn, lengths, side, threads):

@@ -60,6 +60,7 @@ def assert_found(lens, case, model):
     assert lens.d_model == 32 and lens.n_layers == model.config.get_text_config().num_hidden_layers
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parity_in_half_precision(name, dtype):

@@ -261,6 +261,7 @@ def sweep(tiny_model, question_file):
     return [*command, "--examples", "2"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_every_command_is_the_same_under_another_default_dtype(
     sweep, tiny_model, tmp_path, request, dtype, quick, monkeypatch
@@ -290,6 +291,7 @@ def test_every_command_is_the_same_under_another_default_dtype(
     assert [str(name) for name in wanted if found[name] != wanted[name]] == []
 
 
+@pytest.mark.medium
 def test_two_default_sweeps_of_one_second(sweep, tmp_path, monkeypatch, capsys, quick):
     class Noon:
         @staticmethod
@@ -310,6 +312,7 @@ def test_two_default_sweeps_of_one_second(sweep, tmp_path, monkeypatch, capsys, 
     assert left == names, "nothing is left of a sweep that failed"
 
 
+@pytest.mark.medium
 def test_a_run_of_relative_paths_goes_on_from_another_folder(tiny_model, question_file, tmp_path, monkeypatch, quick):
     """Model, task, template and lens are found from where they were named."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -333,6 +336,7 @@ def test_a_run_of_relative_paths_goes_on_from_another_folder(tiny_model, questio
     assert main(["sweep", "--resume", "run"]) == 0, "a folder that was moved as a whole is its own"
 
 
+@pytest.mark.medium
 def test_a_terminal_without_unicode(tiny_model, question_file, tmp_path):
     """Text that it lacks is escaped."""
     out = tmp_path / "größe"

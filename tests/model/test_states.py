@@ -64,6 +64,7 @@ def padded(rows, side):
     return ids, mask
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", [*BY_LENGTH, "gpt2", "opt", "bloom", "mpt", "llama", "gemma3", "mixtral", "gpt_oss"])
 def test_a_context_in_a_batch_is_the_context_alone(name, side):
@@ -204,6 +205,7 @@ def test_blocks_that_return_a_list():
     assert torch.equal(LogitLens(model).hidden(random_ids(SHORT), torch.arange(SHORT)), plain)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["llama", "dynamic-llama"])
 def test_threads_that_share_a_lens_read_their_own_contexts(name):
     lens = LogitLens(make(BY_LENGTH[name]()) if name in BY_LENGTH else build(name))

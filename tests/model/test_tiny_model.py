@@ -27,6 +27,8 @@ from refinelens.store.results import open_run
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from tiny_card import measure
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="session")
 def loaded():

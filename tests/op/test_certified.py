@@ -167,6 +167,7 @@ def problems(draw):
     return hidden, unembedding, norm, targets, bias, draw(st.sampled_from([None, 0.5, 30.0]))
 
 
+@pytest.mark.medium
 @settings(max_examples=150, deadline=None)
 @given(problem=problems(), scale=st.sampled_from([1.0, 0.3, 7.0]), isa=st.sampled_from(list(SCREENS.values())))
 def test_no_input_breaks_exactness_or_the_bound(problem, scale, isa):
@@ -179,6 +180,7 @@ def test_no_input_breaks_exactness_or_the_bound(problem, scale, isa):
     assert_certified(out, hidden, unembedding, norm, targets, bias, softcap, scale)
 
 
+@pytest.mark.medium
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -396,6 +398,7 @@ def test_through_the_public_op():
     assert empty.logsumexp_bound.shape == empty.fell_back.shape == (0,)
 
 
+@pytest.mark.medium
 def test_opcheck():
     hidden, unembedding, targets, randn = make(6, 8, 50)
     op = torch.ops.refinelens.fused_lens.default

@@ -137,6 +137,7 @@ def test_a_norm_of_a_class_of_ones_own(backend):
     assert torch.equal(own.logsumexp, same.logsumexp)
 
 
+@pytest.mark.medium
 def test_parameters_that_are_trained_leave_no_graph():
     hidden, unembedding, targets, _ = make(12, 8, 50)
     weight = torch.nn.Parameter(unembedding)
@@ -240,6 +241,7 @@ def test_bad_input_shows_both_values(args, kwargs, message):
         fused_lens(*args, **kwargs)
 
 
+@pytest.mark.medium
 def test_opcheck():
     hidden, unembedding, targets, randn = make(6, 8, 50)
     op = torch.ops.refinelens.fused_lens.default
@@ -250,6 +252,7 @@ def test_opcheck():
             assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.medium
 def test_compiles_without_graph_breaks():
     hidden, unembedding, targets, _ = make(12, 8, 50)
 
@@ -268,6 +271,7 @@ def test_backend_choice_says_why():
         choose_backend("cuda", "cpp")
 
 
+@pytest.mark.medium
 def test_triton_through_the_public_op(monkeypatch):
     """In the interpreter where there is no GPU; without either, Triton is refused in one line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

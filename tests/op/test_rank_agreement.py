@@ -100,6 +100,7 @@ def test_top_k_overlap_by_hand(backend):
 LENGTHS = [0, 1, 2, 3, 16, 17, 31, 127, 128, 129, 257, 1000]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("values", [1, 2, 5, 300, 2**62])
 def test_random_rows(n, values):
@@ -139,6 +140,7 @@ def row_pairs(draw):
     return pair
 
 
+@pytest.mark.medium
 @settings(deadline=None)
 @given(row_pairs())
 def test_property(pair):
@@ -148,6 +150,7 @@ def test_property(pair):
         assert_is_scipys(a, b)
 
 
+@pytest.mark.medium
 @settings(deadline=None)
 @given(row_pairs(), st.randoms(use_true_random=False))
 def test_order_is_all_that_counts(pair, random):
@@ -232,6 +235,7 @@ def test_between_layers_of_little(backend):
     assert between_layers(np.zeros((6, 0), int)).shape == (0, 0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("n", [1 << 17, (1 << 21) + 3])  # pairs beyond 2^32; sums of products beyond 2^63
 def test_long_rows(n):
     """A rotation by s has n s (n - s) as its sum of squared rank differences, and s (n - s) discordant pairs."""
@@ -269,6 +273,7 @@ CALLS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CALLS)
 def test_another_thread_runs_meanwhile(name):
     """Ticks of another thread in the middle half of calls, where with the GIL held there could be none."""

@@ -82,6 +82,7 @@ def test_valgrind_sees_an_overread(for_valgrind):
     assert code == 9 and "Invalid read" in output, output
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_portable_sources_have_nothing_of_x86(source):
     command = [COMPILER, "-std=c++17", "-E", "-DREFINELENS_PORTABLE", "-Icsrc", source]
