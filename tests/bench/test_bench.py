@@ -52,6 +52,7 @@ def run_tiny(baselines="none", replaced=None, **setup):
     return run_bench(BenchConfig("cpu", 33, 17, 301, peers=baselines, rounds=2), setup=setup)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", [n for n, c in COMPETITORS.items() if c.group != "product"])
 def test_every_competitor_agrees_with_fp64(name, norm, monkeypatch):
@@ -201,6 +202,7 @@ def test_what_takes_too_long_is_measured_on_fewer_rows():
     assert naive.seconds == pytest.approx(2 * 5 * 8 * 40 / naive.flops), "scaled to all rows"
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not can_measure_growth(), reason="the system does not tell a process its peak memory")
 def test_extra_memory_is_that_of_the_logits(tmp_path):
     """Naive holds several times all logits, 23 MB; the plain-torch op a few chunks."""
@@ -283,6 +285,7 @@ def test_goals_are_met_not_met_or_not_measured(report, tmp_path):
     assert "| fp32: times faster than naive, 416 rows | >= 2.3 | - | not measured | - |" in goals
 
 
+@pytest.mark.medium
 def test_scaling_writes_its_figure_and_numbers(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("scaling", BENCHMARKS / "scaling.py")
     scaling = importlib.util.module_from_spec(spec)

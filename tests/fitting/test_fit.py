@@ -202,6 +202,7 @@ class Stop(KeyboardInterrupt):
     pass
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stop_after", [1, 7, 17])
 def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, monkeypatch, stop_after):
     monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)
@@ -284,6 +285,7 @@ def stopped(model, text, folder, monkeypatch):
         fit.fit_lens(options(model, text), str(folder), report=report)
 
 
+@pytest.mark.medium
 def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, monkeypatch):
     stopped(model, text, tmp_path / "lens", monkeypatch)
     with pytest.raises(InputError, match="expected tokens 3000, as the stopped fit has it, got 4000; pass ``over"):
@@ -344,6 +346,7 @@ BAD = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("arguments, message", BAD, ids=lambda value: value if isinstance(value, str) else None)
 def test_bad_input_is_one_line(model, text, fitted, tmp_path, capsys, arguments, message):
     (tmp_path / "SHORT").write_text("door the", encoding="utf-8")
@@ -365,6 +368,7 @@ def test_bad_input_is_one_line(model, text, fitted, tmp_path, capsys, arguments,
     assert (tmp_path / "FOREIGN" / "mine.txt").read_text() == "kept"
 
 
+@pytest.mark.medium
 def test_the_command_prints_the_report(model, text, tmp_path, capsys):
     assert (
         main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 0
@@ -384,6 +388,7 @@ def test_the_figure_says_what_it_is_of(fitted):
     assert figure.axes[0].get_ylabel() == "KL(final || layer)\n(mean nats; axis linear below 1)"
 
 
+@pytest.mark.medium
 def test_training_lowers_the_kl(model, text, fitted, tmp_path):
     trained = fit.fit_lens(options(model, text, objective="kl", steps=60), str(tmp_path / "lens"))
     quality = trained.manifest["quality"]
@@ -396,6 +401,7 @@ def test_training_lowers_the_kl(model, text, fitted, tmp_path):
     assert torch.equal(load_lens(again.path).translators.weight, load_lens(trained.path).translators.weight)
 
 
+@pytest.mark.medium
 def test_a_layer_that_training_makes_worse_keeps_its_linear_translator(model, text, fitted, tmp_path, monkeypatch):
     from refinelens.fitting import objectives
 
@@ -404,6 +410,7 @@ def test_a_layer_that_training_makes_worse_keeps_its_linear_translator(model, te
     assert torch.equal(load_lens(wild.path).translators.weight, load_lens(fitted.path).translators.weight)
 
 
+@pytest.mark.medium
 def test_a_manifest_beside_other_tensors_is_refused(fitted, tmp_path, model, text):
     other = fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "other"))
     (other.path / "lens.safetensors").write_bytes((fitted.path / "lens.safetensors").read_bytes())
@@ -411,6 +418,7 @@ def test_a_manifest_beside_other_tensors_is_refused(fitted, tmp_path, model, tex
         load_lens(other.path)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stage", ["solving", "training", "measuring"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_fit_that_stopped_late_reads_nothing_again(model, text, fitted, tmp_path, stage, overwrite):
@@ -431,6 +439,7 @@ def test_a_fit_that_stopped_late_reads_nothing_again(model, text, fitted, tmp_pa
     assert names == {"lens.safetensors", "manifest.json", "quality.csv", "quality.png"}
 
 
+@pytest.mark.medium
 def test_a_stop_in_the_middle_of_a_sum_is_forgotten(model, text, fitted, tmp_path, monkeypatch):
     add, calls = Statistics.add, []
 
@@ -460,6 +469,7 @@ def test_out_of_memory_is_one_line(model, text, tmp_path, monkeypatch, capsys):
     assert "GB of statistics beside the model, got out of memory" in printed and printed.count("\n") == 1
 
 
+@pytest.mark.medium
 def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -502,6 +512,7 @@ def test_no_write_of_a_fit_may_fail_unseen(model, text, tmp_path, monkeypatch):
     assert step > 10
 
 
+@pytest.mark.medium
 def test_two_fits_and_one_folder(model, text, tmp_path):
     """Whoever comes second is told so, also where nothing is written yet; the lock goes with the fit."""
     refused = []

@@ -51,6 +51,7 @@ def assert_no_hooks(model):
         assert not module._forward_hooks and not module._forward_pre_hooks, type(module).__name__
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CASES)
 def test_a_restart_is_the_run(name):
     """From every block on, and with keys and values held; bit for bit where the whole context is run again."""
@@ -76,6 +77,7 @@ def test_doctor_says_what_can_be_intervened_on(name, halves):
     assert findings["interventions"].startswith("every block starts again") and halves in findings["interventions"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tokens", [EVERY, LAST], ids=["all", "answer"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
@@ -96,6 +98,7 @@ def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
         assert torch.equal(downstream[index], own)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(set(CASES) - POST_NORM))
 def test_halves_leave_what_the_other_half_adds(name):
     """Attention and feed-forward part zero-ablated together are a skip; each alone is neither that nor nothing."""
@@ -206,6 +209,7 @@ def test_means_survive_the_disk(tmp_path):
     assert torch.equal(again.mean, means.mean) and torch.equal(again.count, means.count)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(set(CASES) - ONE_BY_ONE))
 def test_held_keys_and_values_are_the_whole_context(name):
     """At the last token alone or whole, all runs of the scan at a time, against every one by itself."""
@@ -282,6 +286,7 @@ def test_no_hook_is_left_behind(half, error):
         assert_no_hooks(lens.model)
 
 
+@pytest.mark.medium
 def test_a_scan_takes_half_a_forward_pass_per_layer():
     model = tiny_gpt2(VOCAB, n_layer=12)
     lens, calls = lens_of(model), []
@@ -299,6 +304,7 @@ def test_a_scan_takes_half_a_forward_pass_per_layer():
         handle.remove()
 
 
+@pytest.mark.medium
 def test_a_scan_holds_one_state_per_run_that_is_under_way():
     """Of the layers that are behind, the last token alone."""
     lens = lens_of(tiny_gpt2(VOCAB, n_layer=12))

@@ -28,6 +28,8 @@ from refinelens.store.process import Interrupted, RunLock
 from refinelens.sweeping.sweep import run_sweep
 from tiny import save_tiny_lens, save_tiny_model
 
+pytestmark = pytest.mark.medium
+
 ABLATIONS = ("skip", "mean", "attn", "mlp")
 N_LAYERS, TOP = 3, 23  # a threshold that the target passes at some gold positions of a question
 CONTEXTS = 6 * (2 + 4)

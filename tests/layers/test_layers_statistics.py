@@ -165,6 +165,7 @@ def test_shares_of_one_example_each_have_the_intervals_of_shares():
         assert rows[name, None].value == mean_estimates(sums, np.full((n, 1), 2), 0)[0]
 
 
+@pytest.mark.medium
 def test_the_interval_of_an_agreement_holds_what_noise_hides():
     """Gains and costs that agree by 0.8; means of 12 noisy questions agree by less, their resamples by less still."""
     generator, held = np.random.default_rng(0), 0
@@ -285,6 +286,7 @@ def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
     assert patchings(LayerMetrics.of_rows(rows, "other", 3), 0) == []
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("half", [1.0, math.nan])
 def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
@@ -317,6 +319,7 @@ def test_every_marker_is_whole(peak, half):
     assert 0.02 < ends[1] < ends[0] < 0.98 and axes.get_yscale() == ("linear" if peak < 4 else "symlog")
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("error")
 def test_a_gold_position_looks_the_same_at_every_context_size():
     asked = {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}

@@ -48,6 +48,7 @@ def sweep(tiny_model, question_file, tmp_path):
     return [*arguments, "--device", "cpu", "--out", str(tmp_path / "run")]
 
 
+@pytest.mark.medium
 def test_sweep_then_show(sweep, tmp_path, capsys):
     assert main(sweep) == 0
     out = capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_sweep_then_show(sweep, tmp_path, capsys):
     assert shown.strip() in out, "show prints the same table again"
 
 
+@pytest.mark.medium
 def test_show_top_equals_a_sweep_with_that_top(sweep, tmp_path, capsys, quick):
     """The table is recomputed from the ranks; the run's files stay as they are, and torch is not needed."""
     assert main([*sweep, "--answer-tokens", "all"]) == 0
@@ -135,6 +137,7 @@ def test_a_tokenizer_of_another_model(sweep, tmp_path, capsys, command):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.medium
 def test_an_added_token_without_embedding(sweep, question_file, tmp_path, capsys, quick):
     """Real tokenizers have such, for padding: the question that has it is left out, and the sweep goes on."""
     tokenizer = word_tokenizer()
@@ -223,6 +226,7 @@ def test_bad_options_are_one_line_too(sweep, change, capsys):
     assert_one_line(capsys.readouterr().err, change[0])
 
 
+@pytest.mark.medium
 def test_names_are_shown_as_they_are(sweep, tmp_path, capsys):
     """Brackets are markup to the terminal library and dollars are formulas to the figure's."""
     folder = save_tiny_model(tmp_path / "m[b]$x_$")
@@ -240,6 +244,7 @@ def test_unused_weights_are_said(sweep, tmp_path, capsys, quick):
     assert "Caution: 11 tensors of the checkpoint have no place in this model" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_bad_input_in_a_real_process(sweep, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some continuous integrations do
     done = run(*sweep, "--examples", "99")
@@ -296,6 +301,7 @@ def test_show_of_a_damaged_run(sweep, tmp_path, capsys, quick):
         assert_one_line(capsys.readouterr().err, message)
 
 
+@pytest.mark.medium
 def test_show_writes_nothing_where_it_may_not(sweep, tmp_path, capsys, monkeypatch):
     assert main(sweep) == 0
     (tmp_path / "run" / "depth.png").unlink()

@@ -71,6 +71,7 @@ def test_imports_point_down(name):
             assert place(other) < place(own), f"{other} stands beside or above {own}"
 
 
+@pytest.mark.medium
 def test_no_two_modules_import_each_other():
     """Of imports at the top of modules, which would fail or depend on who comes first."""
     graph = {name: set() for name in MODULES}

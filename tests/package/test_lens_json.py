@@ -105,6 +105,7 @@ def first_is_left_out(tiny_model, question_file, tmp_path_factory):
     return sweep
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "documents, options, shown",
     [

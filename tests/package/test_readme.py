@@ -20,6 +20,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, capsys):
     exec(compile(EXAMPLES[name], name, "exec"), {})

@@ -91,6 +91,7 @@ def test_line_compares_the_ends_and_the_middle():
     assert "9 - 0" in paired_line(ten) and "9 - 4" in paired_line(ten) and "3 - 0" not in paired_line(ten)
 
 
+@pytest.mark.medium
 def test_left_out_questions_stand_in_the_summary(tiny_model, tmp_path, capsys):
     """Two of three questions have no passage without the answer; and 9 documents are more than there are."""
     lines = []

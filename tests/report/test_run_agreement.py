@@ -115,6 +115,7 @@ def test_rows_of_different_answers_are_not_paired(tmp_path):
         paired_ranks(runs[0], make_run(tmp_path / "c", ranks, second=(0, 3)))
 
 
+@pytest.mark.medium
 def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, quick):
     options = SweepConfig("tiny", "tiny", documents=(2,), examples=3, device="cpu")
     run = run_sweep(options, tmp_path / "run")

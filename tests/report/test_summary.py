@@ -160,6 +160,7 @@ def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
     assert "rank <= 1, 500" in several and f"Lens: plain logit lens, {long} (linear lens)" in several
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "cells, lenses",
     [
@@ -343,6 +344,7 @@ def test_one_question_is_one(tmp_path):
     assert "1 context, 1 row of the lens in" in text
 
 
+@pytest.mark.medium
 def test_several_tokens_of_few_questions_have_no_interval_of_depth(tmp_path):
     """Eight settled examples, but of four questions."""
     run = make_run(tmp_path / "run", {0: [SEEN_EARLY] * 2 + [FIRST_THEN_LOST] * 2 + [CENSORED] * 2})

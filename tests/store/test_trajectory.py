@@ -90,6 +90,7 @@ RANKS = hnp.arrays(
 )
 
 
+@pytest.mark.medium
 @settings(deadline=None)
 @given(RANKS, st.integers(1, 130))
 def test_cpp_equals_numpy_property(ranks, k):

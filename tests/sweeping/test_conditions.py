@@ -114,6 +114,7 @@ def test_in_summary_and_table(finished, capsys):
         assert {row["documents"] for row in csv.DictReader(file)} == {"3"}, "one position has no other to differ from"
 
 
+@pytest.mark.medium
 def test_closed_book_alone(options, tmp_path, capsys):
     """Nothing to move: the tables and figures say what there is."""
     run = run_sweep(replace(options, documents=(0,)), tmp_path / "run")
@@ -134,6 +135,7 @@ def test_query_aware_prompt_is_the_papers():
     assert template.fill(QUESTION, [], -1)[0] == "Question: what is the door ?\nAnswer:"
 
 
+@pytest.mark.medium
 def test_query_aware_sweep_by_its_word(options, tmp_path, quick):
     run = run_sweep(replace(options, template="query-aware", documents=(2,)), tmp_path / "run")
     assert run.manifest["template"] == QA.templates[QUERY_AWARE]
@@ -151,6 +153,7 @@ def test_first_alias(options, aliases, tmp_path, quick):
     assert [r["answer_text"] for r in rows if (r["question_id"], r["documents"]) == (2, 0)] == ["black", "iron", "gate"]
 
 
+@pytest.mark.medium
 def test_best_alias_is_the_likeliest_after_the_oracle_context(options, aliases, tmp_path, quick):
     """One answer of a question everywhere, of the highest mean log-probability per token, against the model's own."""
     run = run_sweep(replace(options, task=str(aliases), alias="best"), tmp_path / "run")
@@ -228,6 +231,7 @@ def test_a_reply_begins_with_the_answer_prefix(chat_model):
     assert tokenizer.decode(context.input_ids[-5:]).startswith("<unk> : the")
 
 
+@pytest.mark.medium
 def test_a_resume_keeps_the_text_that_a_template_wrote(chat_model, question_file, tmp_path, capsys, quick):
     """A template may write the date: the run's own text goes on. Another template is refused."""
     folder = tmp_path / "model"

@@ -70,6 +70,7 @@ def own_text(model, tokenizer, prompt):
     return tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
 
 
+@pytest.mark.medium
 def test_texts_are_those_of_transformers(finished, options, model_folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -88,6 +89,7 @@ def test_texts_are_those_of_transformers(finished, options, model_folder):
 
 # One at a time, whole; batches of contexts of several lengths; every token read.
 @pytest.mark.parametrize("change", [{"reuse_prefix": "off"}, {"batch_size": "4"}, {"positions": "all"}])
+@pytest.mark.medium
 def test_however_contexts_run(finished, options, tmp_path, change):
     other = predictions(run_sweep(replace(options, **change), tmp_path / "run"))
     names = ("question_id", "documents", "gold_position", "answer_token", "generated", "generated_correct")
@@ -95,6 +97,7 @@ def test_however_contexts_run(finished, options, tmp_path, change):
     assert ours == [row for row in theirs if row[3] >= 0]
 
 
+@pytest.mark.medium
 def test_no_prompt_depends_on_its_answer(tmp_path):
     """Where a space is a token of its own, the answer is read behind it; a text goes on from the prompt alone."""
     folder = save_writer(tmp_path / "model", tokenizer=byte_tokenizer(), n_positions=512)
@@ -141,6 +144,7 @@ def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded,
     assert ran == [24, again, 1, 1, 1, 1, 20, 21, 22, 23, 24]
 
 
+@pytest.mark.medium
 def test_a_sweep_goes_on_from_the_prefix(options, tmp_path, monkeypatch):
     """No prompt runs a second time for its text, but for its last token: one token a step."""
     ran = []

@@ -8,6 +8,8 @@ import pytest
 
 from tiny import save_tiny_model
 
+pytestmark = pytest.mark.medium
+
 RESIDENT = """
 import resource, sys
 def resident():  # the largest resident set so far, kB; macOS counts it in bytes

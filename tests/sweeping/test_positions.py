@@ -12,6 +12,8 @@ from refinelens.store.results import DERIVED, open_run
 from refinelens.sweeping.sweep import run_sweep
 from tiny import save_tiny_lens
 
+pytestmark = pytest.mark.medium
+
 LISTS = ("target_rank", "argmax", "target_logprob", "max_logprob", "entropy", "kl")
 
 

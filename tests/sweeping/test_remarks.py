@@ -169,6 +169,7 @@ def test_one_question_that_cannot_be_asked_is_left_out_and_counted(sweep, fields
     assert {row["question_id"] for row in rows} == {0, 1, 3, 4, 5} and not said
 
 
+@pytest.mark.medium
 def test_the_best_alias_is_one_of_those_that_can_be_asked_for(sweep):
     manifest, rows, _ = sweep(with_field(0, answers=["Paris", "red"]), alias="best")
     (first,) = {(row["alias"], row["alias_why"]) for row in rows if row["question_id"] == 0}
@@ -178,6 +179,7 @@ def test_the_best_alias_is_one_of_those_that_can_be_asked_for(sweep):
     assert manifest["counts"]["left_out"] == {reason: [0]}
 
 
+@pytest.mark.medium
 def test_unknown_words_in_documents_are_said(sweep):
     def change(records):
         for record in records:
@@ -191,6 +193,7 @@ def test_unknown_words_in_documents_are_said(sweep):
     assert sweep()[2] == []
 
 
+@pytest.mark.medium
 def test_special_tokens_of_documents_are_said_where_they_are_read(sweep, tmp_path):
     template = tmp_path / "template.txt"
 
@@ -209,6 +212,7 @@ def test_special_tokens_of_documents_are_said_where_they_are_read(sweep, tmp_pat
     assert "1 question with special tokens of the tokenizer in the text, such as '</s>'; the prompt has some" in line
 
 
+@pytest.mark.medium
 def test_a_second_beginning_is_said(sweep, tmp_path):
     tokenizer, template = byte_tokenizer(), tmp_path / "template.txt"
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -219,6 +223,7 @@ def test_a_second_beginning_is_said(sweep, tmp_path):
     assert line.startswith(f"--template {template}: it begins with '<s>', which the tokenizer puts before every text")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("opening, said", [("<think>\n", True), ("[THINK]", True), ("", False)])
 def test_a_chat_that_opens_with_thinking_is_said(sweep, opening, said):
     tokenizer = byte_tokenizer()
@@ -235,11 +240,13 @@ def test_several_chat_templates_are_named(sweep):
         sweep(tokenizer=tokenizer, chat=True)
 
 
+@pytest.mark.medium
 def test_answers_that_are_looked_for_anywhere_are_said(sweep):
     lines = sweep(with_field(0, answers=["東京"]), byte_tokenizer())[2]
     assert len(lines) == 1 and "1 question with answers in a script that does not set words apart" in lines[0]
 
 
+@pytest.mark.medium
 def test_a_batch_of_a_model_that_switches_by_length_is_read_one_by_one(tmp_path, question_file, quick):
     """The gold position must not decide which contexts stand beside each other's longer ones."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}

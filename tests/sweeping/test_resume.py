@@ -152,6 +152,7 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path):
 
 # Only the first steps differ in a new folder.
 @pytest.mark.parametrize("overwrite, last", [(False, 10), (True, 100)])
+@pytest.mark.medium
 def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, overwrite, last):
     """Before each flush, rename and removal in turn. A run that was to be overwritten is there, or the new one is."""
     small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3"]
@@ -184,6 +185,7 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
     assert step == last or 20 < step
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys, quick):
@@ -205,6 +207,7 @@ def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, 
     assert_lacks_nothing(path, whole)
 
 
+@pytest.mark.medium
 def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
     """Temporary files without their names, files that no manifest names, in every combination a loss can leave."""
     whole, parts = whole[0], stopped.parts_path
@@ -222,6 +225,7 @@ def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
     assert_lacks_nothing(stopped.path, whole)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, capsys, quick, signum, code):
     """Three times, the last one in the first question after a resume; every time one question more is there."""
@@ -259,6 +263,7 @@ def test_a_second_signal_stops_at_once(fork_server, sweep, whole, tmp_path):
     assert_lacks_nothing(path, whole)
 
 
+@pytest.mark.medium
 def test_two_processes_and_one_folder(fork_server, sweep, whole, tmp_path, capsys, quick):
     """Whoever comes second is told who is there, whatever it wants; once the first is killed the folder is free."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
@@ -290,6 +295,7 @@ def small_disk(tmp_path):
 
 # Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
 @pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
+@pytest.mark.medium
 def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pages):
     """A real one, filled by somebody else while the tenth question is asked."""
     from refinelens.sweeping.contexts import ContextBuilder
@@ -317,6 +323,7 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
     assert_lacks_nothing(path, whole[0])
 
 
+@pytest.mark.medium
 def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
     monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
@@ -344,6 +351,7 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
     assert step > 20
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "error, words",
     [
@@ -401,6 +409,7 @@ def in_manifest(**changes):
     return change
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "field, change",
     [
@@ -440,6 +449,7 @@ def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsy
     assert {file: file.read_bytes() for file in path.rglob("*.*")} == before
 
 
+@pytest.mark.medium
 def test_resume_of_a_finished_run_shows_it(whole, tmp_path, capsys):
     path = tmp_path / "run"
     shutil.copytree(whole[0].path, path)
@@ -468,6 +478,7 @@ def test_resume_of_nothing_or_with_options(words, message, whole, capsys):
     assert not (whole[0].path / "nowhere").exists()
 
 
+@pytest.mark.medium
 def test_a_run_without_rows_yet(fork_server, sweep, whole, tmp_path, capsys, quick):
     """Killed in its first part: it has a manifest and nothing else."""
     path, log = tmp_path / "run", tmp_path / "log"

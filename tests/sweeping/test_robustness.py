@@ -197,6 +197,7 @@ def test_huge_and_tiny_numbers(way):
     torch.testing.assert_close(stats.entropy[1], torch.tensor(5.0).log())
 
 
+@pytest.mark.medium
 def test_calls_from_several_python_threads(way):
     problems = [make(40, 32, 2000, seed=seed) for seed in range(8)]
     alone = [fused_lens(hidden, unembedding, None, targets, **way) for hidden, unembedding, targets in problems]
@@ -227,6 +228,7 @@ def test_after_a_fork(way):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs RLIMIT_AS, and to know what is in use")
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer would end it")
 def test_too_little_memory_for_a_thread_is_an_exception():

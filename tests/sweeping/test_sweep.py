@@ -72,6 +72,7 @@ def test_a_token_for_unknown_words_may_begin_every_text(options, tmp_path):
     assert ids[0] == unknown and inputs.loaded.tokenizer("red")["input_ids"][0] == unknown
 
 
+@pytest.mark.medium
 def test_replaced_passages_are_counted(options, finished, question_file, tmp_path):
     """Once a question, those of its largest context."""
     record, *others = map(json.loads, question_file.read_text().splitlines())
@@ -141,6 +142,7 @@ def test_trajectories_and_summary_follow_from_predictions(finished):
             assert line["mean_depth"] == ""
 
 
+@pytest.mark.medium
 def test_manifest_repeats_the_run(finished, options, tmp_path):
     manifest = finished.manifest
     assert manifest["status"] == "finished" and manifest["counts"]["done"] == 6
@@ -172,6 +174,7 @@ def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_s
         np.testing.assert_allclose(ours["target_logprob"], single["target_logprob"], atol=1e-4)
 
 
+@pytest.mark.medium
 def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_path, monkeypatch):
     """However many that are, the rows are the same; with few at a time a context is not divided."""
     from refinelens.lens.logit_lens import LogitLens
@@ -205,6 +208,7 @@ def test_sweep_on_a_gpu(finished, options, tmp_path):
         np.testing.assert_allclose(ours["target_logprob"], on_cpu["target_logprob"], atol=1e-2)
 
 
+@pytest.mark.medium
 def test_prediction_as_target(options, tmp_path):
     run = run_sweep(replace(options, target="prediction"), tmp_path / "run")
     for row in predictions(run):
@@ -217,6 +221,7 @@ def test_prediction_as_target(options, tmp_path):
         assert r["answer_correct"] == (row["answer_id"] == row["target_id"])
 
 
+@pytest.mark.medium
 def test_an_identity_lens_is_the_plain_one(options, tiny_model, tmp_path):
     """Two lenses of one sweep, read from the same forward passes, in the order given."""
     folder = save_tiny_lens(tmp_path / "identity", tiny_model, scale=0)
@@ -233,6 +238,7 @@ def test_an_identity_lens_is_the_plain_one(options, tiny_model, tmp_path):
     assert lines[:12] == lines[12:]
 
 
+@pytest.mark.medium
 def test_a_random_lens_differs_below_the_output_only(finished, options, tiny_model, tmp_path):
     folder = save_tiny_lens(tmp_path / "random", tiny_model, scale=0.5)
     run = run_sweep(replace(options, lens=(str(folder),)), tmp_path / "run")
@@ -242,6 +248,7 @@ def test_a_random_lens_differs_below_the_output_only(finished, options, tiny_mod
     assert any(ours["target_rank"][:-1] != plain["target_rank"][:-1] for ours, plain in pairs)
 
 
+@pytest.mark.medium
 def test_several_thresholds_are_several_sweeps(options, tmp_path):
     """Each threshold of a run equals a run of its own, rows of one prediction side by side."""
     several = pq.read_table(run_sweep(replace(options, top=(1, 20, 9)), tmp_path / "run").path / "trajectories.parquet")
@@ -262,6 +269,7 @@ def test_all_answer_tokens_in_tables(finished):
     assert every[0].share_censored.value == pytest.approx(1 - np.mean([r["final_correct"] for r in tokens]))
 
 
+@pytest.mark.medium
 def test_too_long_at_one_size_is_left_out_at_all_its_positions(finished, tmp_path, question_file):
     """Room for the shortest contexts of four documents only: nothing is truncated, pairs stay whole."""
     limit = min(r["n_tokens"] for r in predictions(finished) if r["documents"] == 4)
@@ -286,6 +294,7 @@ def test_too_few_distractors_are_counted(options, tmp_path):
     assert {r["documents"] for r in predictions(run)} == {2}
 
 
+@pytest.mark.medium
 def test_no_question_can_be_asked_and_the_old_run_stays(options, tmp_path):
     old = run_sweep(replace(options, examples=1), tmp_path / "run")
     before = predictions(old)
@@ -316,6 +325,7 @@ def test_interrupt_before_anything_is_finished(options, tmp_path):
     assert interrupt.value.folder is None and not (tmp_path / "run").exists()
 
 
+@pytest.mark.medium
 def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
     from refinelens.lens.logit_lens import LogitLens
 
@@ -358,6 +368,7 @@ def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, 
         run_sweep(replace(options, batch_size="6", generate=generate, dtype="float32"), tmp_path / "run")
 
 
+@pytest.mark.medium
 def test_disk_full_while_writing(options, tmp_path, monkeypatch):
     monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
     write_table, calls = pq.write_table, []
@@ -377,6 +388,7 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@pytest.mark.medium
 def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkeypatch):
     old = run_sweep(replace(options, examples=2), tmp_path / "run")
     before = {path: path.read_bytes() for path in old.path.rglob("*.*")}
@@ -392,6 +404,7 @@ def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkey
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.medium
 def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
     """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
     monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
@@ -441,6 +454,7 @@ def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monk
         run_sweep(options, tmp_path / "none")
 
 
+@pytest.mark.medium
 def test_equal_questions_are_said(options, question_file, tmp_path):
     """A line for all of them, and none where questions differ in their answers alone."""
     line, *others = question_file.read_text().splitlines()
@@ -524,12 +538,14 @@ def test_a_run_of_an_older_schema_is_refused_but_may_be_overwritten(options, tmp
     assert again.manifest["schema_version"] == results.SCHEMA_VERSION
 
 
+@pytest.mark.medium
 def test_overwrite_replaces_a_run(options, tmp_path):
     run_sweep(replace(options, examples=3), tmp_path / "run")
     run = run_sweep(replace(options, examples=1), tmp_path / "run", overwrite=True)
     assert len({r["question_id"] for r in predictions(run)}) == 1
 
 
+@pytest.mark.medium
 def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
     """And nothing else: no file that an analysis does not have, none of another program, none that somebody writes."""
     run = run_sweep(replace(options, examples=2), tmp_path / "run")
@@ -562,6 +578,7 @@ def test_overwrite_takes_the_analysis_of_the_old_run_along(options, tmp_path):
     assert (layers / "parts" / "notes.txt").read_text() == "precious"
 
 
+@pytest.mark.medium
 def test_a_resume_keeps_the_analysis(options, tmp_path):
     """Also where all of the run's parts were damaged."""
     run = run_sweep(replace(options, examples=2), tmp_path / "run")

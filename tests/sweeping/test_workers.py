@@ -91,6 +91,7 @@ def only_error(log):
     return line
 
 
+@pytest.mark.medium
 def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch, quick):
     """Started as they are for users; the last part is short."""
     monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 4)
@@ -131,6 +132,7 @@ def test_an_exception_in_a_worker(fork_server, by_workers, finish, tmp_path):
     finish()
 
 
+@pytest.mark.medium
 def test_no_room_for_a_process(sweep, tmp_path, capfd, monkeypatch):
     """What is said is about processes, not about the disk, and the one that was started ends."""
     ended = []
