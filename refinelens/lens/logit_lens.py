@@ -27,7 +27,7 @@ from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
 from ..op.vocabulary import TopK, kl_to_final, lens_top_k
 from .parity import ParityReport, check_parity, looks_normed, returns_normed
-from .reading import LayerReading, targets_of, tokens_of
+from .reading import LayerReading, spread, targets_of, tokens_of
 from .translators import MODEL_KEYS, Translators, check_made_for
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ class LogitLens:
         flat = targets
         if targets is not None:
             targets = torch.as_tensor(targets, device=states.device)
-            flat = _spread(targets, hidden.shape[1:-1])
+            flat = spread(targets, hidden.shape[1:-1])
         plan = _Plan(translators, kl, top_k, normed)
         at_once = self._checks_at_once(states)
         reading = self._read_blocks(states, flat, plan, check_values=not at_once)
@@ -441,14 +441,6 @@ class LogitLens:
             found = [lens_top_k(states, head, plan.top_k) for states, head in heads]
             top = TopK(torch.cat([each.ids for each in found]), torch.cat([each.logits for each in found]))
         return LayerReading(stats, kl, top)
-
-
-def _spread(targets: Tensor, shape: torch.Size) -> Tensor:
-    """Targets broadcast to every position, ``[N]``."""
-    try:
-        return targets.expand(shape).flatten()
-    except RuntimeError:
-        raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
 
 
 def _rows_at_a_time(states: Tensor) -> int:

@@ -350,3 +350,11 @@ def _id_of(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
     if ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
         raise InputError(f"targets: expected a token that the tokenizer knows, got {text!r}; pass another, or an id")
     return ids[0]
+
+
+def spread(targets: Tensor, shape: torch.Size) -> Tensor:
+    """Targets broadcast to every position, ``[N]``."""
+    try:
+        return targets.expand(shape).flatten()
+    except RuntimeError:
+        raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
