@@ -134,14 +134,11 @@ class LogitLens:
             InputError: No lens there, or one that was made for another model or revision, or does not fit the dtype.
         """
         translators: Translators | None
-        if isinstance(lens, Translators):
-            name, translators = "own", lens
-        else:
-            if isinstance(lens, str | Path):
-                from .files import load_lens
+        if isinstance(lens, str | Path):
+            from .files import load_lens
 
-                lens = load_lens(str(lens))
-            name, translators = lens.name, lens.translators
+            lens = load_lens(str(lens))
+        name, translators = ("own", lens) if isinstance(lens, Translators) else (lens.name, lens.translators)
         other = copy(self)
         other.name, other.translators = name, translators and self.adapted(translators)
         return other
