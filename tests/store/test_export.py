@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys, monkey
 
 def test_it_needs_no_luck_with_imports(run):
     """What it uses of pyarrow it imports, whether or not something else has."""
-    code = "import sys; from refinelens.runs import export; sys.exit('pyarrow.compute' not in sys.modules)"
+    code = "import sys; from refinelens.store import frames; sys.exit('pyarrow.compute' not in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
