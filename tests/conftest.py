@@ -30,8 +30,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Files whose tests need the fork_server come first: one process has them all, as others take over from the end."""
+    """Files whose tests need the fork_server come first: one process has them all, as others take over from the end.
+
+    Such tests are medium: what they take is that of processes that they do not wait for.
+    """
+    for item in items:
+        if "fork_server" in item.fixturenames:
+            item.add_marker("medium")
     forking = {item.path for item in items if "fork_server" in item.fixturenames}
     items.sort(key=lambda item: item.path not in forking)
 

@@ -108,6 +108,7 @@ def test_code_that_a_model_brings_is_never_run_unasked(tmp_path, capsys, monkeyp
     assert "OwnModel on cpu" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_trusting_code_stands_in_the_manifest(tiny_model, question_file, tmp_path, quick):
     sweep = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
     for number, given in enumerate(([], ["--trust-remote-code"])):
