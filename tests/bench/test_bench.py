@@ -271,6 +271,7 @@ def test_one_table_with_aligned_columns(report):
     assert len({line.count("|") for line in markdown}) == 1 and len(markdown) == 3
 
 
+@pytest.mark.medium
 def test_goals_are_met_not_met_or_not_measured(report, tmp_path):
     fast = replace(report.result("naive"), name="fp32", ratio=2.3, peak_share=0.5, extra_bytes=20_000_001)
     run = {"param": "gpt2-13x256", "extra_info": {"report": asdict(replace(report, results=[fast]))}}

@@ -484,6 +484,7 @@ def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "l").glob("*.safetensors")] == [fit.STATISTICS]
 
 
+@pytest.mark.medium
 def test_no_write_of_a_fit_may_fail_unseen(model, text, tmp_path, monkeypatch):
     """Every flush, rename and removal in turn; the same call makes the lens that it was to be."""
 

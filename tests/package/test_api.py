@@ -23,6 +23,7 @@ def fitted(tmp_path_factory):
     return refinelens.fit("tiny", out=tmp_path_factory.mktemp("api") / "mine", tokens=2000, device="cpu")
 
 
+@pytest.mark.medium
 def test_a_sweep_gives_frames(run):
     assert len(run.summary) == 3 and list(run.summary.gold_position) == [0, 1, 2]
     assert len(run.trajectories) == len(run.predictions) >= 9
@@ -32,6 +33,7 @@ def test_a_sweep_gives_frames(run):
     assert refinelens.sweep(resume=run.run.path).summary.equals(run.summary)
 
 
+@pytest.mark.medium
 def test_the_command_line_writes_the_same(run, tmp_path):
     from refinelens.cli import main
 
@@ -58,11 +60,13 @@ def test_a_fitted_lens_reads_its_model_and_no_other(fitted, tmp_path):
         refinelens.LogitLens(loaded.model, loaded.tokenizer).with_lens(fitted.path)
 
 
+@pytest.mark.medium
 def test_a_sweep_through_a_fitted_lens(fitted, tmp_path):
     run = refinelens.sweep("tiny", out=tmp_path / "run", documents=3, examples=2, lens=["plain", fitted.path])
     assert set(run.summary.lens) == {"plain", "mine"}
 
 
+@pytest.mark.medium
 def test_essential_layers(run):
     found = refinelens.essential_layers(run, interventions=("skip",), examples=2)
     assert len(found.rows) and len(found.layers) and found.rows.equals(run.interventions)
@@ -97,6 +101,7 @@ def test_errors_name_the_parameter(call, message, tmp_path, monkeypatch):
     assert "--" not in str(error.value)
 
 
+@pytest.mark.medium
 def test_lines_on_the_way_are_warnings(question_file, tiny_model, tmp_path):
     text = question_file.read_text()
     twice = tmp_path / "twice.jsonl"
@@ -108,6 +113,7 @@ def test_lines_on_the_way_are_warnings(question_file, tiny_model, tmp_path):
         refinelens.load_run(tmp_path / "run")
 
 
+@pytest.mark.medium
 def test_importing_is_light_and_changes_nothing():
     before = matplotlib.get_backend()
     code = (

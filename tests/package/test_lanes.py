@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 TESTS = """
 import subprocess, sys, time
@@ -30,6 +32,7 @@ def run(folder):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder).stdout
 
 
+@pytest.mark.medium
 def test_what_is_above_a_second_is_listed(tmp_path):
     output = run(tmp_path)
     assert "4 passed" in output and "mark them medium" in output

@@ -180,6 +180,7 @@ def test_figures(tmp_path, cells, lenses):
         assert (run.path / name).read_bytes().startswith(b"\x89PNG") and (run.path / name).stat().st_size > 5000
 
 
+@pytest.mark.medium
 def test_figures_leave_the_settings_of_whoever_calls_alone(tmp_path):
     """Another backend than a file's, and no figure that pyplot keeps; in a process that has drawn nothing yet."""
     run = make_run(tmp_path / "run", {0: [SEEN_EARLY, UNSEEN]})

@@ -97,6 +97,7 @@ def assert_same(path, whole):
     assert Sums(path).manifest["parts"] == Sums(whole).manifest["parts"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_before_every_step(tmp_path, overwrite):
     """And gone on with: what is overwritten is there, or the new one is; and nothing of the old one is left at last."""
@@ -118,6 +119,7 @@ def test_killed_before_every_step(tmp_path, overwrite):
     assert_same(path, whole)
 
 
+@pytest.mark.medium
 def test_no_step_may_fail_unseen(tmp_path, monkeypatch):
     def fail():
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -40,6 +40,7 @@ def assert_same_bits(run, whole):
     assert run.manifest["counts"] == whole.manifest["counts"]
 
 
+@pytest.mark.medium
 def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tmp_path, monkeypatch):
     """Five contexts of a question, four in a pass: no pass has fewer, but the last; the rows are those of one each."""
     hidden, sizes = LogitLens.hidden, []
@@ -60,6 +61,7 @@ def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tm
     assert alone.manifest["counts"] == whole.manifest["counts"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("done", [1, 3])
 def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, monkeypatch, done):
     """Stopped within the questions that share them: those that are finished run again beside the others."""
@@ -75,6 +77,7 @@ def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, mon
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
 
 
+@pytest.mark.medium
 def test_an_exception_in_one_of_them(options, tmp_path, monkeypatch):
     """Its question is named, and what was finished before their batches is kept."""
     monkeypatch.setattr("refinelens.sweeping.predict.CONTEXTS_AT_A_TIME", 15)
