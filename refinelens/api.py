@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import TRAINING, Config, FitConfig, LayersConfig, SweepConfig
+from .config import TRAINING, Config, FitConfig, LayersConfig, SweepConfig, check_idle
 from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .layers.analysis import run_layers
@@ -23,7 +23,7 @@ from .sweeping.sweep import resume_sweep, run_sweep
 
 
 def sweep(
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -35,7 +35,7 @@ def sweep(
     """Move the gold document through the context of every question and read every layer; ``refinelens sweep``.
 
     Args:
-        model: ``smollm2``, ``tiny``, a hub name, a folder or a ``.gguf`` file.
+        model: ``smollm2`` (the default), ``tiny``, a hub name, a folder or a ``.gguf`` file.
         out: Folder of the run, made here.
         overwrite: Replace a run that is there.
         resume: Folder of an interrupted run to go on with instead, with its own options.
@@ -54,18 +54,19 @@ def sweep(
     """
     with _bar(sweep_progress, progress) as report:
         if resume is not None:
-            if options or out is not None:
+            others = {"model": model, "out": out, "overwrite": overwrite or None, **options}
+            given = [name for name, value in others.items() if value is not None]
+            if given:
                 raise InputError(
-                    "``resume``: expected no other option but ``workers``: the run has its own, got "
-                    f"{', '.join(options) or 'out'}"
+                    f"``resume``: expected no other option but ``workers``: the run has its own, got {', '.join(given)}"
                 )
             return LoadedRun(resume_sweep(str(resume), None, workers, report, warn=_warn))
-        config = _config(SweepConfig, model=str(model), **options)
+        config = _config(SweepConfig, model=model, **options)
         return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, report, warn=_warn))
 
 
 def fit(
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -90,12 +91,9 @@ def fit(
         FaultError: No free disk or no memory; the same call goes on from the last checkpoint.
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
     """
-    config = _config(FitConfig, model=str(model), **options)
-    idle = [name for name in TRAINING if name in options]
-    if idle and config.objective != "kl":
-        raise InputError(
-            f"``{idle[0]}``: expected ``objective='kl'``, which alone has this option, got {config.objective}"
-        )
+    config = _config(FitConfig, model=model, **options)
+    if config.objective != "kl":
+        check_idle(options, TRAINING, "objective='kl'", config.objective)
     with _bar(fit_progress, progress) as report:
         return fit_lens(config, _folder(out), overwrite, None, report)
 

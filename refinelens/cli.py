@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import config
 from .errors import FaultError, InputError, resume_call
-from .parser import build_parser, check_idle, check_values, config_of, known_options, option_of
+from .parser import build_parser, check_values, config_of, known_options, option_of
 
 if TYPE_CHECKING:
     from .store.results import Run
@@ -161,7 +161,7 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     options = config_of(arguments, config.FitConfig)
     if options.objective != "kl":
-        check_idle(arguments, config.TRAINING, "--objective kl", options.objective)
+        config.check_idle(arguments, config.TRAINING, "objective='kl'", options.objective)
     from .fitting.fit import HOW_TO_RESUME, fit_lens
     from .report.tables import print_quality
     from .store.process import Interrupted
@@ -204,7 +204,7 @@ def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
     run, out = open_run(arguments.folder), Path(arguments.out)
     if arguments.format != "lens-json":
         names = [field.name for field in fields(config.WidgetConfig)]
-        check_idle(arguments, names, "--format lens-json", arguments.format)
+        config.check_idle(arguments, names, "format='lens-json'", arguments.format)
         print(f"{out}: {export_run(run, out, arguments.format)} rows")
         return 0
     choice = config_of(arguments, config.WidgetConfig)

@@ -9,7 +9,7 @@ Conditions of a question are how many documents its context has and where the go
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import Field, dataclass, field, fields
 from operator import index
 from typing import Any
@@ -132,6 +132,17 @@ class Config:
         """The options as a manifest holds them."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_idle(given: Container[str], names: Iterable[str], owner: str, got: str) -> None:
+    """Refuse what was given of the options ``names`` that ``owner``, such as ``objective='kl'``, alone has.
+
+    Raises:
+        InputError: Names the first, whose it is, and what was chosen instead.
+    """
+    for name in names:
+        if name in given:
+            raise InputError(f"``{name}``: expected ``{owner}``, which alone has this option, got {got}")
 
 
 def _expect(fits: object, name: str, expected: str, got: object) -> None:

@@ -6,7 +6,6 @@ All else is made from the fields of the configs in `refinelens.config`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from typing import TypeVar
@@ -156,14 +155,3 @@ def check_values(arguments: argparse.Namespace) -> None:
     for name, value in vars(arguments).items():
         if isinstance(value, str) and not value.strip():
             raise InputError(f"{'RUN' if name == 'folder' else option_of(name)}: expected a value, got {value!r}")
-
-
-def check_idle(arguments: argparse.Namespace, names: Iterable[str], owner: str, got: str) -> None:
-    """Refuse what was given of the options ``names`` that ``owner``, such as ``--format lens-json``, alone has.
-
-    Raises:
-        InputError: Names the first, whose it is, and what was chosen instead.
-    """
-    for name in names:
-        if name in arguments:
-            raise InputError(f"{option_of(name)}: expected {owner}, which alone has this option, got {got}")

@@ -353,7 +353,7 @@ class LogitLens:
             targets = torch.as_tensor(targets, device=states.device)
             flat = spread(targets, hidden.shape[1:-1])
         plan = _Plan(translators, kl, top_k, normed)
-        at_once = self._checks_at_once(states)
+        at_once = not normed and self._checks_at_once(states)  # without a norm an infinity could leave no trace
         reading = self._read_blocks(states, flat, plan, check_values=not at_once)
         if at_once and not values_fit(reading.stats, states, flat, self.head.vocab_size, saturates=False):
             self._read_blocks(states, flat, plan, check_values=True)  # says what is wrong

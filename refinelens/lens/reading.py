@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..kernels.reference import LensStats
 from ..model.identity import text_of
+from ..model.positions import padded
 from ..op.vocabulary import TopK
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def _ids_of(
         raise InputError(f"text: expected ids [token] or [batch, token] with a token or more, got {list(ids.shape)}")
     is_batch, ids = ids.dim() == 2, ids.reshape(-1, ids.shape[-1])
     if mask is not None:
+        mask = mask.long() if isinstance(mask, Tensor) else mask  # True and False do in a mask
         mask = _integers("attention_mask", mask, "ones and zeros")
         if mask.numel() != ids.numel():
             raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
@@ -269,23 +271,18 @@ def _ids_of(
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-    """Ids of texts of several lengths, padded on the right, and their mask; None where nothing is padded."""
-    lengths = [len(row) for row in rows]
-    if not min(lengths):
+    if not all(rows):
         raise InputError("text: expected a token or more in every text, got an empty one")
-    longest = max(lengths)
-    ids = _integers("text", [row + [row[-1]] * (longest - len(row)) for row in rows], "integer token ids")
-    if min(lengths) == longest:
-        return ids, None
-    return ids, (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    return padded([_integers("text", row, "integer token ids").tolist() for row in rows])
 
 
 def _integers(name: str, value: object, expected: str) -> Tensor:
+    """As int64 on the CPU. A truth value is none: a mask of places would be read as the places 0 and 1."""
     try:
         found = torch.as_tensor(value).cpu()
     except (RuntimeError, TypeError, ValueError, OverflowError):
         raise InputError(f"{name}: expected {expected}, got {type(value).__name__}") from None
-    if found.is_floating_point() or found.is_complex():
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise InputError(f"{name}: expected {expected}, got {found.dtype}")
     return found.long()
 

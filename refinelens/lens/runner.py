@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 
 from ..errors import FaultError, InputError
 from ..model.loading import is_out_of_memory
+from ..model.positions import padded
 from .logit_lens import LogitLens
 from .prefix import Branches, PrefixReuse, branch_order, compare
 
@@ -251,13 +252,8 @@ class ForwardRunner:
         Contexts are padded on the right, their positions by repeating the last. A run whole that a branched one is
         compared with is not counted.
         """
-        lengths = [len(one.ids) for one in batch]
-        n_tokens, n_read = max(lengths), max(len(one.positions) for one in batch)
-        ids = torch.tensor([_padded(one.ids, n_tokens) for one in batch])
-        positions = torch.tensor([_padded(one.positions, n_read) for one in batch])
-        mask = None
-        if min(lengths) < n_tokens:
-            mask = (torch.arange(n_tokens) < torch.tensor(lengths)[:, None]).long()
+        ids, mask = padded([one.ids for one in batch])
+        positions, _ = padded([one.positions for one in batch])
         if self._branches is None:
             cache = DynamicCache() if self._keeps_cache else None
             return self.lens.hidden(ids, positions, mask, cache), cache, 0
@@ -269,7 +265,3 @@ class ForwardRunner:
                 self._branches, self._keeps_cache = None, False
                 return whole, None, 0
         return branched, self._branches.cache, n_saved
-
-
-def _padded(values: Sequence[int], length: int) -> list[int]:
-    return [*values, *[values[-1]] * (length - len(values))]

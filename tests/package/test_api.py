@@ -89,6 +89,8 @@ def test_depth_of_a_reading():
         (lambda: refinelens.sweep("tiny", out="x", document=3), "``document``: expected one of model, task, documents"),
         (lambda: refinelens.sweep("tiny", out="x", documents="three"), "``documents``: expected closed-book, oracle"),
         (lambda: refinelens.sweep(resume="x", documents=3), "``resume``: expected no other option but ``workers``"),
+        (lambda: refinelens.sweep("tiny", resume="x"), "``resume``: expected no other option .*, got model"),
+        (lambda: refinelens.sweep(resume="x", overwrite=True), "``resume``: expected no other .*, got overwrite"),
         (lambda: refinelens.fit("tiny", out="x", steps=3), "``steps``: expected ``objective='kl'``"),
         (lambda: refinelens.essential_layers("none"), "none: expected a run folder"),
         (lambda: refinelens.essential_layers("none", intervention="skip"), "``intervention``: expected one of"),
