@@ -197,6 +197,22 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
+    options = config_of(arguments, config.ReadConfig)
+    from .store.frames import check_new_file
+
+    files = {kind: getattr(arguments, kind) for kind in ("html", "png", "json")}
+    for path in files.values():
+        if path is not None:
+            check_new_file(Path(path))
+    from rich.console import Console
+
+    from .read import read_text, show
+
+    show(read_text(arguments.text, options), options, files, Console())
+    return 0
+
+
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .store.frames import check_new_file, export_run
     from .store.results import open_run
@@ -272,6 +288,7 @@ COMMANDS = {
     "fit": _fit,
     "show": _show,
     "layers": _layers,
+    "read": _read,
     "export": _export,
     "doctor": _doctor,
     "bench": _bench,

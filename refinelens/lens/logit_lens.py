@@ -361,7 +361,8 @@ class LogitLens:
         reading = reading.map(lambda value: value.view(*shape, *value.shape[2:]))
         if logits is not None:
             self._check_logits(reading.stats, logits)
-        return replace(reading, targets=targets, lens=self.name, tokenizer=self.tokenizer)
+        named = {"lens": self.name, "tokenizer": self.tokenizer, "vocab_size": self.head.vocab_size}
+        return replace(reading, targets=targets, **named)
 
     def _states_given(self, states: Tensor | Sequence[Tensor], check_last: bool) -> tuple[Tensor, bool]:
         """The states as one tensor, and whether those of the last layer are normed already."""

@@ -17,7 +17,10 @@ from ..op.vocabulary import TopK
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
+
+    from ..pages.heatmap import HeatMap
 
 SHOWN_LAYERS, SHOWN_POSITIONS = 8, 6  # of a reading that is printed
 SHOWN_TEXT = 12  # characters of a token
@@ -50,6 +53,7 @@ class LayerReading:
     lens: str = "plain"
     tokenizer: PreTrainedTokenizerBase | None = None  # for texts of tokens
     layer: int | None = None  # of a reading of one layer
+    vocab_size: int = 0  # of the model; 0 where it is not known
 
     @property
     def argmax(self) -> Tensor:
@@ -174,6 +178,27 @@ class LayerReading:
             targets = self.targets.cpu().expand(whole.shape).flatten().tolist()
             frame["target"], frame["target_text"] = targets, [self.text(id) for id in targets]
         return frame
+
+    def heat_map(self, **words: Any) -> HeatMap:
+        """What `to_html` and `plot` show; ``words`` are those of `refinelens.lens.maps.heat_map`."""
+        from .maps import heat_map
+
+        return heat_map([self], **words)
+
+    def to_html(self) -> str:
+        """The interactive map as one HTML file, which needs no network: layers by tokens, of a batch its first text."""
+        return self.heat_map().to_html()
+
+    def plot(self, measure: str = "probability", tokens: int = 24) -> Figure:
+        """A matplotlib figure of the last tokens, coloured by ``probability``, ``rank``, ``entropy`` or ``kl``."""
+        from ..pages.figure import draw_heatmap
+
+        return draw_heatmap(self.heat_map(), measure, tokens)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None, so that it shows the text, where there is no map of all layers of one text."""
+        has_map = self.layer is None and self.argmax.dim() in (2, 3) and self.argmax.numel()
+        return self.heat_map()._repr_html_() if has_map else None
 
     def __repr__(self) -> str:
         axes = [name for name in ("layer", "batch", "position") if name != "layer" or self.layer is None]

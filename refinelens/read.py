@@ -1,0 +1,151 @@
+"""`refinelens read`: every layer of one text, or of one context of a run, as a map to look at."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from .config import ReadConfig
+from .errors import InputError
+from .lens.files import load_lens
+from .lens.logit_lens import LogitLens
+from .lens.maps import heat_map, words_of_target
+from .lens.reading import LayerReading, Tokens, targets_of
+from .machine import __version__, device_name
+from .model.loading import LoadedModel, load_model
+from .pages.figure import draw_heatmap
+from .pages.heatmap import NEXT, PREDICTION, HeatMap, Segment
+from .pages.terminal import print_heatmap
+from .store.files import write_output
+
+SHOWN_TOKENS = 24  # of a terminal
+
+
+def read_text(text: str, options: ReadConfig) -> HeatMap:
+    """Read a text through every lens, from one forward pass.
+
+    Raises:
+        InputError: No text, no such model or lens, a target that is not one token; more tokens than the model has
+            positions.
+    """
+    loaded = load_model(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
+    lens = LogitLens(loaded.model, loaded.tokenizer)
+    lenses = [lens if name == "plain" else lens.with_lens(load_lens(name)) for name in options.lens]
+    ids = list(loaded.tokenizer(text)["input_ids"])
+    if not ids:
+        raise InputError("text: expected a token or more, got none; pass some text")
+    n_prompt = len(ids)
+    if options.generate:
+        ids = written(lens, loaded, ids, options.generate)
+    segments = [Segment(n_prompt, len(ids), "generated", "generated")] if len(ids) > n_prompt else []
+    title = text if len(text) <= 100 else f"…{text[-99:]}"
+    return map_of(lenses, loaded, ids, options, title, segments, {"command": command_words()})
+
+
+def map_of(
+    lenses: Sequence[LogitLens],
+    loaded: LoadedModel,
+    ids: list[int],
+    options: ReadConfig,
+    title: str,
+    segments: Sequence[Segment],
+    facts: dict[str, str],
+) -> HeatMap:
+    """The map of a text's last tokens: one forward pass, and of each lens one product with the unembedding a statistic.
+
+    Args:
+        lenses: Of one model.
+        loaded: That model.
+        ids: Of the text.
+        options: How it is shown.
+        title: Of the page.
+        segments: What belongs together, by places in ``ids``.
+        facts: That stand under the map, before those of the model.
+    """
+    lens, n = lenses[0], len(ids)
+    first = max(0, n - (options.tokens or n))
+    positions = torch.arange(first, n)
+    hidden = lens.hidden(torch.tensor([ids]), positions)  # [n_layers + 1, 1, token, d_model]
+    targets, target_id = _targets(lens, hidden, ids, first, options.target)
+    shown = Tokens(torch.tensor([ids]), None, positions[None], is_batch=False)
+    readings: list[LayerReading] = []
+    for one in lenses:
+        reading = one.read_states(hidden[:, 0], targets, top_k=min(options.top_k, one.head.vocab_size), check_last=False)
+        readings.append(replace(reading, tokens=shown))
+    own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
+    words = words_of_target(options.target, readings[0].text, target_id)
+    return heat_map(
+        readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts | model_facts(loaded, lens)
+    )
+
+
+def _targets(lens: LogitLens, hidden: Tensor, ids: list[int], first: int, target: str) -> tuple[Tensor, int | None]:
+    """Of every column ``[token]``, and the id of a token of one's own."""
+    if target not in (PREDICTION, NEXT):
+        (one,) = targets_of([target], lens.tokenizer).tolist()  # type: ignore[union-attr]
+        return torch.tensor(one), one
+    own = lens.stats(hidden[-1, 0]).argmax.cpu()
+    return (own if target == PREDICTION else torch.tensor([*ids[first + 1 :], int(own[-1])])), None
+
+
+def written(lens: LogitLens, loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
+    """The text with up to ``limit`` tokens more, always the argmax at the output; an end-of-sequence token ends it."""
+    for _ in range(limit):
+        if len(ids) == loaded.max_tokens or ids[-1] in loaded.end_ids:
+            break
+        hidden = lens.hidden(torch.tensor([ids]), torch.tensor([len(ids) - 1]))
+        ids = [*ids, int(lens.stats(hidden[-1, 0, 0]).argmax)]
+    return ids
+
+
+def model_facts(loaded: LoadedModel, lens: LogitLens) -> dict[str, str]:
+    """What a reader needs to trust the numbers."""
+    parity = lens.parity
+    dtype, device = str(lens.head.weight.dtype).removeprefix("torch."), lens.head.weight.device.type
+    return {
+        "model": f"{loaded.name} ({type(loaded.model).__name__}), {lens.n_layers} layers, {lens.head.vocab_size} tokens, "
+        f"{dtype} on {device_name(device)}",
+        "checked": f"at the last layer the lens is the model's own prediction: logits differ by {parity.max_difference:.2g} "
+        f"at most, allowed {parity.tolerance * parity.logit_range:.2g} (of a range of {parity.logit_range:.3g})",
+        "ranks": "exact over the whole vocabulary, 1 is best; of equal logits the lower id comes first",
+        "layers": "0 is the embedding output, i the output of block i, the last one the model's own prediction",
+        "likeliest": "log-probabilities of the lists in steps of 0.001 nats; all else as computed",
+        "made by": f"refinelens {__version__}, torch {torch.__version__}",
+    }
+
+
+def command_words() -> str:
+    """The command that made this, as typed."""
+    import shlex
+
+    return shlex.join(["refinelens", *sys.argv[1:]])
+
+
+def show(map: HeatMap, options: ReadConfig, files: dict[str, str | None], console: Console) -> None:
+    """Write what was asked for, or else print the map.
+
+    Args:
+        map: What was read.
+        options: How it is shown.
+        files: By ``html``, ``png`` and ``json``.
+        console: Where the map is printed where no file is asked for.
+    """
+    asked = {kind: Path(path) for kind, path in files.items() if path is not None}
+    if not asked:
+        print_heatmap(console, map.last(options.tokens or SHOWN_TOKENS), options.measure)
+    for kind, path in asked.items():
+        if kind == "png":
+            figure = draw_heatmap(map, options.measure)
+            write_output(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=150, format="png"))
+        else:
+            text = map.to_html() if kind == "html" else map.to_json()
+            write_output(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        console.print(f"{path}: {len(map.tokens)} tokens x {len(map.layers)} layers", highlight=False, soft_wrap=True)
+
+
