@@ -76,13 +76,12 @@ def map_of(
     shown = Tokens(torch.tensor([ids]), None, positions[None], is_batch=False)
     readings: list[LayerReading] = []
     for one in lenses:
-        reading = one.read_states(hidden[:, 0], targets, top_k=min(options.top_k, one.head.vocab_size), check_last=False)
-        readings.append(replace(reading, tokens=shown))
+        k = min(options.top_k, one.head.vocab_size)
+        readings.append(replace(one.read_states(hidden[:, 0], targets, top_k=k, check_last=False), tokens=shown))
     own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
     words = words_of_target(options.target, readings[0].text, target_id)
-    return heat_map(
-        readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts | model_facts(loaded, lens)
-    )
+    facts = facts | model_facts(loaded, lens)
+    return heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
 
 
 def _targets(lens: LogitLens, hidden: Tensor, ids: list[int], first: int, target: str) -> tuple[Tensor, int | None]:
@@ -109,10 +108,11 @@ def model_facts(loaded: LoadedModel, lens: LogitLens) -> dict[str, str]:
     parity = lens.parity
     dtype, device = str(lens.head.weight.dtype).removeprefix("torch."), lens.head.weight.device.type
     return {
-        "model": f"{loaded.name} ({type(loaded.model).__name__}), {lens.n_layers} layers, {lens.head.vocab_size} tokens, "
-        f"{dtype} on {device_name(device)}",
-        "checked": f"at the last layer the lens is the model's own prediction: logits differ by {parity.max_difference:.2g} "
-        f"at most, allowed {parity.tolerance * parity.logit_range:.2g} (of a range of {parity.logit_range:.3g})",
+        "model": f"{loaded.name} ({type(loaded.model).__name__}), {lens.n_layers} layers, {lens.head.vocab_size} "
+        f"tokens, {dtype} on {device_name(device)}",
+        "checked": f"at the last layer the lens is the model's own prediction: logits differ by at most "
+        f"{parity.max_difference:.2g}, allowed {parity.tolerance * parity.logit_range:.2g} (of a range of "
+        f"{parity.logit_range:.3g})",
         "ranks": "exact over the whole vocabulary, 1 is best; of equal logits the lower id comes first",
         "layers": "0 is the embedding output, i the output of block i, the last one the model's own prediction",
         "likeliest": "log-probabilities of the lists in steps of 0.001 nats; all else as computed",

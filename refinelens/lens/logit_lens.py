@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -25,7 +25,7 @@ from ..model.loading import memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import TopK, kl_to_final, lens_top_k
+from ..op.vocabulary import TopK, fused_lens_top_k, kl_to_final
 from .parity import ParityReport, check_parity, looks_normed, returns_normed
 from .reading import LayerReading, spread, targets_of, tokens_of
 from .translators import MODEL_KEYS, Translators, check_made_for
@@ -431,13 +431,15 @@ class LogitLens:
         heads = [(block, self.head)]
         if plan.normed:  # the last layer has no norm before it any more
             heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
-        read = partial(fused_lens, targets=targets, backend=self.backend, check_values=check_values)
-        stats = LensStats.cat([read(states, head) for states, head in heads])
-        kl = kl_to_final(block, stats, self.head, last_is_normed=plan.normed) if plan.kl else None
+        options = {"targets": targets, "backend": self.backend, "check_values": check_values}
         top = None
         if plan.top_k:
-            found = [lens_top_k(states, head, plan.top_k) for states, head in heads]
-            top = TopK(torch.cat([each.ids for each in found]), torch.cat([each.logits for each in found]))
+            read = [fused_lens_top_k(states, head, plan.top_k, **options) for states, head in heads]
+            stats = LensStats.cat([own for own, _ in read])
+            top = TopK(torch.cat([each.ids for _, each in read]), torch.cat([each.logits for _, each in read]))
+        else:
+            stats = LensStats.cat([fused_lens(states, head, **options) for states, head in heads])
+        kl = kl_to_final(block, stats, self.head, last_is_normed=plan.normed) if plan.kl else None
         return LayerReading(stats, kl, top)
 
 

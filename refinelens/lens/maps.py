@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
 from ..pages.heatmap import NEXT, PREDICTION, HeatMap, LensMap, Segment
-from .reading import LayerReading
+
+if TYPE_CHECKING:
+    from .reading import LayerReading
 
 
 def heat_map(

@@ -52,7 +52,8 @@ def draw_heatmap(map: HeatMap, measure: str = "probability", tokens: int = 24) -
                 ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
                 weight = "bold" if layer == found.settle[place] else "normal"
                 text = _short(map.texts[int(lens.argmax[layer, place])])
-                panel.text(place, row, text, ha="center", va="center", size=7, color=ink, weight=weight, parse_math=False)
+                style = {"ha": "center", "va": "center", "size": 7, "color": ink, "weight": weight, "parse_math": False}
+                panel.text(place, row, text, **style)
         panel.axhline(len(layers) - 1.5, color="white", lw=2.5)
         names = [_short(map.texts[id]) for id in map.tokens]
         labels = panel.set_xticks(range(n), names, rotation=45, ha="right", size=8)

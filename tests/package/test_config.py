@@ -20,11 +20,13 @@ COMMANDS = {  # config and what the command line alone is asked
     "fit": (FitConfig, {"out", "overwrite"}),
     "show": (config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
+    "read": (config.ReadConfig, {"text", "html", "png", "json"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
     "doctor": (config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
-REQUIRED = {"fit": ["--out", "lens"], "show": ["run"], "layers": ["run"], "export": ["run", "--out", "file"]}
+REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
+REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
     "sweeping/contexts.py": {"--task", "--chat", "--template"},

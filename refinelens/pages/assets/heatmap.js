@@ -1,6 +1,7 @@
 // The heat map: layers upwards, tokens to the right. Only the columns in view are elements.
 
 const COLUMN = 76, AXIS = 46, ROW = 22;
+const DEEP = 0.655; // of a colour: there black and white stand out alike, in both themes
 const MEASURES = {
   probability: { name: "probability of the best token", ends: ["0", "1"] },
   rank: { name: "rank of the target", ends: ["last", "1"] },
@@ -136,7 +137,7 @@ function heatMap(head, arrays, prefix) {
     const firstCorrect = of("first")[column], settle = of("settle")[column];
     const cells = state.rows.map((layer, row) => {
       const v = Math.min(1, Math.max(0, strength(layer, column))), token = of("argmax")[layer * n + column];
-      const classes = ["cell", row ? "" : "output", v > 0.55 ? "deep" : "", isHit(token) ? "hit" : "",
+      const classes = ["cell", row ? "" : "output", v > DEEP ? "deep" : "", isHit(token) ? "hit" : "",
         layers[layer] === firstCorrect ? "first" : "", layers[layer] === settle ? "settle" : ""];
       return element("div", { class: classes.filter(Boolean).join(" "), id: `${prefix}c${column}-${row}`, role: "gridcell",
         "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token));
