@@ -56,9 +56,7 @@ def draw_heatmap(map: HeatMap, measure: str = "probability", tokens: int = 24) -
                 panel.text(place, row, text, **style)
         panel.axhline(len(layers) - 1.5, color="white", lw=2.5)
         names = [_short(map.texts[id]) for id in map.tokens]
-        labels = panel.set_xticks(range(n), names, rotation=45, ha="right", size=8)
-        for label in labels:
-            label.set_parse_math(False)
+        panel.set_xticks(range(n), names, rotation=45, ha="right", size=8, parse_math=False)
         panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         panel.set(ylabel="layer")
         title = panel.set_title(f"{map.title} ({lens.name} lens)" if len(map.lenses) > 1 else map.title, size=9)
