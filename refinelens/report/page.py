@@ -1,0 +1,339 @@
+"""The page of a run, or of several: what was found, layers, questions, tokens, in one file that needs no network.
+
+What the page shows is what the tables have: every statistic comes from `summary`, every sentence from `tables`. Of a
+large run the page holds a sample of questions, which it says; findings and layers are of all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..config import CLOSED_BOOK, condition_name
+from ..data.generated import GENERATORS, generate_task  # noqa
+from ..data.questions import Document, Question
+from ..data.tasks import DistractorSource, Task, load_task
+from ..errors import InputError
+from ..pages.html import smallest, write_page
+from ..store.files import write_output
+from ..store.results import LAYERS, Run
+from ..store.trajectory import choose_tokens, list_matrix, trajectories
+from .rows import Report, SummaryRow, counted, title
+from .summary import caution_lines, read_report
+from .tables import inverted_u_lines, notes, paired_lines
+
+PAGE = "report.html"
+MOST_CONTEXTS = 2000  # of the levels of questions and tokens
+COLUMNS = [
+    *("question_id", "documents", "gold_position", "answer_token", "lens", "source_id"),
+    *("alias_why", "answer_id", "answer_text", "target_text", "generated", "generated_correct"),
+    *("argmax", "argmax_text", "target_rank", "entropy", "kl"),
+]
+ESTIMATES = ("accuracy", "accuracy_all", "accuracy_generated", "mean_depth", "mean_first_correct", "mean_settle")
+TABLES = {"layers.csv": "by layer", "essential.csv": "essential layers", "early_exit.csv": "early exit"}
+
+
+def write_report_page(runs: list[Run], path: Path) -> str:
+    """Write the page of runs, and say in words what is on it.
+
+    Raises:
+        InputError: A damaged run, or one without rows; a file that cannot be written.
+    """
+    text, words = report_page(runs)
+    write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return words
+
+
+def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[str, str]:
+    """The text of the page, and in words what it holds.
+
+    Args:
+        runs: What it is about; of several it shows the first, and what differs over the questions they share.
+        most_contexts: Of each run, in the levels of questions and tokens.
+    """
+    heads, arrays, words = [], {}, []
+    for number, run in enumerate(runs):
+        head, own, said = _run(run, most_contexts)
+        heads.append(head)
+        arrays |= {f"{number}.{name}": array for name, array in own.items()}
+        words.append(said)
+    return write_page("run", heads[0]["title"], {"runs": heads}, arrays), "; ".join(words)
+
+
+def _run(run: Run, most_contexts: int) -> tuple[dict, dict[str, np.ndarray], str]:
+    report = read_report(run)
+    chosen = _Chosen.of(run, report.lenses, most_contexts)
+    found = _Rows(report.lenses, report.tops[0])
+    profiles = _Profiles()
+    for part in run.parts(COLUMNS):
+        part = choose_tokens(part, "all")
+        profiles.add(choose_tokens(part, report.manifest["arguments"]["answer_tokens"]))
+        found.add(part.filter(pc.is_in(part["question_id"], pa.array(sorted(chosen.questions), pa.int64()))))
+    manifest = report.manifest
+    questions, documents, why = _questions(manifest, chosen.questions)
+    head = {
+        "title": title(manifest),
+        "name": run.path.name,
+        "n_layers": manifest["model"]["n_layers"],
+        "vocab_size": manifest["model"].get("vocab_size") or 0,
+        "lenses": list(report.lenses),
+        "top": report.tops[0],
+        "tops": list(report.tops),
+        "finding": _finding(report),
+        "cautions": caution_lines(report.cautions, manifest),
+        "notes": [*inverted_u_lines(report), *paired_lines(report), *notes(report), *manifest.get("remarks", [])],
+        "summary": [_summary(row) for row in report.rows],
+        "profiles": profiles.rows(),
+        "analysis": _analysis(run.path / LAYERS),
+        "questions": questions,
+        "documents_why": why,
+        "contexts": found.contexts,
+        "texts": found.texts.names,
+        "sample": chosen.words,
+        "command": f"refinelens read {shlex.quote(str(run.path))}",
+        "facts": _facts(report),
+    }
+    return head, found.arrays() | {"documents": np.frombuffer(documents, np.uint8)}, chosen.words
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The questions whose contexts the page holds."""
+
+    questions: set[int]
+    words: str
+
+    @classmethod
+    def of(cls, run: Run, lenses: tuple[str, ...], most: int) -> _Chosen:
+        sizes: dict[int, int] = {}
+        for part in run.parts(["question_id", "answer_token", "lens"]):
+            first = part.filter(pc.and_(pc.equal(part["answer_token"], 0), pc.equal(part["lens"], lenses[0])))
+            for id, count in zip(*np.unique(first["question_id"].to_numpy(), return_counts=True), strict=True):
+                sizes[int(id)] = sizes.get(int(id), 0) + int(count)
+        n_contexts, ids = sum(sizes.values()), sorted(sizes)
+        if n_contexts <= most:
+            words = f"all {counted(len(ids), 'question')} in {counted(n_contexts, 'context')}"
+            return cls(set(ids), words)
+        each = max(1, math.ceil(n_contexts / len(ids)))
+        places = np.linspace(0, len(ids) - 1, max(1, most // each)).round().astype(int)
+        kept = {ids[place] for place in places}
+        shown = sum(sizes[id] for id in kept)
+        return cls(kept, f"a sample of {counted(len(kept), 'question')} of {len(ids)}, {shown} of {n_contexts} contexts")
+
+
+@dataclass
+class _Texts:
+    """Texts that come again and again, by their places."""
+
+    names: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+
+    def of(self, texts: Iterable[str]) -> list[int]:
+        return [self._place(text) for text in texts]
+
+    def _place(self, text: str) -> int:
+        if text not in self.places:
+            self.places[text] = len(self.names)
+            self.names.append(text)
+        return self.places[text]
+
+
+class _Rows:
+    """A row per context, lens and answer token: ranks, best tokens and trajectory."""
+
+    def __init__(self, lenses: tuple[str, ...], top: int):
+        self.texts, self.contexts = _Texts(), []
+        self._lenses, self._top = list(lenses), top
+        self._places: dict[tuple[int, int, int], int] = {}
+        self._columns: dict[str, list[np.ndarray]] = {}
+
+    def add(self, part: pa.Table) -> None:
+        if not len(part):
+            return
+        keys = zip(*(part[name].to_pylist() for name in ("question_id", "documents", "gold_position")), strict=True)
+        context = [self._context(key, part, row) for row, key in enumerate(keys)]
+        ranks = list_matrix(part["target_rank"])
+        found = trajectories(ranks, self._top, axis=-1)
+        names = part["argmax_text"].combine_chunks().flatten().to_pylist()
+        values = {
+            "context": np.asarray(context),
+            "lens": np.asarray([self._lenses.index(name) for name in part["lens"].to_pylist()]),
+            "token": part["answer_token"].to_numpy(),
+            "target": np.asarray(self.texts.of(part["target_text"].to_pylist())),
+            "correct": list_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy(),
+            "rank": ranks,
+            "argmax": np.asarray(self.texts.of(names)).reshape(ranks.shape),
+            "first": found.first_correct,
+            "settle": found.settle,
+            "flips": found.flips,
+        }
+        for name, value in values.items():
+            self._columns.setdefault(name, []).append(value)
+
+    def _context(self, key: tuple[int, int, int], part: pa.Table, row: int) -> int:
+        if key not in self._places:
+            self._places[key] = len(self.contexts)
+            own = {name: part[name][row].as_py() for name in ("alias_why", "generated", "generated_correct", "source_id")}
+            self.contexts.append({"question": key[0], "documents": key[1], "gold": key[2], **own})
+        return self._places[key]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        signed = ("first", "settle", "flips")
+        whole = {name: np.concatenate(values) for name, values in self._columns.items()}
+        return {name: v.astype(np.int32) if name in signed else smallest(v) for name, v in whole.items()}
+
+
+class _Profiles:
+    """By lens, context size and gold position: the median rank, mean KL and mean entropy of every layer."""
+
+    def __init__(self):
+        self._ranks: dict[tuple, list[np.ndarray]] = {}
+        self._sums: dict[tuple, np.ndarray] = {}
+
+    def add(self, part: pa.Table) -> None:
+        values = {name: list_matrix(part[name]) for name in ("target_rank", "kl", "entropy")} if len(part) else {}
+        keys = list(zip(*(part[name].to_pylist() for name in ("lens", "documents", "gold_position")), strict=True))
+        for key in dict.fromkeys(keys):
+            inside = np.asarray([own == key for own in keys])
+            self._ranks.setdefault(key, []).append(values["target_rank"][inside].astype(np.int32))
+            sums = np.stack([values[name][inside].sum(0, dtype=float) for name in ("kl", "entropy")])
+            self._sums[key] = self._sums.get(key, 0.0) + sums
+
+    def rows(self) -> list[dict]:
+        rows = []
+        for key in sorted(self._ranks, key=lambda key: key[1:]):
+            ranks = np.concatenate(self._ranks[key])
+            kl, entropy = self._sums[key] / len(ranks)
+            median = (np.median(ranks, axis=0) + 1).tolist()
+            numbers = {"rank": median, "kl": _rounded(kl), "entropy": _rounded(entropy)}
+            rows.append({"lens": key[0], "documents": key[1], "gold": key[2], "n": len(ranks), **numbers})
+        return rows
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _summary(row: SummaryRow) -> dict:
+    """One gold position: estimates as value, low and high, null where they do not exist."""
+    numbers = {name: [_or_null(v) for v in vars(getattr(row, name)).values()] for name in ESTIMATES}
+    keys = ("lens", "top", "documents", "gold_position", "n", "settled", "left_out")
+    return {name: getattr(row, name) for name in keys} | {"condition": condition_name(row.documents)} | numbers
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _finding(report: Report) -> list[str]:
+    """In sentences: what was asked, how often it was right, and whether depth has an inverted U."""
+    manifest = report.manifest
+    counts, parity = manifest["counts"], manifest["model"]["parity"]
+    lines = [
+        f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
+        f"{manifest['task']['name']}, with the document that answers at every gold position; "
+        f"{manifest['model']['n_layers']} layers were read through {' and '.join(report.lenses)}."
+    ]
+    for test in report.tests:
+        where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"
+        sides = [side.difference.value for side in (test.first, test.last)]
+        n = min(test.first.questions, test.last.questions)
+        if test.reason:
+            lines.append(f"{where}: {test.reason[0].upper()}{test.reason[1:]} ({counted(n, 'question')}).")
+            continue
+        how = (
+            f"answers need {sides[0]:+.2f} layers more with the document in the middle than first, and {sides[1]:+.2f} "
+            f"more than last (p = {test.p:.2g}, {test.p_holm:.2g} after Holm, n = {n})"
+        )
+        verdict = "this supports an inverted U" if test.p_holm < 0.05 else "this shows no inverted U"
+        lines.append(f"{where}: {how}; {verdict}.")
+    allowed = parity["tolerance"] * parity["logit_range"]
+    lines.append(
+        f"Checked before anything was read: at the last layer the lens is the model's own prediction (largest "
+        f"difference of logits {parity['max_difference']:.2g}, allowed {allowed:.2g}). Ranks are exact."
+    )
+    return lines
+
+
+def _facts(report: Report) -> dict[str, str]:
+    manifest = report.manifest
+    model, arguments = manifest["model"], manifest["arguments"]
+    typed = ["refinelens", *(manifest.get("argv") or ["(from Python)"])]
+    return {
+        "command": shlex.join(typed) if manifest.get("argv") else " ".join(typed),
+        "model": f"{model['name']}, {model['dtype']} on {model.get('device_name') or model['device']}, weights "
+        f"{str(model.get('weights_sha256'))[:12]}",
+        "task": f"{manifest['task']['name']}, sha256 {str(manifest['task'].get('sha256'))[:12]}",
+        "seed": str(manifest["seed"]),
+        "target": f"{arguments['target']}, tables of the {arguments['answer_tokens']} answer token(s)",
+        "made by": f"refinelens {manifest.get('refinelens_version')}, {manifest.get('started')}",
+        "status": manifest["status"],
+    }
+
+
+def _analysis(folder: Path) -> dict[str, list[list[str]]]:
+    """Tables of an analysis of layers, if one was made, as they stand in its files."""
+    tables = {}
+    for file, name in TABLES.items():
+        if (folder / file).exists():
+            with (folder / file).open(encoding="utf-8", newline="") as lines:
+                tables[name] = list(csv.reader(lines))
+    return tables
+
+
+def _questions(manifest: dict, wanted: set[int]) -> tuple[dict[str, dict], bytes, str]:
+    """Texts of questions, documents as JSON in UTF-8, and why there are none of them.
+
+    A context has the first distractors of its question with the gold document among them, so that a question's largest
+    size says all of it.
+    """
+    try:
+        task = _task(manifest)
+    except (InputError, OSError) as error:
+        return {}, b"[]", " ".join(str(error).split())
+    sizes = [size for size in manifest["arguments"].get("documents", []) if size != CLOSED_BOOK]
+    source = DistractorSource(task, manifest["seed"])
+    places: dict[Document, int] = {}
+    questions = {}
+    for question in (q for q in task.questions if q.id in wanted):
+        distractors = next(_distractors(source, question, sizes), [])
+        held = [places.setdefault(document, len(places)) for document in [question.gold, *distractors]]
+        questions[str(question.id)] = {
+            "question": question.question,
+            "answers": list(question.answers),
+            "gold": held[0],
+            "distractors": held[1:],
+        }
+    texts = [[document.title, document.text] for document in places]
+    return questions, json.dumps(texts, ensure_ascii=False).encode(), ""
+
+
+def _distractors(source: DistractorSource, question: Question, sizes: list[int]) -> Iterator[list[Document]]:
+    """Of the largest size that the question could be asked with."""
+    for size in sorted(sizes, reverse=True):
+        found = source.choose(question, size - 1)
+        if found is not None:
+            yield found
+
+
+def _task(manifest: dict) -> Task:
+    """The task of a run, if it is still there as it was."""
+    arguments, entry = manifest["arguments"], manifest["task"]
+    name = arguments["task"]
+    if name in GENERATORS:
+        task = generate_task(name, arguments["examples"], max(arguments["documents"]), manifest["seed"])
+    else:
+        path = entry.get("path")
+        task = load_task(path if path and Path(path).exists() else name)
+    if task.sha256 != entry.get("sha256"):
+        raise InputError(f"documents are not shown: the task {name} is no longer the one that was asked")
+    return task
