@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
-from ..kernels.reference import LensHead, apply_norm
+from ..errors import InputError, UnsupportedModelError
+from ..kernels.reference import LensHead, LensStats, apply_norm
 from ..model.head import check_widths
 from ..model.hooks import difference, keep_positions, probe_ids, run_base
 from ..op.fused_lens import fused_lens
@@ -86,6 +86,26 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
 def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:
     margin = own.amax(-1) - own.gather(1, predicted[:, None])[:, 0]
     return bool((margin <= tie).all())
+
+
+def check_logits(logits: Tensor, last: LensStats, vocab_size: int, tolerance: float) -> None:
+    """Hold a model's logits ``[..., vocab_size]`` against what the lens reads at the last layer, ``[...]``.
+
+    Raises:
+        InputError: Another shape, or other logits, by more than ``tolerance`` of their range.
+    """
+    own = logits.float().to(last.argmax.device)
+    if own.shape != (*last.argmax.shape, vocab_size):
+        raise InputError(
+            f"logits: expected [*{list(last.argmax.shape)}, {vocab_size}] like the last layer, got {list(own.shape)}"
+        )
+    allowed = tolerance * (own.amax(-1) - own.amin(-1))
+    worst = ((last.max_logit - own.amax(-1)).abs() - allowed).max()
+    if own.numel() and (worst > 0 or ((last.logsumexp - own.logsumexp(-1)).abs() > allowed).any()):
+        raise InputError(
+            "logits: expected those of the last of these states, got others; pass the residual stream of every "
+            "layer, or hidden_states as Transformers returns them"
+        )
 
 
 def returns_normed(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList) -> bool:

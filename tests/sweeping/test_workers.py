@@ -17,7 +17,7 @@ from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.machine import PACKAGE_ROOT, module_path
 from refinelens.store.results import open_run
-from refinelens.sweeping.manifest import RunSpec
+from refinelens.sweeping.sweep import RunSpec
 from refinelens.sweeping.workers import Workers, _Worker, check_workers
 
 HAS_PROC = Path("/proc/self/stat").exists()
