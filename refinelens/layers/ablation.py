@@ -6,7 +6,7 @@ the clean run and the states downstream of the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..data.prompts import Context
 from ..data.questions import Question
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
-from ..lens.runner import MemoryLimit, Proof, blamed_on
+from ..lens.runner import MemoryLimit, Proof, blamed_on, in_batches
 from ..model.hooks import difference
 from ..store.layers import CONTROL, DESTROY, LAYER_ROWS, RESTORE
 from ..store.trajectory import NONE, trajectories
@@ -139,7 +139,9 @@ def _table(
     return pa.table([columns[name] for name in LAYER_ROWS.names], LAYER_ROWS.names).cast(LAYER_ROWS)
 
 
-def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -> list[Tensor]:
+def scan(
+    run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int, limit: MemoryLimit | None = None
+) -> list[Tensor]:
     """Downstream states of a context when each block in turn is intervened on.
 
     A run that is ablated at block i needs blocks ``i + 1 .. n_layers - 1`` alone, so that the whole scan takes
@@ -149,19 +151,23 @@ def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -
     Args:
         run: The context.
         start: Gives the output ``[1, token, d_model]`` of block ``index`` (0-based) under the intervention.
-        at_a_time: Runs that go through a block in one call.
+        at_a_time: Runs that go through a block in one call, if there is memory for them.
+        limit: Kept from scan to scan, to remember what there was no memory for.
 
     Returns:
         For each block ``i`` the states ``[n_layers - i, d_model]`` of layers ``i + 1 .. n_layers`` at the last token.
     """
     under_way: dict[int, Tensor] = {}  # ablated block: state
     kept: list[list[Tensor]] = [[] for _ in run.blocks]
+    limit = limit or MemoryLimit()
+
+    def through_block(ablated: list[int]) -> Iterable[tuple[int, Tensor]]:
+        return zip(ablated, run.block(index, torch.cat([under_way[i] for i in ablated])).split(1), strict=True)
+
     for index in range(run.n_layers):
-        ablated = list(under_way)
-        for first in range(0, len(ablated), at_a_time):
-            chunk = ablated[first : first + at_a_time]
-            states = run.block(index, torch.cat([under_way[i] for i in chunk]))
-            under_way.update(zip(chunk, states.split(1), strict=True))
+        sizes = (lambda left: limit.of(at_a_time), lambda batch: limit.lower(len(batch)))
+        for found in in_batches(list(under_way), through_block, *sizes):
+            under_way.update(found)
         clean, started = run.states[index + 1], start(index)
         if not torch.equal(started, clean):
             under_way[index] = started
@@ -282,8 +288,6 @@ class AblationRunner:
         key = (context.question.id, context.n_documents, context.gold_position)
         return ContextKey(*key, self._targets[key], self._lens.name)
 
-    def _scan(self, run: ActivationCache, context: Context, start) -> list[Tensor]:
-        """`scan`, fewer runs at a time from when memory ran out."""
+    def _scan(self, run: ActivationCache, context: Context, start: Callable[[int], Tensor]) -> list[Tensor]:
         on_cpu, cached = run.states[0].device.type == "cpu", run.states[0].shape[1] == 1
-        size = self._replay.at_a_time(context.prompt_length, cached, on_cpu)
-        return self._limit.run(size, lambda fits: scan(run, start, fits))
+        return scan(run, start, self._replay.at_a_time(context.prompt_length, cached, on_cpu), self._limit)

@@ -86,11 +86,11 @@ def choose_reuse(options: SweepConfig, lens: LogitLens) -> PrefixReuse:
     """
     choice, batch_size, model = options.reuse_prefix, options.batch_size, lens.model
     if choice == "off":
-        return PrefixReuse(False, "--reuse-prefix off")
+        return PrefixReuse(False, "``reuse_prefix='off'``")
     if options.positions == "all":
         return PrefixReuse(False, "every token is read")
     if choice == "auto" and batch_size not in ("auto", "1"):
-        return PrefixReuse(False, f"--batch-size {batch_size}")
+        return PrefixReuse(False, f"``batch_size='{batch_size}'``")
     if choice == "auto" and model.device.type != "cpu":
         return PrefixReuse(False, f"on {model.device.type} contexts run in batches")
     if choice == "auto" and model.dtype != torch.float32:

@@ -166,7 +166,7 @@ class ContextBuilder:
 
 def remarks(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """One line for each thing that numbers are read with, and that no number shows."""
-    task = f"--task {options.task}"
+    task = f"``task`` {options.task}"
     distinct = len({(question.question, question.answers) for question in questions})
     if distinct < len(questions):
         yield (
@@ -224,14 +224,14 @@ def _prompt(options: SweepConfig, template: Template, questions: list[Question],
         opening = THINKING.search(template.chat.around()[1])
         if opening:
             yield (
-                f"--chat: the template opens the reply with {opening.group().strip()!r}; the answer is read where the "
-                "model would begin to think"
+                f"``chat``: the template opens the reply with {opening.group().strip()!r}; the answer is read where "
+                "the model would begin to think"
             )
         return
     prompt = template.fill(questions[0], [questions[0].gold], 0)[0]
     ids = encode(tokenizer, prompt, True, template.is_literal(tokenizer))["input_ids"]
     if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
         yield (
-            f"--template {options.template}: it begins with {tokenizer.bos_token!r}, which the tokenizer puts before "
+            f"``template`` {options.template}: it begins with {tokenizer.bos_token!r}, which the tokenizer puts before "
             "every text by itself, so that contexts begin with two of them"
         )

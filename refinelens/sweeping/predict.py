@@ -254,7 +254,7 @@ class Predictor:
             read = read_contexts(ran, self._logit_lens, self._lenses, self._options.target)
             return [prediction_table(of_context, self._text) for of_context in read]
 
-        tables = [table for part in in_batches(held, rows, lambda one: one.input) for table in part]
+        tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]
         for states, table in zip(held, tables, strict=True):
             counts = {
                 "contexts": 1,
