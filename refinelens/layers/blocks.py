@@ -153,13 +153,14 @@ def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
 
 def _search(run: ActivationCache, index: int) -> Sublayers | None:
     state = run.states[index]
-    seen, changed = _children_seen(run, index, state), _children_seen(run, index, _other_tokens(state))
+    others = torch.cat([state[:, :-1].flip(-1), state[:, -1:]], 1)  # the same last token behind other ones
+    seen, changed = _children_seen(run, index, state), _children_seen(run, index, others)
     mixing = [m for m in seen if m in changed and _carries(seen[m], changed[m])]
     if len(mixing) != 1:
         return None
     fits = [m for m in seen if m is not mixing[0] and seen[m][1].numel() == state.numel()]
-    others = sorted(fits, key=lambda m: -sum(p.numel() for p in m.parameters()))
-    for other, *adds in product(others, (False, True), (False, True)):
+    fits.sort(key=lambda m: -sum(p.numel() for p in m.parameters()))
+    for other, *adds in product(fits, (False, True), (False, True)):
         attention, mlp = Sublayer(mixing[0], adds[0]), Sublayer(other, adds[1])
         if _leave_identity(run, index, attention, mlp):
             return Sublayers(attention, mlp)
@@ -207,11 +208,6 @@ def _leave_identity(run: ActivationCache, index: int, attention: Sublayer, mlp: 
             return torch.equal(run.block(index, state), state)
     except RuntimeError:  # a guess that does not fit
         return False
-
-
-def _other_tokens(state: Tensor) -> Tensor:
-    """The same last token behind others."""
-    return torch.cat([state[:, :-1].flip(-1), state[:, -1:]], 1)
 
 
 def _children_seen(run: ActivationCache, index: int, state: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
@@ -264,7 +260,7 @@ def check_replay(lens: LogitLens) -> BlockReplay:
     try:
         run = ActivationCache.record(lens, ids)
         own = lens.hidden(ids, torch.tensor([ids.shape[1] - 1]))[:, :, 0]
-        found = max(_difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
+        found = max(difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
     except Exception as error:  # anything can come out of a model's own code
         raise _refusal(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     if not found <= lens.parity.tolerance:
@@ -288,17 +284,13 @@ def _again(run: ActivationCache, first: int) -> Tensor:
     return torch.stack([state[:, -1] for state in states])
 
 
-def _difference(states: Tensor, own: Tensor) -> float:
-    return difference(states[:, :, None], own[:, :, None])
-
-
 def _cached_is_whole(lens: LogitLens, ids: Tensor, own: Tensor) -> bool:
     try:
         run = ActivationCache.record(lens, ids, cached=True)
         again = _again(run, 0)
     except Exception:  # a model without such a cache runs whole
         return False
-    return _difference(again, own) <= lens.parity.tolerance
+    return difference(again, own) <= lens.parity.tolerance
 
 
 def _takes_batches(run: ActivationCache, tolerance: float) -> bool:

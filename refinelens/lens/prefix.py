@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from ..config import SweepConfig
 from ..errors import InputError
 from ..model.hooks import SkipHiddenKeys, difference, probe_ids
+from ..model.identity import shared_length
 from .logit_lens import LogitLens
 
 PROBE_TOKENS = 12
@@ -70,12 +71,6 @@ class Branches:
 def branch_order(contexts: list[tuple[int, ...]]) -> list[int]:
     """Indices of the contexts in the order of a walk through their trie: sorted by token ids."""
     return sorted(range(len(contexts)), key=contexts.__getitem__)
-
-
-def shared_length(first: list[int], second: list[int]) -> int:
-    """How many tokens two contexts share before they differ."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def choose_reuse(options: SweepConfig, lens: LogitLens) -> PrefixReuse:
