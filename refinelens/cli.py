@@ -23,6 +23,8 @@ from .errors import FaultError, InputError, resume_call
 from .parser import build_parser, check_values, config_of, known_options, option_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .store.results import Run
 
 MARK = re.compile(r"``(?:(\w+)\()?(\w+)(?:='?(.*?)'?)?\)?``")  # as `refinelens.errors` has it
@@ -97,12 +99,10 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     run = open_run(path)
     if run.is_finished:
-        from rich.console import Console
-
         from .report.tables import show_run
 
         print(f"{path}: finished already\n")
-        show_run(run, Console())
+        show_run(run, _console())
         return 0
     from .sweeping.sweep import resume_sweep
 
@@ -111,8 +111,6 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _watch(sweep: Callable[..., Run]) -> int:
     """Run a sweep with its progress on the terminal, then print its table."""
-    from rich.console import Console
-
     from .report.tables import print_table
 
     def how_to_resume(run: Run | None) -> str:
@@ -123,14 +121,12 @@ def _watch(sweep: Callable[..., Run]) -> int:
     summary: list = []
     run, code = _work(partial(sweep, summary=summary.append, warn=_say), how_to_resume)
     if summary:  # a second signal leaves no time for it
-        print_table(Console(), summary[-1])
+        print_table(_console(), summary[-1])
         _list_files(run.path)
     return code
 
 
 def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
     options = config_of(arguments, config.LayersConfig)
     from .layers.analysis import how_to_resume, run_layers
     from .report.tables import print_layers
@@ -139,14 +135,12 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
     done, code = _work(partial(run_layers, *given, warn=_say), lambda _: how_to_resume(arguments.overwrite))
     if code == 0:
         folder, found = done
-        print_layers(Console(), found)
+        print_layers(_console(), found)
         _list_files(folder.path)
     return code
 
 
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
     options = config_of(arguments, config.FitConfig)
     if options.objective != "kl":
         config.check_idle(arguments, config.TRAINING, "objective='kl'", options.objective)
@@ -156,7 +150,7 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     given = (options, arguments.out, arguments.overwrite, ["refinelens", *argv])
     fitted, code = _work(partial(fit_lens, *given), lambda _: HOW_TO_RESUME)
     if code == 0:
-        print_quality(Console(), fitted.manifest)
+        print_quality(_console(), fitted.manifest)
         _list_files(arguments.out)
     return code
 
@@ -174,6 +168,12 @@ def _work(work: Callable[..., Any], how_to_resume: Callable[[Any], str]) -> tupl
         return stop.folder, 128 + stop.signum
 
 
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
 def _list_files(folder: str | Path) -> None:
     print(f"\n{folder}: {', '.join(sorted(path.name for path in Path(folder).iterdir()))}")
 
@@ -188,13 +188,11 @@ def _calm_libraries() -> None:
 
 
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
     from .report.tables import show_run
     from .store.results import open_run
 
     options = config_of(arguments, config.ShowConfig)
-    show_run(open_run(arguments.folder), Console(), options.top)
+    show_run(open_run(arguments.folder), _console(), options.top)
     return 0
 
 

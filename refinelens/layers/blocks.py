@@ -60,14 +60,10 @@ class Call:
         """The call; its state is the first floating tensor."""
         values = [*enumerate(args), *kwargs.items()]
         place = next(key for key, value in values if isinstance(value, Tensor) and value.is_floating_point())
-        return cls(args, kwargs, place)._with(None)
+        return cls(args, kwargs, place).of(None)
 
-    def of(self, block: nn.Module, state: Tensor) -> Tensor:
-        """What the block makes of a state, called in the same way."""
-        call = self._with(state)
-        return stream_of(block(*call.args, **call.kwargs))
-
-    def _with(self, state: Tensor | None) -> Call:
+    def of(self, state: Tensor | None) -> Call:
+        """The same call of another state."""
         if isinstance(self.place, str):
             return Call(self.args, self.kwargs | {self.place: state}, self.place)
         return Call((*self.args[: self.place], state, *self.args[self.place + 1 :]), self.kwargs, self.place)
@@ -110,8 +106,9 @@ class ActivationCache:
 
     def block(self, index: int, state: Tensor) -> Tensor:
         """What block ``index`` (0-based) makes of ``[batch, token, d_model]`` in this context."""
+        call = self.calls[index].of(state)
         with torch.no_grad():
-            return self.calls[index].of(self.blocks[index], state)
+            return stream_of(self.blocks[index](*call.args, **call.kwargs))
 
     def answer_states(self) -> Tensor:
         """``[n_layers + 1, d_model]``: every layer at the last token, which the answer follows."""
@@ -126,12 +123,7 @@ class Sublayer:
     adds_stream: bool  # the module adds the stream it is given to its own output, as in BLOOM
 
 
-@dataclass(frozen=True)
-class Sublayers:
-    """The two parts of one block, of which nothing but the identity is left when both are zero-ablated."""
-
-    attention: Sublayer
-    mlp: Sublayer
+Sublayers = dict[str, Sublayer]  # attn and mlp of a block, of which zero-ablated nothing but the identity is left
 
 
 def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
@@ -161,9 +153,9 @@ def _search(run: ActivationCache, index: int) -> Sublayers | None:
     fits = [m for m in seen if m is not mixing[0] and seen[m][1].numel() == state.numel()]
     fits.sort(key=lambda m: -sum(p.numel() for p in m.parameters()))
     for other, *adds in product(fits, (False, True), (False, True)):
-        attention, mlp = Sublayer(mixing[0], adds[0]), Sublayer(other, adds[1])
-        if _leave_identity(run, index, attention, mlp):
-            return Sublayers(attention, mlp)
+        found = {"attn": Sublayer(mixing[0], adds[0]), "mlp": Sublayer(other, adds[1])}
+        if _leave_identity(run, index, found):
+            return found
     return None
 
 
@@ -171,11 +163,10 @@ def _alike(run: ActivationCache, index: int, known: int, sublayers: Sublayers) -
     """The children of a block that have the names of another block's parts."""
     names = {module: name for name, module in run.blocks[known].named_children()}
     children = dict(run.blocks[index].named_children())
-    parts = (sublayers.attention, sublayers.mlp)
-    if not all(names[part.module] in children for part in parts):
+    if not all(names[part.module] in children for part in sublayers.values()):
         return None
-    own = [Sublayer(children[names[part.module]], part.adds_stream) for part in parts]
-    return Sublayers(*own) if _leave_identity(run, index, *own) else None
+    own = {name: Sublayer(children[names[p.module]], p.adds_stream) for name, p in sublayers.items()}
+    return own if _leave_identity(run, index, own) else None
 
 
 @contextmanager
@@ -201,10 +192,10 @@ def _given_stream(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
     return values[1] if len(values) > 1 else torch.zeros_like(output)
 
 
-def _leave_identity(run: ActivationCache, index: int, attention: Sublayer, mlp: Sublayer) -> bool:
+def _leave_identity(run: ActivationCache, index: int, sublayers: Sublayers) -> bool:
     state, every = run.states[index], slice(None)
     try:
-        with zero_ablated(attention, every), zero_ablated(mlp, every):
+        with zero_ablated(sublayers["attn"], every), zero_ablated(sublayers["mlp"], every):
             return torch.equal(run.block(index, state), state)
     except RuntimeError:  # a guess that does not fit
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -25,7 +25,7 @@ from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import TopK, kl_to_final, lens_top_k
+from ..op.vocabulary import kl_to_final, lens_top_k
 from .files import Lens, load_lens
 from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
 from .reading import LayerReading, spread, targets_of, tokens_of
@@ -400,14 +400,14 @@ class LogitLens:
         heads = [(block, self.head)]
         if plan.normed:  # the last layer has no norm before it any more
             heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
-        read = partial(fused_lens, targets=targets, backend=self.backend, check_values=check_values)
-        stats = LensStats.cat([read(states, head) for states, head in heads])
-        kl = kl_to_final(block, stats, self.head, last_is_normed=plan.normed) if plan.kl else None
-        top = None
-        if plan.top_k:
-            found = [lens_top_k(states, head, plan.top_k) for states, head in heads]
-            top = TopK(torch.cat([each.ids for each in found]), torch.cat([each.logits for each in found]))
-        return LayerReading(stats, kl, top)
+        parts = []
+        for states, head in heads:
+            stats = fused_lens(states, head, targets=targets, backend=self.backend, check_values=check_values)
+            parts.append(LayerReading(stats, top=lens_top_k(states, head, plan.top_k) if plan.top_k else None))
+        reading = LayerReading.cat(parts, 0)
+        if not plan.kl:
+            return reading
+        return replace(reading, kl=kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed))
 
 
 def _rows_at_a_time(states: Tensor) -> int:
@@ -418,7 +418,7 @@ def _rows_at_a_time(states: Tensor) -> int:
     return max(1, rows // n_layers)
 
 
-def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict:
+def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict[str, Any]:
     """What the manifest of a lens says of its model."""
     return logit_lens.entry | {"name": loaded.name}
 
@@ -435,6 +435,6 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
     try:
         note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
         with memory_for(f"``lens`` {lens.name}"):
-            return replace(lens, translators=logit_lens.adapted(lens.translators), note=note)
+            return Lens(lens.name, logit_lens.adapted(lens.translators), lens.manifest, lens.sha256, note)
     except InputError as error:
         raise InputError(f"``lens`` {lens.name}: {error}") from None

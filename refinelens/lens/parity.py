@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError, UnsupportedModelError
 from ..kernels.reference import LensHead, LensStats, apply_norm
 from ..model.head import check_widths
-from ..model.hooks import difference, keep_positions, probe_ids, run_base
+from ..model.hooks import difference, keep_positions, probe_ids, run_base, run_whole
 from ..op.fused_lens import fused_lens
 
 # Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
@@ -48,13 +47,10 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
     Raises:
         UnsupportedModelError: States of another forward pass, another width or dtype.
     """
-    ids = probe_ids(model)
-    keep = partial(keep_positions, model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1])
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        with keep() as of_model:
-            own = model(input_ids=ids, use_cache=False).logits[0].float()
-        with keep() as kept:
-            run_base(model, ids)
+    of_model, output = run_whole(model, blocks)
+    ids, own = probe_ids(model), output.logits[0].float()
+    with keep_positions(model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1]) as kept:
+        run_base(model, ids)
     last = kept[-1][0]
     check_widths(model, head, last, own)
     eps = torch.finfo(head.weight.dtype).eps
@@ -114,13 +110,8 @@ def returns_normed(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList
     Raises:
         UnsupportedModelError: It is neither what the last block puts out nor that, normed.
     """
-    ids = probe_ids(model)
-    with (
-        torch.no_grad(),
-        torch.autocast(model.device.type, enabled=False),
-        keep_positions(model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1]) as kept,
-    ):
-        found = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    kept, output = run_whole(model, blocks, output_hidden_states=True)
+    found = output.hidden_states[-1]
     normed = apply_norm(kept[-1], head.norm).to(found.dtype)
     allowed = max(FP32_PARITY, ROUNDINGS * torch.finfo(found.dtype).eps)
     if found.shape != normed.shape or min(difference(found, kept[-1]), difference(found, normed)) > allowed:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedModelError
 
@@ -190,6 +191,23 @@ def keep_positions(
             f"{type(model).__name__}: expected each of its {len(blocks)} blocks to run once, in order, got "
             f"{len(ran)} runs of {len(set(ran))} blocks, of which no lens can tell which are its layers"
         )
+
+
+def run_whole(model: PreTrainedModel, blocks: nn.ModuleList, **options: bool) -> tuple[list[Tensor], ModelOutput]:
+    """One pass of a model over `probe_ids`, its unembedding included, in its own dtype.
+
+    Returns:
+        The residual stream of layers 0 to ``n_layers``, each ``[1, token, d_model]``, and what the model returns.
+    """
+    ids = probe_ids(model)
+    places = torch.arange(ids.shape[1])[None]
+    with (
+        torch.no_grad(),
+        torch.autocast(model.device.type, enabled=False),
+        keep_positions(model, blocks, places, ids.shape[1]) as kept,
+    ):
+        output = model(input_ids=ids, use_cache=False, **options)
+    return kept, output
 
 
 class SkipHiddenKeys(TorchFunctionMode):

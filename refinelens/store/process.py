@@ -50,14 +50,14 @@ class RunLock:
             self._made = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._acquire()
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
+            try:
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+            except OSError:
+                self.__exit__()
+                raise
         except OSError as error:
-            raise disk_error(self._folder, error, begun=False) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
-        except OSError as error:
-            self.__exit__()
             raise disk_error(self._folder, error, begun=False) from None
         return self
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
-from ..data.generated import TINY, generate_kv_task, generate_tiny_task
+from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Template, load_template, render_chat, template_hash
-from ..data.questions import KV, QA, Question
+from ..data.questions import QA, Question
 from ..data.tasks import Task, choose_questions, load_task
 from ..errors import InputError, resume_call
 from ..lens.files import Lens, load_lenses
@@ -36,10 +36,9 @@ from ..store.results import SCHEMA_VERSION, QuestionResult, Run
 from .contexts import ContextBuilder, remarks
 from .predict import Predictor, groups_of, questions_together
 from .recorder import RunWriter
-from .workers import Workers, check_workers
+from .workers import Workers
 
 UNIT = "the current question, then its tables"
-GENERATORS = {KV.name: generate_kv_task, TINY.name: generate_tiny_task}
 QUESTIONS_PER_PART = 8
 WORDS = {"tiny", "smollm2", "builtin", "nq", "kv", "plain", *QA.templates}  # of options, which name no file
 
@@ -89,7 +88,10 @@ class SweepInputs:
             InputError: Anything that cannot be loaded, or is not as the run has it.
         """
         require = spec.require if spec else lambda field, here: None
-        task = _load_task(options)
+        if options.task in GENERATORS:
+            task = generate_task(options.task, options.examples, max(options.documents), options.seed)
+        else:
+            task = load_task(options.task)
         require("task.sha256", task.sha256)
         template = Template(task.format, load_template(options.template, task.format))
         require("template", template.text)
@@ -222,11 +224,6 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
         )
 
 
-def _load_task(options: SweepConfig) -> Task:
-    generate = GENERATORS.get(options.task)
-    return generate(options.examples, max(options.documents), options.seed) if generate else load_task(options.task)
-
-
 def run_sweep(
     options: SweepConfig | None,
     out: str | Path,
@@ -255,7 +252,8 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
             written; a second signal writes nothing more.
     """
-    check_workers(workers)
+    if workers < 1:
+        raise InputError(f"``workers``: expected 1 or more processes, got {workers}")
     run = Run(Path(out))
     if options is None:
         run.checked_manifest()  # before the lock makes a folder

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from ..config import SweepConfig
-from ..errors import FaultError, InputError
+from ..errors import FaultError
 from ..machine import module_command, module_path
 from ..store.folder import MadeOf
 from ..store.results import QuestionResult
@@ -195,13 +195,3 @@ class _Worker:
         self.connection.close()
         self.process.kill()
         return self.process.wait()
-
-
-def check_workers(count: int) -> None:
-    """Refuse a number of workers that cannot be.
-
-    Raises:
-        InputError: Not a positive number.
-    """
-    if count < 1:
-        raise InputError(f"``workers``: expected 1 or more processes, got {count}")
