@@ -435,6 +435,7 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
     try:
         note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
         with memory_for(f"``lens`` {lens.name}"):
-            return Lens(lens.name, logit_lens.adapted(lens.translators), lens.manifest, lens.sha256, note)
+            fitted: dict[str, Any] = {"translators": logit_lens.adapted(lens.translators), "note": note}
+            return replace(lens, **fitted)
     except InputError as error:
         raise InputError(f"``lens`` {lens.name}: {error}") from None

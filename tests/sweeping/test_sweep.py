@@ -467,7 +467,7 @@ def test_equal_questions_are_said(options, question_file, tmp_path):
         path.write_text("\n".join(text))
         said = []
         run_sweep(replace(options, task=str(path), documents=(1,)), tmp_path / "run", overwrite=True, warn=said.append)
-        assert len(said) == (words is not None) and all(f"--task {path}: {words}" in one for one in said)
+        assert len(said) == (words is not None) and all(f"``task`` {path}: {words}" in one for one in said)
 
 
 def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
