@@ -29,8 +29,6 @@ SNIFFED = 1 << 16  # characters of a file that are looked at
 KV_FIELD = "ordered_kv_records"
 BUILTIN = Path(__file__).parents[1] / "data" / "builtin.jsonl"
 NQ_VARIABLE = "REFINELENS_NQ"
-GENERATED = 100  # questions, where none are counted
-MOST_GENERATED = 1_000_000  # questions, all held in memory
 
 
 def name_of_shape(suffix: str, raw: bytes) -> str | None:
@@ -262,30 +260,6 @@ def load_task(name: str) -> Task:
     if not questions:
         raise InputError(f"{path}: expected at least one question, got an empty file")
     return Task(name, path, hashlib.sha256(raw).hexdigest(), questions, format)
-
-
-def generated_task(
-    format: Format, count: int | None, question: Callable[[int], Question], line: Callable[[Question], str]
-) -> Task:
-    """A task of generated questions; its SHA-256 is that of their lines.
-
-    Args:
-        format: How contexts are written; its name is the task's.
-        count: Questions, at least 1; `GENERATED` when None.
-        question: Makes the question of a number, from 0.
-        line: A question as a file would have it.
-
-    Raises:
-        InputError: Fewer than one question, or more than `MOST_GENERATED`.
-    """
-    count = GENERATED if count is None else count
-    if not 1 <= count <= MOST_GENERATED:
-        raise InputError(
-            f"``examples``: expected 1 to {MOST_GENERATED} questions of ``task`` {format.name}, got {count}"
-        )
-    questions = tuple(map(question, range(count)))
-    sha256 = hashlib.sha256("".join(map(line, questions)).encode())
-    return Task(format.name, None, sha256.hexdigest(), questions, format)
 
 
 class DistractorSource:

@@ -109,12 +109,8 @@ class Intervention:
         change = self.means.of(run, index, self.tokens) - contribution(run, index, self.tokens)
         return run.states[index + 1][:, self.tokens] + change
 
-    def _attn(self, run: ActivationCache, index: int) -> Tensor:
-        with zero_ablated(self.sublayers[index].attention, self.tokens):
-            return run.block(index, run.states[index])[:, self.tokens]
-
-    def _mlp(self, run: ActivationCache, index: int) -> Tensor:
-        with zero_ablated(self.sublayers[index].mlp, self.tokens):
+    def _without_sublayer(self, run: ActivationCache, index: int) -> Tensor:
+        with zero_ablated(self.sublayers[index][self.name], self.tokens):
             return run.block(index, run.states[index])[:, self.tokens]
 
     def _control(self, run: ActivationCache, index: int) -> Tensor:
@@ -124,8 +120,8 @@ class Intervention:
 WAYS = {
     "skip": Intervention._skip,
     "mean": Intervention._mean,
-    "attn": Intervention._attn,
-    "mlp": Intervention._mlp,
+    "attn": Intervention._without_sublayer,
+    "mlp": Intervention._without_sublayer,
     CONTROL: Intervention._control,
 }
 

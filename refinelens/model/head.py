@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..kernels.reference import LayerNorm, LensHead, Norm, RMSNorm, apply_norm
-from .hooks import HALF_REMEDY, first_state, hooked, keep_positions, probe_ids, text_config
+from .hooks import HALF_REMEDY, first_state, hooked, probe_ids, run_whole, text_config
 
 ROUNDINGS = 8  # of fp32, in which modules and formulas are compared
 SMALL = 1e-4  # magnitude of rows on which an epsilon is measured
@@ -231,7 +231,7 @@ def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[n
     """Those that a text runs through: a second tower, for images say, has blocks too."""
     ran: set[nn.Module] = set()
     with hooked(modules, lambda module, _args, _kwargs: ran.add(module)):
-        _run(model)
+        _run(model, nn.ModuleList())
     return ran
 
 
@@ -254,14 +254,12 @@ def _run_tail(
 
     inside = set(blocks.modules())
     steps = [m for m in model.modules() if m not in inside and m is not head and not any(m.children())]
-    n_tokens = probe_ids(model).shape[1]
     with (
         hooked(steps, after=after_step),
         hooked([blocks[-1]], after=lambda *_: tail.clear()),
         hooked([head], before=lambda *_: reached.append(head)),
-        keep_positions(model, blocks, torch.arange(n_tokens)[None], n_tokens) as kept,
     ):
-        logits = _run(model)
+        kept, logits = _run(model, blocks)
     return [states[0] for states in kept], tail, logits[0]
 
 
@@ -276,11 +274,11 @@ def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) 
             )
 
 
-def _run(model: PreTrainedModel) -> Tensor:
-    """Logits of `probe_ids`."""
+def _run(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Tensor], Tensor]:
+    """States of `probe_ids` at these blocks, and their logits."""
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            return model(input_ids=probe_ids(model), use_cache=False).logits
+        kept, output = run_whole(model, blocks)
+        return kept, output.logits
     except UnsupportedModelError:
         raise
     except Exception as error:  # anything can come out of a model's own code

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..config import CLOSED_BOOK, condition_name
-from ..data.generated import GENERATORS, generate_task  # noqa
+from ..data.generated import GENERATORS, generate_task
 from ..data.questions import Document, Question
 from ..data.tasks import DistractorSource, Task, load_task
 from ..errors import InputError

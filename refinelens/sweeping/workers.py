@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from ..config import SweepConfig
-from ..errors import FaultError, InputError
+from ..errors import FaultError
 from ..machine import module_command, module_path
+from ..store.folder import MadeOf
 from ..store.results import QuestionResult
-from .manifest import RunSpec
 from .predict import groups_of, questions_together
 
 AHEAD = 4  # questions per worker that may be finished before an earlier one is
@@ -33,7 +33,7 @@ class Workers:
     worker that dies goes to another; all that a worker knows of the run is its options and its manifest.
     """
 
-    def __init__(self, options: SweepConfig, spec: RunSpec, count: int, warn: Callable[[str], None]):
+    def __init__(self, options: SweepConfig, spec: MadeOf, count: int, warn: Callable[[str], None]):
         self._setup = (options, spec)
         device_type = spec.manifest["model"]["device"]
         self._on_gpu, self._together = device_type == "cuda", questions_together(options, device_type)
@@ -195,13 +195,3 @@ class _Worker:
         self.connection.close()
         self.process.kill()
         return self.process.wait()
-
-
-def check_workers(count: int) -> None:
-    """Refuse a number of workers that cannot be.
-
-    Raises:
-        InputError: Not a positive number.
-    """
-    if count < 1:
-        raise InputError(f"``workers``: expected 1 or more processes, got {count}")

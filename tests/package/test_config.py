@@ -29,8 +29,6 @@ REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
-    "sweeping/contexts.py": {"--task", "--chat", "--template"},
-    "lens/prefix.py": {"--reuse-prefix", "--batch-size"},
     "report/tables.py": {"--resume"},
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
     "model/loading.py": PIP,
