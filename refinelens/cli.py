@@ -196,6 +196,19 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .report.page import PAGE, write_report_page
+    from .store.frames import check_new_file
+    from .store.results import open_run
+
+    runs = [open_run(folder) for folder in arguments.folders]
+    out = Path(arguments.out) if arguments.out else runs[0].path / PAGE
+    if arguments.out:
+        check_new_file(out)
+    print(f"{out}: {write_report_page(runs, out)}")
+    return 0
+
+
 def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
     options = config_of(arguments, config.ReadConfig)
     from .store.frames import check_new_file
@@ -288,6 +301,7 @@ COMMANDS = {
     "show": _show,
     "layers": _layers,
     "read": _read,
+    "report": _report,
     "export": _export,
     "doctor": _doctor,
     "bench": _bench,

@@ -83,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("folder", metavar="RUN", help="folder of a run")
     _add_config(show, config.ShowConfig)
 
+    report = add_command("report", help="write the page of a run, or of several to compare")
+    report.add_argument("folders", metavar="RUN", nargs="+", help="folders of runs; the page is about the first")
+    report.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run)")
+
     layers = add_command(
         "layers",
         help="which layers are essential: by the lens, and by taking them away",

@@ -127,7 +127,8 @@ class _Chosen:
         places = np.linspace(0, len(ids) - 1, max(1, most // each)).round().astype(int)
         kept = {ids[place] for place in places}
         shown = sum(sizes[id] for id in kept)
-        return cls(kept, f"a sample of {counted(len(kept), 'question')} of {len(ids)}, {shown} of {n_contexts} contexts")
+        words = f"a sample of {counted(len(kept), 'question')} of {len(ids)}, {shown} of {n_contexts} contexts"
+        return cls(kept, words)
 
 
 @dataclass
@@ -182,7 +183,8 @@ class _Rows:
     def _context(self, key: tuple[int, int, int], part: pa.Table, row: int) -> int:
         if key not in self._places:
             self._places[key] = len(self.contexts)
-            own = {name: part[name][row].as_py() for name in ("alias_why", "generated", "generated_correct", "source_id")}
+            names = ("alias_why", "generated", "generated_correct", "source_id")
+            own = {name: part[name][row].as_py() for name in names}
             self.contexts.append({"question": key[0], "documents": key[1], "gold": key[2], **own})
         return self._places[key]
 
@@ -267,9 +269,9 @@ def _finding(report: Report) -> list[str]:
 def _facts(report: Report) -> dict[str, str]:
     manifest = report.manifest
     model, arguments = manifest["model"], manifest["arguments"]
-    typed = ["refinelens", *(manifest.get("argv") or ["(from Python)"])]
+    argv = manifest.get("argv")
     return {
-        "command": shlex.join(typed) if manifest.get("argv") else " ".join(typed),
+        "command": shlex.join(argv) if argv else "refinelens.sweep, from Python",
         "model": f"{model['name']}, {model['dtype']} on {model.get('device_name') or model['device']}, weights "
         f"{str(model.get('weights_sha256'))[:12]}",
         "task": f"{manifest['task']['name']}, sha256 {str(manifest['task'].get('sha256'))[:12]}",

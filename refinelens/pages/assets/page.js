@@ -77,6 +77,13 @@ async function start(page) {
   }
 }
 
+// About five round numbers from low to high.
+function roundNumbers(low, high) {
+  const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find((s) => s * power >= raw) * power;
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => +((first + i) * step).toPrecision(12));
+}
+
 // Lines over a common x. A series has name, points [[x, y, low, high]], colour and dash; y may be logarithmic, from 1 on.
 function lineChart({ title, x, y, series, log = false, upside = false, from = null, to = null, ticks = null }) {
   const width = 430, height = 250, left = 52, right = 10, above = 12, below = 36;
@@ -89,14 +96,15 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
   }
   const scale = (v) => log ? Math.log10(Math.max(1, v)) : v;
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  const low = scale(from ?? Math.min(...ys)), high = Math.max(scale(to ?? Math.max(...ys)), low + 1e-9);
+  const low = scale(from ?? Math.min(...ys)), least = from === 0 && !log ? 1 : 1e-9;
+  const high = Math.max(scale(to ?? Math.max(...ys)), low + least);
   const atX = (v) => left + (x1 === x0 ? 0.5 : (v - x0) / (x1 - x0)) * (width - left - right);
   const share = (v) => (scale(v) - low) / (high - low);
   const atY = (v) => above + (upside ? share(v) : 1 - share(v)) * (height - above - below);
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   svg.append(drawn("title", {}, title));
   const values = log ? Array.from({ length: Math.floor(high) + 1 }, (_, i) => 10 ** i).filter((v) => scale(v) >= low)
-    : Array.from({ length: 5 }, (_, i) => low + (high - low) * i / 4);
+    : roundNumbers(low, high);
   for (const value of values) {
     svg.append(drawn("line", { class: "grid", x1: left, x2: width - right, y1: atY(value), y2: atY(value) }),
       drawn("text", { x: left - 5, y: atY(value) + 3, "text-anchor": "end" },
@@ -110,7 +118,8 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
   svg.append(drawn("text", { x: -(above + height - below) / 2, y: 11, transform: "rotate(-90)", "text-anchor": "middle" }, y));
   series.forEach((s, number) => {
     const colour = s.colour ?? COLOURS[number % COLOURS.length], own = s.points.filter((p) => p[1] !== null);
-    const shift = series.length > 1 ? (number - (series.length - 1) / 2) * 3 : 0;
+    const apart = series.length > 1 && series.some((t) => t.points.some((p) => typeof p[2] === "number"));
+    const shift = apart ? (number - (series.length - 1) / 2) * 3 : 0;
     for (const [px, , a, b] of own) {
       if (a === null || a === undefined) continue;
       svg.append(drawn("line", { x1: atX(px) + shift, x2: atX(px) + shift, y1: atY(a), y2: atY(b), stroke: colour,

@@ -212,7 +212,8 @@ function questionsLevel(run, show) {
     element("label", {}, "question", element("input", { type: "search", id: "filter", oninput: (e) => { state.text = e.target.value.toLowerCase(); filter(); } })),
     count);
   filter();
-  if (state.rows.length) choose(run.rows.context[state.rows[0]], false);
+  const best = state.rows.find((row) => run.contexts[run.rows.context[row]].documents > 1) ?? state.rows[0];
+  if (best !== undefined) choose(run.rows.context[best], false);
   return section("questions", "Questions", element("p", { class: "faint" }, `The page holds ${run.sample}. A row is a context: click to see its tokens below, ` +
     "with Shift beside those of another."), bar, element("div", { class: "wide" }, element("div", { class: "sheet" }, heads, scroll)));
 }
