@@ -24,10 +24,12 @@ from ..data.questions import Document, Question
 from ..data.tasks import DistractorSource, Task, load_task
 from ..errors import InputError
 from ..pages.html import smallest, write_page
+from ..stats import MEAN, SHARE_CHANGE, mean_estimates, sums_and_counts
 from ..store.files import write_output
 from ..store.results import LAYERS, Run
-from ..store.trajectory import choose_tokens, list_matrix, trajectories
-from .rows import Report, SummaryRow, counted, title
+from ..store.trajectory import choose_tokens, list_matrix, read_trajectories, trajectories
+from .agreement import compare_runs, share_questions
+from .rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .summary import caution_lines, read_report
 from .tables import inverted_u_lines, notes, paired_lines
 
@@ -63,6 +65,7 @@ def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[st
     heads, arrays, words = [], {}, []
     for number, run in enumerate(runs):
         head, own, said = _run(run, most_contexts)
+        head |= _compared(runs[0], run) if number else {}
         heads.append(head)
         arrays |= {f"{number}.{name}": array for name, array in own.items()}
         words.append(said)
@@ -103,6 +106,47 @@ def _run(run: Run, most_contexts: int) -> tuple[dict, dict[str, np.ndarray], str
         "facts": _facts(report),
     }
     return head, found.arrays() | {"documents": np.frombuffer(documents, np.uint8)}, chosen.words
+
+
+def _compared(a: Run, b: Run) -> dict:
+    """What differs between two runs over the contexts that both have: sentences, and agreement of ranks by layer.
+
+    Accuracy and depth are those of the first answer token through the first lens of each, at its lowest threshold.
+    """
+    if not share_questions(a, b):
+        return {"compared": ["The runs are of different tasks: they share no question."], "agreement": []}
+    (own, top), (other, _) = (_examples(run) for run in (a, b))
+    shared = [key for key in own if key in other]
+    if not shared:
+        return {"compared": ["The runs share no context."], "agreement": []}
+    changes = np.asarray([np.subtract(other[key], own[key]) for key in shared])  # [contexts, right and depth]
+    ids, owner = np.unique([key[0] for key in shared], return_inverse=True)
+    sums, counts = sums_and_counts(changes, owner, len(ids))
+    right, depth = mean_estimates(sums, counts, a.manifest["seed"], [SHARE_CHANGE, MEAN])
+    n, settled = counted(len(ids), "question"), int((counts[:, 1] > 0).sum())
+    lines = [
+        f"Over {n} in {counted(len(shared), 'context')} that both have: accuracy "
+        f"{format_estimate(right, 3, interval=True, sign=True)}, refinement depth "
+        f"{format_estimate(depth, 2, interval=True, sign=True)} layers (rank <= {top}; {settled} of them settle in "
+        "both). Brackets: 95 % intervals over questions."
+    ]
+    try:
+        agreement = [_or_null(value) for value in compare_runs(a, b).layers.tolist()]
+    except InputError as error:
+        return {"compared": [*lines, f"No agreement by layer: {error}."], "agreement": []}
+    return {"compared": lines, "agreement": agreement}
+
+
+def _examples(run: Run) -> tuple[dict[tuple, tuple[float, float]], int]:
+    """Whether the first answer token is right, and depth (NaN where censored), by context; and the threshold."""
+    manifest = run.manifest
+    top = min(manifest["arguments"]["top"])
+    table = choose_tokens(read_trajectories(run, (top,)), "first")
+    table = table.filter(pc.equal(table["lens"], lens_names(manifest)[0]))
+    keys = zip(*(table[name].to_pylist() for name in ("question_id", "documents", "gold_position")), strict=True)
+    depth = table["depth"].cast(pa.float64()).fill_null(math.nan).to_pylist()
+    right = table["answer_correct"].to_pylist()
+    return dict(zip(keys, zip(map(float, right), depth, strict=True), strict=True)), top
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,9 @@ function compareLevel(runs) {
     const median = (values) => { const s = [...values].sort((p, q) => p - q); return s.length ? s[Math.floor(s.length / 2)] : null; };
     const curve = (run, at) => Array.from({ length: run.layers }, (_, layer) => [layer / run.n_layers, median(shared.map((s) => run.rank(s[at], layer) + 1))]);
     parts.push(element("div", { class: "charts" }, lineChart({ title: `Rank of the target over ${shared.length} shared contexts, median`, x: "share of the layers", y: "rank (1 is best)",
-      log: true, upside: true, from: 1, ticks: [0, 0.25, 0.5, 0.75, 1], series: [{ name: a.name, points: curve(a, 2) }, { name: b.name, points: curve(b, 3) }] })));
+      log: true, upside: true, from: 1, ticks: [0, 0.25, 0.5, 0.75, 1], series: [{ name: a.name, points: curve(a, 2) }, { name: b.name, points: curve(b, 3) }] }),
+    b.agreement.length ? lineChart({ title: "Agreement of the order of contexts by rank, Kendall's tau-b", x: "layer", y: "tau-b", from: 0, to: 1,
+      series: [{ name: `${a.name} and ${b.name}`, points: b.agreement.map((v, layer) => [layer, v]) }] }) : ""));
     const differs = shared.map(([i, , x, y]) => {
       const [p, q] = [depth(a, x), depth(b, y)], right = b.rows.correct[y] - a.rows.correct[x];
       return { i, right, depth: p === null || q === null ? null : q - p, weight: 100 * Math.abs(right) + Math.abs(p === null || q === null ? 0 : q - p) };
