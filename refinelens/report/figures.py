@@ -95,7 +95,7 @@ def accuracy_figure(report: Report) -> Figure:
 
 def depth_figure(report: Report) -> Figure:
     """Depth by gold position: one panel per lens at the first threshold, on one scale."""
-    cautions = [c for c in report.cautions if c.top == report.tops[0]]
+    cautions = {reading: counts for reading, counts in report.cautions.items() if reading[1] == report.tops[0]}
     figure, panels = _run_figure(len(report.lenses), caution_lines(cautions, report.manifest))
     for axes, lens in zip(panels, report.lenses, strict=True):
         _plot_sizes(axes, _reading(report, lens), "mean_depth")
