@@ -33,7 +33,7 @@ KEPT = {  # texts that runs keep and tables print, commands to type; options of 
     "model/loading.py": PIP,
     "doctor.py": PIP,
 }
-LINES = ("report/figures.py", "layers/report.py", "bench/table.py")  # dashed ones, and rules of tables
+LINES = ("report/figures.py", "bench/table.py")  # dashed ones, and rules of tables
 
 
 def subparser(command):
