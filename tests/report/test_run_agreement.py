@@ -27,7 +27,8 @@ def make_run(folder, ranks, task="0" * 64, part_size=5, text="{documents} {quest
     run.parts_path.mkdir(parents=True)
     shared = {name: 0 for name, _ in KEYS} | {"lens": "plain", "documents": 2}
     rows = [
-        shared | {"question_id": q, "alias": int(q in second), "gold_position": p, "target_rank": (values + p).tolist()}
+        shared
+        | {"question_id": q, "alias": int(q in second), "gold_position": p, "target_rank": (values + p).tolist()}
         for q, values in ranks.items()
         for p in (0, 1)
     ]
