@@ -7,7 +7,7 @@ computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +240,13 @@ class LayersReport:
     def n_layers(self) -> int:
         """The layer of the output."""
         return self.run["model"]["n_layers"]
+
+    def of_size(self, documents: int) -> LayersReport:
+        """What it says of one context size."""
+        lists = ("statistics", "agreements", "essentials", "exits", "patchings")
+        return replace(
+            self, **{name: [row for row in getattr(self, name) if row.documents == documents] for name in lists}
+        )
 
 
 def layer_curves(statistics: list[LayerStatistic]) -> dict[tuple, list[LayerStatistic]]:

@@ -25,6 +25,7 @@ from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
 from .rows import (
     COST,
+    EVERY_POSITION,
     FEW_LAYERS,
     GAIN,
     KEPT,
@@ -33,7 +34,6 @@ from .rows import (
     Essential,
     InvertedU,
     LayersReport,
-    LayerStatistic,
     PairedDifference,
     Patching,
     Report,
@@ -245,58 +245,53 @@ def print_layers(console: Console, report: LayersReport) -> None:
     """Print a table per context size and, under it, what the interventions say of the lens."""
     console.width = max(console.width, WIDTH)  # a pipe reports 80
     for documents in sorted({row.documents for row in report.statistics}, key=lambda n: (n <= ORACLE, n)):
-        rows = [row for row in report.statistics if row.documents == documents and row.gold_position is None]
-        questions = max(row.questions for row in rows)
+        part = report.of_size(documents)
+        questions = max(row.questions for row in part.statistics if row.gold_position is EVERY_POSITION)
         size, lens = condition_name(documents), report.manifest["lens"]
         _print(console, [f"{title(report.run)}: {size}, {counted(questions, 'question')}, {lens} lens\n"])
-        console.print(_layers_table(report, rows, [row for row in report.essentials if row.documents == documents]))
-        _print(console, [*_lines(report, documents), ""])
+        console.print(_layers_table(part))
+        _print(console, [*_lines(part), ""])
     _print(console, _layers_notes(report), "dim")
 
 
-def _layers_table(report: LayersReport, rows: list[LayerStatistic], essentials: list[Essential]) -> Table:
-    starred = {row.intervention: {*row.both, *row.intervention_only} for row in essentials}
-    values = {(row.of, row.statistic, row.layer): row.value for row in rows}
+def _layers_table(report: LayersReport) -> Table:
+    values = {
+        (row.of, row.statistic, row.layer): row.value
+        for row in report.statistics
+        if row.gold_position is EVERY_POSITION
+    }
+    starred = {(row.intervention, layer) for row in report.essentials for layer in (*row.both, *row.intervention_only)}
     table = _table(["layer", *LENS_COLUMNS.values(), *report.ablations])
     for layer in range(report.n_layers + 1):
         cells = [format_estimate(values[LENS, name, layer], 2, interval=name == GAIN) for name in LENS_COLUMNS]
         for name in report.ablations:
             value = values.get((name, COST, layer))
-            star = "*" if layer in starred.get(name, ()) else " "
+            star = "*" if (name, layer) in starred else " "
             cells.append("-" if value is None else f"{format_estimate(value, 2)}{star}")
         table.add_row(str(layer), *cells)
     return table
 
 
-def _lines(report: LayersReport, documents: int) -> list[str]:
-    lines = [_agreement_line(report, documents, name) for name in report.ablations if report.agreements]
+def _lines(report: LayersReport) -> list[str]:
+    lines = [_agreement_line(report, name) for name in report.ablations if report.agreements]
     if report.ablations and not report.agreements:
         over = counted(report.n_layers, "layer")
         lines.append(f"Agreement: none over {over}; fewer than {FEW_LAYERS} agree by chance too often.")
-    essentials = [row for row in report.essentials if row.documents == documents]
-    if report.ablations and not essentials:
+    if report.ablations and not report.essentials:
         lines.append(f"Essential: no verdict on fewer than {FEW_QUESTIONS} questions.")
-    lines += [_essential_line(row) for row in essentials]
-    exits = [row for row in report.exits if row.documents == documents]
-    lines.append(_exit_line(exits, report.manifest["lens"]))
-    patches = [row for row in report.patchings if row.documents == documents]
-    if PATCH in report.manifest["arguments"]["interventions"] and not patches:
+    lines += [_essential_line(row) for row in report.essentials]
+    lines.append(_exit_line(report.exits, report.manifest["lens"]))
+    if PATCH in report.manifest["arguments"]["interventions"] and not report.patchings:
         lines.append("Patching: no question is answered at one gold position and not at another.")
-    lines += [_patch_line([row for row in patches if row.intervention == name], name) for name in (RESTORE, DESTROY)]
-    return [line for line in lines if line]
+    patches = ([row for row in report.patchings if row.intervention == name] for name in (RESTORE, DESTROY))
+    return [*lines, *(_patch_line(*rows) for rows in patches if rows)]
 
 
-def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
-    chosen = {
-        row.coefficient: row.value
-        for row in report.agreements
-        if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
-    }
-    words = ", ".join(
-        f"{coefficient} {format_estimate(chosen[coefficient.lower()], 2, interval=True)}"
-        for coefficient in ("Spearman", "Kendall")
-    )
-    intervals = "" if math.isnan(chosen["spearman"].low) else "; intervals over questions"
+def _agreement_line(report: LayersReport, name: str) -> str:
+    wanted = (EVERY_POSITION, name, GAIN)
+    rows = [row for row in report.agreements if (row.gold_position, row.intervention, row.lens_statistic) == wanted]
+    words = ", ".join(f"{row.coefficient.title()} {format_estimate(row.value, 2, interval=True)}" for row in rows)
+    intervals = "" if math.isnan(rows[0].value.low) else "; intervals over questions"
     return f"Agreement of gain and {name} over {report.n_layers} layers: {words}{intervals}."
 
 
@@ -308,12 +303,7 @@ def _essential_line(row: Essential) -> str:
 
 def _ranges(layers: tuple[int, ...]) -> str:
     """``1-3,7``, or none."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
 
 
@@ -331,10 +321,7 @@ def _exit_line(exits: list[EarlyExit], lens: str) -> str:
     )
 
 
-def _patch_line(rows: list[Patching], name: str) -> str:
-    if not rows:
-        return ""
-    whole, *pairs = rows
+def _patch_line(whole: Patching, *pairs: Patching) -> str:
     words = {
         RESTORE: "Patching from where the model succeeds to where it fails restores the answer",
         DESTROY: "Patching from where it fails to where it succeeds destroys it",
@@ -342,7 +329,7 @@ def _patch_line(rows: list[Patching], name: str) -> str:
     shown = ", ".join(f"{p.source_position} to {p.gold_position}: {p.from_layer.value:.1f}" for p in pairs)
     shown = f"by gold positions {shown}" if len(pairs) <= SHOWN_PAIRS else "by pairs of gold positions in patching.csv"
     return (
-        f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of "
+        f"{words[whole.intervention]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of "
         f"{counted(whole.examples, 'pair')} of contexts, {counted(whole.questions, 'question')}); {shown}."
     )
 
