@@ -138,8 +138,8 @@ def trajectory_tables(run: Run, tops: tuple[int, ...]) -> Iterator[pa.Table]:
 
 def read_trajectories(run: Run, tops: tuple[int, ...]) -> pa.Table:
     """All trajectories of a run without their lists."""
-    tables = [table.drop_columns(LISTS) for table in trajectory_tables(run, tops)]
-    return pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table().drop_columns(LISTS)
+    tables = (table.drop_columns(LISTS) for table in trajectory_tables(run, tops))
+    return pa.concat_tables([TRAJECTORIES.empty_table().drop_columns(LISTS), *tables])
 
 
 def choose_tokens(table: pa.Table, answer_tokens: str) -> pa.Table:
