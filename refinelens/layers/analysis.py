@@ -125,9 +125,12 @@ def run_layers(
         try:
             manifest = begin(folder, examples, options, overwrite, argv, warn)
             writer = FolderWriter(folder, manifest)
-            analysis = _Analysis(run, examples, options, writer, signals, report)
-            analysis.finish()
-            return folder, analysis.conclude()
+            _Analysis(run, examples, options, writer, signals, report).finish()
+            found = read_report(folder, writer.manifest | {"status": "finished"}, examples)
+            write_outputs(folder, found)
+            if writer.manifest["status"] != "finished":
+                writer.save(status="finished")
+            return folder, found
         except OSError as error:
             raise disk_error(folder.path, error) from None
         except FaultError as error:
@@ -207,12 +210,3 @@ class _Analysis:
         """Between two questions: stop if a signal came, or say what is next."""
         self.signals.stop_if_received()
         self.report(stage, done, total)
-
-    def conclude(self) -> LayersReport:
-        """Write tables and figure of a finished analysis."""
-        writer = self.writer
-        report = read_report(writer.folder, writer.manifest | {"status": "finished"}, self.examples)
-        write_outputs(writer.folder, report)
-        if writer.manifest["status"] != "finished":
-            writer.save(status="finished")
-        return report

@@ -53,7 +53,7 @@ from ..stats import (
 )
 from ..store.files import write_whole
 from ..store.layers import CONTROL, DESTROY, FIGURE, KEYS, LAYER_ROWS, RESTORE, ROWS, LayersFolder
-from ..store.trajectory import trajectories
+from ..store.trajectory import NONE, trajectories
 from .examples import RunExamples
 
 CHANGES = ("correct_change", "first_correct_change", "settle_change", "depth_change")
@@ -230,8 +230,9 @@ def patchings(stored: LayerMetrics, seed: int) -> list[Patching]:
         seed: Seed of the bootstrap over questions.
     """
     done = stored.values["correct"] == (1.0 if stored.of == RESTORE else 0.0)
-    stays = np.logical_and.accumulate(done[:, ::-1], axis=1).sum(1)
-    from_layer = replace(stored, values={"from_layer": (done.shape[1] + 1.0 - stays)[:, None]})
+    settle = trajectories((~done).astype(np.int64), axis=-1).settle  # 0-based among the layers 1 .. n_layers
+    lowest = np.where(settle == NONE, done.shape[1], settle) + 1.0
+    from_layer = replace(stored, values={"from_layer": lowest[:, None]})
     rows = []
     for *pair, inside in stored.cells(stored.gold_position, stored.source_position.astype(int)):
         sums, counts = from_layer.sums(inside, ("from_layer",))

@@ -181,28 +181,24 @@ def question_means(cell: Cell, values: list[np.ndarray], positions: list[list[in
 
 def paired_differences(readings: Iterable[Reading], seed: int) -> list[PairedDifference]:
     """Every pair of gold positions of every reading; the seed is of the bootstrap of depth."""
-    return [
-        PairedDifference(lens, top, documents, *values)
-        for lens, top, documents, cell in readings
-        if documents > ORACLE
-        for values in _pairs(cell, seed)
-    ]
-
-
-def _pairs(cell: Cell, seed: int) -> Iterator[tuple]:
-    positions = np.unique(cell["gold_position"]).tolist()
-    pairs = list(combinations(range(len(positions)), 2))
-    if not pairs:
-        return
-    means = question_means(cell, [*_accuracies(cell).values(), cell["depth"].astype(float)], [[p] for p in positions])
-    earlier, later = np.array(pairs).T
-    *accuracies, depths = np.moveaxis(means[:, later] - means[:, earlier], -1, 0)  # [questions, pairs] each
-    exists = ~np.isnan(depths)
-    estimates = mean_estimates(np.where(exists, depths, 0.0), exists.astype(float), seed)
-    for index, (a, b) in enumerate(pairs):
-        shares = [paired_estimate(differences[:, index]) for differences in accuracies]
-        questions = int((~np.isnan(accuracies[0][:, index])).sum())
-        yield positions[b], positions[a], questions, *shares, int(exists[:, index].sum()), estimates[index]
+    rows = []
+    for lens, top, documents, cell in readings:
+        positions = np.unique(cell["gold_position"]).tolist()
+        if documents <= ORACLE or len(positions) < 2:
+            continue
+        values = [*_accuracies(cell).values(), cell["depth"].astype(float)]
+        means = question_means(cell, values, [[position] for position in positions])
+        pairs = list(combinations(range(len(positions)), 2))
+        earlier, later = np.array(pairs).T
+        *accuracies, depths = np.moveaxis(means[:, later] - means[:, earlier], -1, 0)  # [questions, pairs] each
+        exists = ~np.isnan(depths)
+        estimates = mean_estimates(np.where(exists, depths, 0.0), exists.astype(float), seed)
+        for index, (a, b) in enumerate(pairs):
+            shares = [paired_estimate(differences[:, index]) for differences in accuracies]
+            asked, settled = (int((~np.isnan(of[:, index])).sum()) for of in (accuracies[0], depths))
+            where = (lens, top, documents, positions[b], positions[a])
+            rows.append(PairedDifference(*where, asked, *shares, settled, estimates[index]))
+    return rows
 
 
 def middle_positions(documents: int) -> list[int]:
@@ -293,18 +289,18 @@ def layer_profiles(
         answer_tokens: ``first`` or ``all``.
         closed_book: Read the examples without documents, which otherwise are left out.
     """
-    ranks: dict[str, list[np.ndarray]] = {lens: [] for lens in lenses}
-    kl: dict[str, list[np.ndarray]] = {lens: [] for lens in lenses}
+    ranks: dict[str, list[np.ndarray]] = {}
+    kl: dict[str, np.ndarray] = {}
     for part in run.parts(["documents", "lens", "answer_token", "target_rank", "kl"]):
         part = choose_tokens(part, answer_tokens)
         part = part.filter(pc.equal(pc.equal(part["documents"], CLOSED_BOOK), closed_book))
         for lens in lenses:
             of_lens = part.filter(pc.equal(part["lens"], lens))
             if len(of_lens):
-                ranks[lens].append(list_matrix(of_lens["target_rank"]))
-                kl[lens].append(list_matrix(of_lens["kl"]).sum(axis=0, dtype=float))
-    return [_profile(lens, np.concatenate(ranks[lens]), sum(kl[lens])) for lens in lenses if ranks[lens]]
-
-
-def _profile(lens: str, ranks: np.ndarray, kl: np.ndarray) -> LayerProfile:
-    return LayerProfile(lens, len(ranks), np.quantile(ranks, [0.25, 0.5, 0.75], axis=0), kl / len(ranks))
+                ranks.setdefault(lens, []).append(list_matrix(of_lens["target_rank"]))
+                kl[lens] = kl.get(lens, 0.0) + list_matrix(of_lens["kl"]).sum(axis=0, dtype=float)
+    whole = ((lens, np.concatenate(ranks[lens])) for lens in lenses if lens in ranks)
+    return [
+        LayerProfile(lens, len(of_lens), np.quantile(of_lens, [0.25, 0.5, 0.75], axis=0), kl[lens] / len(of_lens))
+        for lens, of_lens in whole
+    ]
