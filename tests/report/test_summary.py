@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from refinelens.cli import in_options
 from refinelens.errors import InputError
 from refinelens.report.rows import counted, format_estimate
 from refinelens.report.summary import layer_profiles, read_report
@@ -344,6 +345,15 @@ def test_the_legend_says_what_one_document_is(tmp_path):
 def test_one_question_is_one(tmp_path):
     text = printed(read_report(make_run(tmp_path / "run", {0: [SEEN_EARLY]})))
     assert "1 context, 1 row of the lens in" in text
+
+
+def test_an_unfinished_run_names_the_parameter_that_goes_on_with_it(tmp_path):
+    """The command line, which prints the same line, makes an option of it."""
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY]})
+    run.write_manifest(run.manifest | {"status": "interrupted"})
+    line = "This run is interrupted: 4 of 4 questions; ``sweep(resume)`` goes on with it."
+    assert line in printed(read_report(run)).splitlines()
+    assert in_options(line).endswith("; refinelens sweep --resume goes on with it.")
 
 
 @pytest.mark.medium
