@@ -102,7 +102,7 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
         from .report.tables import show_run
 
         print(f"{path}: finished already\n")
-        show_run(run, _console())
+        show_run(run, _console(), in_words=in_options)
         return 0
     from .sweeping.sweep import resume_sweep
 
@@ -121,7 +121,7 @@ def _watch(sweep: Callable[..., Run]) -> int:
     summary: list = []
     run, code = _work(partial(sweep, summary=summary.append, warn=_say), how_to_resume)
     if summary:  # a second signal leaves no time for it
-        print_table(_console(), summary[-1])
+        print_table(_console(), summary[-1], in_options)
         _list_files(run.path)
     return code
 
@@ -192,7 +192,7 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .store.results import open_run
 
     options = config_of(arguments, config.ShowConfig)
-    show_run(open_run(arguments.folder), _console(), options.top)
+    show_run(open_run(arguments.folder), _console(), options.top, in_options)
     return 0
 
 

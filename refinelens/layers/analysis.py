@@ -25,7 +25,7 @@ from .ablation import AblationRunner
 from .blocks import check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
-from .report import read_report, write_outputs
+from .measures import read_report, write_outputs
 
 
 def begin(
@@ -174,7 +174,7 @@ class _Analysis:
                 "the residual stream and nothing else, got another in block "
                 f"{restarts.sublayers.index(None) + 1}; use ``interventions='skip,mean,patch'``"
             )
-        targets = examples.by_key(examples.target_id)
+        targets = examples.by_key(examples.columns["target_id"])
         runner = AblationRunner(options, inputs.builder(), inputs.logit_lens, lens, restarts, targets, examples.top)
         return runner, {question.id: question for question in inputs.questions}
 

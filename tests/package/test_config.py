@@ -21,20 +21,20 @@ COMMANDS = {  # config and what the command line alone is asked
     "show": (config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
     "read": (config.ReadConfig, {"text", "html", "png", "json"}),
+    "report": (config.Config, {"folders", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
     "doctor": (config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
 REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
-REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"]}
+REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
-    "report/tables.py": {"--resume"},
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
     "model/loading.py": PIP,
     "doctor.py": PIP,
 }
-LINES = ("report/figures.py", "layers/report.py", "bench/table.py")  # dashed ones, and rules of tables
+LINES = ("report/figures.py", "bench/table.py")  # dashed ones, and rules of tables
 
 
 def subparser(command):

@@ -157,7 +157,8 @@ def test_runs_are_compared_over_what_they_share(chromium, run, tmp_path):
 def test_texts_of_strangers_stay_texts(chromium, tmp_path):
     task = tmp_path / "hostile.jsonl"
     passages = [{"title": SCRIPT, "text": f"The acorn {i} {SCRIPT}", "isgold": i == 0} for i in range(3)]
-    lines = [{"question": "What is the password of Alena Ashbury?", "answers": ["acorn"], "ctxs": passages} for _ in range(2)]
+    question = {"question": "What is the password of Alena Ashbury?", "answers": ["acorn"], "ctxs": passages}
+    lines = [question, question]
     task.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     run = tmp_path / "run"
     refinelens.sweep("tiny", task=str(task), out=run, documents="oracle", device="cpu")
