@@ -217,11 +217,19 @@ def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
     for path in files.values():
         if path is not None:
             check_new_file(Path(path))
-    from rich.console import Console
+    from .store.folder import MANIFEST
+    from .store.results import open_run
 
-    from .read import read_text, show
+    if (Path(arguments.text) / MANIFEST).exists():
+        run = open_run(arguments.text)
+        from .read import read_context, show
 
-    show(read_text(arguments.text, options), options, files, Console())
+        map = read_context(run, options, arguments)
+    else:
+        from .read import read_text, show
+
+        map = read_text(arguments.text, options, arguments)
+    show(map, options, files, _console())
     return 0
 
 

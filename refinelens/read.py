@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +23,30 @@ from .pages.figure import draw_heatmap
 from .pages.heatmap import NEXT, PREDICTION, HeatMap, Segment
 from .pages.terminal import print_heatmap
 from .store.files import write_output
+from .store.results import Run
+from .sweeping.sweep import RunSpec, SweepInputs
 
 SHOWN_TOKENS = 24  # of a terminal
+# Options that a run decides, and those that choose one of its contexts.
+OF_THE_RUN = ("model", "lens", "device", "dtype", "trust_remote_code", "generate")
+OF_A_RUN = ("question", "documents", "gold_position")
 
 
-def read_text(text: str, options: ReadConfig) -> HeatMap:
+def read_text(text: str, options: ReadConfig, given: Container[str] = ()) -> HeatMap:
     """Read a text through every lens, from one forward pass.
 
+    Args:
+        text: What is read.
+        options: How, and how it is shown.
+        given: Names of the options that were given.
+
     Raises:
-        InputError: No text, no such model or lens, a target that is not one token; more tokens than the model has
+        InputError: No text, options that choose a context of a run, no such model or lens, a target that is not one token; more tokens than the model has
             positions.
     """
+    for name in OF_A_RUN:
+        if name in given:
+            raise InputError(f"``{name}``: expected the folder of a run beside this option, got a text: {text!r}")
     loaded = load_model(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
     lens = LogitLens(loaded.model, loaded.tokenizer)
     lenses = [lens if name == "plain" else lens.with_lens(load_lens(name)) for name in options.lens]
@@ -48,6 +61,40 @@ def read_text(text: str, options: ReadConfig) -> HeatMap:
     return map_of(lenses, loaded, ids, options, title, segments, {"command": command_words()})
 
 
+def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMap:
+    """Read one context of a run again, answer included, with its documents marked.
+
+    Args:
+        run: The run, whose model, lenses, device and dtype are taken.
+        options: Which context, and how it is shown.
+        given: Names of the options that were given.
+
+    Raises:
+        InputError: Options that a run decides, no such context, or a model, task or lens that is no longer the run's.
+    """
+    for name in OF_THE_RUN:
+        if name in given:
+            raise InputError(f"``{name}``: expected none beside a run, whose own is used; leave it out")
+    spec = RunSpec(run.path, run.manifest, "``read``")
+    inputs = SweepInputs.load(spec.options, spec)
+    context = inputs.context(options.question, options.documents, options.gold_position)
+    segments = [
+        Segment(*span, f"document {place}{', gold' if place == context.gold_position else ''}", kind)
+        for place, span in enumerate(inputs.builder().document_spans(context))
+        if span is not None
+        for kind in ["gold" if place == context.gold_position else "document"]
+    ]
+    n_prompt, n_tokens = context.prompt_length, len(context.input_ids)
+    if n_tokens > n_prompt:
+        segments.append(Segment(n_prompt, n_tokens, "answer", "answer"))
+    lens = inputs.logit_lens
+    lenses = [lens if own.translators is None else lens.with_lens(own) for own in inputs.lenses]
+    facts = {"context": f"{context.where} of {run.path}", "command": command_words()}
+    title = f"{context.question.question} ({context.where})"
+    lens.tokenizer = inputs.loaded.tokenizer
+    return map_of(lenses, inputs.loaded, list(context.input_ids), options, title, segments, facts, context.answer_ids[-1])
+
+
 def map_of(
     lenses: Sequence[LogitLens],
     loaded: LoadedModel,
@@ -56,6 +103,7 @@ def map_of(
     title: str,
     segments: Sequence[Segment],
     facts: dict[str, str],
+    following: int | None = None,
 ) -> HeatMap:
     """The map of a text's last tokens: one forward pass, and of each lens one product with the unembedding a statistic.
 
@@ -67,12 +115,13 @@ def map_of(
         title: Of the page.
         segments: What belongs together, by places in ``ids``.
         facts: That stand under the map, before those of the model.
+        following: The token that follows the text; None where only the model says one.
     """
     lens, n = lenses[0], len(ids)
     first = max(0, n - (options.tokens or n))
     positions = torch.arange(first, n)
     hidden = lens.hidden(torch.tensor([ids]), positions)  # [n_layers + 1, 1, token, d_model]
-    targets, target_id = _targets(lens, hidden, ids, first, options.target)
+    targets, target_id = _targets(lens, hidden, [*ids[first + 1 :], following], options.target)
     shown = Tokens(torch.tensor([ids]), None, positions[None], is_batch=False)
     readings: list[LayerReading] = []
     for one in lenses:
@@ -84,13 +133,17 @@ def map_of(
     return heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
 
 
-def _targets(lens: LogitLens, hidden: Tensor, ids: list[int], first: int, target: str) -> tuple[Tensor, int | None]:
-    """Of every column ``[token]``, and the id of a token of one's own."""
+def _targets(
+    lens: LogitLens, hidden: Tensor, next_ids: list[int | None], target: str
+) -> tuple[Tensor, int | None]:
+    """Of every column ``[token]``, and the id of a token of one's own; for an unknown next token the model's own."""
     if target not in (PREDICTION, NEXT):
         (one,) = targets_of([target], lens.tokenizer).tolist()  # type: ignore[union-attr]
         return torch.tensor(one), one
     own = lens.stats(hidden[-1, 0]).argmax.cpu()
-    return (own if target == PREDICTION else torch.tensor([*ids[first + 1 :], int(own[-1])])), None
+    if target == PREDICTION:
+        return own, None
+    return torch.tensor([int(own[i]) if id is None else id for i, id in enumerate(next_ids)]), None
 
 
 def written(lens: LogitLens, loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:

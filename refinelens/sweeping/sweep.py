@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
 from ..data.generated import GENERATORS, TINY, generate_task
-from ..data.prompts import FIELD, Chat, Template, load_template, render_chat, template_hash
+from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
 from ..data.tasks import Task, choose_questions, load_task
 from ..errors import InputError, resume_call
@@ -33,7 +33,7 @@ from ..store.files import check_disk
 from ..store.folder import MadeOf, go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
 from ..store.results import SCHEMA_VERSION, QuestionResult, Run
-from .contexts import ContextBuilder, remarks
+from .contexts import ContextBuilder, choose_context, remarks
 from .predict import Predictor, groups_of, questions_together
 from .recorder import RunWriter
 from .workers import Workers
@@ -180,6 +180,11 @@ class SweepInputs:
     def builder(self) -> ContextBuilder:
         """What builds contexts."""
         return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
+
+    def context(self, question: int | None, documents: int | None, gold_position: int | None) -> Context:
+        """One context of a run to look at, see `choose_context`."""
+        sizes = self.options.documents
+        return choose_context(self.builder(), self.questions, sizes, question, documents, gold_position)
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
