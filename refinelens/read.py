@@ -41,8 +41,8 @@ def read_text(text: str, options: ReadConfig, given: Container[str] = ()) -> Hea
         given: Names of the options that were given.
 
     Raises:
-        InputError: No text, options that choose a context of a run, no such model or lens, a target that is not one token; more tokens than the model has
-            positions.
+        InputError: No text, options that choose a context of a run, no such model or lens, a target that is not one
+            token, or more tokens than the model has positions.
     """
     for name in OF_A_RUN:
         if name in given:
@@ -92,7 +92,8 @@ def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMa
     facts = {"context": f"{context.where} of {run.path}", "command": command_words()}
     title = f"{context.question.question} ({context.where})"
     lens.tokenizer = inputs.loaded.tokenizer
-    return map_of(lenses, inputs.loaded, list(context.input_ids), options, title, segments, facts, context.answer_ids[-1])
+    ids, following = list(context.input_ids), context.answer_ids[-1]
+    return map_of(lenses, inputs.loaded, ids, options, title, segments, facts, following)
 
 
 def map_of(
