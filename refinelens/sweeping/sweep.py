@@ -186,7 +186,7 @@ class SweepInputs:
         return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its outcome, in their order, until ``stopped``."""
+        """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
         predictor = self.predictor()
         for group in groups_of(places, questions_together(self.options, self.loaded.model.device.type)):
             if stopped():
@@ -268,20 +268,20 @@ def run_sweep(
         return sweep.finish(signals)
 
 
-def resume_sweep(path: str | Path, *arguments: Any, **keywords: Any) -> Run:
+def resume_sweep(path: str | Path, **keywords: Any) -> Run:
     """Go on with a run that was interrupted, killed or damaged: it becomes equal to one that never was.
 
     Args:
         path: Folder of the run, whose manifest has all options.
-        *arguments: From ``argv`` on as `run_sweep`, as are keywords; ``warn`` hears of each part that is not as it was
-            written, and so is computed again.
+        **keywords: From ``argv`` on as `run_sweep`; ``warn`` hears of each part that is not as it was written, and so
+            is computed again.
 
     Raises:
         InputError: No run, one of another schema version, or a model, task, template, lens, device or dtype that is no
             longer the run's; names the field and both values. Or another process that writes to the folder.
         FaultError: See `run_sweep`; also `Interrupted`.
     """
-    return run_sweep(None, path, False, *arguments, **keywords)
+    return run_sweep(None, path, **keywords)
 
 
 @dataclass
@@ -294,7 +294,7 @@ class _Sweep:
     progress: Progress
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
-    asks: SweepInputs | Workers | None = None
+    runner: SweepInputs | Workers | None = None
     writer: RunWriter | None = None
 
     def begin(self, options: SweepConfig, overwrite: bool) -> None:
@@ -323,7 +323,7 @@ class _Sweep:
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""
-        self.asks = Workers(inputs.options, spec, self.workers, self.warn) if self.workers > 1 else inputs
+        self.runner = Workers(inputs.options, spec, self.workers, self.warn) if self.workers > 1 else inputs
         self.writer = RunWriter(self.run, spec.manifest, resumed)
 
     def finish(self, signals: StopSignals) -> Run:
@@ -365,7 +365,7 @@ class _Sweep:
         total = writer.done + len(missing)
         self.progress("questions", writer.done, total)
         signals.finish_first()
-        with closing(self.asks.ask(missing, stopped=lambda: signals.received is not None)) as results:
+        with closing(self.runner.ask(missing, stopped=lambda: signals.received is not None)) as results:
             for place, result in results:
                 for line in result.warnings:
                     self.warn(line)

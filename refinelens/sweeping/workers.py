@@ -27,7 +27,7 @@ POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
 
 
 class Workers:
-    """Asks questions in processes of their own; outcomes come back in order, so that one process writes them.
+    """Asks questions in processes of their own; results come back in order, so that one process writes them.
 
     On a machine with several GPUs each worker sees one of them; on a CPU they share the threads. The question of a
     worker that dies goes to another; all that a worker knows of the run is its options and its manifest.
@@ -41,7 +41,7 @@ class Workers:
         self._warn = warn
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its outcome, in their order.
+        """Ask the questions at these places, each with its result, in their order.
 
         Once ``stopped`` says so no further question is begun. The workers end with the iterator.
 
