@@ -23,6 +23,7 @@ from ..errors import InputError, resume_call
 from ..lens.files import Lens, load_lenses
 from ..lens.logit_lens import LogitLens, fit_to_model
 from ..machine import device_name, working_folder
+from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
 from ..progress import Progress, unseen
@@ -204,7 +205,7 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
         return
 
     def is_odd(text: str) -> bool:
-        return unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return unknown in ids_of(loaded.tokenizer, text)
 
     own_text = "" if options.template in template.format.templates else FIELD.sub(" ", template.text)
     for special in loaded.tokenizer.all_special_tokens:  # one of them may stand for unknown words too
@@ -215,12 +216,13 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
             f"``template`` {options.template}: expected words that the tokenizer of ``model`` {options.model} has, got "
             f"{strange!r}; write others"
         )
-    odd = [q for q in questions[:100] if is_odd(q.question)]
-    if 2 * len(odd) > len(questions[:100]):
+    looked_at = questions[:100]
+    odd = [q for q in looked_at if is_odd(q.question)]
+    if 2 * len(odd) > len(looked_at):
         remedy = "; use ``task='tiny'``" if options.model == TINY.name else ""
         raise InputError(
             f"``task`` {options.task}: expected questions in words that the tokenizer of ``model`` {options.model} "
-            f"has, got {len(odd)} of the first {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+            f"has, got {len(odd)} of the first {len(looked_at)} with others, such as {odd[0].question!r}{remedy}"
         )
 
 

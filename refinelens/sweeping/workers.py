@@ -62,13 +62,20 @@ class Workers:
                 worker.end()
 
     def _start(self, index: int, count: int) -> _Worker:
+        """Start a process and tell it what it will be asked about."""
         try:
-            return _Worker.start(self._environment(index, count), self._setup)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                process = start_process(self._environment(index, count), theirs.fileno())
+                worker = _Worker(process, Connection(ours.detach()))
         except OSError as error:
             raise FaultError(
                 f"``workers`` {self._count}: expected {count} processes, could not start number {index + 1}: "
                 f"{error.strerror or error}; use fewer"
             ) from None
+        with suppress(OSError):  # one that has just died is heard of by `receive`
+            worker.connection.send(self._setup)
+        return worker
 
     def _ask(
         self, workers: list[_Worker], places: list[int], stopped: Callable[[], bool]
@@ -137,21 +144,6 @@ class _Worker:
     connection: Connection
     is_ready: bool = False
     task: Sequence[int] = ()  # places of the questions that it has yet to answer, in order
-
-    @classmethod
-    def start(cls, environment: dict[str, str], setup: tuple) -> _Worker:
-        """Start a process and tell it what it will be asked about.
-
-        Raises:
-            OSError: There is no room for one.
-        """
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            process = start_process(environment, theirs.fileno())
-            worker = cls(process, Connection(ours.detach()))
-        with suppress(OSError):  # one that has just died is heard of by `receive`
-            worker.connection.send(setup)
-        return worker
 
     @property
     def is_free(self) -> bool:
