@@ -14,13 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__
 from ..config import FitConfig
 from ..errors import FaultError, InputError
 from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, save_lens
 from ..lens.logit_lens import LogitLens, model_entry
 from ..lens.translators import Translators
-from ..machine import now, packages
+from ..machine import __version__, now, packages
 from ..model.loading import is_out_of_memory, load_model
 from ..progress import Progress, unseen
 from ..report.figures import QUALITY_FIGURE, draw_quality

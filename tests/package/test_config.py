@@ -31,7 +31,6 @@ KEPT = {  # texts that runs keep and tables print, commands to type; options of 
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
     "model/loading.py": PIP,
     "doctor.py": PIP,
-    "data/make_builtin.py": {"--out"},
 }
 LINES = ("report/figures.py", "layers/report.py", "bench/table.py")  # dashed ones, and rules of tables
 
