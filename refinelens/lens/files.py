@@ -100,15 +100,16 @@ def _load_state(path: Path, most: int) -> dict:
 
 def _check_state(state: dict, n_layers: int, shapes: dict[str, tuple[int, ...]]) -> None:
     """Every tensor of every layer is there, of its shape, and nothing else."""
-    wanted = {f"{layer}.{name}": (layer, name) for layer in range(n_layers) for name in shapes}
-    for key, (layer, name) in wanted.items():
+    for layer, name in ((layer, name) for layer in range(n_layers) for name in shapes):  # n_layers may be any number
+        key = f"{layer}.{name}"
         if state.get(key) is None:
             raise InputError(f"expected a {name} of each of {n_layers} layers in {PARAMS}, got none of layer {layer}")
         if not _is_plain(state[key]):
             raise InputError(f"expected {key} in {PARAMS} to be a floating tensor, got another value")
         if tuple(state[key].shape) != shapes[name]:
             raise InputError(f"expected {key} of shape {list(shapes[name])} in {PARAMS}, got {list(state[key].shape)}")
-    if len(state) > len(wanted):
+    if len(state) > n_layers * len(shapes):
+        wanted = {f"{layer}.{name}" for layer in range(n_layers) for name in shapes}
         other = reprlib.repr(next(key for key in state if key not in wanted))
         raise InputError(f"expected the {' and '.join(shapes)} of {n_layers} layers in {PARAMS}, got {other} too")
 
