@@ -50,7 +50,7 @@ def sweep(
         FaultError: Something broke; what was written stays, and ``resume`` goes on with it.
         KeyboardInterrupt: SIGINT or SIGTERM, once the current question is written.
     """
-    with progress_bar(progress) as told:
+    with progress_bar(progress) as bar:
         if resume is not None:
             others = {"model": model, "out": out, "overwrite": overwrite or None, **options}
             given = [name for name, value in others.items() if value is not None]
@@ -58,9 +58,9 @@ def sweep(
                 raise InputError(
                     f"``resume``: expected no other option but ``workers``: the run has its own, got {', '.join(given)}"
                 )
-            return LoadedRun(resume_sweep(resume, workers=workers, progress=told, warn=_warn))
+            return LoadedRun(resume_sweep(resume, workers=workers, progress=bar, warn=_warn))
         config = _config(SweepConfig, model=model, **options)
-        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, told, warn=_warn))
+        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, bar, warn=_warn))
 
 
 def fit(
@@ -92,8 +92,8 @@ def fit(
     config = _config(FitConfig, model=model, **options)
     if config.objective != "kl":
         check_idle(options, TRAINING, "objective='kl'", config.objective)
-    with progress_bar(progress) as told:
-        return fit_lens(config, _folder(out), overwrite, None, told)
+    with progress_bar(progress) as bar:
+        return fit_lens(config, _folder(out), overwrite, None, bar)
 
 
 def essential_layers(
@@ -121,8 +121,8 @@ def essential_layers(
     """
     path = run.run.path if isinstance(run, LoadedRun) else Path(run)
     config = _config(LayersConfig, **options)
-    with progress_bar(progress) as told:
-        folder, _ = run_layers(path, config, out, overwrite, None, told, _warn)
+    with progress_bar(progress) as bar:
+        folder, _ = run_layers(path, config, out, overwrite, None, bar, _warn)
     return LoadedLayers(folder)
 
 

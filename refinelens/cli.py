@@ -106,7 +106,7 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
         return 0
     from .sweeping.sweep import resume_sweep
 
-    return _watch(partial(resume_sweep, path, ["refinelens", *argv], arguments.workers))
+    return _watch(partial(resume_sweep, path, argv=["refinelens", *argv], workers=arguments.workers))
 
 
 def _watch(sweep: Callable[..., Run]) -> int:

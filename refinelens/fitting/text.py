@@ -170,8 +170,8 @@ class States:
         self.text, self.loaded, self.lens = text, loaded, logit_lens
         self._runner = ForwardRunner(logit_lens)
         length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
-        self._limit = options.tokens // min(length, loaded.max_tokens or length)
         self._length = min(length, loaded.max_tokens or length)
+        self._limit = options.tokens // self._length
         self.split = self._split()
 
     def _split(self) -> Split:
@@ -183,12 +183,8 @@ class States:
                 f"{count}; {remedy}"
             )
         tenth = round(count / 10)
-        return Split(
-            self._length,
-            range(count - 2 * tenth),
-            range(count - 2 * tenth, count - tenth),
-            range(count - tenth, count),
-        )
+        choose, report = count - 2 * tenth, count - tenth
+        return Split(self._length, range(choose), range(choose, report), range(report, count))
 
     def _sequences(self, limit: int) -> Iterator[list[int]]:
         for ids in sequences(self.text, self.loaded.tokenizer, self._length, limit):

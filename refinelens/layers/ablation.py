@@ -161,38 +161,35 @@ class Answered:
     correct: bool
 
 
+@dataclass
 class AblationRunner:
     """Turns questions of a run into rows; one context is held at a time."""
 
-    def __init__(
-        self,
-        options: LayersConfig,
-        builder: ContextBuilder,
-        logit_lens: LogitLens,
-        lens: Lens,
-        replay: BlockReplay,
-        targets: dict[tuple[int, int, int], int],
-        top: int,
-    ):
-        self.means: MeanContributions | None = None
-        self._options, self._builder, self._logit_lens, self._lens = options, builder, logit_lens, lens
-        self._replay, self._targets, self._top = replay, targets, top
-        self._cached = replay.cached
-        self._tokens = EVERY if options.at == "all" else LAST
+    options: LayersConfig
+    builder: ContextBuilder  # of the run's contexts
+    logit_lens: LogitLens
+    lens: Lens  # what the layers are read with
+    replay: BlockReplay
+    targets: dict[tuple[int, int, int], int]  # token ids by question, documents and gold position
+    top: int  # correct means rank 1 to this
+    means: MeanContributions | None = None  # for the intervention of that name
+
+    def __post_init__(self):
+        self._cached, self._tokens = self.replay.cached, EVERY if self.options.at == "all" else LAST
         self._proof, self._limit = Proof(), MemoryLimit()  # of held keys; of runs that go through a block together
 
     def contexts(self, question: Question) -> list[Context]:
         """All contexts that the run asked a question in."""
-        return self._builder.build(question).contexts
+        return self.builder.build(question).contexts
 
     @property
     def device(self) -> torch.device:
         """Of the model."""
-        return self._logit_lens.model.device
+        return self.logit_lens.model.device
 
     def begin_means(self, n_tokens: int) -> None:
         """Start the mean contributions of contexts of up to ``n_tokens``."""
-        lens, n_tokens = self._logit_lens, n_tokens if self._options.at == "all" else 1
+        lens, n_tokens = self.logit_lens, n_tokens if self.options.at == "all" else 1
         self.means = MeanContributions.of_nothing(lens.n_layers, n_tokens, lens.d_model, self.device)
 
     def add_to_means(self, context: Context) -> None:
@@ -211,37 +208,37 @@ class AblationRunner:
                 found, one = self._ablate(context, control=not answered)
                 tables += found
                 answered.append(one)
-            if PATCH in self._options.interventions:
+            if PATCH in self.options.interventions:
                 tables += self._patch(answered)
             return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
 
     @property
     def _ablation_cached(self) -> bool:
         """Whether the last token alone is run: nothing else changes where nothing else is ablated."""
-        return self._options.at == "answer" and self._cached
+        return self.options.at == "answer" and self._cached
 
     def _record(self, context: Context, cached: bool) -> ActivationCache:
         ids = torch.tensor([context.input_ids[: context.prompt_length]])
-        run = ActivationCache.record(self._logit_lens, ids, cached)
+        run = ActivationCache.record(self.logit_lens, ids, cached)
         if not cached or not self._proof.is_due(context.prompt_length):
             return run
-        whole = ActivationCache.record(self._logit_lens, ids)
+        whole = ActivationCache.record(self.logit_lens, ids)
         found = difference(run.answer_states(), whole.answer_states())
-        self._cached = found <= self._logit_lens.parity.tolerance
+        self._cached = found <= self.logit_lens.parity.tolerance
         return run if self._cached else whole
 
     def _ablate(self, context: Context, control: bool) -> tuple[list[pa.Table], Answered]:
         run = self._record(context, self._ablation_cached)
-        names = [*self._options.ablations, *([CONTROL] if control and self._options.ablations else [])]
+        names = [*self.options.ablations, *([CONTROL] if control and self.options.ablations else [])]
         tables, clean, asked = [], run.answer_states(), self._asked(context)
         for name in names:
-            way = Intervention(name, self._tokens, self._replay.sublayers, self.means)
+            way = Intervention(name, self._tokens, self.replay.sublayers, self.means)
             downstream = self._scan(run, context, way.of_context(run))
-            reading = read_scan(self._logit_lens, self._lens, clean, downstream, asked["target_id"])
-            tables.append(reading_rows(asked, name, self._options.at, reading, self._top))
+            reading = read_scan(self.logit_lens, self.lens, clean, downstream, asked["target_id"])
+            tables.append(reading_rows(asked, name, self.options.at, reading, self.top))
         if not names:
-            reading = read_output(self._logit_lens, self._lens, clean, clean[:0], asked["target_id"])
-        return tables, Answered(context, clean, bool(reading.ranks[0, -1] < self._top))
+            reading = read_output(self.logit_lens, self.lens, clean, clean[:0], asked["target_id"])
+        return tables, Answered(context, clean, bool(reading.ranks[0, -1] < self.top))
 
     def _patch(self, answered: list[Answered]) -> list[pa.Table]:
         """Every pair of gold positions of one size with success at one and failure at the other, both ways."""
@@ -255,15 +252,15 @@ class AblationRunner:
             for source in sources:
                 downstream = self._scan(run, one.context, patched(run, source.states))
                 ends = torch.stack([states[-1] for states in downstream])
-                reading = read_output(self._logit_lens, self._lens, run.answer_states(), ends, asked["target_id"])
+                reading = read_output(self.logit_lens, self.lens, run.answer_states(), ends, asked["target_id"])
                 name, position = RESTORE if source.correct else DESTROY, source.context.gold_position
-                tables.append(reading_rows(asked, name, "answer", reading, self._top, position))
+                tables.append(reading_rows(asked, name, "answer", reading, self.top, position))
         return tables
 
     def _asked(self, context: Context) -> dict:
         key = (context.question.id, context.n_documents, context.gold_position)
-        return dict(zip(KEYS, key, strict=True)) | {"lens": self._lens.name, "target_id": self._targets[key]}
+        return dict(zip(KEYS, key, strict=True)) | {"lens": self.lens.name, "target_id": self.targets[key]}
 
     def _scan(self, run: ActivationCache, context: Context, start: Callable[[int], Tensor]) -> list[Tensor]:
         on_cpu, cached = run.states[0].device.type == "cpu", run.states[0].shape[1] == 1
-        return scan(run, start, self._replay.at_a_time(context.prompt_length, cached, on_cpu), self._limit)
+        return scan(run, start, self.replay.at_a_time(context.prompt_length, cached, on_cpu), self._limit)

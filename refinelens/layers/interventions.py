@@ -20,6 +20,7 @@ LAST = slice(-1, None)
 EVERY = slice(None)
 
 
+@dataclass
 class MeanContributions:
     """Mean over contexts of what each block adds to the residual stream, place by place.
 
@@ -28,9 +29,8 @@ class MeanContributions:
     context every token has a place of its own.
     """
 
-    def __init__(self, mean: Tensor, count: Tensor):
-        self.mean = mean  # [n_layers, 2, places, d_model] fp32, from the start and from the end
-        self.count = count  # [2, places] int64
+    mean: Tensor  # [n_layers, 2, places, d_model] fp32, from the start and from the end
+    count: Tensor  # [2, places] int64
 
     @classmethod
     def of_nothing(cls, n_layers: int, n_tokens: int, d_model: int, device: torch.device | str) -> MeanContributions:

@@ -100,19 +100,14 @@ def _load_state(path: Path, most: int) -> dict:
 
 def _check_state(state: dict, n_layers: int, shapes: dict[str, tuple[int, ...]]) -> None:
     """Every tensor of every layer is there, of its shape, and nothing else."""
-    for layer in range(n_layers):
-        for name, shape in shapes.items():
-            tensor = state.get(f"{layer}.{name}")
-            if tensor is None:
-                raise InputError(
-                    f"expected a {name} of each of {n_layers} layers in {PARAMS}, got none of layer {layer}"
-                )
-            if not _is_plain(tensor):
-                raise InputError(f"expected {layer}.{name} in {PARAMS} to be a floating tensor, got another value")
-            if tuple(tensor.shape) != shape:
-                raise InputError(
-                    f"expected {layer}.{name} of shape {list(shape)} in {PARAMS}, got {list(tensor.shape)}"
-                )
+    for layer, name in ((layer, name) for layer in range(n_layers) for name in shapes):  # n_layers may be any number
+        key = f"{layer}.{name}"
+        if state.get(key) is None:
+            raise InputError(f"expected a {name} of each of {n_layers} layers in {PARAMS}, got none of layer {layer}")
+        if not _is_plain(state[key]):
+            raise InputError(f"expected {key} in {PARAMS} to be a floating tensor, got another value")
+        if tuple(state[key].shape) != shapes[name]:
+            raise InputError(f"expected {key} of shape {list(shapes[name])} in {PARAMS}, got {list(state[key].shape)}")
     if len(state) > n_layers * len(shapes):
         wanted = {f"{layer}.{name}" for layer in range(n_layers) for name in shapes}
         other = reprlib.repr(next(key for key in state if key not in wanted))

@@ -21,7 +21,7 @@ from .hooks import HALF_REMEDY, first_state, hooked, probe_ids, run_whole, text_
 ROUNDINGS = 8  # of fp32, in which modules and formulas are compared
 SMALL = 1e-4  # magnitude of rows on which an epsilon is measured
 # Names that configurations use; what a name states is tried and need not be true.
-BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # a decoder's first: an encoder's hides it
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -205,7 +205,8 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         UnsupportedModelError: None, or several lists of them.
     """
-    counts = _block_counts(model)
+    stated = [getattr(text_config(model), name, None) for name in BLOCK_COUNTS]
+    counts = [count for count in dict.fromkeys(stated) if isinstance(count, int) and count > 0]
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     found = [blocks for _, blocks in outer]
@@ -218,13 +219,6 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
             f"{len(found)}"
         )
     return found[0]
-
-
-def _block_counts(model: PreTrainedModel) -> list[int]:
-    """How many blocks the configuration states: a decoder's own number first, which an encoder's would hide."""
-    config = text_config(model)
-    stated = [getattr(config, name, None) for name in BLOCK_COUNTS]
-    return [count for count in dict.fromkeys(stated) if isinstance(count, int) and count > 0]
 
 
 def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Module]:

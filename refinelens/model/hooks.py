@@ -122,7 +122,8 @@ def run_base(
     With a cache, ``input_ids`` go on where it ends, and it then holds them too.
     """
     base = base_of(model)
-    past = {} if cache is None else {_cache_argument(base): cache}
+    name = "cache" if takes(base, "cache") else "past_key_values"  # Transformers renames it, model by model
+    past = {} if cache is None else {name: cache}
     with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
         base(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past, **options)
 
@@ -130,11 +131,6 @@ def run_base(
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward pass has an argument of this name."""
     return argument in signature(module.forward).parameters
-
-
-def _cache_argument(base: nn.Module) -> str:
-    """What a model calls its cache: Transformers renames ``past_key_values``, model by model."""
-    return "cache" if takes(base, "cache") else "past_key_values"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -55,10 +55,7 @@ def questions_together(options: SweepConfig, device_type: str) -> int:
 
 def groups_of(places: Sequence[int], together: int) -> list[tuple[int, ...]]:
     """Places of questions, in ascending order, with those that share batches side by side."""
-    groups: dict[int, list[int]] = {}
-    for place in places:
-        groups.setdefault(place // together, []).append(place)
-    return list(map(tuple, groups.values()))
+    return [tuple(group) for _, group in groupby(places, lambda place: place // together)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,16 +83,16 @@ class RunWriter(FolderWriter):
             places += range(part.questions[1] if part else first, self._end(first))
         return places
 
-    def add(self, place: int, outcome: QuestionResult) -> None:
+    def add(self, place: int, result: QuestionResult) -> None:
         """Take all that came of the question at the next of the missing places."""
         begun = self._open or self._begun(place)
         if place != begun.done:
             raise ValueError(f"expected the question at place {begun.done}, got {place}")
         self._open = begun
-        begun.rows.append(outcome.rows)
-        begun.counts.update(outcome.counts)
-        _add_to(begun.left_out, outcome.left_out)
-        self.manifest |= outcome.notes
+        begun.rows.append(result.rows)
+        begun.counts.update(result.counts)
+        _add_to(begun.left_out, result.left_out)
+        self.manifest |= result.notes
         begun.done += 1
         if begun.done == self._end(begun.first):
             self._write_part()

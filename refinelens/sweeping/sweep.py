@@ -23,6 +23,7 @@ from ..errors import InputError, resume_call
 from ..lens.files import Lens, load_lenses
 from ..lens.logit_lens import LogitLens, fit_to_model
 from ..machine import device_name, working_folder
+from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
 from ..progress import Progress, unseen
@@ -191,7 +192,7 @@ class SweepInputs:
         return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its outcome, in their order, until ``stopped``."""
+        """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
         predictor = self.predictor()
         for group in groups_of(places, questions_together(self.options, self.loaded.model.device.type)):
             if stopped():
@@ -209,7 +210,7 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
         return
 
     def is_odd(text: str) -> bool:
-        return unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return unknown in ids_of(loaded.tokenizer, text)
 
     own_text = "" if options.template in template.format.templates else FIELD.sub(" ", template.text)
     for special in loaded.tokenizer.all_special_tokens:  # one of them may stand for unknown words too
@@ -220,12 +221,13 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
             f"``template`` {options.template}: expected words that the tokenizer of ``model`` {options.model} has, got "
             f"{strange!r}; write others"
         )
-    odd = [q for q in questions[:100] if is_odd(q.question)]
-    if 2 * len(odd) > len(questions[:100]):
+    looked_at = questions[:100]
+    odd = [q for q in looked_at if is_odd(q.question)]
+    if 2 * len(odd) > len(looked_at):
         remedy = "; use ``task='tiny'``" if options.model == TINY.name else ""
         raise InputError(
             f"``task`` {options.task}: expected questions in words that the tokenizer of ``model`` {options.model} "
-            f"has, got {len(odd)} of the first {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+            f"has, got {len(odd)} of the first {len(looked_at)} with others, such as {odd[0].question!r}{remedy}"
         )
 
 
@@ -273,20 +275,20 @@ def run_sweep(
         return sweep.finish(signals)
 
 
-def resume_sweep(path: str | Path, *arguments: Any, **keywords: Any) -> Run:
+def resume_sweep(path: str | Path, **keywords: Any) -> Run:
     """Go on with a run that was interrupted, killed or damaged: it becomes equal to one that never was.
 
     Args:
         path: Folder of the run, whose manifest has all options.
-        *arguments: From ``argv`` on as `run_sweep`, as are keywords; ``warn`` hears of each part that is not as it was
-            written, and so is computed again.
+        **keywords: From ``argv`` on as `run_sweep`; ``warn`` hears of each part that is not as it was written, and so
+            is computed again.
 
     Raises:
         InputError: No run, one of another schema version, or a model, task, template, lens, device or dtype that is no
             longer the run's; names the field and both values. Or another process that writes to the folder.
         FaultError: See `run_sweep`; also `Interrupted`.
     """
-    return run_sweep(None, path, False, *arguments, **keywords)
+    return run_sweep(None, path, **keywords)
 
 
 @dataclass
@@ -299,7 +301,7 @@ class _Sweep:
     progress: Progress
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
-    asks: SweepInputs | Workers | None = None
+    runner: SweepInputs | Workers | None = None
     writer: RunWriter | None = None
 
     def begin(self, options: SweepConfig, overwrite: bool) -> None:
@@ -328,7 +330,7 @@ class _Sweep:
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""
-        self.asks = Workers(inputs.options, spec, self.workers, self.warn) if self.workers > 1 else inputs
+        self.runner = Workers(inputs.options, spec, self.workers, self.warn) if self.workers > 1 else inputs
         self.writer = RunWriter(self.run, spec.manifest, resumed)
 
     def finish(self, signals: StopSignals) -> Run:
@@ -370,7 +372,7 @@ class _Sweep:
         total = writer.done + len(missing)
         self.progress("questions", writer.done, total)
         signals.finish_first()
-        with closing(self.asks.ask(missing, stopped=lambda: signals.received is not None)) as results:
+        with closing(self.runner.ask(missing, stopped=lambda: signals.received is not None)) as results:
             for place, result in results:
                 for line in result.warnings:
                     self.warn(line)

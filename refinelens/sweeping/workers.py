@@ -27,7 +27,7 @@ POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
 
 
 class Workers:
-    """Asks questions in processes of their own; outcomes come back in order, so that one process writes them.
+    """Asks questions in processes of their own; results come back in order, so that one process writes them.
 
     On a machine with several GPUs each worker sees one of them; on a CPU they share the threads. The question of a
     worker that dies goes to another; all that a worker knows of the run is its options and its manifest.
@@ -41,7 +41,7 @@ class Workers:
         self._warn = warn
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its outcome, in their order.
+        """Ask the questions at these places, each with its result, in their order.
 
         Once ``stopped`` says so no further question is begun. The workers end with the iterator.
 
@@ -62,13 +62,20 @@ class Workers:
                 worker.end()
 
     def _start(self, index: int, count: int) -> _Worker:
+        """Start a process and tell it what it will be asked about."""
         try:
-            return _Worker.start(self._environment(index, count), self._setup)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                process = start_process(self._environment(index, count), theirs.fileno())
+                worker = _Worker(process, Connection(ours.detach()))
         except OSError as error:
             raise FaultError(
                 f"``workers`` {self._count}: expected {count} processes, could not start number {index + 1}: "
                 f"{error.strerror or error}; use fewer"
             ) from None
+        with suppress(OSError):  # one that has just died is heard of by `receive`
+            worker.connection.send(self._setup)
+        return worker
 
     def _ask(
         self, workers: list[_Worker], places: list[int], stopped: Callable[[], bool]
@@ -137,21 +144,6 @@ class _Worker:
     connection: Connection
     is_ready: bool = False
     task: Sequence[int] = ()  # places of the questions that it has yet to answer, in order
-
-    @classmethod
-    def start(cls, environment: dict[str, str], setup: tuple) -> _Worker:
-        """Start a process and tell it what it will be asked about.
-
-        Raises:
-            OSError: There is no room for one.
-        """
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            process = start_process(environment, theirs.fileno())
-            worker = cls(process, Connection(ours.detach()))
-        with suppress(OSError):  # one that has just died is heard of by `receive`
-            worker.connection.send(setup)
-        return worker
 
     @property
     def is_free(self) -> bool:

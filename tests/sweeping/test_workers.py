@@ -235,7 +235,8 @@ def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
     monkeypatch.chdir(tmp_path)
     workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "out"), 1, pytest.fail)
-    worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor spec", None, None))
+    workers._setup = ("neither options nor spec", None, None)
+    worker = workers._start(0, 1)
     with pytest.raises(ValueError, match="too many values to unpack"):
         worker.receive()
     assert worker.process.wait() == 0
