@@ -10,20 +10,21 @@ from __future__ import annotations
 import csv
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from harness import options_of, turns
 from matplotlib.figure import Figure
 
 from refinelens.bench.competitors import COMPETITORS
-from refinelens.bench.measure import take_turns, torch_threads
-from refinelens.bench.problem import Problem, random_problem
+from refinelens.bench.measure import spread, torch_threads
+from refinelens.bench.problem import random_problem
 from refinelens.machine import device_name
 
 NAMES = ("fp32", "certified", "naive")
@@ -70,20 +71,20 @@ def _points(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...
     shapes = [{"rows": ROWS, "d_model": D_MODEL, "vocab": VOCAB} | {axis: size} for size in sizes]
     problems = [random_problem(**shape, dtype=torch.float32, device="cpu") for shape in shapes]
     calls = {(name, i): partial(COMPETITORS[name].run, problem) for name in names for i, problem in enumerate(problems)}
-    for (name, i), seconds in take_turns(calls, rounds).items():
-        yield Point(label, *shapes[i].values(), 1, name, *seconds)
+    for (name, i), seconds in turns(calls, rounds).items():
+        yield Point(label, *shapes[i].values(), 1, name, median(seconds), spread(seconds))
 
 
 def _threads() -> Iterator[Point]:
     problem = random_problem(ROWS, D_MODEL, VOCAB, torch.float32, "cpu")
-    calls = {threads: partial(_run_on, threads, problem) for threads in (1, 2)}
-    for threads, seconds in take_turns(calls, ODD_ROUNDS, threads=2).items():
-        yield Point("threads", ROWS, D_MODEL, VOCAB, threads, "fp32", *seconds)
 
+    def run_on(threads: int) -> None:
+        with torch_threads(threads):
+            COMPETITORS["fp32"].run(problem)
 
-def _run_on(threads: int, problem: Problem) -> None:
-    with torch_threads(threads):
-        COMPETITORS["fp32"].run(problem)
+    calls = {threads: partial(run_on, threads) for threads in (1, 2)}
+    for threads, seconds in turns(calls, ODD_ROUNDS, threads=2).items():
+        yield Point("threads", ROWS, D_MODEL, VOCAB, threads, "fp32", median(seconds), spread(seconds))
 
 
 def findings(points: list[Point]) -> Iterator[str]:
@@ -114,13 +115,11 @@ def draw(points: list[Point], path: Path) -> None:
     for panel, axis in zip(panels, AXES, strict=True):
         for name in reversed(NAMES):  # the fused kernel last, on top
             line = sorted((p for p in points if p.axis == axis and p.name == name), key=lambda p: p.size)
-            panel.plot(
-                [p.size for p in line], [p.seconds for p in line], marker="o", ms=4, label=COMPETITORS[name].title
-            )
-        sizes = [p.size for p in line]
+            x, y = [p.size for p in line], [p.seconds for p in line]
+            panel.plot(x, y, marker="o", ms=4, label=COMPETITORS[name].title)
         anchor = line[-LARGEST:][0]  # the first of the points over which the slope is taken
-        guide = [anchor.seconds * size / anchor.size for size in sizes]
-        panel.plot(sizes, guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
+        guide = [anchor.seconds * size / anchor.size for size in x]
+        panel.plot(x, guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -140,4 +139,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(options_of(__doc__, folder=True).folder)

@@ -9,11 +9,12 @@ on a CPU, wall time between synchronisations on a GPU.
 
 from __future__ import annotations
 
-import argparse
+from statistics import median
 
 import torch
+from harness import options_of, turns
 
-from refinelens.bench.measure import take_turns
+from refinelens.bench.measure import torch_threads
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.translators import Translators
 from refinelens.model.head import LensHead
@@ -23,21 +24,15 @@ D_MODEL, VOCAB, N_LAYERS = 768, 50257, 12
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--positions", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = options_of(__doc__, positions=32, rounds=5)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    hidden, targets = (
-        normal(N_LAYERS + 1, 1, options.positions, D_MODEL),
-        torch.arange(options.positions, device=device),
-    )
+    hidden = normal(N_LAYERS + 1, 1, options.positions, D_MODEL)
+    targets = torch.arange(options.positions, device=device)
     head = LensHead(normal(VOCAB, D_MODEL) / D_MODEL**0.5)
     lens = object.__new__(LogitLens)  # no model is run
     lens.blocks = torch.nn.ModuleList([torch.nn.Identity()] * N_LAYERS)
@@ -51,7 +46,7 @@ def main() -> None:
         name: lambda t=translators: lens.read_states(hidden, targets, t, kl=False)
         for name, translators in (("plain", None), ("translated", maps))
     }
-    medians = {name: seconds for name, (seconds, _) in take_turns(calls, options.rounds, device).items()}
+    medians = {name: median(seconds) for name, seconds in turns(calls, options.rounds, device).items()}
     rows = (N_LAYERS + 1) * options.positions
     extra = 2 * N_LAYERS * options.positions * D_MODEL**2 / (2 * rows * D_MODEL * VOCAB)
     times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in medians.items())
@@ -60,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with torch_threads(1):
+        main()
