@@ -70,26 +70,26 @@ def turns(
 class Goal:
     """A bound on a number, an upper one unless ``at_least``, and one that would be better still."""
 
+    key: str  # of the number in what was measured
     text: str
-    measured: Callable[[dict], float | None]  # in what was measured; None where it was not
     must: float
     stretch: float | None = None
     at_least: bool = False
     unit: str = ""
 
-    def row(self, found: dict) -> str:
+    def row(self, measured: dict[str, float | None]) -> str:
         """A line of `goal_table`."""
-        sign, value = ">=" if self.at_least else "<=", self.measured(found)
+        sign, value = ">=" if self.at_least else "<=", measured.get(self.key)
         bounds = ["-" if b is None else f"{sign} {b:g} {self.unit}".strip() for b in (self.must, self.stretch)]
         met = value is not None and (value >= self.must if self.at_least else value <= self.must)
         words = (NOT_MEASURED, "-") if value is None else (f"{value:.3g} {self.unit}", "yes" if met else "no")
         return f"| {' | '.join([self.text, *bounds, *words])} |"
 
 
-def goal_table(goals: list[Goal], found: dict) -> str:
+def goal_table(goals: list[Goal], measured: dict[str, float | None]) -> str:
     """Every goal, what was measured of it and whether it is met, in Markdown."""
     heading = "| goal | must | stretch | measured | must met |\n| --- | --- | --- | --- | --- |"
-    return "\n".join([heading, *(goal.row(found) for goal in goals)])
+    return "\n".join([heading, *(goal.row(measured) for goal in goals)])
 
 
 def device_times(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> Times:

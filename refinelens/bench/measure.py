@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ SQUARE = 8192  # rows and columns of the matrices whose product is a GPU's peak
 CHECKED_ROWS = 4096  # at most, spread over the problem
 EXPLAINED_ROWS = 64  # rows of another rank whose near ties are counted
 IDS = ("argmax", "target_rank")
+Name = TypeVar("Name", bound=Hashable)
 
 
 class DoesNotRun(Exception):
@@ -93,12 +95,12 @@ def timed(call: Callable[[], object], device: str = "cpu", threads: int = 1) -> 
 
 
 def take_turns(
-    calls: dict[Hashable, Callable[[], object]],
+    calls: dict[Name, Callable[[], object]],
     rounds: int,
     device: str = "cpu",
     threads: int = 1,
     before_round: Callable[[int], None] = lambda number: None,
-) -> dict[Hashable, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of every call, round by round: each once a round, every other round in reverse."""
     order, seconds = list(calls), {name: [] for name in calls}
     for number in range(rounds):
