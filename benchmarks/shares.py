@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from harness import machine
@@ -35,6 +34,8 @@ STAGES = {
     "summary, once": (sweep, "read_report"),
 }
 BOOKKEEPING = ("contexts: documents, prompt, tokens", "rows", "writing", "last part and manifest")
+# Of a sweep that reads the answer alone: per cent of the forward passes.
+GOALS = {"lens": (("lens, all layers",), 2), "writing and bookkeeping": (BOOKKEEPING, 3)}
 
 
 def main() -> int:
@@ -57,9 +58,14 @@ def main() -> int:
     total = time.process_time() - started[0]
     if code == 0:
         print(f"\n{machine()}: {' '.join(options)}\n")
-        print(*_shares(seconds, total), sep="\n")
+        rows, model = [["", "seconds", "of the forward passes"]], seconds["model"]
+        for name, spent in (*((name, seconds[name]) for name in STAGES), ("all else", total - sum(seconds.values()))):
+            rows.append([name, f"{spent:.2f}", f"{100 * spent / model:.2f} %"])
+        print(*aligned(rows), sep="\n")
         if ("--positions", "all") not in zip(options, options[1:], strict=False):
-            print(*_goals(seconds), sep="\n")
+            for name, (stages, goal) in GOALS.items():
+                spent = sum(seconds[stage] for stage in stages)
+                print(f"{name}: {100 * spent / model:.2f} %, goal under {goal} %")
         print(f"peak of resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
     return code
 
@@ -73,21 +79,6 @@ def _timed(function, name: str, seconds: Counter):
             seconds[name] += time.process_time() - start
 
     return timed
-
-
-def _shares(seconds: Counter, total: float) -> list[str]:
-    """Lines of the table."""
-    rows = [["", "seconds", "of the forward passes"]]
-    for name, spent in (*((name, seconds[name]) for name in STAGES), ("all else", total - sum(seconds.values()))):
-        rows.append([name, f"{spent:.2f}", f"{100 * spent / seconds['model']:.2f} %"])
-    return aligned(rows)
-
-
-def _goals(seconds: Counter) -> Iterator[str]:
-    """Of a sweep that reads the answer alone."""
-    lens, kept = seconds["lens, all layers"], sum(seconds[name] for name in BOOKKEEPING)
-    for name, spent, goal in (("lens", lens, 2), ("writing and bookkeeping", kept, 3)):
-        yield f"{name}: {100 * spent / seconds['model']:.2f} %, goal under {goal} %"
 
 
 if __name__ == "__main__":
