@@ -102,7 +102,7 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
         from .report.tables import show_run
 
         print(f"{path}: finished already\n")
-        show_run(run, Console())
+        show_run(run, Console(), in_words=in_options)
         return 0
     from .sweeping.sweep import resume_sweep
 
@@ -128,7 +128,7 @@ def _watch(sweep: Callable[..., Run]) -> int:
             kept = f"the finished questions stay readable, {resume_call(run.path)} goes on with them"
         _say(f"interrupted; {kept}")
     if summary:  # a second signal leaves no time for it
-        print_table(Console(), summary[-1])
+        print_table(Console(), summary[-1], in_options)
         print(f"\n{run.path}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
     return code
 
@@ -193,7 +193,7 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .store.results import open_run
 
     options = config_of(arguments, config.ShowConfig)
-    show_run(open_run(arguments.folder), Console(), options.top)
+    show_run(open_run(arguments.folder), Console(), options.top, in_options)
     return 0
 
 

@@ -10,14 +10,13 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import __version__
 from .config import DoctorConfig
 from .errors import UnsupportedModelError
 from .kernels.reference import Norm
 from .layers.blocks import check_replay
 from .lens.logit_lens import LogitLens
 from .lens.prefix import check_branching
-from .machine import package_version
+from .machine import __version__, package_version
 from .model.head import find_blocks, find_head
 from .model.loading import LoadedModel, find_smollm2, load_model, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set

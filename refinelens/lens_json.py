@@ -51,7 +51,8 @@ def export_lens_json(run: Run, path: Path, choice: WidgetConfig) -> str:
     spec = RunSpec(run.path, run.manifest, "export")
     inputs = SweepInputs.load(spec.options, spec)
     lens = _pick("``lens``", inputs.lenses, lambda lens: lens.name, choice.lens)
-    context = _choose_context(inputs, choice)
+    contexts = _contexts(inputs, choice)
+    context = _pick("``gold_position``", contexts, lambda context: context.gold_position, choice.gold_position)
     tokenizer = inputs.loaded.tokenizer
     data = {
         "meta": {"version": 2, "timestamp": now(), "model": inputs.loaded.name},
@@ -115,11 +116,6 @@ def _names(ids: list[int], text: Callable[[int], str]) -> dict[int, str]:
     return {id: name if count[name] == 1 else f"{name} #{id}" for id, name in texts.items()}
 
 
-def _choose_context(inputs: SweepInputs, choice: WidgetConfig) -> Context:
-    contexts = _contexts(inputs, choice)
-    return _pick("``gold_position``", contexts, lambda context: context.gold_position, choice.gold_position)
-
-
 def _contexts(inputs: SweepInputs, choice: WidgetConfig) -> list[Context]:
     """Those of one question at one size: the size wanted or shown best, the question wanted or the first it has."""
     questions, sizes = inputs.questions, inputs.options.documents
@@ -128,7 +124,8 @@ def _contexts(inputs: SweepInputs, choice: WidgetConfig) -> list[Context]:
     if choice.documents is not None:
         sizes = [_pick("``documents``", sizes, lambda size: size, choice.documents)]
     builder = inputs.builder()
-    for size in sorted(sizes, key=_reluctance):
+    # The smallest size with other documents is shown best, oracle and closed-book worst.
+    for size in sorted(sizes, key=lambda size: (size <= ORACLE, -size if size <= ORACLE else size)):
         for question in questions:
             contexts = [context for context in builder.build(question).contexts if context.n_documents == size]
             if contexts:
@@ -136,11 +133,6 @@ def _contexts(inputs: SweepInputs, choice: WidgetConfig) -> list[Context]:
     where = "" if choice.documents is None else f" with {condition_name(choice.documents)}"
     got = "none" if choice.question is None else f"question {choice.question}, which was left out"
     raise InputError(f"``question``: expected one that the run could ask{where}, got {got}")
-
-
-def _reluctance(size: int) -> tuple[bool, int]:
-    """Grows from the size that is shown best: the smallest with other documents first, oracle and closed-book last."""
-    return size <= ORACLE, -size if size <= ORACLE else size
 
 
 def _pick(option: str, things: list[Thing], value: Callable[[Thing], object], wanted: object) -> Thing:

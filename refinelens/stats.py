@@ -97,23 +97,14 @@ def estimate(value: float, resampled: np.ndarray, questions: int) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def reflected_estimate(value: float, resampled: np.ndarray, questions: int, limit: float) -> Estimate:
-    """`estimate` with its interval reflected at the value (the basic bootstrap), for a statistic that noise biases.
-
-    What the resamples are off, the value is off too, to the other side of the truth. The interval holds the value in
-    any case, and ends at ``-limit`` and ``limit``.
-    """
-    found = estimate(value, resampled, questions)
-    low, high = np.clip([2 * found.value - found.high, 2 * found.value - found.low], -limit, limit)
-    return Estimate(found.value, float(np.minimum(low, found.value)), float(np.maximum(high, found.value)))
-
-
 def correlation_estimate(
     a: np.ndarray, b: np.ndarray, compare: Callable[[np.ndarray, np.ndarray], np.ndarray], questions: int
 ) -> Estimate:
-    """Correlation of two rows of means, with the reflected interval of the correlations of their resamples.
+    """Correlation of two rows of means, with the interval of its resamples reflected at the value (basic bootstrap).
 
-    The noise of the means moves a correlation towards 0, and that of resampled means, which have it twice, further.
+    The noise of the means moves a correlation towards 0, and that of resampled means, which have it twice, further:
+    what the resamples are off, the value is off too, to the other side of the truth. The interval holds the value in
+    any case, and ends at -1 and 1.
 
     Args:
         a: ``[1 + RESAMPLES, n]``, as `resampled_means` gives them.
@@ -121,8 +112,10 @@ def correlation_estimate(
         compare: A correlation of every row of one with that of the other.
         questions: That were resampled.
     """
-    found = compare(a, b)
-    return reflected_estimate(found[0], found[1:], questions, limit=1.0)
+    values = compare(a, b)
+    found = estimate(values[0], values[1:], questions)
+    low, high = np.clip([2 * found.value - found.high, 2 * found.value - found.low], -1.0, 1.0)
+    return Estimate(found.value, float(np.minimum(low, found.value)), float(np.maximum(high, found.value)))
 
 
 def lower_bounds(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -146,6 +139,17 @@ def t_quantile(tail: float, questions: np.ndarray | int) -> np.ndarray:
     from scipy.special import stdtrit  # half a second to import
 
     return -stdtrit(np.asarray(questions) - 1, tail)
+
+
+def groups(*columns: np.ndarray) -> Iterator[tuple]:
+    """Every combination of values of some columns, ascending, and bool ``[n]`` which rows have it: ``(*values, rows)``.
+
+    Args:
+        columns: Integers ``[n]``, one array or more.
+    """
+    table = np.stack(columns, axis=1)
+    for values in np.unique(table, axis=0):
+        yield *values.tolist(), (table == values).all(axis=1)
 
 
 def sums_and_counts(values: np.ndarray, owner: np.ndarray, owners: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,13 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__
 from ..config import FitConfig
 from ..errors import FaultError, InputError
 from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, model_entry, save_lens
 from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
-from ..machine import now, packages
+from ..machine import __version__, now, packages
 from ..model.loading import LoadedModel, is_out_of_memory, load_model
 from ..report.figures import QUALITY_FIGURE, draw_quality
 from ..report.tables import QUALITY_TABLE, write_quality

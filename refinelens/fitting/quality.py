@@ -33,42 +33,28 @@ def measure(
     Raises:
         InputError: The last layer's states do not vary.
     """
-    tallies = {name: _Tally(lens) for name, lens in lenses.items()}
+    sums: dict[str, Tensor | float] = dict.fromkeys(lenses, 0.0)  # see `_sums`
+    tokens, total, squares = 0, torch.zeros(()), torch.zeros(())  # of the last layer's states, [d_model] each
     for hidden in states:
-        for tally in tallies.values():
-            tally.add(logit_lens, hidden)
-    return {name: tally.quality() for name, tally in tallies.items()}
-
-
-class _Tally:
-    """Sums of one lens over the tokens seen so far."""
-
-    def __init__(self, translators: Translators | None):
-        self._translators = translators
-        self._tokens = 0
-        self._sums: Tensor | None = None  # [3, n_layers + 1]: squared error, KL, agreement
-        self._y: Tensor | float = 0.0  # [d_model] sum of the last layer's states
-        self._yy: Tensor | float = 0.0  # and of their squares
-
-    def add(self, logit_lens: LogitLens, hidden: Tensor) -> None:
-        reading = logit_lens.read_states(hidden[:, None], None, self._translators, check_last=False)
         y = hidden[-1].double()
-        error = torch.stack([self._squared_error(layer, x, y) for layer, x in enumerate(hidden)])
-        agreement = (reading.stats.argmax == reading.stats.argmax[-1]).double().sum((1, 2))
-        sums = torch.stack([error, reading.kl.double().sum((1, 2)), agreement]).cpu()
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._tokens += len(y)
-        self._y, self._yy = self._y + y.sum(0), self._yy + (y * y).sum(0)
+        tokens, total, squares = tokens + len(y), total + y.sum(0), squares + (y * y).sum(0)
+        for name, translators in lenses.items():
+            sums[name] = sums[name] + _sums(logit_lens, hidden, translators)
+    variance = float((squares - total**2 / tokens).sum())
+    if not variance > NEGLIGIBLE * float(squares.sum()):
+        raise InputError("``text``: expected held-out text whose tokens differ, got states that do not vary")
+    return {
+        name: Quality(tokens, (1.0 - error / variance).tolist(), (kl / tokens).tolist(), (agreement / tokens).tolist())
+        for name, (error, kl, agreement) in sums.items()
+    }
 
-    def _squared_error(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        if self._translators is not None and layer < self._translators.n_layers:
-            x = self._translators.one(layer, x)
-        return ((x.double() - y) ** 2).sum()
 
-    def quality(self) -> Quality:
-        error, kl, agreement = self._sums
-        n = self._tokens
-        variance = float((self._yy - self._y**2 / n).sum())
-        if not variance > NEGLIGIBLE * float(self._yy.sum()):
-            raise InputError("``text``: expected held-out text whose tokens differ, got states that do not vary")
-        return Quality(n, (1.0 - error / variance).tolist(), (kl / n).tolist(), (agreement / n).tolist())
+def _sums(logit_lens: LogitLens, hidden: Tensor, translators: Translators | None) -> Tensor:
+    """Squared error, KL and agreement of one lens, summed over some tokens: fp64 ``[3, n_layers + 1]``."""
+    reading = logit_lens.read_states(hidden[:, None], None, translators, check_last=False)
+    final = hidden[-1].double()
+    lower = range(0 if translators is None else translators.n_layers)
+    read = (translators.one(layer, x) if layer in lower else x for layer, x in enumerate(hidden))
+    error = torch.stack([((x.double() - final) ** 2).sum() for x in read])
+    agreement = (reading.stats.argmax == reading.stats.argmax[-1]).double().sum((1, 2))
+    return torch.stack([error, reading.kl.double().sum((1, 2)), agreement]).cpu()

@@ -26,7 +26,7 @@ from .ablation import AblationRunner
 from .blocks import check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
-from .report import read_report, write_outputs
+from .measures import read_report, write_outputs
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -125,9 +125,12 @@ def run_layers(
         try:
             manifest = begin(folder, examples, options, overwrite, argv, warn)
             writer = FolderWriter(folder, manifest)
-            analysis = _Analysis(run, examples, options, writer, signals, report)
-            analysis.finish()
-            return folder, analysis.conclude()
+            _Analysis(run, examples, options, writer, signals, report).finish()
+            found = read_report(folder, writer.manifest | {"status": "finished"}, examples)
+            write_outputs(folder, found)
+            if writer.manifest["status"] != "finished":
+                writer.save(status="finished")
+            return folder, found
         except OSError as error:
             raise disk_error(folder.path, error) from None
         except FaultError as error:
@@ -185,7 +188,7 @@ class _Analysis:
                 "the residual stream and nothing else, got another in block "
                 f"{restarts.sublayers.index(None) + 1}; use ``interventions='skip,mean,patch'``"
             )
-        targets = examples.by_key(examples.target_id)
+        targets = examples.by_key(examples.columns["target_id"])
         runner = AblationRunner(options, inputs.builder(), inputs.logit_lens, lens, restarts, targets, examples.top)
         return runner, {question.id: question for question in inputs.questions}
 
@@ -207,12 +210,3 @@ class _Analysis:
         """Between two questions: stop if a signal came, or say what is next."""
         self.signals.stop_if_received()
         self.report(stage, done, total)
-
-    def conclude(self) -> LayersReport:
-        """Write tables and figure of a finished analysis."""
-        writer = self.writer
-        report = read_report(writer.folder, writer.manifest | {"status": "finished"}, self.examples)
-        write_outputs(writer.folder, report)
-        if writer.manifest["status"] != "finished":
-            writer.save(status="finished")
-        return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,20 +16,17 @@ from ..store.process import is_held
 from ..store.results import Run, status_words
 from ..store.trajectory import choose_tokens, list_matrix
 
-COLUMNS = (*KEYS, "lens", "answer_token", "answer_id", "target_id")
+SCALARS = (*KEYS, "answer_id", "target_id")
 LISTS = ("argmax", "target_rank", "target_logprob", "entropy")
 
 
 @dataclass(frozen=True)
 class RunExamples:
-    """First answer tokens of some questions of a run under one lens; arrays over examples, in the run's order."""
+    """First answer tokens of some questions of a run under one lens, in the run's order."""
 
     manifest: dict  # of the run
     lens: str
-    keys: dict[str, np.ndarray]  # by KEYS, [n] int64
-    answer_id: np.ndarray  # [n] int64
-    target_id: np.ndarray  # [n] int64
-    layers: dict[str, np.ndarray]  # by LISTS, [n, n_layers + 1]
+    columns: dict[str, np.ndarray]  # of SCALARS [n] int64, of LISTS [n, n_layers + 1]
 
     @classmethod
     def read(cls, run: Run, lens: str | None, examples: int | None) -> RunExamples:
@@ -54,20 +51,15 @@ class RunExamples:
         lens = names[-1] if lens is None else lens
         if lens not in names:
             raise InputError(f"``lens``: expected one of the run's, {', '.join(names)}, got {lens}")
-        parts = (choose_tokens(part, "first") for part in run.parts([*COLUMNS, *LISTS]))
+        parts = (choose_tokens(part, "first") for part in run.parts([*SCALARS, *LISTS, "lens", "answer_token"]))
         table = pa.concat_tables(part.filter(pc.equal(part["lens"], lens)) for part in parts)
         ids = np.unique(table["question_id"].to_numpy()).tolist()
         if examples is not None and examples > len(ids):
             raise InputError(f"``examples``: expected 1 to {len(ids)}, the questions of {run.path}, got {examples}")
         drawn = ids if examples is None else random.Random(manifest["seed"]).sample(ids, examples)
-        return cls._of(manifest, lens, table.filter(pc.is_in(table["question_id"], pa.array(drawn))))
-
-    @classmethod
-    def _of(cls, manifest: dict, lens: str, table: pa.Table) -> RunExamples:
-        columns = {name: table[name].to_numpy().astype(np.int64) for name in (*KEYS, "answer_id", "target_id")}
-        lists = {name: list_matrix(table[name]) for name in LISTS}
-        keys = {name: columns[name] for name in KEYS}
-        return cls(manifest, lens, keys, columns["answer_id"], columns["target_id"], lists)
+        table = table.filter(pc.is_in(table["question_id"], pa.array(drawn)))
+        columns = {name: table[name].to_numpy().astype(np.int64) for name in SCALARS}
+        return cls(manifest, lens, columns | {name: list_matrix(table[name]) for name in LISTS})
 
     @property
     def n_layers(self) -> int:
@@ -82,15 +74,14 @@ class RunExamples:
     @property
     def questions(self) -> list[int]:
         """Ids in ascending order."""
-        return np.unique(self.keys["question_id"]).tolist()
+        return np.unique(self.columns["question_id"]).tolist()
 
     def of_questions(self, ids: list[int]) -> RunExamples:
         """The examples of some of the questions."""
-        inside = np.isin(self.keys["question_id"], ids)
-        keys = {name: values[inside] for name, values in self.keys.items()}
-        layers = {name: values[inside] for name, values in self.layers.items()}
-        return RunExamples(self.manifest, self.lens, keys, self.answer_id[inside], self.target_id[inside], layers)
+        inside = np.isin(self.columns["question_id"], ids)
+        return replace(self, columns={name: values[inside] for name, values in self.columns.items()})
 
     def by_key(self, values: np.ndarray) -> dict[tuple[int, int, int], object]:
         """One of ``values`` per example, by question, documents and gold position."""
-        return dict(zip(zip(*(self.keys[name].tolist() for name in KEYS), strict=True), values.tolist(), strict=True))
+        keys = zip(*(self.columns[name].tolist() for name in KEYS), strict=True)
+        return dict(zip(keys, values.tolist(), strict=True))

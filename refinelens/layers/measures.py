@@ -1,4 +1,4 @@
-"""Which layers an answer needs: by the lens, and by every intervention.
+"""Which layers an answer needs, by the lens and by every intervention: what an analysis of layers says and writes.
 
 Means per layer over examples, with intervals over questions; how far lens and interventions agree on the order of the
 layers; what is lost by stopping at a layer and taking what the lens reads there; from which layer on a state that is
@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from heapq import merge
+from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from ..config import PATCH
 from ..op.ranks import kendall_tau_b, spearman
+from ..report.figures import draw_layers
 from ..report.rows import (
     COST,
     EVERY_POSITION,
@@ -25,9 +31,13 @@ from ..report.rows import (
     Agreement,
     EarlyExit,
     Essential,
+    LayersReport,
     LayerStatistic,
     Patching,
+    essential_threshold,
+    layer_curves,
 )
+from ..report.tables import write_tables
 from ..stats import (
     FEW_QUESTIONS,
     MEAN,
@@ -35,18 +45,20 @@ from ..stats import (
     SHARE,
     SHARE_CHANGE,
     correlation_estimate,
+    groups,
     lower_bounds,
     mean_estimates,
     resampled_means,
     sums_and_counts,
 )
-from ..store.layers import RESTORE
-from ..store.trajectory import trajectories
+from ..store.files import write_whole
+from ..store.layers import CONTROL, DESTROY, FIGURE, KEYS, LAYER_ROWS, RESTORE, ROWS, LayersFolder
+from ..store.trajectory import NONE, trajectories
 from .examples import RunExamples
 
 CHANGES = ("correct_change", "first_correct_change", "settle_change", "depth_change")
 VALUES = ("target_logprob", "target_rank", "correct", "logprob_change", "rank_change", *CHANGES)
-COLUMNS = ("question_id", "documents", "gold_position", "intervention", "source_position", *VALUES)
+COLUMNS = (*KEYS, "intervention", "source_position", *VALUES)
 SHARES = ("first_correct_share", "settle_share", "exit_accuracy", "exit_agreement", "accuracy")
 KINDS = {**dict.fromkeys(SHARES, SHARE), "correct_change": SHARE_CHANGE}  # all else are means
 GAINS = (GAIN, "log_rank_gain", "entropy_drop")
@@ -70,24 +82,21 @@ class LayerMetrics:
         """`VALUES` of one intervention as they were stored; the layers of an example stand together, in order."""
         table = rows.filter(pc.equal(rows["intervention"], intervention))
         wide = {name: table[name].cast(pa.float64()).to_numpy().reshape(-1, n_layers) for name in VALUES}
-        names = ("question_id", "documents", "gold_position")
-        keys = [table[name].to_numpy()[::n_layers].astype(np.int64) for name in names]
+        keys = [table[name].to_numpy()[::n_layers].astype(np.int64) for name in KEYS]
         return cls(intervention, 1, *keys, wide, table["source_position"].cast(pa.float64()).to_numpy()[::n_layers])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """One of the values, ``[n, layers]``."""
-        return self.values[name]
 
     def __len__(self) -> int:
         return len(self.question_id)
 
-    def cells(self) -> Iterator[tuple[int, int | None, np.ndarray]]:
-        """(documents, gold position, which examples): all gold positions of a size together, then each."""
-        for documents in np.unique(self.documents).tolist():
-            inside = self.documents == documents
-            yield documents, EVERY_POSITION, inside
-            for position in np.unique(self.gold_position[inside]).tolist():
-                yield documents, position, inside & (self.gold_position == position)
+    def cells(self, *by: np.ndarray) -> Iterator[tuple]:
+        """(documents, values of ``by``, which examples): a context size as a whole, without values, then its cells.
+
+        Args:
+            by: Integers ``[n]``, by default gold positions.
+        """
+        by = by or (self.gold_position,)
+        whole = ((documents, *[EVERY_POSITION for _ in by], inside) for documents, inside in groups(self.documents))
+        return merge(whole, groups(self.documents, *by), key=itemgetter(0))
 
     def sums(self, inside: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Sums and counts ``[questions, statistics x layers]``, for the bootstrap."""
@@ -98,30 +107,31 @@ class LayerMetrics:
 
 def measure_lens(examples: RunExamples) -> LayerMetrics:
     """What the lens says of layers ``0 .. n_layers``; layer 0 gains nothing over a layer before."""
-    layers, top = examples.layers, examples.top
-    found = trajectories(layers["target_rank"], top, axis=-1)
+    columns = examples.columns
+    found = trajectories(columns["target_rank"], examples.top, axis=-1)
     numbers = np.arange(examples.n_layers + 1)
-    argmax = layers["argmax"]
+    argmax = columns["argmax"]
     values = {
         "first_correct_share": (found.first_correct[:, None] == numbers).astype(float),
         "settle_share": (found.settle[:, None] == numbers).astype(float),
-        GAIN: _gain(layers["target_logprob"].astype(float)),
-        "log_rank_gain": -_gain(np.log1p(layers["target_rank"].astype(float))),
-        "entropy_drop": -_gain(layers["entropy"].astype(float)),
-        "exit_accuracy": (argmax == examples.answer_id[:, None]).astype(float),
+        GAIN: _gain(columns["target_logprob"].astype(float)),
+        "log_rank_gain": -_gain(np.log1p(columns["target_rank"].astype(float))),
+        "entropy_drop": -_gain(columns["entropy"].astype(float)),
+        "exit_accuracy": (argmax == columns["answer_id"][:, None]).astype(float),
         "exit_agreement": (argmax == argmax[:, -1:]).astype(float),
     }
-    return LayerMetrics(LENS, 0, *examples.keys.values(), values)
+    return LayerMetrics(LENS, 0, *(columns[name] for name in KEYS), values)
 
 
 def measure_ablations(stored: LayerMetrics) -> LayerMetrics:
     """What an intervention costs at layers ``1 .. n_layers``, of what was stored of it."""
-    clean_rank = stored["target_rank"] - stored["rank_change"]
+    found = stored.values
+    clean_rank = found["target_rank"] - found["rank_change"]
     values = {
-        COST: -stored["logprob_change"],
-        "log_rank_cost": np.log1p(stored["target_rank"]) - np.log1p(clean_rank),
-        "accuracy": stored["correct"],
-        **{name: stored[name] for name in CHANGES},
+        COST: -found["logprob_change"],
+        "log_rank_cost": np.log1p(found["target_rank"]) - np.log1p(clean_rank),
+        "accuracy": found["correct"],
+        **{name: found[name] for name in CHANGES},
     }
     return replace(stored, values=values)
 
@@ -129,7 +139,7 @@ def measure_ablations(stored: LayerMetrics) -> LayerMetrics:
 def layer_statistics(measured: LayerMetrics, seed: int) -> list[LayerStatistic]:
     """Every statistic of every layer, by context size and gold position, see `stats.mean_estimates`."""
     rows, names = [], tuple(measured.values)
-    n = measured[names[0]].shape[1]
+    n = measured.values[names[0]].shape[1]
     kinds = [KINDS.get(name, MEAN) for name in names for _ in range(n)]
     for documents, position, inside in measured.cells():
         sums, counts = measured.sums(inside, names)
@@ -153,7 +163,7 @@ def agreements(lens: LayerMetrics, costs: list[LayerMetrics], seed: int) -> list
     """
     of_lens = {(documents, position): inside for documents, position, inside in lens.cells()}
     rows = []
-    for cost in (cost for cost in costs if cost[COST].shape[1] >= FEW_LAYERS):
+    for cost in (cost for cost in costs if cost.values[COST].shape[1] >= FEW_LAYERS):
         for documents, position, inside in cost.cells():
             questions = len(np.unique(cost.question_id[inside]))
             costly = resampled_means(*cost.sums(inside, (COST,)), seed)
@@ -171,21 +181,16 @@ def early_exits(statistics: list[LayerStatistic]) -> list[EarlyExit]:
     Args:
         statistics: Of the lens, see `measure_lens`.
     """
-    cells: dict[tuple, dict[str, list[LayerStatistic]]] = {}
-    for row in statistics:
-        if row.of == LENS:
-            cell = cells.setdefault((row.documents, row.gold_position), {})
-            cell.setdefault(row.statistic, []).append(row)
-    return [_exit(*key, cell["exit_accuracy"], cell["exit_agreement"]) for key, cell in cells.items()]
-
-
-def _exit(documents, position, accuracy: list[LayerStatistic], agreement: list[LayerStatistic]) -> EarlyExit:
-    whole = accuracy[-1].value
-    if whole.value == 0:
-        return EarlyExit(documents, position, accuracy[-1].questions, whole, None, NO_ESTIMATE, NO_ESTIMATE)
-    layer = next(row.layer for row in accuracy if row.value.value >= KEPT * whole.value)
-    there = (accuracy[layer].value, agreement[layer].value)
-    return EarlyExit(documents, position, accuracy[-1].questions, whole, layer, *there)
+    curves, exits = layer_curves(statistics), []
+    cells = dict.fromkeys((row.documents, row.gold_position) for row in statistics if row.of == LENS)
+    for cell in cells:
+        accuracy, agreement = (curves[LENS, *cell, name] for name in ("exit_accuracy", "exit_agreement"))
+        output, layer, there = accuracy[-1], None, (NO_ESTIMATE, NO_ESTIMATE)
+        if output.value.value > 0:
+            layer = next(row.layer for row in accuracy if row.value.value >= KEPT * output.value.value)
+            there = (accuracy[layer].value, agreement[layer].value)
+        exits.append(EarlyExit(*cell, output.questions, output.value, layer, *there))
+    return exits
 
 
 def essential_layers(lens: LayerMetrics, costs: list[LayerMetrics], threshold: float) -> list[Essential]:
@@ -224,21 +229,68 @@ def patchings(stored: LayerMetrics, seed: int) -> list[Patching]:
         stored: Of `store.layers.RESTORE` or `store.layers.DESTROY`.
         seed: Seed of the bootstrap over questions.
     """
-    done = stored["correct"] == (1.0 if stored.of == RESTORE else 0.0)
-    stays = np.logical_and.accumulate(done[:, ::-1], axis=1).sum(1)
-    from_layer = replace(stored, values={"from_layer": (done.shape[1] + 1.0 - stays)[:, None]})
+    done = stored.values["correct"] == (1.0 if stored.of == RESTORE else 0.0)
+    settle = trajectories((~done).astype(np.int64), axis=-1).settle  # 0-based among the layers 1 .. n_layers
+    lowest = np.where(settle == NONE, done.shape[1], settle) + 1.0
+    from_layer = replace(stored, values={"from_layer": lowest[:, None]})
     rows = []
-    for *pair, inside in _pairs(stored):
+    for *pair, inside in stored.cells(stored.gold_position, stored.source_position.astype(int)):
         sums, counts = from_layer.sums(inside, ("from_layer",))
         (value,) = mean_estimates(sums, counts, seed)
         rows.append(Patching(stored.of, *pair, len(sums), int(inside.sum()), value))
     return rows
 
 
-def _pairs(stored: LayerMetrics) -> Iterator[tuple[int, int | None, int | None, np.ndarray]]:
-    for documents in np.unique(stored.documents).tolist():
-        of_size = stored.documents == documents
-        yield documents, None, None, of_size
-        pairs = np.stack([stored.gold_position, stored.source_position.astype(int)], 1)
-        for position, source in np.unique(pairs[of_size], axis=0).tolist():
-            yield documents, position, source, of_size & (pairs == (position, source)).all(1)
+def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> LayersReport:
+    """Summarise the questions that an analysis has.
+
+    Args:
+        folder: The analysis.
+        manifest: Of the analysis.
+        examples: Of the run.
+    """
+    parts = (table.select(COLUMNS) for table in folder.rows(manifest))
+    rows = pa.concat_tables([LAYER_ROWS.empty_table().select(COLUMNS), *parts])
+    if manifest["parts"]:
+        examples = examples.of_questions([part["question_id"] for part in manifest["parts"]])
+    seed, n_layers = examples.manifest["seed"], examples.n_layers
+    ablations = [name for name in manifest["arguments"]["interventions"] if name != PATCH]
+    stored = {name: LayerMetrics.of_rows(rows, name, n_layers) for name in (*ablations, CONTROL, RESTORE, DESTROY)}
+    lens = measure_lens(examples)
+    costs = [measure_ablations(stored[name]) for name in ablations]
+    patched = [measure_ablations(stored[name]) for name in (RESTORE, DESTROY) if len(stored[name])]
+    statistics = [row for measured in (lens, *costs, *patched) for row in layer_statistics(measured, seed)]
+    noise = float(np.abs(stored[CONTROL].values["logprob_change"]).max(initial=0.0))
+    return LayersReport(
+        manifest=manifest,
+        run=examples.manifest,
+        ablations=ablations,
+        noise=noise,
+        largest_difference=_difference(stored[ablations[0]], examples) if ablations else 0.0,
+        statistics=statistics,
+        agreements=agreements(lens, costs, seed),
+        essentials=essential_layers(lens, costs, essential_threshold(noise)),
+        exits=early_exits(statistics),
+        patchings=[row for name in (RESTORE, DESTROY) for row in patchings(stored[name], seed)],
+    )
+
+
+def _difference(ablated: LayerMetrics, examples: RunExamples) -> float:
+    """Largest difference of a clean log-probability at the output to what the run has."""
+    in_run = examples.by_key(examples.columns["target_logprob"][:, -1].astype(float))
+    clean = (ablated.values["target_logprob"] - ablated.values["logprob_change"])[:, 0].tolist()
+    keys = zip(ablated.question_id.tolist(), ablated.documents.tolist(), ablated.gold_position.tolist(), strict=True)
+    return max((abs(value - in_run[key]) for key, value in zip(keys, clean, strict=True)), default=0.0)
+
+
+def write_outputs(folder: LayersFolder, report: LayersReport) -> None:
+    """Write ``layers.parquet``, the tables and ``layers.png``."""
+
+    def write(path: Path) -> None:
+        with pq.ParquetWriter(path, LAYER_ROWS, compression="zstd") as writer:
+            for rows in folder.rows(report.manifest):
+                writer.write_table(rows)
+
+    write_whole(folder.path / ROWS, write)
+    write_tables(folder.path, report)
+    draw_layers(folder.path / FIGURE, report)

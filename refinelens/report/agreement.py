@@ -78,11 +78,11 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
             "sweep both over one file, or over kv or tiny with one version of refinelens"
         )
     for name in ("seed", "target", "template", "alias", "chat"):
-        if _asked(run_a, name) != _asked(run_b, name):
-            given = " and ".join(_given(run, name) for run in (run_a, run_b))
+        (asked_a, words_a), (asked_b, words_b) = _asked(run_a, name), _asked(run_b, name)
+        if asked_a != asked_b:
             raise InputError(
-                f"{run_a.path} and {run_b.path}: expected runs with the same ``{name}``, got {given}: their rows ask "
-                "different things"
+                f"{run_a.path} and {run_b.path}: expected runs with the same ``{name}``, got {words_a} and {words_b}: "
+                "their rows ask different things"
             )
     (keys_a, ranks_a), (keys_b, ranks_b) = _read(run_a, "row_a"), _read(run_b, "row_b")
     shared = keys_a.join(keys_b, keys=NAMES, join_type="inner").sort_by("row_a")
@@ -109,17 +109,12 @@ def _opened(run: Run | str | Path) -> Run:
     return run if isinstance(run, Run) else open_run(run)
 
 
-def _asked(run: Run, option: str) -> object:
-    """What a run was told by an option; of a template the text, whatever file it stood in."""
-    return run.manifest["template"] if option == "template" else run.manifest["arguments"].get(option)
-
-
-def _given(run: Run, option: str) -> str:
-    """The same in a few words."""
-    given = str(run.manifest["arguments"].get(option))
+def _asked(run: Run, option: str) -> tuple[object, str]:
+    """What a run was told by an option, and in a few words; of a template the text, whatever file it stood in."""
+    given, template = run.manifest["arguments"].get(option), run.manifest["template"]
     if option != "template":
-        return given
-    return f"{given} ({hashlib.sha256(run.manifest['template'].encode()).hexdigest()[:8]})"
+        return given, str(given)
+    return template, f"{given} ({hashlib.sha256(template.encode()).hexdigest()[:8]})"
 
 
 def _read(run: Run, number: str) -> tuple[pa.Table, np.ndarray]:

@@ -29,6 +29,7 @@ from .rows import (
     Report,
     SummaryRow,
     counted,
+    layer_curves,
     title,
 )
 from .summary import caution_lines
@@ -57,7 +58,7 @@ PATCHES = {
     RESTORE: "failing runs, given the state of a right one",
     DESTROY: "right runs, given the state of a failing one",
 }
-LINEAR_TO = 1.0  # nats; beyond, the axis is logarithmic
+LINEAR_TO = 1.0  # nats; beyond, an axis is logarithmic
 
 
 def draw_figures(run: Run, report: Report, profiles: list[LayerProfile]) -> None:
@@ -95,7 +96,7 @@ def accuracy_figure(report: Report) -> Figure:
 
 def depth_figure(report: Report) -> Figure:
     """Depth by gold position: one panel per lens at the first threshold, on one scale."""
-    cautions = [c for c in report.cautions if c.top == report.tops[0]]
+    cautions = {reading: counts for reading, counts in report.cautions.items() if reading[1] == report.tops[0]}
     figure, panels = _run_figure(len(report.lenses), caution_lines(cautions, report.manifest))
     for axes, lens in zip(panels, report.lenses, strict=True):
         _plot_sizes(axes, _reading(report, lens), "mean_depth")
@@ -139,16 +140,12 @@ def profiles_figure(report: Report, profiles: list[LayerProfile]) -> Figure:
 
 def quality_figure(manifest: dict) -> Figure:
     """KL(final || layer) and top-1 agreement of a fit over the layers, one line per lens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure, (panels,) = _new_figure(8.0, 3.6, 1, 2)
     labels = {"kl": KL_LABEL, "top1": "same argmax as the model (share)"}
     for axes, (measure, label) in zip(panels, labels.items(), strict=True):
         for lens, quality in manifest["quality"].items():
             axes.plot(quality[measure], marker=".", label=lens)
         axes.set(xlabel="layer (0: embedding; last: output)", ylabel=label)
-        _tidy(axes)
     _scale_kl(panels[0])
     panels[0].legend(frameon=False)
     panels[1].set_ylim(0, 1.02)
@@ -158,30 +155,32 @@ def quality_figure(manifest: dict) -> Figure:
     return figure
 
 
-def _run_figure(panels: int, under: Sequence[str] = (), share: bool = True) -> tuple[Figure, list[Axes]]:
+def _run_figure(panels: int, under: Sequence[str] = (), share: bool = True) -> tuple[Figure, Sequence[Axes]]:
     """A figure with panels side by side and, if wanted, lines of text under them."""
-    from matplotlib.figure import Figure
-
     width = 6.4 if panels == 1 else 4.4 * panels
     text = "\n".join(textwrap.fill(line, int(width * CHARACTERS_PER_INCH)) for line in under)
     height = 4.0 + 0.16 * (text.count("\n") + bool(text))
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=share, squeeze=False)[0]
+    figure, (axes,) = _new_figure(width, height, 1, panels, sharey=share)
     if text:
         figure.supxlabel(text, fontsize=8, x=0.01, ha="left", parse_math=False)
-    for panel in axes:
-        _tidy(panel)
-    return figure, list(axes)
+    return figure, axes
 
 
-def _tidy(axes: Axes, grid: str = "both") -> None:
-    axes.grid(axis=grid, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+def _new_figure(width: float, height: float, rows: int, columns: int, grid: str = "both", **shared):
+    """A figure of so many inches and its panels ``[rows, columns]``; ``grid`` and ``shared`` name axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, **shared)
+    for axes in panels.flat:
+        axes.grid(axis=grid, alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def _scale_kl(axes: Axes) -> None:
     """0 at the output, and perhaps a hundred at the embedding."""
-    axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_yscale("symlog", linthresh=LINEAR_TO)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
 
@@ -218,14 +217,17 @@ def _plot_sizes(axes: Axes, rows: list[SummaryRow], name: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _add_legend(figure, panels: list) -> None:
+def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One for all panels, whose lines mean the same, beside them, where it hides none."""
-    labelled = {}
-    for axes in panels:
-        labelled |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labelled = _handles(panels)
     if labelled:
         figure.set_figwidth(figure.get_figwidth() + LEGEND_WIDTH)
         figure.legend(labelled.values(), labelled.keys(), loc="outside right center", frameon=False)
+
+
+def _handles(panels: Sequence[Axes]) -> dict:
+    """What a legend of all panels shows, by label."""
+    return {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
 
 
 def _style(index: int, size: float) -> dict:
@@ -242,41 +244,41 @@ def _run_title(report: Report) -> str:
 
 def layers_figure(report: LayersReport) -> Figure:
     """A row of panels per intervention under one of the lens, a column per context size."""
-    from matplotlib.figure import Figure
-
     rows = [(LENS, GAIN), *((name, COST) for name in report.ablations)]
-    patches = [(name, "accuracy") for name in (RESTORE, DESTROY) if any(row.of == name for row in report.statistics)]
+    has_patches = any(row.of in PATCHES for row in report.statistics)
     sizes = sorted({row.documents for row in report.statistics})
     styles = _styles({row.gold_position for row in report.statistics} - {EVERY_POSITION})
-    n = len(rows) + bool(patches)
-    figure = Figure(figsize=(max(6.8, 5.0 * len(sizes)), 0.9 + 1.45 * n), layout="constrained")
-    panels = figure.subplots(n, len(sizes), sharex=True, sharey="row", squeeze=False)
+    n = len(rows) + has_patches
+    width, height = max(6.8, 5.0 * len(sizes)), 0.9 + 1.45 * n
+    figure, panels = _new_figure(width, height, n, len(sizes), grid="x", sharex=True, sharey="row")
+    for axes in panels.flat:
+        axes.tick_params(labelsize=7)
     for of_row, (name, statistic) in zip(panels, rows, strict=False):
         for axes, documents in zip(of_row, sizes, strict=True):
-            _plot_positions(axes, _chosen(report, name, documents, statistic), styles)
+            _plot_positions(axes, _curves(report, name, documents, statistic), styles)
         unit = "nats; log beyond 1" if _scale(of_row) else "nats"
         words = PANELS[name].format(lens=report.manifest["lens"], unit=unit)
         of_row[0].set_ylabel(words, fontsize=8, parse_math=False)
-    for axes, documents in zip(panels[-1], sizes, strict=True) if patches else ():
-        _plot_patches(axes, [_chosen(report, name, documents, statistic) for name, statistic in patches])
+    for axes, documents in zip(panels[-1], sizes, strict=True) if has_patches else ():
+        _plot_patches(axes, {name: _curves(report, name, documents, "accuracy") for name in PATCHES})
     _finish(figure, panels, sizes, report)
     return figure
 
 
-def _chosen(report: LayersReport, of: str, documents: int, statistic: str) -> list[LayerStatistic]:
-    """One statistic of layers ``1 .. n_layers``; layer 0 has no block."""
+def _curves(report: LayersReport, of: str, documents: int, statistic: str) -> dict[int | None, list[LayerStatistic]]:
+    """One statistic over layers ``1 .. n_layers`` by gold position; layer 0 has no block."""
     wanted = (of, documents, statistic)
-    return [r for r in report.statistics if (r.of, r.documents, r.statistic) == wanted and r.layer > 0]
+    rows = [r for r in report.statistics if (r.of, r.documents, r.statistic) == wanted and r.layer > 0]
+    return {position: curve for (_, _, position, _), curve in layer_curves(rows).items()}
 
 
-def _plot_patches(axes: Axes, found: list[list[LayerStatistic]]) -> None:
+def _plot_patches(axes: Axes, curves: dict[str, dict[int | None, list[LayerStatistic]]]) -> None:
     """Share of answers that are correct once a state is patched over, all pairs of gold positions together."""
-    styles = ({"color": "k", "ls": "-"}, {"color": "k", "ls": "--"})
-    for rows, style in zip(found, styles, strict=False):
-        whole = [row for row in rows if row.gold_position is None]
+    for (name, of_patch), line in zip(curves.items(), ("-", "--"), strict=True):
+        whole = of_patch.get(EVERY_POSITION, [])
         layers, values = [row.layer for row in whole], [row.value for row in whole]
         if whole:
-            axes.plot(layers, [value.value for value in values], lw=1, label=PATCHES[whole[0].of], **style)
+            axes.plot(layers, [value.value for value in values], color="k", ls=line, lw=1, label=PATCHES[name])
             axes.fill_between(layers, [v.low for v in values], [v.high for v in values], color="k", alpha=0.08, lw=0)
     axes.set_ylim(-0.05, 1.05)
     axes.set_ylabel("share correct\nonce patched", fontsize=8)
@@ -284,25 +286,19 @@ def _plot_patches(axes: Axes, found: list[list[LayerStatistic]]) -> None:
         axes.legend(fontsize=7, frameon=False, loc="center left")
     else:
         axes.text(0.5, 0.5, "no question both answered and failed", fontsize=7, ha="center", transform=axes.transAxes)
-    axes.tick_params(labelsize=7)
-    _tidy(axes, grid="x")
 
 
-def _plot_positions(axes: Axes, rows: list[LayerStatistic], styles: dict[int, dict]) -> None:
+def _plot_positions(axes: Axes, curves: dict[int | None, list[LayerStatistic]], styles: dict[int, dict]) -> None:
     """A line per gold position, behind them a bar per layer: the interval of all of them together."""
     axes.use_sticky_edges = False  # a narrow bar would end the axis, in the middle of the markers on it
-    positions = sorted({row.gold_position for row in rows if row.gold_position is not None})
-    whole = [row for row in rows if row.gold_position is None]
+    whole = curves.pop(EVERY_POSITION, [])
     layers = [row.layer for row in whole]
     low, high = (np.array([getattr(row.value, end) for row in whole]) for end in ("low", "high"))
     axes.bar(layers, high - low, bottom=low, width=0.8, color="0.85", lw=0, label="all positions, 95 % interval")
-    for position in positions:
-        values = [row.value.value for row in rows if row.gold_position == position]
+    for position, curve in sorted(curves.items()):
         label = "closed-book" if position == NO_POSITION else f"gold position {position}"
-        axes.plot(layers, values, lw=1, ms=2.5, label=label, **styles[position])
+        axes.plot(layers, [row.value.value for row in curve], lw=1, ms=2.5, label=label, **styles[position])
     axes.axhline(0.0, color="0.4", lw=0.6)
-    axes.tick_params(labelsize=7)
-    _tidy(axes, grid="x")
 
 
 def _scale(of_row) -> bool:
@@ -340,9 +336,7 @@ def _finish(figure, panels, sizes: list[int], report: LayersReport) -> None:
         axes.set_xlabel("layer", fontsize=8)
     for axes, documents in zip(panels[0], sizes, strict=True):
         axes.set_title(condition_name(documents), fontsize=8)
-    handles = {}
-    for axes in panels[0]:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    handles = _handles(panels[0])
     options = {"fontsize": 7, "frameon": False, "ncols": min(len(handles), 4), "loc": "outside lower center"}
     figure.legend(handles.values(), handles.keys(), **options)
     at = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]

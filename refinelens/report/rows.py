@@ -7,7 +7,7 @@ computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,9 @@ EVERY_POSITION = None  # in place of a gold position: all of a context size toge
 NOTICEABLE = 0.01  # nats, a hundredth of the probability: less is no essential layer, however sure
 FEW_LAYERS = 5  # fewer are in the same order, or in the reverse one, by chance: 4 once in 12 times, 3 once in 3
 KEPT = 0.95  # of the accuracy at the output, by an early exit
+
+# By lens and threshold, where more than half of the settled examples settle at the output: how many do, of how many.
+Cautions = dict[tuple[str, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,6 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
-class Caution:
-    """A lens and threshold with which more than half of the settled examples settle at the output."""
-
-    lens: str
-    top: int
-    at_output: int  # examples
-    settled: int  # examples
-
-
-@dataclass(frozen=True)
 class Report:
     """What the tables and figures of a run say of its chosen answer tokens."""
 
@@ -128,7 +121,7 @@ class Report:
     rows: list[SummaryRow]
     differences: list[PairedDifference]
     tests: list[InvertedU]
-    cautions: list[Caution]
+    cautions: Cautions
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:
@@ -244,14 +237,24 @@ class LayersReport:
         }
 
     @property
-    def threshold(self) -> float:
-        """Nats that the mean of an essential layer lies above for sure."""
-        return essential_threshold(self.noise)
-
-    @property
     def n_layers(self) -> int:
         """The layer of the output."""
         return self.run["model"]["n_layers"]
+
+    def of_size(self, documents: int) -> LayersReport:
+        """What it says of one context size."""
+        lists = ("statistics", "agreements", "essentials", "exits", "patchings")
+        return replace(
+            self, **{name: [row for row in getattr(self, name) if row.documents == documents] for name in lists}
+        )
+
+
+def layer_curves(statistics: list[LayerStatistic]) -> dict[tuple, list[LayerStatistic]]:
+    """Rows in the order of their layers by ``(of, documents, gold_position, statistic)``."""
+    curves: dict[tuple, list[LayerStatistic]] = {}
+    for row in statistics:
+        curves.setdefault((row.of, row.documents, row.gold_position, row.statistic), []).append(row)
+    return curves
 
 
 def essential_threshold(noise: float) -> float:

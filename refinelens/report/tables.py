@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import groupby
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, PATCH, check_top, condition_name
 from ..errors import FaultError, InputError
-from ..stats import FEW_QUESTIONS, PairedTest
+from ..stats import FEW_QUESTIONS, Estimate, PairedTest
 from ..store.files import write_cells
 from ..store.layers import DESTROY, RESTORE
 from ..store.process import RunLock
@@ -24,6 +25,7 @@ from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
 from .rows import (
     COST,
+    EVERY_POSITION,
     FEW_LAYERS,
     GAIN,
     KEPT,
@@ -32,12 +34,12 @@ from .rows import (
     Essential,
     InvertedU,
     LayersReport,
-    LayerStatistic,
     PairedDifference,
     Patching,
     Report,
     SummaryRow,
     counted,
+    essential_threshold,
     format_estimate,
     title,
 )
@@ -45,10 +47,23 @@ from .summary import caution_lines, layer_profiles, read_report
 
 WIDTH = 120
 LENS_WIDTH = 14  # longer names are folded, so that the table stays within WIDTH
-HEADINGS = (
-    *("lens", "top", "docs", "gold", "n", "accuracy", "all", "gen."),
-    *("settled", "depth", "median", "first", "settle", "at out.", "unseen"),
-)
+COLUMNS = {  # of the summary of a run: field of its rows, digits of an estimate, whether its interval is shown
+    "lens": ("lens",),
+    "top": ("top",),
+    "docs": ("documents",),
+    "gold": ("gold_position",),
+    "n": ("n",),
+    "accuracy": ("accuracy", 2, True),
+    "all": ("accuracy_all", 2),
+    "gen.": ("accuracy_generated", 2),
+    "settled": ("settled",),
+    "depth": ("mean_depth", 1, True),
+    "median": ("median_depth", 1),
+    "first": ("mean_first_correct", 1),
+    "settle": ("mean_settle", 1),
+    "at out.": ("share_at_output", 2),
+    "unseen": ("share_unseen", 2),
+}
 SHOWN_PAIRS = 6  # of gold positions, in the line about patches
 LENS_COLUMNS = {  # statistics of the lens by layer
     "first_correct_share": "first",
@@ -76,42 +91,34 @@ def _print(console: Console, lines: list[str], style: str | None = None) -> None
         console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_table(console: Console, report: Report) -> None:
-    """Print the summary of a run and, under it, what a reader needs to trust it."""
+def print_table(console: Console, report: Report, in_words: Callable[[str], str] = str) -> None:
+    """Print the summary of a run and, under it, what a reader needs to trust it.
+
+    Args:
+        console: Where to.
+        report: What of.
+        in_words: Puts the parameters that a line names, see `refinelens.errors`, as its reader knows them.
+    """
     console.width = max(console.width, WIDTH)  # a pipe reports 80
     _print(console, [f"{title(report.manifest)}: refinement by gold position\n"])
     shown = {"lens": len(report.lenses) > 1, "top": len(report.tops) > 1, "gen.": report.has_generations}
-    headings = [heading for heading in HEADINGS if shown.get(heading, True)]
-    table = _table(headings)
+    columns = {heading: column for heading, column in COLUMNS.items() if shown.get(heading, True)}
+    table = _table([*columns])
     for row, after in zip(report.rows, [*report.rows[1:], None], strict=True):
         section = (row.lens, row.top, row.documents)
         end = after is None or section != (after.lens, after.top, after.documents)
-        cells = _cells(row)
-        table.add_row(*(cells[heading] for heading in headings), end_section=end)
+        table.add_row(*(_cell(row, *column) for column in columns.values()), end_section=end)
     console.print(table)
     lines = [*notes(report), *paired_lines(report), *inverted_u_lines(report)]
-    _print(console, [*lines, *caution_lines(report.cautions, report.manifest)], "dim")
+    lines += caution_lines(report.cautions, report.manifest)
+    _print(console, [in_words(line) for line in lines], "dim")
 
 
-def _cells(row: SummaryRow) -> dict[str, str]:
-    texts = [
-        escape(row.lens),
-        str(row.top),
-        str(row.documents),
-        "-" if row.gold_position == NO_POSITION else str(row.gold_position),
-        str(row.n),
-        format_estimate(row.accuracy, 2, interval=True),
-        format_estimate(row.accuracy_all, 2),
-        format_estimate(row.accuracy_generated, 2),
-        str(row.settled),
-        format_estimate(row.mean_depth, 1, interval=True),
-        format_estimate(row.median_depth, 1),
-        format_estimate(row.mean_first_correct, 1),
-        format_estimate(row.mean_settle, 1),
-        format_estimate(row.share_at_output, 2),
-        format_estimate(row.share_unseen, 2),
-    ]
-    return dict(zip(HEADINGS, texts, strict=True))
+def _cell(row: SummaryRow, field: str, digits: int = 0, interval: bool = False) -> str:
+    value = getattr(row, field)
+    if isinstance(value, Estimate):
+        return format_estimate(value, digits, interval)
+    return "-" if (field, value) == ("gold_position", NO_POSITION) else escape(str(value))
 
 
 def notes(report: Report) -> list[str]:
@@ -159,8 +166,8 @@ def notes(report: Report) -> list[str]:
     if manifest["status"] != "finished":
         status = "unfinished" if manifest["status"] == "running" else manifest["status"]
         lines.append(
-            f"This run is {status}: {counts['done']} of {counted(counts['questions'], 'question')}; refinelens sweep "
-            "--resume goes on with it."
+            f"This run is {status}: {counts['done']} of {counted(counts['questions'], 'question')}; ``sweep(resume)`` "
+            "goes on with it."
         )
     return lines
 
@@ -238,58 +245,53 @@ def print_layers(console: Console, report: LayersReport) -> None:
     """Print a table per context size and, under it, what the interventions say of the lens."""
     console.width = max(console.width, WIDTH)  # a pipe reports 80
     for documents in sorted({row.documents for row in report.statistics}, key=lambda n: (n <= ORACLE, n)):
-        rows = [row for row in report.statistics if row.documents == documents and row.gold_position is None]
-        questions = max(row.questions for row in rows)
+        part = report.of_size(documents)
+        questions = max(row.questions for row in part.statistics if row.gold_position is EVERY_POSITION)
         size, lens = condition_name(documents), report.manifest["lens"]
         _print(console, [f"{title(report.run)}: {size}, {counted(questions, 'question')}, {lens} lens\n"])
-        console.print(_layers_table(report, rows, [row for row in report.essentials if row.documents == documents]))
-        _print(console, [*_lines(report, documents), ""])
+        console.print(_layers_table(part))
+        _print(console, [*_lines(part), ""])
     _print(console, _layers_notes(report), "dim")
 
 
-def _layers_table(report: LayersReport, rows: list[LayerStatistic], essentials: list[Essential]) -> Table:
-    starred = {row.intervention: {*row.both, *row.intervention_only} for row in essentials}
-    values = {(row.of, row.statistic, row.layer): row.value for row in rows}
+def _layers_table(report: LayersReport) -> Table:
+    values = {
+        (row.of, row.statistic, row.layer): row.value
+        for row in report.statistics
+        if row.gold_position is EVERY_POSITION
+    }
+    starred = {(row.intervention, layer) for row in report.essentials for layer in (*row.both, *row.intervention_only)}
     table = _table(["layer", *LENS_COLUMNS.values(), *report.ablations])
     for layer in range(report.n_layers + 1):
         cells = [format_estimate(values[LENS, name, layer], 2, interval=name == GAIN) for name in LENS_COLUMNS]
         for name in report.ablations:
             value = values.get((name, COST, layer))
-            star = "*" if layer in starred.get(name, ()) else " "
+            star = "*" if (name, layer) in starred else " "
             cells.append("-" if value is None else f"{format_estimate(value, 2)}{star}")
         table.add_row(str(layer), *cells)
     return table
 
 
-def _lines(report: LayersReport, documents: int) -> list[str]:
-    lines = [_agreement_line(report, documents, name) for name in report.ablations if report.agreements]
+def _lines(report: LayersReport) -> list[str]:
+    lines = [_agreement_line(report, name) for name in report.ablations if report.agreements]
     if report.ablations and not report.agreements:
         over = counted(report.n_layers, "layer")
         lines.append(f"Agreement: none over {over}; fewer than {FEW_LAYERS} agree by chance too often.")
-    essentials = [row for row in report.essentials if row.documents == documents]
-    if report.ablations and not essentials:
+    if report.ablations and not report.essentials:
         lines.append(f"Essential: no verdict on fewer than {FEW_QUESTIONS} questions.")
-    lines += [_essential_line(row) for row in essentials]
-    exits = [row for row in report.exits if row.documents == documents]
-    lines.append(_exit_line(exits, report.manifest["lens"]))
-    patches = [row for row in report.patchings if row.documents == documents]
-    if PATCH in report.manifest["arguments"]["interventions"] and not patches:
+    lines += [_essential_line(row) for row in report.essentials]
+    lines.append(_exit_line(report.exits, report.manifest["lens"]))
+    if PATCH in report.manifest["arguments"]["interventions"] and not report.patchings:
         lines.append("Patching: no question is answered at one gold position and not at another.")
-    lines += [_patch_line([row for row in patches if row.intervention == name], name) for name in (RESTORE, DESTROY)]
-    return [line for line in lines if line]
+    patches = ([row for row in report.patchings if row.intervention == name] for name in (RESTORE, DESTROY))
+    return [*lines, *(_patch_line(*rows) for rows in patches if rows)]
 
 
-def _agreement_line(report: LayersReport, documents: int, name: str) -> str:
-    chosen = {
-        row.coefficient: row.value
-        for row in report.agreements
-        if (row.documents, row.gold_position, row.intervention, row.lens_statistic) == (documents, None, name, GAIN)
-    }
-    words = ", ".join(
-        f"{coefficient} {format_estimate(chosen[coefficient.lower()], 2, interval=True)}"
-        for coefficient in ("Spearman", "Kendall")
-    )
-    intervals = "" if math.isnan(chosen["spearman"].low) else "; intervals over questions"
+def _agreement_line(report: LayersReport, name: str) -> str:
+    wanted = (EVERY_POSITION, name, GAIN)
+    rows = [row for row in report.agreements if (row.gold_position, row.intervention, row.lens_statistic) == wanted]
+    words = ", ".join(f"{row.coefficient.title()} {format_estimate(row.value, 2, interval=True)}" for row in rows)
+    intervals = "" if math.isnan(rows[0].value.low) else "; intervals over questions"
     return f"Agreement of gain and {name} over {report.n_layers} layers: {words}{intervals}."
 
 
@@ -301,12 +303,7 @@ def _essential_line(row: Essential) -> str:
 
 def _ranges(layers: tuple[int, ...]) -> str:
     """``1-3,7``, or none."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
 
 
@@ -324,10 +321,7 @@ def _exit_line(exits: list[EarlyExit], lens: str) -> str:
     )
 
 
-def _patch_line(rows: list[Patching], name: str) -> str:
-    if not rows:
-        return ""
-    whole, *pairs = rows
+def _patch_line(whole: Patching, *pairs: Patching) -> str:
     words = {
         RESTORE: "Patching from where the model succeeds to where it fails restores the answer",
         DESTROY: "Patching from where it fails to where it succeeds destroys it",
@@ -335,7 +329,7 @@ def _patch_line(rows: list[Patching], name: str) -> str:
     shown = ", ".join(f"{p.source_position} to {p.gold_position}: {p.from_layer.value:.1f}" for p in pairs)
     shown = f"by gold positions {shown}" if len(pairs) <= SHOWN_PAIRS else "by pairs of gold positions in patching.csv"
     return (
-        f"{words[name]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of "
+        f"{words[whole.intervention]} from layer {format_estimate(whole.from_layer, 1, interval=True)} on (mean of "
         f"{counted(whole.examples, 'pair')} of contexts, {counted(whole.questions, 'question')}); {shown}."
     )
 
@@ -349,11 +343,12 @@ def _layers_notes(report: LayersReport) -> list[str]:
     if not report.ablations:
         return lines
     tokens = {"all": "at every token", "answer": "at the token before the answer"}[report.manifest["arguments"]["at"]]
+    threshold = f"{essential_threshold(report.noise):.2g}"
     return [
         *lines,
         f"{', '.join(report.ablations)}: mean nats of target log-probability lost by striking the block of that layer "
-        f"{tokens}; * essential: a mean above {report.threshold:.2g} nats, by 95 % bounds that hold for all layers at "
-        f"once; {report.threshold:.2g} is the larger of a hundredth of the probability and the noise of "
+        f"{tokens}; * essential: a mean above {threshold} nats, by 95 % bounds that hold for all layers at "
+        f"once; {threshold} is the larger of a hundredth of the probability and the noise of "
         f"{report.noise:.1e}, the most that a control without effect changed. Clean runs and the sweep differ by "
         f"{report.largest_difference:.1e} nats at most.",
         f"{counted(len(report.manifest['parts']), 'question')} in {report.manifest['seconds']:.0f} s.",
@@ -399,8 +394,10 @@ def write_outputs(run: Run, report: Report) -> None:
     draw_figures(run, report, profiles)
 
 
-def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) -> None:
-    """Print the table of a run from its predictions.
+def show_run(
+    run: Run, console: Console, tops: tuple[int, ...] | None = None, in_words: Callable[[str], str] = str
+) -> None:
+    """Print the table of a run from its predictions, see `print_table`.
 
     Files that are missing are written if they can be and no sweep is at it. With other thresholds the run stays as
     it is.
@@ -414,7 +411,7 @@ def show_run(run: Run, console: Console, tops: tuple[int, ...] | None = None) ->
     if tops is None and not all((run.path / name).exists() for name in DERIVED):
         with suppress(OSError, InputError, FaultError), RunLock(run.path):
             write_outputs(run, report)
-    print_table(console, report)
+    print_table(console, report, in_words)
 
 
 def write_tables(folder: Path, report: Report | LayersReport) -> None:

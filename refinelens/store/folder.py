@@ -18,9 +18,8 @@ from typing import ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .. import __version__
 from ..errors import FaultError, InputError
-from ..machine import now, packages
+from ..machine import __version__, now, packages
 from .files import check_entries, disk_error, sha256_of, sync_folder, temporary_of, write_whole
 
 MANIFEST = "manifest.json"

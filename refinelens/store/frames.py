@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -66,9 +66,9 @@ def export_run(run: Run, path: Path, kind: str) -> int:
 
     def write(temporary: Path) -> None:
         nonlocal rows
-        with FORMATS[kind](temporary) as add:
+        with WRITERS[kind](temporary) as writer:
             for table in long_tables(run):
-                add(table)
+                writer.write_table(table)
                 rows += len(table)
 
     write_output(path, write)
@@ -87,30 +87,28 @@ def check_new_file(path: Path) -> None:
         raise InputError(f"``out`` {path}: expected a file in a folder that is there")
 
 
-@contextmanager
-def _csv(path: Path) -> Iterator[Callable[[pa.Table], object]]:
-    with pyarrow.csv.CSVWriter(path, LONG) as writer:
-        yield writer.write_table
+class _JsonLinesWriter:
+    """Writes a line of JSON per row, as pyarrow's writers write other formats."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("w", encoding="utf-8")
+
+    def __enter__(self) -> _JsonLinesWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write_table(self, table: pa.Table) -> None:
+        for batch in table.to_batches(max_chunksize=4096):
+            self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
 
 
-@contextmanager
-def _parquet(path: Path) -> Iterator[Callable[[pa.Table], object]]:
-    with pq.ParquetWriter(path, LONG, compression="zstd") as writer:
-        yield writer.write_table
-
-
-@contextmanager
-def _jsonl(path: Path) -> Iterator[Callable[[pa.Table], object]]:
-    with path.open("w", encoding="utf-8") as file:
-
-        def add(table: pa.Table) -> None:
-            for batch in table.to_batches(max_chunksize=4096):
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
-
-        yield add
-
-
-FORMATS = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}
+WRITERS: dict[str, Any] = {
+    "csv": partial(pyarrow.csv.CSVWriter, schema=LONG),
+    "jsonl": _JsonLinesWriter,
+    "parquet": partial(pq.ParquetWriter, schema=LONG, compression="zstd"),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,16 +134,12 @@ class LoadedRun:
     @property
     def predictions(self) -> pd.DataFrame:
         """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
-        _pandas()
-        tables = list(self.run.parts(PREDICTIONS.names))
-        return (pa.concat_tables(tables) if tables else PREDICTIONS.empty_table()).to_pandas()
+        return _frame(self.run.parts(PREDICTIONS.names), PREDICTIONS)
 
     @property
     def layers(self) -> pd.DataFrame:
         """The predictions with a row for every layer, as `refinelens export` writes them."""
-        _pandas()
-        tables = list(long_tables(self.run))
-        return (pa.concat_tables(tables) if tables else LONG.empty_table()).to_pandas()
+        return _frame(long_tables(self.run), LONG)
 
     @property
     def interventions(self) -> pd.DataFrame:
@@ -160,22 +154,17 @@ class LoadedRun:
     def trajectories(self) -> pd.DataFrame:
         """A row per prediction and threshold of the run; missing where a value does not exist."""
         tops = tuple(self.manifest["arguments"]["top"])
-        tables = list(trajectory_tables(self.run, tops))
-        table = pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table()
-        return _with_integers(table)
+        return _frame(trajectory_tables(self.run, tops), TRAJECTORIES, nullable=True)
 
     @property
     def summary(self) -> pd.DataFrame:
         """``summary.csv``: a row per lens, threshold, context size and gold position."""
-        return self._table("summary.csv")
+        return _read_csv(self.run.path / "summary.csv")
 
     @property
     def paired(self) -> pd.DataFrame:
         """``paired.csv``: a row per lens, threshold, context size and pair of gold positions."""
-        return self._table("paired.csv")
-
-    def _table(self, name: str) -> pd.DataFrame:
-        return _read_csv(self.run.path / name)
+        return _read_csv(self.run.path / "paired.csv")
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,7 +202,8 @@ class LoadedLayers:
     def rows(self) -> pd.DataFrame:
         """A row per example, layer and intervention."""
         _ = self.manifest  # that it is finished
-        return _with_integers(pq.read_table(self.folder.path / ROWS))
+        table = pq.read_table(self.folder.path / ROWS)
+        return _frame([table], table.schema, nullable=True)
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -270,7 +260,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return _pandas().read_csv(path, dtype={"lens": str}, keep_default_na=False, na_values=[""])
 
 
-def _with_integers(table: pa.Table) -> pd.DataFrame:
-    """Integers stay integers, also where some are missing."""
+def _frame(tables: Iterable[pa.Table], schema: pa.Schema, nullable: bool = False) -> pd.DataFrame:
+    """Tables one below the other; with ``nullable`` integers stay integers, also where some are missing."""
     pandas = _pandas()
-    return table.to_pandas(types_mapper={pa.int32(): pandas.Int32Dtype()}.get)
+    table = pa.concat_tables([schema.empty_table(), *tables])
+    return table.to_pandas(types_mapper={pa.int32(): pandas.Int32Dtype()}.get if nullable else None)

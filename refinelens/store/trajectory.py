@@ -138,8 +138,8 @@ def trajectory_tables(run: Run, tops: tuple[int, ...]) -> Iterator[pa.Table]:
 
 def read_trajectories(run: Run, tops: tuple[int, ...]) -> pa.Table:
     """All trajectories of a run without their lists."""
-    tables = [table.drop_columns(LISTS) for table in trajectory_tables(run, tops)]
-    return pa.concat_tables(tables) if tables else TRAJECTORIES.empty_table().drop_columns(LISTS)
+    tables = (table.drop_columns(LISTS) for table in trajectory_tables(run, tops))
+    return pa.concat_tables([TRAJECTORIES.empty_table().drop_columns(LISTS), *tables])
 
 
 def choose_tokens(table: pa.Table, answer_tokens: str) -> pa.Table:
@@ -160,6 +160,7 @@ def _tables(part: pa.Table, tops: tuple[int, ...]) -> list[pa.Table]:
     offsets = np.arange(len(part) + 1, dtype=np.int32) * gains.shape[1]
     correct = list_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy()
     shared = {
+        **{name: part[name] for name, _ in KEYS},
         "answer_correct": correct,
         "all_correct": _of_whole_answers(correct, part["answer_token"].to_numpy()),
         "generated_correct": part["generated_correct"],
@@ -167,18 +168,11 @@ def _tables(part: pa.Table, tops: tuple[int, ...]) -> list[pa.Table]:
     }
     tables = []
     for top in tops:
-        result = trajectories(ranks, top, axis=-1)
-        values = {
-            **{name: part[name] for name, _ in KEYS},
-            "top": np.full(len(part), top),
-            "first_correct": _nullable(result.first_correct),
-            "settle": _nullable(result.settle),
-            "depth": _nullable(result.depth),
-            "flips": _nullable(result.flips),
-            "final_correct": ~result.censored,
-            "largest_gain": _nullable(result.largest_gain),
-            **shared,
-        }
+        found = trajectories(ranks, top, axis=-1)
+        values = shared | {"top": np.full(len(part), top), "final_correct": ~found.censored}
+        for name in ("first_correct", "settle", "depth", "flips", "largest_gain"):
+            numbers = getattr(found, name)
+            values[name] = pa.array(numbers, mask=numbers == NONE)
         tables.append(pa.table([values[name] for name in TRAJECTORIES.names], TRAJECTORIES.names).cast(TRAJECTORIES))
     return tables
 
@@ -187,7 +181,3 @@ def _of_whole_answers(correct: np.ndarray, answer_token: np.ndarray) -> np.ndarr
     """Per row whether all tokens of its answer are correct; the tokens of an answer stand together, in order."""
     starts = np.diff(answer_token, prepend=answer_token[:1]) <= 0
     return np.logical_and.reduceat(correct, np.flatnonzero(starts))[starts.cumsum() - 1]
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    return pa.array(values, mask=values == NONE)

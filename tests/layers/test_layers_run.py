@@ -72,7 +72,7 @@ def run(swept, tmp_path):
 def quick(monkeypatch):
     """For what is not about the figure."""
     draw = lambda path, report: write_whole(path, lambda temporary: temporary.write_bytes(b"figure"))  # noqa: E731
-    monkeypatch.setattr("refinelens.layers.report.draw_layers", draw)
+    monkeypatch.setattr("refinelens.layers.measures.draw_layers", draw)
 
 
 def rows_of(folder):

@@ -43,16 +43,18 @@ RANKS = np.array([[9, 0, 4, 0], [9, 3, 0, 0], [5, 5, 0, 0], [8, 8, 8, 2]])
 
 
 def examples(ranks=RANKS):
-    keys = {"question_id": [4, 4, 6, 6], "documents": [2, 2, 2, 2], "gold_position": [0, 1, 0, 1]}
     n = np.arange(len(ranks))
-    lists = {
+    columns = {
+        "question_id": np.array([4, 4, 6, 6]),
+        "documents": np.full(4, 2),
+        "gold_position": np.array([0, 1, 0, 1]),
+        "answer_id": np.full(4, 7),
         "argmax": np.where(ranks == 0, 7, 1),
         "target_rank": ranks,
         "target_logprob": -np.sqrt(ranks, dtype=np.float32),
         "entropy": np.float32(5.0) - np.arange(ranks.shape[1], dtype=np.float32) * (1 + n[:, None]),
     }
-    arrays = {name: np.array(values) for name, values in keys.items()}
-    return RunExamples(RUN, "plain", arrays, np.full(4, 7), np.full(4, 7), lists)
+    return RunExamples(RUN, "plain", columns)
 
 
 def report_of(statistics, ablations=(), run=RUN, agree=(), essential=(), exits=(), **arguments):

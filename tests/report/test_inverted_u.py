@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refinelens.report.summary import VOID, inverted_u_tests, middle_positions
+from refinelens.report.summary import VOID, inverted_u_tests, middle_positions, read_cells
 from refinelens.report.tables import inverted_u_line
 from refinelens.stats import holm, sign_flip
 
@@ -33,7 +33,7 @@ def trajectories(depths, documents=3, lens="plain", top=1):
 
 
 def run_tests(*tables, blind=frozenset(), lenses=("plain",), tops=(1,)):
-    return inverted_u_tests(pa.concat_tables(tables), lenses, tops, blind, seed=0)
+    return inverted_u_tests(read_cells(pa.concat_tables(tables), lenses, tops), blind, seed=0)
 
 
 def enumerated(differences):

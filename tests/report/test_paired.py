@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from refinelens.cli import main
-from refinelens.report.summary import paired_differences
+from refinelens.report.summary import paired_differences, read_cells
 from refinelens.report.tables import paired_line
 from refinelens.stats import share_difference
 from refinelens.store.results import open_run
@@ -46,8 +46,12 @@ def table(examples, documents=3, **more):
     return table.set_column(place, "generated_correct", table["generated_correct"].cast(pa.bool_()))
 
 
+def differences(examples, documents=3):
+    return paired_differences(read_cells(table(examples, documents), ("plain",), (1,)), 0)
+
+
 def test_every_pair_over_the_questions_that_have_both():
-    found = {(d.gold_position, d.less_position): d for d in paired_differences(table(EXAMPLES), ("plain",), (1,), 0)}
+    found = {(d.gold_position, d.less_position): d for d in differences(EXAMPLES)}
     assert list(found) == [(1, 0), (2, 0), (2, 1)]
     one = found[1, 0]
     assert one.questions == 3 and one.accuracy.value == pytest.approx(np.mean([-1, 0, 1]))
@@ -61,7 +65,7 @@ def test_every_pair_over_the_questions_that_have_both():
 
 def test_no_question_that_differs_is_no_certainty():
     same = {question: {position: (1, 1, 1, 3 + question + position) for position in range(2)} for question in range(12)}
-    (found,) = paired_differences(table(same), ("plain",), (1,), 0)
+    (found,) = differences(same)
     assert found.accuracy == found.accuracy_all == found.accuracy_generated == share_difference(0, 0, 12)
     assert found.accuracy.low < -0.15 and found.accuracy.high > 0.15
     assert found.questions_settled == 12 and (found.depth.low, found.depth.high) == (1, 1)
@@ -69,24 +73,24 @@ def test_no_question_that_differs_is_no_certainty():
 
 def test_a_question_without_a_position_does_not_count_there():
     examples = EXAMPLES | {3: {0: (1, 1, 1, 9)}}
-    found = paired_differences(table(examples), ("plain",), (1,), 0)
+    found = differences(examples)
     assert {d.questions for d in found} == {3}
 
 
 def test_no_generation_and_no_second_position():
     silent = {q: {p: (*v[:2], None, v[3]) for p, v in positions.items()} for q, positions in EXAMPLES.items()}
-    assert all(np.isnan(d.accuracy_generated.value) for d in paired_differences(table(silent), ("plain",), (1,), 0))
+    assert all(np.isnan(d.accuracy_generated.value) for d in differences(silent))
     alone = {q: {0: positions[0]} for q, positions in EXAMPLES.items()}
-    assert paired_differences(table(alone), ("plain",), (1,), 0) == []
+    assert differences(alone) == []
     closed_book = {q: {-1: positions[0]} for q, positions in EXAMPLES.items()}
-    assert paired_differences(table(closed_book, documents=0), ("plain",), (1,), 0) == []
+    assert differences(closed_book, documents=0) == []
 
 
 def test_line_compares_the_ends_and_the_middle():
-    differences = paired_differences(table(EXAMPLES), ("plain",), (1,), 0)
+    found = differences(EXAMPLES)
     words = "Accuracy, gold at one position less at another, 3 documents: 1 - 0: +0.00 [-0.78,0.78]; 2 - 0: +0.33 ["
-    assert paired_line(differences).startswith(words)
-    pairs = zip(differences, [(9, 0), (3, 0), (9, 4)], strict=True)
+    assert paired_line(found).startswith(words)
+    pairs = zip(found, [(9, 0), (3, 0), (9, 4)], strict=True)
     ten = [replace(d, documents=10, gold_position=b, less_position=a) for d, (b, a) in pairs]
     assert "9 - 0" in paired_line(ten) and "9 - 4" in paired_line(ten) and "3 - 0" not in paired_line(ten)
 

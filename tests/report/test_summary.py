@@ -11,15 +11,16 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from refinelens.cli import in_options
 from refinelens.errors import InputError
 from refinelens.report.rows import counted, format_estimate
 from refinelens.report.summary import layer_profiles, read_report
 from refinelens.report.tables import print_table, write_outputs
 from refinelens.stats import (
     Estimate,
+    correlation_estimate,
     mean_estimates,
     median_estimate,
-    reflected_estimate,
     share_difference,
     share_estimate,
 )
@@ -140,7 +141,7 @@ def test_cautions(tmp_path, ranks, lens, expected):
 def test_one_caution_line_per_lens(tmp_path):
     run = make_run(tmp_path / "run", {0: [UNSEEN, UNSEEN, SEEN_EARLY]}, ("plain", "linear"), top=(1, 5, 100))
     report = read_report(run)
-    assert [(c.lens, c.top) for c in report.cautions] == [(lens, top) for lens in ("plain", "linear") for top in (1, 5)]
+    assert list(report.cautions) == [(lens, top) for lens in ("plain", "linear") for top in (1, 5)]
     lines = [line for line in printed(report).splitlines() if line.startswith("Caution")]
     assert len(lines) == 2 and "2 of 3 (rank <= 1), 2 of 3 (rank <= 5) settled" in lines[0]
 
@@ -262,13 +263,14 @@ def test_fewer_than_five_questions_have_no_interval():
 
 
 def test_a_reflected_interval_ends_at_the_limits_and_holds_the_value():
-    resampled = np.linspace(0.2, 0.7, 2000)
-    found = reflected_estimate(0.6, resampled, 1000, limit=1.0)
+    def of(value, questions):
+        correlations = np.array([value, *np.linspace(0.2, 0.7, 2000)])
+        return correlation_estimate(correlations, correlations, lambda a, b: a, questions)
+
+    found = of(0.6, 1000)
     assert [found.low, found.high] == pytest.approx([1.2 - 0.6875, 1.2 - 0.2125], abs=1e-3)
-    assert reflected_estimate(0.9, resampled, 1000, limit=1.0) == Estimate(0.9, 0.9, 1.0)
-    assert np.isnan(
-        [reflected_estimate(0.9, resampled, 4, 1.0).low, reflected_estimate(0.9, resampled, 4, 1.0).high]
-    ).all()
+    assert of(0.9, 1000) == Estimate(0.9, 0.9, 1.0)
+    assert np.isnan([of(0.9, 4).low, of(0.9, 4).high]).all()
 
 
 @pytest.mark.parametrize("hits, n", [(0, 1), (0, 12), (5, 12), (12, 12), (199, 200)])
@@ -343,6 +345,15 @@ def test_the_legend_says_what_one_document_is(tmp_path):
 def test_one_question_is_one(tmp_path):
     text = printed(read_report(make_run(tmp_path / "run", {0: [SEEN_EARLY]})))
     assert "1 context, 1 row of the lens in" in text
+
+
+def test_an_unfinished_run_names_the_parameter_that_goes_on_with_it(tmp_path):
+    """The command line, which prints the same line, makes an option of it."""
+    run = make_run(tmp_path / "run", {0: [SEEN_EARLY]})
+    run.write_manifest(run.manifest | {"status": "interrupted"})
+    line = "This run is interrupted: 4 of 4 questions; ``sweep(resume)`` goes on with it."
+    assert line in printed(read_report(run)).splitlines()
+    assert in_options(line).endswith("; refinelens sweep --resume goes on with it.")
 
 
 @pytest.mark.medium

@@ -18,7 +18,7 @@ from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError
 from refinelens.layers.analysis import run_layers
-from refinelens.report.summary import summarise
+from refinelens.report.summary import read_cells, summarise
 from refinelens.store import results
 from refinelens.store.process import LOCK, Interrupted, RunLock
 from refinelens.store.results import PREDICTIONS, open_run
@@ -262,7 +262,8 @@ def test_several_thresholds_are_several_sweeps(options, tmp_path):
 
 def test_all_answer_tokens_in_tables(finished):
     table = read_trajectories(finished, (1,))
-    first, every = (summarise(choose_tokens(table, tokens), ("plain",), (1,), 3) for tokens in ("first", "all"))
+    tables = (choose_tokens(table, tokens) for tokens in ("first", "all"))
+    first, every = (summarise(read_cells(chosen, ("plain",), (1,)), 3) for chosen in tables)
     assert [r.n for r in first] == [r.n for r in every] == [6] * 6
     tokens = [r for r in table.to_pylist() if (r["documents"], r["gold_position"]) == (2, 0)]
     assert len(tokens) == 9
