@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add_command("doctor", help="say which backend would be used, and what is found in a model")
     _add_config(doctor, config.DoctorConfig)
     bench = add_command("bench", help="measure the op here, beside what people use instead")
+    bench.add_argument("--peers", dest="baselines", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older name
     _add_config(bench, config.BenchConfig)
     bench.add_argument("--json", metavar="FILE", help="write every number there too")
     return parser
