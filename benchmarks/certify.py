@@ -1,19 +1,19 @@
 """Argmax and rank of the certified lens against fp64 on real hidden states, with those of fp32 beside.
 
-    python benchmarks/certify.py --tokens 512
+    python benchmarks/certify.py --tokens 512      # positions; rows are 31 times as many
 
 Every layer of SmolLM2 at every position of the built-in task's documents; the target is the next token of the text.
 A difference from the fp64 reference is settled by rational numbers, because the reference too rounds.
 """
 
-import argparse
 from dataclasses import replace
 from fractions import Fraction
 
 import torch
+from harness import options_of
 
 from refinelens import _C, fused_lens
-from refinelens.bench import competitors
+from refinelens.bench.competitors import naive
 from refinelens.bench.problem import make_problem
 from refinelens.config import BenchConfig
 from refinelens.kernels.reference import LensHead, LensStats, apply_norm, fused_lens_reference
@@ -34,26 +34,20 @@ def exact_rank(x_hat, unembedding, target):
     return int(((z > z[target]) & ~near).sum()) + near_beating
 
 
-def true_ranks(exact, answers, hidden, targets, problem):
-    """Ranks of the fp64 reference, but where an answer differs those of rational numbers; and how many of these."""
+def true_ranks(exact, certified, hidden, targets, problem):
+    """Ranks of the fp64 reference, but where the certified differ those of rational numbers; and how many of these."""
     ranks = exact.target_rank.clone()
     x_hat = apply_norm(hidden, problem.norm, torch.float64)
-    open_rows = (answers["certified"].target_rank != exact.target_rank).nonzero()[:, 0].tolist()
+    open_rows = (certified.target_rank != exact.target_rank).nonzero()[:, 0].tolist()
     for row in open_rows:
         ranks[row] = exact_rank(x_hat[row], problem.unembedding, int(targets[row]))
     return ranks, len(open_rows)
 
 
-def naive(hidden, targets, problem):
-    """All logits in fp32, and the target's among them."""
-    part = replace(problem, hidden=hidden, targets=targets)
-    return LensStats(**competitors.naive(part))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=512, help="positions; rows are 31 times as many (default: 512)")
-    problem = make_problem(BenchConfig(device="cpu", model="smollm2", rows=31 * parser.parse_args().tokens))
+def main() -> None:
+    """Compare block by block, then print what differs."""
+    tokens = options_of(__doc__, tokens=512).tokens
+    problem = make_problem(BenchConfig(device="cpu", model="smollm2", rows=31 * tokens))
     mismatches, worst, settled, fell_back = {}, 0.0, 0, 0
     for hidden, targets in zip(problem.hidden.split(ROWS), problem.targets.split(ROWS), strict=True):
         exact = fused_lens_reference(hidden, LensHead(problem.unembedding, problem.norm), targets, dtype=torch.float64)
@@ -62,8 +56,8 @@ def main():
             for precision in ("certified", "fp32")
         }
         certified = answers["certified"]
-        answers["torch, fp32"] = naive(hidden, targets, problem)
-        ranks, n_settled = true_ranks(exact, answers, hidden, targets, problem)
+        answers["torch, fp32"] = LensStats(**naive(replace(problem, hidden=hidden, targets=targets)))
+        ranks, n_settled = true_ranks(exact, certified, hidden, targets, problem)
         settled += n_settled
         fell_back += int(certified.fell_back.sum())
         error = (certified.logsumexp - exact.logsumexp).abs()

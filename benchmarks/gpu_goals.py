@@ -4,35 +4,28 @@ Correctness first. Without a CUDA device every entry says "not measured" and the
 """
 
 import sys
-from operator import methodcaller
 
 import torch
 from harness import NOT_MEASURED, Goal, goal_table
 
-
-def _goal(key: str, *goal, **options) -> Goal:
-    """``key`` names the measurement in `gpu_steps`."""
-    text, *bounds = goal
-    return Goal(text, methodcaller("get", key), *bounds, **options)
-
-
+# By what `gpu_steps` calls the measurement.
 GOALS = [
-    _goal("llama-33x1024/B", "fused / B, D 4096, 33x1024", 1.12, 1.05),
-    _goal("gpt2-13x1024/B", "fused / B, D 768, 13x1024", 1.05, 0.95),
-    _goal("gpt2-13x16384/B", "fused / B, D 768, 13x16384", 1.05, 0.95),
-    _goal("smollm2-31x1024/B", "fused / B, D 576, 31x1024", 1.15, 1.00),
-    _goal("gpt2-13x1024/chunked", "chunked eager torch / fused, D 768", 3, 4, at_least=True),
-    _goal("llama-33x1024/chunked", "chunked eager torch / fused, D 4096", 3, 4, at_least=True),
-    _goal("gpt2-13x1024/naive", "naive torch / fused, D 768", 3, 5, at_least=True),
-    _goal("llama-33x1024/naive", "naive torch / fused, D 4096", 1.5, 2, at_least=True),
-    _goal("gpt2-13x1024/statistics", "rank + argmax + entropy / logsumexp only, D 768", 1.08, 1.03),
-    _goal("llama-33x1024/statistics", "rank + argmax + entropy / logsumexp only, D 4096", 1.08, 1.03),
-    _goal("memory", "extra memory at any row count", 64, 32, unit="MB"),
-    _goal("gpt2-13x8/graphed", "GPT-2 13x8, graphed", 27, 22, unit="us"),
-    _goal("llama-33x8", "Llama 33x8, graphed", 0.45, 0.40, unit="ms"),
-    _goal("argmax", "argmaxes off fp64, more than those of bf16 logits", 0, None),
-    _goal("rank0", "rows where rank 0 and argmax == target disagree", 0, None),
-    _goal("bits", "kernels that give a target's logit other bits than its column", 0, None),
+    Goal("llama-33x1024/B", "fused / B, D 4096, 33x1024", 1.12, 1.05),
+    Goal("gpt2-13x1024/B", "fused / B, D 768, 13x1024", 1.05, 0.95),
+    Goal("gpt2-13x16384/B", "fused / B, D 768, 13x16384", 1.05, 0.95),
+    Goal("smollm2-31x1024/B", "fused / B, D 576, 31x1024", 1.15, 1.00),
+    Goal("gpt2-13x1024/chunked", "chunked eager torch / fused, D 768", 3, 4, at_least=True),
+    Goal("llama-33x1024/chunked", "chunked eager torch / fused, D 4096", 3, 4, at_least=True),
+    Goal("gpt2-13x1024/naive", "naive torch / fused, D 768", 3, 5, at_least=True),
+    Goal("llama-33x1024/naive", "naive torch / fused, D 4096", 1.5, 2, at_least=True),
+    Goal("gpt2-13x1024/statistics", "rank + argmax + entropy / logsumexp only, D 768", 1.08, 1.03),
+    Goal("llama-33x1024/statistics", "rank + argmax + entropy / logsumexp only, D 4096", 1.08, 1.03),
+    Goal("memory", "extra memory at any row count", 64, 32, unit="MB"),
+    Goal("gpt2-13x8/graphed", "GPT-2 13x8, graphed", 27, 22, unit="us"),
+    Goal("llama-33x8", "Llama 33x8, graphed", 0.45, 0.40, unit="ms"),
+    Goal("argmax", "argmaxes off fp64, more than those of bf16 logits", 0, None),
+    Goal("rank0", "rows where rank 0 and argmax == target disagree", 0, None),
+    Goal("bits", "kernels that give a target's logit other bits than its column", 0, None),
 ]
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import triton
@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from refinelens import LogitLens, fused_lens, kl_to_final, lens_top_k
-from refinelens.bench import competitors
-from refinelens.bench import problem as bench
+from refinelens.bench.competitors import naive, row_chunks
+from refinelens.bench.problem import Problem, peak_growth_cuda, random_problem
 from refinelens.kernels.config import LensOptions, choose_splits, generation_of, pinned_config, processor_count
 from refinelens.kernels.fused_lens import fused_lens_triton, reduce_rows, target_matches_main_product
 from refinelens.kernels.graphs import GraphedLens
@@ -31,7 +31,7 @@ CHUNK_BYTES = 2**28  # of fp32 logits in the chunked baseline
 
 
 @dataclass(frozen=True)
-class Problem:
+class Case:
     """One shape in bf16: rows are layers x positions."""
 
     name: str
@@ -44,55 +44,34 @@ class Problem:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     @cached_property
-    def hidden(self) -> Tensor:
-        return self._randn(0, self.rows, self.d_model)
-
-    @cached_property
-    def unembedding(self) -> Tensor:
-        return self._randn(1, self.vocab, self.d_model) / self.d_model**0.5
-
-    @cached_property
-    def norm(self) -> LayerNorm:
-        return LayerNorm(self._randn(2, self.d_model), self._randn(3, self.d_model))
-
-    @cached_property
-    def targets(self) -> Tensor:
-        return torch.randint(0, self.vocab, (self.rows,), device="cuda")
+    def problem(self) -> Problem:
+        """Random, its norm too."""
+        norm = LayerNorm(self._randn(2, self.d_model), self._randn(3, self.d_model))
+        return replace(random_problem(self.rows, self.d_model, self.vocab, torch.bfloat16, "cuda"), norm=norm)
 
     @property
-    def flops(self) -> int:
-        return 2 * self.rows * self.d_model * self.vocab
+    def head(self) -> LensHead:
+        return LensHead(self.problem.unembedding, self.problem.norm)
 
     def fused(self, config=None, targets: bool = True):
         """Everything, from the norm to the merge of the splits."""
-        chosen = self.targets if targets else None
-        return fused_lens_triton(self.hidden, LensHead(self.unembedding, self.norm), chosen, config=config)
+        chosen = self.problem.targets if targets else None
+        return fused_lens_triton(self.problem.hidden, self.head, chosen, config=config)
 
     def product(self) -> Callable[[], Tensor]:
         """B: cuBLAS on these rows, V padded to a multiple of 64, bf16 output allocated before."""
-        padded = self._randn(1, -(-self.vocab // 64) * 64, self.d_model)
+        hidden, padded = self.problem.hidden, self._randn(1, -(-self.vocab // 64) * 64, self.d_model)
         out = torch.empty(self.rows, len(padded), device="cuda", dtype=torch.bfloat16)
-        return lambda: torch.mm(self.hidden, padded.T, out=out)
-
-    def naive(self) -> competitors.Statistics:
-        """What people write: all logits, then one reduction after the other."""
-        return competitors.naive(bench.Problem(self.hidden, self.unembedding, self.norm, self.targets))
-
-    def chunked(self) -> list[competitors.Statistics]:
-        """The same on as many rows at a time as keep their logits small."""
-        size = max(1, CHUNK_BYTES // (4 * self.vocab))
-        parts = zip(self.hidden.split(size), self.targets.split(size), strict=True)
-        problems = (bench.Problem(hidden, self.unembedding, self.norm, targets) for hidden, targets in parts)
-        return [competitors.naive(problem) for problem in problems]
+        return lambda: torch.mm(hidden, padded.T, out=out)
 
 
 LARGE = [
-    Problem("gpt2-13x1024", 13 * 1024, 768, 50257),
-    Problem("smollm2-31x1024", 31 * 1024, 576, 49152),
-    Problem("llama-33x1024", 33 * 1024, 4096, 128256),
-    Problem("gpt2-13x16384", 13 * 16384, 768, 50257),
+    Case("gpt2-13x1024", 13 * 1024, 768, 50257),
+    Case("smollm2-31x1024", 31 * 1024, 576, 49152),
+    Case("llama-33x1024", 33 * 1024, 4096, 128256),
+    Case("gpt2-13x16384", 13 * 16384, 768, 50257),
 ]
-FEW = [Problem("gpt2-13x8", 13 * 8, 768, 50257), Problem("llama-33x8", 33 * 8, 4096, 128256)]
+FEW = [Case("gpt2-13x8", 13 * 8, 768, 50257), Case("llama-33x8", 33 * 8, 4096, 128256)]
 CHECKED_ROWS = 256
 DEVICE = torch.device("cuda")
 
@@ -101,41 +80,42 @@ def run_all() -> dict[str, float]:
     """All steps in order; the first one decides whether the others mean anything, any other may fail alone."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}\n")
     measured: dict[str, float] = {"rank0": 0, "bits": 0, "failed": 0}
-    for problem in [*FEW, *LARGE]:
-        correctness(problem, measured)
+    for case in [*FEW, *LARGE]:
+        correctness(case, measured)
     if measured["rank0"]:
         return measured
     steps = [(target_bits,), (few_rows,)]
-    steps += [(step, problem) for problem in LARGE for step in (against_product, breakdown)]
-    steps += [(step, problem) for problem in (LARGE[0], LARGE[2]) for step in (statistics, against_torch)]
+    steps += [(step, case) for case in LARGE for step in (against_product, breakdown)]
+    steps += [(step, case) for case in (LARGE[0], LARGE[2]) for step in (statistics, against_torch)]
     steps += [(beside_the_lens, LARGE[0]), (shares_of_a_model,)]
-    steps += [(configurations, problem) for problem in LARGE[:3]]
-    for step, *problem in steps:
+    steps += [(configurations, case) for case in LARGE[:3]]
+    for step, *case in steps:
         try:
-            step(*problem, measured)
+            step(*case, measured)
         except Exception as error:
             measured["failed"] += 1
             print(f"{step.__name__} FAILED: {type(error).__name__}: {error}")
     return measured
 
 
-def correctness(problem: Problem, measured: dict[str, float]) -> None:
+def correctness(case: Case, measured: dict[str, float]) -> None:
     """Rows off fp64: after the same rounding of the normed states, and without any; the invariant on all rows.
 
     Beside them the argmax of logits rounded to bf16, which is what people get from a product in bf16.
     """
-    out = problem.fused()
+    problem = case.problem
+    out = case.fused()
     measured["rank0"] += int(((out.target_rank == 0) != (out.argmax == problem.targets)).sum())
     part = slice(0, CHECKED_ROWS)
     hidden, targets = problem.hidden[part], problem.targets[part]
-    x_hat = normed_rows(hidden, problem.norm, 1)[:, : problem.d_model]
+    x_hat = normed_rows(hidden, problem.norm, 1)[:, : case.d_model]
     rounded = fused_lens_reference(x_hat, LensHead(problem.unembedding), targets, dtype=torch.float64)
-    truth = fused_lens_reference(hidden, LensHead(problem.unembedding, problem.norm), targets, dtype=torch.float64)
+    truth = fused_lens_reference(hidden, case.head, targets, dtype=torch.float64)
     off = [int((out.argmax[part] != other.argmax).sum()) for other in (rounded, truth)]
     off_naive = int(((x_hat @ problem.unembedding.T).argmax(-1) != truth.argmax).sum())
     ranks = int((out.target_rank[part] != rounded.target_rank).sum())
     error = float((out.logsumexp[part] - rounded.logsumexp).abs().max())
-    print(f"{problem.name}, {len(hidden)} rows: argmax {off[0]}, rank {ranks} off fp64 of the same states, logsumexp "
+    print(f"{case.name}, {len(hidden)} rows: argmax {off[0]}, rank {ranks} off fp64 of the same states, logsumexp "
           f"{error:.1e}; argmax {off[1]} off fp64 throughout, bf16 logits {off_naive}")  # fmt: skip
     measured["argmax"] = max(measured.get("argmax", 0), off[1] - off_naive)
     assert error < 1e-3, "the logsumexp is wrong: nothing below would mean anything"
@@ -153,29 +133,30 @@ def target_bits(measured: dict[str, float]) -> None:
         print(f"target bits, {config.kind} {config.block_m}x{config.block_v}: {'equal' if same else 'differ'}")
 
 
-def against_product(problem: Problem, measured: dict[str, float]) -> None:
+def against_product(case: Case, measured: dict[str, float]) -> None:
     """B, the pinned kernel with and without targets, and the memory."""
-    runs = {"B": problem.product(), "fused": problem.fused, "no targets": lambda: problem.fused(targets=False)}
+    runs = {"B": case.product(), "fused": case.fused, "no targets": lambda: case.fused(targets=False)}
     times = device_times(runs)
-    print_times(problem.name, times, note=lambda name, seconds: f"{problem.flops / seconds / 1e12:.0f} TFLOP/s")
-    measured[f"{problem.name}/B"] = times["fused"][0] / times["B"][0]
-    measured["memory"] = max(measured.get("memory", 0), bench.peak_growth_cuda(problem.fused) / 1e6)
+    print_times(case.name, times, note=lambda name, seconds: f"{case.problem.flops / seconds / 1e12:.0f} TFLOP/s")
+    measured[f"{case.name}/B"] = times["fused"][0] / times["B"][0]
+    measured["memory"] = max(measured.get("memory", 0), peak_growth_cuda(case.fused) / 1e6)
 
 
-def breakdown(problem: Problem, measured: dict[str, float]) -> None:
+def breakdown(case: Case, measured: dict[str, float]) -> None:
     """Where a call spends the device's time, kernel by kernel."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        problem.fused()
+        case.fused()
         torch.cuda.synchronize()
     events = sorted(profiled.key_averages(), key=lambda event: -event.device_time_total)
     parts = [f"{event.key} {event.device_time_total:.0f} us in {event.count}" for event in events[:6]]
-    print(f"{problem.name}: {'; '.join(parts)}")
+    print(f"{case.name}: {'; '.join(parts)}")
 
 
-def statistics(problem: Problem, measured: dict[str, float]) -> None:
+def statistics(case: Case, measured: dict[str, float]) -> None:
     """All statistics against a logsumexp alone, on the first 3,072 rows and the whole tiles of the vocabulary."""
-    config = pinned_config(torch.bfloat16, True, problem.rows, generation_of(DEVICE))
-    weight = problem.unembedding[: problem.vocab // config.block_v * config.block_v]
+    problem = case.problem
+    config = pinned_config(torch.bfloat16, True, case.rows, generation_of(DEVICE))
+    weight = problem.unembedding[: case.vocab // config.block_v * config.block_v]
     n_rows = 3072
     targets = problem.targets[:n_rows].clamp(max=len(weight) - 1)
     stats, target_z = RowStats.empty(n_rows, DEVICE), torch.empty(n_rows, device=DEVICE)
@@ -194,51 +175,54 @@ def statistics(problem: Problem, measured: dict[str, float]) -> None:
     peak, total = alone()
     assert torch.allclose((peak + total.log2()).mul(math.log(2)).logsumexp(0), stats.logsumexp, atol=1e-3)
     times = device_times({"all statistics": everything, "logsumexp alone": alone})
-    print_times(f"{problem.name}, {n_rows} rows", times)
-    measured[f"{problem.name}/statistics"] = times["all statistics"][0] / times["logsumexp alone"][0]
+    print_times(f"{case.name}, {n_rows} rows", times)
+    measured[f"{case.name}/statistics"] = times["all statistics"][0] / times["logsumexp alone"][0]
 
 
-def configurations(problem: Problem, measured: dict[str, float]) -> None:
+def configurations(case: Case, measured: dict[str, float]) -> None:
     """Loads with and without TMA, stages, program-id grouping, split counts."""
     generation = generation_of(DEVICE)
-    pinned = pinned_config(torch.bfloat16, True, problem.rows, generation)
+    pinned = pinned_config(torch.bfloat16, True, case.rows, generation)
     processors = processor_count(DEVICE)
-    splits = choose_splits(-(-problem.rows // pinned.block_m), problem.vocab // pinned.block_v, processors)
+    splits = choose_splits(-(-case.rows // pinned.block_m), case.vocab // pinned.block_v, processors)
     tried = {"pinned": pinned, "without TMA": replace(pinned, kind="plain"), "4 stages": replace(pinned, num_stages=4)}
     tried |= {f"groups of {group}": replace(pinned, group=group) for group in (4, 24)}
     tried |= {f"{count} splits": replace(pinned, splits=count) for count in (5, 10, 17) if count != splits}
-    reference = problem.fused(pinned)
-    agrees = {name: outputs_agree(problem.fused(config), reference) for name, config in tried.items()}
-    times = device_times({name: lambda config=config: problem.fused(config) for name, config in tried.items()})
+    reference = case.fused(pinned)
+    agrees = {name: outputs_agree(case.fused(config), reference) for name, config in tried.items()}
+    times = device_times({name: lambda config=config: case.fused(config) for name, config in tried.items()})
 
     def note(name: str, seconds: float) -> str:
         return f"{seconds / times['pinned'][0]:.3f} of pinned, {'agrees' if agrees[name] else 'DISAGREES'}"
 
-    print_times(problem.name, times, note=note)
+    print_times(case.name, times, note=note)
 
 
-def against_torch(problem: Problem, measured: dict[str, float]) -> None:
-    """What people run instead."""
-    times = device_times({"fused": problem.fused, "chunked": problem.chunked, "naive": problem.naive})
+def against_torch(case: Case, measured: dict[str, float]) -> None:
+    """What people run instead: all logits at once, or of as many rows at a time as keep them small."""
+    size = max(1, CHUNK_BYTES // (4 * case.vocab))
+    chunked, whole = partial(row_chunks, case.problem, size), partial(naive, case.problem)
+    times = device_times({"fused": case.fused, "chunked": chunked, "naive": whole})
     ours, _ = times.pop("fused")
-    print_times(problem.name, times, digits=2)
-    measured |= {f"{problem.name}/{name}": seconds / ours for name, (seconds, _) in times.items()}
+    print_times(case.name, times, digits=2)
+    measured |= {f"{case.name}/{name}": seconds / ours for name, (seconds, _) in times.items()}
 
 
-def beside_the_lens(problem: Problem, measured: dict[str, float]) -> None:
+def beside_the_lens(case: Case, measured: dict[str, float]) -> None:
     """What is plain torch on a GPU: the divergence to the last layer, lists of tokens, the lens without Triton."""
-    hidden = problem.hidden.view(13, -1, problem.d_model)
+    problem = case.problem
+    hidden = problem.hidden.view(13, -1, case.d_model)
     operands = dict(unembedding=problem.unembedding, norm=problem.norm)
     stats = fused_lens(hidden, **operands)
     runs = {
-        "fused": problem.fused,
+        "fused": case.fused,
         "KL to the last layer": lambda: kl_to_final(hidden, stats, **operands),
         "10 likeliest tokens": lambda: lens_top_k(hidden, k=10, **operands),
         "the lens in plain torch": lambda: fused_lens(hidden, targets=problem.targets.view(13, -1), backend="reference",
                                                       **operands),
     }  # fmt: skip
     times = device_times(runs)
-    print_times(problem.name, times, 2, note=lambda name, seconds: f"{seconds / times['fused'][0]:.2f} of fused")
+    print_times(case.name, times, 2, note=lambda name, seconds: f"{seconds / times['fused'][0]:.2f} of fused")
 
 
 def shares_of_a_model(measured: dict[str, float]) -> None:
@@ -261,25 +245,25 @@ def shares_of_a_model(measured: dict[str, float]) -> None:
 
 def few_rows(measured: dict[str, float]) -> None:
     """Short calls, where launches count: plain, replayed as a graph, and with copies in and out of the graph."""
-    for problem in FEW:
-        lens = GraphedLens(LensHead(problem.unembedding, problem.norm))
-        assert outputs_agree(lens(problem.hidden, problem.targets), problem.fused()), "a replayed graph differs"
+    for case in FEW:
+        lens, hidden, targets = GraphedLens(case.head), case.problem.hidden, case.problem.targets
+        assert outputs_agree(lens(hidden, targets), case.fused()), "a replayed graph differs"
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            problem.fused()
+            case.fused()
         runs = {
-            "call": problem.fused,
+            "call": case.fused,
             "graph": graph.replay,
-            "GraphedLens": lambda p=problem, g=lens: g(p.hidden, p.targets),
-            "B": problem.product(),
+            "GraphedLens": lambda lens=lens, hidden=hidden, targets=targets: lens(hidden, targets),
+            "B": case.product(),
         }
         times = device_times(runs, rounds=50)
-        print_times(problem.name, times, digits=1, unit="us")
+        print_times(case.name, times, digits=1, unit="us")
         for name in ("call", "GraphedLens"):
-            print(f"{problem.name}: {name} keeps the host busy for {_host_seconds(runs[name]) * 1e6:.0f} us")
-        measured[f"{problem.name}/graphed"] = times["graph"][0] * 1e6
-        measured[problem.name] = times["graph"][0] * 1e3
-        breakdown(problem, measured)
+            print(f"{case.name}: {name} keeps the host busy for {_host_seconds(runs[name]) * 1e6:.0f} us")
+        measured[f"{case.name}/graphed"] = times["graph"][0] * 1e6
+        measured[case.name] = times["graph"][0] * 1e3
+        breakdown(case, measured)
 
 
 def _host_seconds(run: Callable[[], object], calls: int = 100) -> float:

@@ -1,18 +1,25 @@
-"""What the measurements here share: goals and their table, the clock of a GPU, and what a line of times looks like.
+"""What the measurements here share: options, the machine, turns, goals and their table, the clock of a GPU.
 
-On a CPU calls take turns by `refinelens.bench.measure.take_turns`, as in `refinelens bench`.
+Tables are those of `refinelens.bench.table.aligned`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 
+from refinelens.bench.measure import take_turns
 from refinelens.machine import device_name
+
+if TYPE_CHECKING:
+    from refinelens.data.prompts import Context
+    from refinelens.sweeping.sweep import SweepInputs
 
 ROUNDS = 9
 SPIN_CYCLES = 3_000_000  # 1.5 ms
@@ -20,36 +27,69 @@ NOT_MEASURED = "not measured"
 Times = dict[str, tuple[float, float]]  # median seconds and spread, by name
 
 
+def options_of(doc: str, folder: bool = False, **defaults: str | int) -> Namespace:
+    """What the command line asks of a script: an option for each default, of its type, and maybe a folder to write to.
+
+    Args:
+        doc: Docstring of the script, which says what the options are.
+        folder: Whether there is one.
+        defaults: By name.
+    """
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    if folder:
+        parser.add_argument("folder")
+    for name, default in defaults.items():
+        help = f"(default: {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=help)
+    return parser.parse_args()
+
+
+def machine(device: str = "cpu") -> str:
+    """What a measurement was made on."""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' if count > 1 else ''}" if device == "cpu" else ""
+    return f"{device_name(device)}{threads}, torch {torch.__version__}"
+
+
+def contexts_of(inputs: SweepInputs) -> list[list[Context]]:
+    """Of every question, as its sweep asks them."""
+    builder = inputs.builder()
+    return [builder.build(question).contexts for question in inputs.questions]
+
+
+def turns(
+    calls: dict[Hashable, Callable[[], object]], rounds: int, device: str = "cpu", threads: int = 1
+) -> dict[Hashable, list[float]]:
+    """Seconds of every call, round by round, all in turn, after one of each that is not counted."""
+    for call in calls.values():
+        call()
+    return take_turns(calls, rounds, device, threads)
+
+
 @dataclass(frozen=True)
 class Goal:
     """A bound on a number, an upper one unless ``at_least``, and one that would be better still."""
 
+    key: str  # of the number in what was measured
     text: str
-    measured: Callable[[dict], float | None]  # in what was measured; None where it was not
     must: float
     stretch: float | None = None
     at_least: bool = False
     unit: str = ""
 
-    def row(self, found: dict) -> str:
+    def row(self, measured: dict[str, float | None]) -> str:
         """A line of `goal_table`."""
-        sign, value = ">=" if self.at_least else "<=", self.measured(found)
-        bounds = (f"{sign} {bound:g} {self.unit}".strip() if bound is not None else "-"
-                  for bound in (self.must, self.stretch))  # fmt: skip
+        sign, value = ">=" if self.at_least else "<=", measured.get(self.key)
+        bounds = ["-" if b is None else f"{sign} {b:g} {self.unit}".strip() for b in (self.must, self.stretch)]
         met = value is not None and (value >= self.must if self.at_least else value <= self.must)
         words = (NOT_MEASURED, "-") if value is None else (f"{value:.3g} {self.unit}", "yes" if met else "no")
         return f"| {' | '.join([self.text, *bounds, *words])} |"
 
 
-def goal_table(goals: list[Goal], found: dict) -> str:
+def goal_table(goals: list[Goal], measured: dict[str, float | None]) -> str:
     """Every goal, what was measured of it and whether it is met, in Markdown."""
     heading = "| goal | must | stretch | measured | must met |\n| --- | --- | --- | --- | --- |"
-    return "\n".join([heading, *(goal.row(found) for goal in goals)])
-
-
-def machine() -> str:
-    """What a measurement on one thread of a CPU was made on."""
-    return f"{device_name('cpu')}, 1 thread, torch {torch.__version__}"
+    return "\n".join([heading, *(goal.row(measured) for goal in goals)])
 
 
 def device_times(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> Times:

@@ -10,24 +10,23 @@ and the scans of one context take turns.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import mean
 
 import torch
-from harness import machine
+from harness import contexts_of, machine, options_of
 from torch import Tensor
 
-from refinelens.bench.measure import Timer
-from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
-from refinelens.data.tasks import DistractorSource, choose_questions, load_task
+from refinelens.bench.measure import timed, torch_threads
+from refinelens.bench.table import aligned
+from refinelens.config import SweepConfig
 from refinelens.layers.ablation import scan
 from refinelens.layers.blocks import ActivationCache, BlockReplay, check_replay
 from refinelens.layers.interventions import EVERY, LAST, Intervention, MeanContributions
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.hooks import first_state
-from refinelens.model.loading import LoadedModel, load_model
+from refinelens.sweeping.sweep import SweepInputs
 
 GOAL = 0.6  # forward passes a layer
 CHECKED = 3  # blocks whose skip is compared with the whole model
@@ -36,48 +35,35 @@ WAYS = ("skip", "mean", "attn", "mlp")
 
 def main() -> None:
     """Compare, then count and time, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--task", default="builtin")
-    parser.add_argument("--documents", type=int, default=5)
-    parser.add_argument("--contexts", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    loaded = load_model(options.model, "cpu")
-    lens = LogitLens(loaded.model)
-    restarts, contexts = check_replay(lens), _contexts(loaded, options)
+    given = options_of(__doc__, model="smollm2", task="builtin", documents=5, contexts=2)
+    options = SweepConfig(
+        given.model, given.task, given.documents, gold_positions="0", examples=given.contexts, device="cpu"
+    )
+    inputs = SweepInputs.load(options)
+    lens = inputs.logit_lens
+    contexts = [torch.tensor([c.input_ids[: c.prompt_length]]) for own in contexts_of(inputs) for c in own]
+    replay = check_replay(lens)
     lengths = ", ".join(str(ids.shape[1]) for ids in contexts)
-    print(f"{options.model} on {options.task}, {machine()}")
+    print(f"{given.model} on {given.task}, {machine()}")
     print(f"{lens.n_layers} blocks, contexts of {lengths} tokens; goal {GOAL} x {lens.n_layers} forward passes a scan")
     print(f"equal to the whole model with a hook: {_check(lens, contexts[0])} skips\n")
-    print("                                 forward passes   x layers    times the CPU time of a clean run")
+    rows = [["", "forward passes", "x layers", "times the CPU time of a clean run"]]
     for tokens, name in ((EVERY, "all tokens"), (LAST, "the answer's")):
-        _measure(lens, restarts, contexts, tokens, name)
-
-
-def _contexts(loaded: LoadedModel, options: argparse.Namespace) -> list[Tensor]:
-    task = load_task(options.task)
-    source = DistractorSource(task, 0)
-    asked = choose_questions(task, options.contexts, 0)
-    built = [
-        build_context(loaded.tokenizer, DEFAULT_TEMPLATE, q, source.choose(q, options.documents - 1), 0) for q in asked
-    ]
-    return [torch.tensor([context.input_ids[: context.prompt_length]]) for context in built]
+        rows += _measure(lens, replay, contexts, tokens, name)
+    print("\n".join(aligned(rows)))
 
 
 def _check(lens: LogitLens, ids: Tensor) -> int:
     """Number of skips compared; raises where one differs."""
     run = ActivationCache.record(lens, ids)
-    remains = scan(run, Intervention("skip", EVERY, [], None).of_context(run), 1)
-    step = max(1, lens.n_layers // CHECKED)
-    checked = range(0, lens.n_layers, step)
+    downstream = scan(run, Intervention("skip", EVERY, [], None).of_context(run), 1)
+    checked = range(0, lens.n_layers, max(1, lens.n_layers // CHECKED))
     for index in checked:
         with _hooks(lens, [index], lambda _module, args, kwargs, _output: first_state(args, kwargs)):
             own = lens.hidden(ids, torch.tensor([ids.shape[1] - 1]))[index + 1 :, 0, 0]
-        if not torch.equal(own, remains[index]):
-            raise SystemExit(
-                f"block {index}: the scan is not the model, difference {(own - remains[index]).abs().max()}"
-            )
+        if not torch.equal(own, downstream[index]):
+            largest = (own - downstream[index]).abs().max()
+            raise SystemExit(f"block {index}: the scan is not the model, difference {largest}")
     return len(checked)
 
 
@@ -91,25 +77,29 @@ def _hooks(lens: LogitLens, indices: list[int], hook: Callable) -> Iterator[None
             handle.remove()
 
 
-def _measure(lens: LogitLens, restarts: BlockReplay, contexts: list[Tensor], tokens: slice, name: str) -> None:
-    cached = tokens == LAST and restarts.cached
-    found: dict[str, list[tuple[float, float]]] = {}
+def _measure(
+    lens: LogitLens, replay: BlockReplay, contexts: list[Tensor], tokens: slice, name: str
+) -> Iterator[list[str]]:
+    """Rows of the table: the clean run, every way, and all ways together as `refinelens layers` runs them."""
+    cached = tokens == LAST and replay.cached
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ("clean run", *WAYS)}
     for ids in contexts:
         means = MeanContributions.of_nothing(lens.n_layers, ids.shape[1], lens.d_model, "cpu")
         means.add(ActivationCache.record(lens, ids.flip(1), cached), tokens)  # another context's
-        run, *clean = _counted(lens, ids, lambda ids=ids: ActivationCache.record(lens, ids, cached))
-        found.setdefault("clean run", []).append((clean[0], 1.0))
+        run, passes, clean = _counted(lens, ids, lambda ids=ids: ActivationCache.record(lens, ids, cached))
+        found["clean run"].append((passes, 1.0))
+        at_a_time = replay.at_a_time(ids.shape[1], cached, on_cpu=True)
         for way in WAYS:
-            intervention = Intervention(way, tokens, restarts.sublayers, means)
-            at_a_time = restarts.at_a_time(ids.shape[1], cached, on_cpu=True)
-            start = intervention.of_context(run)
-            _, passes, seconds = _counted(lens, ids, lambda run=run, start=start, n=at_a_time: scan(run, start, n))
-            found.setdefault(way, []).append((passes, seconds / clean[1]))
+            start = Intervention(way, tokens, replay.sublayers, means).of_context(run)
+            work = lambda run=run, start=start, n=at_a_time: scan(run, start, n)  # noqa: E731
+            _, passes, seconds = _counted(lens, ids, work)
+            found[way].append((passes, seconds / clean))
+    whole = 0.0
     for way, values in found.items():
-        passes, times = (statistics.mean(column) for column in zip(*values, strict=True))
-        print(f"{name:14} {way:12} {passes:18.2f} {passes / lens.n_layers:12.3f} {times:18.2f}", flush=True)
-    whole = sum(statistics.mean(p for p, _ in found[key]) for key in found)
-    print(f"{name:14} {'all, a scan':12} {whole / len(WAYS):18.2f} {whole / len(WAYS) / lens.n_layers:12.3f}\n")
+        passes, times = map(mean, zip(*values, strict=True))
+        whole += passes / len(WAYS)
+        yield [f"{name:14} {way}", f"{passes:.2f}", f"{passes / lens.n_layers:.3f}", f"{times:.2f}"]
+    yield [f"{name:14} all, a scan", f"{whole:.2f}", f"{whole / lens.n_layers:.3f}", ""]
 
 
 def _counted(lens: LogitLens, ids: Tensor, work: Callable) -> tuple[object, float, float]:
@@ -121,9 +111,10 @@ def _counted(lens: LogitLens, ids: Tensor, work: Callable) -> tuple[object, floa
         tokens[0] += state.shape[0] * state.shape[1]
 
     with _hooks(lens, list(range(lens.n_layers)), count):
-        seconds = Timer("cpu", threads=1).time(lambda: result.append(work()))
+        seconds = timed(lambda: result.append(work()))
     return result[0], tokens[0] / ids.shape[1] / lens.n_layers, seconds
 
 
 if __name__ == "__main__":
-    main()
+    with torch_threads(1):
+        main()

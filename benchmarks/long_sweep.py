@@ -9,55 +9,59 @@ less. Half-way the process gets a SIGINT, as from Ctrl-C, and a second process r
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from harness import machine, options_of
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from refinelens import cli, progress
+from refinelens.bench.table import aligned
 
 DOCUMENTS = 10
 STEPS = 100  # samples over the whole sweep
-WORDS = "the lamp of in town door key red blue green black iron stone gate white brown Document Title Question Answer"
+Sample = tuple[int, float, float, int]  # contexts, resident MB, ms a question, process
+WORDS = """
+the lamp of in is town door key red blue green black iron stone gate white brown Document Title Question Answer
+"""
 
 
 def main() -> None:
     """Run both processes, then write and print what they sampled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--contexts", type=int, default=100_000)
-    options = parser.parse_args()
-    n_questions = options.contexts // DOCUMENTS
+    options = options_of(__doc__, folder=True, contexts=100_000)
+    n_questions, folder = options.contexts // DOCUMENTS, Path(options.folder)
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         _save_model(work / "model")
         _save_task(work / "task.jsonl", n_questions)
         command = ["sweep", "--model", work / "model", "--task", work / "task.jsonl", "--documents", DOCUMENTS]
-        samples = _run(work / "first.csv", n_questions, [*command, "--out", work / "run"], stop_at=n_questions // 2)
-        stopped = [float(value) for value in (work / "first.csv.stop").read_text().split()]
-        samples += _run(work / "second.csv", n_questions, ["sweep", "--resume", work / "run"])
-    with (options.folder / "long_sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        samples, stopped = _run(work / "first.csv", n_questions, [*command, "--out", work / "run"], n_questions // 2)
+        samples += _run(work / "second.csv", n_questions, ["sweep", "--resume", work / "run"])[0]
+    with (folder / "long_sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("contexts", "resident_mb", "ms_per_question", "process"))
         writer.writerows(samples)
     _print(samples, stopped)
-    _draw(samples, options.folder / "long_sweep.png")
+    _draw(samples, folder / "long_sweep.png")
 
 
 def _save_model(folder: Path) -> None:
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocab = {word: i for i, word in enumerate(["<unk>", *dict.fromkeys(WORDS.split())])}
+    vocab = {word: i for i, word in enumerate(["<unk>", *dict.fromkeys(WORDS.split()), *"0123456789"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": None, "eos_token_id": None}
@@ -75,28 +79,25 @@ def _save_task(path: Path, n_questions: int) -> None:
             file.write(json.dumps({"question": f"the lamp of town {i}", "answers": [answer], "ctxs": [gold]}) + "\n")
 
 
-def _run(log: Path, n_questions: int, command: list, stop_at: int = 0) -> list[tuple[int, float, float, int]]:
-    """Run the command line in a process of its own; returns its samples."""
+def _run(log: Path, n_questions: int, command: list, stop_at: int = 0) -> tuple[list[Sample], float]:
+    """Run the command line in a process of its own; its samples, and the seconds that it took to stop, if it had to."""
     child = [sys.executable, __file__, "--child", str(log), str(n_questions), str(stop_at), *map(str, command)]
     process = subprocess.Popen(child, stdout=subprocess.DEVNULL)
+    while stop_at and process.poll() is None and not log.with_name(log.name + ".half").exists():
+        time.sleep(0.05)
     if stop_at:
-        while not log.with_name(log.name + ".half").exists():
-            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        sent = time.time()
+    sent = time.time()
     code = process.wait()
-    if stop_at:
-        log.with_name(log.name + ".stop").write_text(f"{time.time() - sent} {code}")
+    seconds = time.time() - sent
     if code != (130 if stop_at else 0):
         sys.exit(f"expected the sweep to end well, got exit code {code}")
     with log.open(encoding="utf-8") as file:
-        return [(int(a), float(b), float(c), process.pid) for a, b, c in csv.reader(file)]
+        return [(int(a), float(b), float(c), process.pid) for a, b, c in csv.reader(file)], seconds
 
 
 def _child(log: str, n_questions: str, stop_at: str, *command: str) -> int:
     """The sweep itself, sampled from its progress."""
-    from refinelens import cli, progress
-
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes deaf to it
     step, writer = max(1, int(n_questions) // STEPS), csv.writer(open(log, "w", encoding="utf-8", buffering=1))  # noqa: SIM115
     since = []
@@ -111,21 +112,8 @@ def _child(log: str, n_questions: str, stop_at: str, *command: str) -> int:
         if done == int(stop_at):
             Path(f"{log}.half").touch()
 
-    progress.progress_bar = lambda: _always(report)
+    progress.progress_bar = lambda: nullcontext(report)  # whether or not there is a terminal
     return cli.main(list(command))
-
-
-class _always:  # noqa: N801
-    """The reporter, whether or not there is a terminal."""
-
-    def __init__(self, report):
-        self._report = report
-
-    def __enter__(self):
-        return self._report
-
-    def __exit__(self, *error):
-        pass
 
 
 def _resident_mb() -> float:
@@ -133,26 +121,21 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def _print(samples: list, stopped: list[float]) -> None:
-    from refinelens.machine import device_name
-
+def _print(samples: list[Sample], stopped: float) -> None:
     n = len(samples)
-    print(f"{samples[-1][0]} contexts of {DOCUMENTS} documents, {device_name('cpu')}, 1 thread\n")
-    print("contexts  resident MB  ms of processor time a question (median)")
+    print(f"{samples[-1][0]} contexts of {DOCUMENTS} documents, {machine()}\n")
+    rows = [["contexts", "resident MB", "ms of processor time a question (median)"]]
     for tenth in range(10):
         block = samples[tenth * n // 10 : (tenth + 1) * n // 10]
-        resident, milliseconds = max(s[1] for s in block), statistics.median(s[2] for s in block)
-        print(f"{block[-1][0]:8}  {resident:11.0f}  {milliseconds:40.1f}")
-    print(f"\nSIGINT half-way: the process ended after {stopped[0]:.1f} s, tables and figures of that half included.")
+        resident, milliseconds = max(s[1] for s in block), median(s[2] for s in block)
+        rows.append([str(block[-1][0]), f"{resident:.0f}", f"{milliseconds:.1f}"])
+    print("\n".join(aligned(rows)))
+    print(f"\nSIGINT half-way: the process ended after {stopped:.1f} s, tables and figures of that half included.")
 
 
-def _draw(samples: list, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 4.8), layout="constrained")
+def _draw(samples: list[Sample], path: Path) -> None:
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
     for place, label in ((1, "resident memory\nMB"), (2, "processor time\nms a question")):
         for process, colour in zip(dict.fromkeys(s[3] for s in samples), ("#0072B2", "#D55E00"), strict=True):
             own = [s for s in samples if s[3] == process]

@@ -3,86 +3,83 @@
     OMP_NUM_THREADS=1 python benchmarks/prefix.py [--model smollm2] [--task builtin] [--documents 10,20] [--questions 5]
         [--seed 0]
 
-Both ways take turns, a question at a time; process CPU time of one thread, medians over questions, the range of their
-ratios in brackets. What they gave is compared first: argmax and rank of the answer at every layer of every context,
-and the hidden states. Only the runs of the model are timed, not the lens, which both need alike.
+``--seed`` is that of the questions and their distractors. Both ways take turns, a question at a time; process CPU time
+of one thread, medians over questions, the range of their ratios in brackets. What they gave is compared: argmax and
+rank of the answer at every layer of every context, and the hidden states. Only the runs of the model are timed, not the
+lens, which both need alike.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
+from functools import partial
+from statistics import median
 
 import torch
+from harness import contexts_of, machine, options_of
 from torch import Tensor
 
-from refinelens.data.prompts import DEFAULT_TEMPLATE, Context, build_context
-from refinelens.data.tasks import DistractorSource, choose_questions, load_task
+from refinelens.bench.measure import take_turns, torch_threads
+from refinelens.bench.table import aligned
+from refinelens.config import SweepConfig
+from refinelens.data.prompts import Context
 from refinelens.lens.logit_lens import LogitLens
-from refinelens.lens.prefix import PrefixReuse, check_branching, difference
-from refinelens.lens.runner import ForwardRunner, ModelInput
-from refinelens.machine import device_name
-from refinelens.model.loading import LoadedModel, load_model
+from refinelens.lens.prefix import PrefixReuse, check_branching
+from refinelens.lens.runner import ForwardRunner, ModelInput, ModelStates
+from refinelens.model.hooks import difference
+from refinelens.sweeping.sweep import SweepInputs
 
 GOALS = {10: 1.3, 20: 1.5}  # documents: times faster
-Runs = tuple[list[Tensor], int]  # hidden states of every context, tokens computed
 
 
 def main() -> None:
-    """Compare, then time, and print both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--task", default="builtin")
-    parser.add_argument("--documents", default="10,20")
-    parser.add_argument("--questions", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the questions and their distractors")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    loaded = load_model(options.model, "cpu")
-    lens = LogitLens(loaded.model)
-    print(f"{options.model} on {options.task}, {device_name('cpu')}, 1 thread, torch {torch.__version__}")
+    """Time, then compare, and print both."""
+    given = options_of(__doc__, model="smollm2", task="builtin", documents="10,20", questions=5, seed=0)
+    options = SweepConfig(
+        given.model, given.task, given.documents, examples=given.questions, seed=given.seed, device="cpu"
+    )
+    inputs = SweepInputs.load(options)
+    lens = inputs.logit_lens
+    print(f"{given.model} on {given.task}, {machine()}")
     reuse = check_branching(lens)
     print(f"gate: {reuse.why}\n")
-    for size in map(int, options.documents.split(",")):
-        print(_measure(lens, reuse, size, _contexts(loaded, options, size)), flush=True)
+    contexts = contexts_of(inputs)
+    for size in options.documents:
+        of_size = ([context for context in own if context.n_documents == size] for own in contexts)
+        print(_measure(lens, reuse, size, list(filter(None, of_size))), flush=True)
 
 
-def _contexts(loaded: LoadedModel, options: argparse.Namespace, size: int) -> list[list[Context]]:
-    """All gold positions of each question."""
-    task = load_task(options.task)
-    source = DistractorSource(task, options.seed)
-    questions = choose_questions(task, options.questions, options.seed)
-    asked = [(q, source.choose(q, size - 1)) for q in questions]
-    return [
-        [build_context(loaded.tokenizer, DEFAULT_TEMPLATE, q, others, p) for p in range(size)]
-        for q, others in asked
-        if others is not None
-    ]
-
-
-def _run(runner: ForwardRunner, contexts: list[Context]) -> Runs:
-    """As a sweep does."""
-    ran = list(runner.run([ModelInput(c.input_ids, c.answer_span.positions, c.where) for c in contexts]))
-    states = {one.index: one.hidden for one in ran}
-    tokens = sum(len(c.input_ids) for c in contexts) - sum(one.n_saved for one in ran)
-    return [states[index] for index in range(len(contexts))], tokens
+def _run(runner: ForwardRunner, contexts: list[Context]) -> list[ModelStates]:
+    """As a sweep does, but in the order of the contexts."""
+    ran = runner.run([ModelInput(c.input_ids, c.answer_span.positions, c.where) for c in contexts])
+    return sorted(ran, key=lambda one: one.index)
 
 
 def _measure(lens: LogitLens, reuse: PrefixReuse, size: int, questions: list[list[Context]]) -> str:
     runners = {"whole": ForwardRunner(lens), "branched": ForwardRunner(lens, reuse=reuse)}
     _run(runners["branched"], questions[0])  # whose first contexts are also run whole, as a proof
-    timed, found = {name: [] for name in runners}, []
-    for index, contexts in enumerate(questions):
-        states = {}
-        for name in list(runners)[:: -1 if index % 2 else 1]:
-            start = time.process_time()
-            states[name], tokens = _run(runners[name], contexts)
-            timed[name].append((time.process_time() - start, tokens))
-        for context, *pair in zip(contexts, states["whole"], states["branched"], strict=True):
-            found.append(_compare(lens, context, *pair))
-    return f"{size} documents, {len(questions)} questions: {_differences(found)}\n{_table(size, timed)}"
+    ran: dict[str, list[list[ModelStates]]] = {name: [] for name in runners}
+
+    def next_question(name: str) -> None:
+        ran[name].append(_run(runners[name], questions[len(ran[name])]))
+
+    seconds = take_turns({name: partial(next_question, name) for name in runners}, rounds=len(questions))
+    contexts = [context for own in questions for context in own]
+    whole, branched = ([one for own in ran[name] for one in own] for name in runners)
+    found = [_compare(lens, c, w.hidden, b.hidden) for c, w, b in zip(contexts, whole, branched, strict=True)]
+    tokens, saved = sum(len(c.input_ids) for c in contexts), sum(one.n_saved for one in branched)
+    ratios = [w / b for w, b in zip(seconds["whole"], seconds["branched"], strict=True)]
+    ratio, token_ratio = median(ratios), tokens / (tokens - saved)
+    goal = f"; goal {GOALS[size]}" if size in GOALS else ""
+    rows = [["", "s a question", "tokens computed", "tokens saved"]]
+    for name, less in (("whole", 0), ("branched", saved)):
+        rows.append([name, f"{median(seconds[name]):.2f}", str(tokens - less), str(less)])
+    return "\n  ".join([
+        f"{size} documents, {len(questions)} questions: {_differences(found)}",
+        *aligned(rows),
+        f"{ratio:.2f} times faster ({min(ratios):.2f} to {max(ratios):.2f}{goal}); token ratio {token_ratio:.2f}, of "
+        f"which {100 * ratio / token_ratio:.0f} %\n",
+    ])  # fmt: skip
 
 
 def _compare(lens: LogitLens, context: Context, whole: Tensor, branched: Tensor) -> list[float]:
@@ -111,20 +108,6 @@ def _differences(found: list[list[float]]) -> str:
     )
 
 
-def _table(size: int, timed: dict[str, list[tuple[float, int]]]) -> str:
-    (whole, tokens), (branched, computed) = (zip(*of, strict=True) for of in timed.values())
-    ratios = [w / b for w, b in zip(whole, branched, strict=True)]
-    ratio, token_ratio = statistics.median(ratios), sum(tokens) / sum(computed)
-    goal = f"; goal {GOALS[size]}" if size in GOALS else ""
-    lines = [
-        "            s a question  tokens computed  tokens saved",
-        f"  whole     {statistics.median(whole):12.2f}  {sum(tokens):15}  {0:12}",
-        f"  branched  {statistics.median(branched):12.2f}  {sum(computed):15}  {sum(tokens) - sum(computed):12}",
-        f"  {ratio:.2f} times faster ({min(ratios):.2f} to {max(ratios):.2f}{goal}); token ratio {token_ratio:.2f}, of "
-        f"which {100 * ratio / token_ratio:.0f} %\n",
-    ]
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    main()
+    with torch_threads(1):
+        main()

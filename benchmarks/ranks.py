@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import numpy as np
 import scipy
+from harness import machine, turns
 from scipy import stats
 
 from refinelens import __version__
-from refinelens.bench.measure import take_turns, torch_threads
-from refinelens.machine import device_name
+from refinelens.bench.measure import torch_threads
+from refinelens.bench.table import aligned
 from refinelens.op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap, top_k_overlap_numpy
 from refinelens.store.trajectory import summarise_numpy, trajectories
 
@@ -57,18 +59,20 @@ def contests() -> list[Contest]:
     every_pair = ranks.T[:, None], ranks.T[None]
     kendall, rho, best = "stats.kendalltau", "stats.spearmanr", f"Top-{TOP}, {layers}"
     return [
-        Contest(f"Kendall, {rows}", kendall, partial(kendall_tau_b, a, b), partial(_kendall, a, b)),
+        Contest(f"Kendall, {rows}", kendall, partial(kendall_tau_b, a, b), partial(_by_pair, stats.kendalltau, a, b)),
         Contest(f"Kendall, {layers}", kendall, partial(between_layers, ranks), partial(_kendall_layers, ranks)),
-        Contest(f"Spearman, {rows}", rho, partial(spearman, a, b), partial(_spearman, a, b)),
+        Contest(f"Spearman, {rows}", rho, partial(spearman, a, b), partial(_by_pair, stats.spearmanr, a, b)),
         Contest(f"Spearman, {rows}", "stats.rankdata", partial(spearman, a, b), partial(_spearman_by_rankdata, a, b)),
-        Contest(f"Spearman, {layers}", rho, partial(between_layers, ranks, spearman), partial(_spearman_layers, ranks)),
+        Contest(f"Spearman, {layers}", rho, partial(between_layers, ranks, spearman),
+                lambda: stats.spearmanr(ranks).statistic),
         Contest(best, "numpy", partial(between_layers, ranks, top_k), partial(top_k_overlap_numpy, *every_pair, TOP)),
-        Contest(f"Trajectories, {EXAMPLES} examples", "numpy", partial(_columns, many), partial(_columns_numpy, many)),
-    ]
+        Contest(f"Trajectories, {EXAMPLES} examples", "numpy", partial(_columns, many),
+                lambda: np.stack(summarise_numpy(many, 1))),
+    ]  # fmt: skip
 
 
-def _kendall(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.array([stats.kendalltau(x, y).statistic for x, y in zip(a, b, strict=True)])
+def _by_pair(correlation: Callable, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.array([correlation(x, y).statistic for x, y in zip(a, b, strict=True)])
 
 
 def _kendall_layers(ranks: np.ndarray) -> np.ndarray:
@@ -76,14 +80,6 @@ def _kendall_layers(ranks: np.ndarray) -> np.ndarray:
     for i, j in zip(*np.triu_indices(N_POINTS, 1), strict=True):
         out[i, j] = out[j, i] = stats.kendalltau(ranks[:, i], ranks[:, j]).statistic
     return out
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.array([stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])
-
-
-def _spearman_layers(ranks: np.ndarray) -> np.ndarray:
-    return stats.spearmanr(ranks).statistic
 
 
 def _spearman_by_rankdata(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -96,33 +92,28 @@ def _columns(ranks: np.ndarray) -> np.ndarray:
     return np.stack([result.first_correct, result.settle, result.flips, result.largest_gain])
 
 
-def _columns_numpy(ranks: np.ndarray) -> np.ndarray:
-    return np.stack(summarise_numpy(ranks, 1))
-
-
-def largest_differences(entered: list[Contest]) -> list[float]:
-    """Largest difference of each contest's two results, at most 1e-12."""
-    differences = [float(np.abs(contest.ours() - contest.theirs()).max()) for contest in entered]
-    for contest, difference in zip(entered, differences, strict=True):
-        if not difference <= 1e-12:
-            raise SystemExit(f"{contest.task}: expected {contest.other} within 1e-12, got a difference of {difference}")
-    return differences
+def largest_difference(contest: Contest) -> float:
+    """Of a contest's two results; ends the program where it is above 1e-12."""
+    difference = float(np.abs(contest.ours() - contest.theirs()).max())
+    if not difference <= 1e-12:
+        raise SystemExit(f"{contest.task}: expected {contest.other} within 1e-12, got a difference of {difference}")
+    return difference
 
 
 def main() -> None:
+    """Compare, then time, and print both."""
     entered = contests()
-    differences = largest_differences(entered)
+    differences = list(map(largest_difference, entered))
     calls = {(i, side): getattr(contest, side) for i, contest in enumerate(entered) for side in ("ours", "theirs")}
-    times = take_turns(calls, ROUNDS)
-    versions = f"refinelens {__version__}, SciPy {scipy.__version__}, numpy {np.__version__}"
-    print(f"{device_name('cpu')}, 1 thread, {versions}.")
+    seconds = turns(calls, ROUNDS)
+    print(f"{machine()}, refinelens {__version__}, SciPy {scipy.__version__}, numpy {np.__version__}.")
     print(f"Time: process CPU time; medians of {ROUNDS} rounds in which all take turns.\n")
-    heading = f"{'':46}{'refinelens ms':>14}{'other ms':>10}  {'other':17}{'faster':>8}{'difference':>12}"
-    print(f"{heading}\n{'-' * len(heading)}")
+    rows = [["", "refinelens ms", "other ms", "other", "faster", "difference"]]
     for i, (contest, difference) in enumerate(zip(entered, differences, strict=True)):
-        ours, theirs = (times[i, side][0] * 1e3 for side in ("ours", "theirs"))
-        ratio = f"{theirs / ours:.1f} x"
-        print(f"{contest.task:46}{ours:14.2f}{theirs:10.2f}  {contest.other:17}{ratio:>8}{difference:12.0e}")
+        ours, theirs = (median(seconds[i, side]) * 1e3 for side in ("ours", "theirs"))
+        numbers = (f"{ours:.2f}", f"{theirs:.2f}", contest.other, f"{theirs / ours:.1f} x", f"{difference:.0e}")
+        rows.append([contest.task, *numbers])
+    print("\n".join(aligned(rows)))
 
 
 if __name__ == "__main__":

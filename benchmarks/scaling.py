@@ -7,23 +7,23 @@ comparison of threads, which is by wall clock and needs two idle cores.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import pandas as pd
 import torch
+from harness import options_of, turns
 from matplotlib.figure import Figure
 
 from refinelens.bench.competitors import COMPETITORS
-from refinelens.bench.measure import take_turns, torch_threads
-from refinelens.bench.problem import Problem, random_problem
+from refinelens.bench.measure import spread, torch_threads
+from refinelens.bench.problem import random_problem
 from refinelens.machine import device_name
 
 NAMES = ("fp32", "certified", "naive")
@@ -39,26 +39,12 @@ ROUNDS, ODD_ROUNDS = 3, 9
 LARGEST = 3  # points of an axis over which the slope is taken; below, fixed costs show
 
 
-@dataclass(frozen=True)
-class Point:
-    """Median cost of one call."""
-
-    axis: str
-    rows: int
-    d_model: int
-    vocab: int
-    threads: int
-    name: str  # of the competitor
-    seconds: float
-    spread: float  # (slowest - fastest) / median
-
-    @property
-    def size(self) -> int:
-        return getattr(self, "threads" if self.axis == "threads" else self.axis.removeprefix("odd "))
+# Of a point, with the name of the competitor: median seconds of a call, and their spread, (slowest - fastest) / median.
+COLUMNS = ("axis", "rows", "d_model", "vocab", "threads", "name", "seconds", "spread")
 
 
-def measure() -> Iterator[Point]:
-    """Every point, axis by axis."""
+def measure() -> Iterator[tuple]:
+    """A row of `COLUMNS` for every point, axis by axis."""
     for axis, sizes in AXES.items():
         yield from _points(axis, axis, sizes, NAMES, ROUNDS)
     for axis, sizes in ODD.items():
@@ -66,61 +52,58 @@ def measure() -> Iterator[Point]:
     yield from _threads()
 
 
-def _points(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...], rounds: int) -> Iterator[Point]:
+def _points(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...], rounds: int) -> Iterator[tuple]:
     shapes = [{"rows": ROWS, "d_model": D_MODEL, "vocab": VOCAB} | {axis: size} for size in sizes]
     problems = [random_problem(**shape, dtype=torch.float32, device="cpu") for shape in shapes]
     calls = {(name, i): partial(COMPETITORS[name].run, problem) for name in names for i, problem in enumerate(problems)}
-    for (name, i), seconds in take_turns(calls, rounds).items():
-        yield Point(label, *shapes[i].values(), 1, name, *seconds)
+    for (name, i), seconds in turns(calls, rounds).items():
+        yield label, *shapes[i].values(), 1, name, median(seconds), spread(seconds)
 
 
-def _threads() -> Iterator[Point]:
+def _threads() -> Iterator[tuple]:
     problem = random_problem(ROWS, D_MODEL, VOCAB, torch.float32, "cpu")
-    calls = {threads: partial(_run_on, threads, problem) for threads in (1, 2)}
-    for threads, seconds in take_turns(calls, ODD_ROUNDS, threads=2).items():
-        yield Point("threads", ROWS, D_MODEL, VOCAB, threads, "fp32", *seconds)
+
+    def run_on(threads: int) -> None:
+        with torch_threads(threads):
+            COMPETITORS["fp32"].run(problem)
+
+    calls = {threads: partial(run_on, threads) for threads in (1, 2)}
+    for threads, seconds in turns(calls, ODD_ROUNDS, threads=2).items():
+        yield "threads", ROWS, D_MODEL, VOCAB, threads, "fp32", median(seconds), spread(seconds)
 
 
-def _run_on(threads: int, problem: Problem) -> None:
-    with torch_threads(threads):
-        COMPETITORS["fp32"].run(problem)
+def line(points: pd.DataFrame, axis: str, name: str = "fp32") -> pd.Series:
+    """Seconds of a competitor by size, along an axis, also ``odd`` ones and ``threads``."""
+    own = points[(points.axis == axis) & (points["name"] == name)]
+    return own.set_index(axis.removeprefix("odd ")).seconds.sort_index()
 
 
-def findings(points: list[Point]) -> Iterator[str]:
+def findings(points: pd.DataFrame) -> Iterator[str]:
     """The numbers behind the figure, in words."""
     for axis in AXES:
-        line = sorted((p for p in points if p.axis == axis and p.name == "fp32"), key=lambda p: p.size)[-LARGEST:]
-        slope = math.log(line[-1].seconds / line[0].seconds) / math.log(line[-1].size / line[0].size)
-        yield f"{axis}: cost grows with the power {slope:.2f} from {line[0].size} to {line[-1].size}"
+        last = line(points, axis)[-LARGEST:]
+        low, high = last.index[[0, -1]]
+        slope = math.log(last[high] / last[low]) / math.log(high / low)
+        yield f"{axis}: cost grows with the power {slope:.2f} from {low} to {high}"
     for axis, (even, odd) in ODD.items():
-        cost = {p.size: p.seconds / p.size for p in points if p.axis == f"odd {axis}"}
+        seconds = line(points, f"odd {axis}")
+        cost = seconds / seconds.index
         yield f"{axis} {odd} against {even}: {cost[odd] / cost[even] - 1:+.1%} for each of them (goal: within 5 %)"
-    one, two = sorted((p for p in points if p.axis == "threads"), key=lambda p: p.threads)
-    yield f"2 threads: {one.seconds / two.seconds:.2f} times as fast as 1 (goal: 1.8 on two idle cores)"
+    seconds = line(points, "threads")
+    yield f"2 threads: {seconds[1] / seconds[2]:.2f} times as fast as 1 (goal: 1.8 on two idle cores)"
 
 
-def write_csv(points: list[Point], path: Path) -> None:
-    """One line a point; seconds and spread to four digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Point)])
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(point)] for point in points)
-
-
-def draw(points: list[Point], path: Path) -> None:
+def draw(points: pd.DataFrame, path: Path) -> None:
     """Three panels, cost against size, both logarithmic; the thin line is proportional to size."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
     for panel, axis in zip(panels, AXES, strict=True):
         for name in reversed(NAMES):  # the fused kernel last, on top
-            line = sorted((p for p in points if p.axis == axis and p.name == name), key=lambda p: p.size)
-            panel.plot(
-                [p.size for p in line], [p.seconds for p in line], marker="o", ms=4, label=COMPETITORS[name].title
-            )
-        sizes = [p.size for p in line]
-        anchor = line[-LARGEST:][0]  # the first of the points over which the slope is taken
-        guide = [anchor.seconds * size / anchor.size for size in sizes]
-        panel.plot(sizes, guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
+            seconds = line(points, axis, name)
+            panel.plot(seconds, marker="o", ms=4, label=COMPETITORS[name].title)
+        first = seconds.index[-LARGEST:][0]  # of the points over which the slope is taken
+        guide = seconds[first] * seconds.index / first
+        panel.plot(seconds.index, guide, color="grey", lw=0.8, zorder=0, label="proportional to size")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -133,11 +116,11 @@ def draw(points: list[Point], path: Path) -> None:
 
 def main(folder: str) -> None:
     with torch_threads(1), torch.no_grad():
-        points = list(measure())
-    write_csv(points, Path(folder) / "scaling.csv")
+        points = pd.DataFrame(measure(), columns=COLUMNS)
+    points.to_csv(Path(folder) / "scaling.csv", index=False, float_format="%.4g")
     draw(points, Path(folder) / "scaling.png")
     print("\n".join(findings(points)))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(options_of(__doc__, folder=True).folder)

@@ -15,15 +15,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from harness import machine
+
 from refinelens import cli
+from refinelens.bench.table import aligned
 from refinelens.lens import logit_lens
-from refinelens.machine import device_name
 from refinelens.sweeping import contexts, predict, recorder, sweep
 
 DEFAULT = ("--documents", "5,10", "--examples", "8", "--reuse-prefix", "off")
 STAGES = {
     "model": (logit_lens.LogitLens, "hidden"),
-    "lens, all layers": (logit_lens.LogitLens, "read"),
+    "lens, all layers": (logit_lens.LogitLens, "read_states"),
     "contexts: documents, prompt, tokens": (contexts.ContextBuilder, "build"),
     "rows": (predict, "prediction_table"),
     "writing": (recorder.RunWriter, "add"),
@@ -32,6 +34,8 @@ STAGES = {
     "summary, once": (sweep, "read_report"),
 }
 BOOKKEEPING = ("contexts: documents, prompt, tokens", "rows", "writing", "last part and manifest")
+# Of a sweep that reads the answer alone: per cent of the forward passes.
+GOALS = {"lens": (("lens, all layers",), 2), "writing and bookkeeping": (BOOKKEEPING, 3)}
 
 
 def main() -> int:
@@ -53,10 +57,15 @@ def main() -> int:
         code = cli.main(["sweep", *options, "--out", str(Path(folder) / "run")])
     total = time.process_time() - started[0]
     if code == 0:
-        print(f"\n{device_name('cpu')}, 1 thread: {' '.join(options)}\n")
-        print(_table(seconds, total))
+        print(f"\n{machine()}: {' '.join(options)}\n")
+        rows, model = [["", "seconds", "of the forward passes"]], seconds["model"]
+        for name, spent in (*((name, seconds[name]) for name in STAGES), ("all else", total - sum(seconds.values()))):
+            rows.append([name, f"{spent:.2f}", f"{100 * spent / model:.2f} %"])
+        print(*aligned(rows), sep="\n")
         if ("--positions", "all") not in zip(options, options[1:], strict=False):
-            print(_goals(seconds))
+            for name, (stages, goal) in GOALS.items():
+                spent = sum(seconds[stage] for stage in stages)
+                print(f"{name}: {100 * spent / model:.2f} %, goal under {goal} %")
         print(f"peak of resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
     return code
 
@@ -70,22 +79,6 @@ def _timed(function, name: str, seconds: Counter):
             seconds[name] += time.process_time() - start
 
     return timed
-
-
-def _table(seconds: Counter, total: float) -> str:
-    model = seconds["model"]
-    rows = [*((name, seconds[name]) for name in STAGES), ("all else", total - sum(seconds.values()))]
-    lines = [f"{'':36}  seconds  of the forward passes"]
-    lines += [f"{name:36}  {spent:7.2f}  {100 * spent / model:8.2f} %" for name, spent in rows]
-    return "\n".join(lines)
-
-
-def _goals(seconds: Counter) -> str:
-    """Of a sweep that reads the answer alone."""
-    lens, kept = seconds["lens, all layers"], sum(seconds[name] for name in BOOKKEEPING)
-    goals = (("lens", lens, 2), ("writing and bookkeeping", kept, 3))
-    model = seconds["model"]
-    return "\n".join(f"{name}: {100 * spent / model:.2f} %, goal under {goal} %" for name, spent, goal in goals)
 
 
 if __name__ == "__main__":

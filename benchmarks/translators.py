@@ -1,63 +1,56 @@
-"""What a lens with translators costs beside the plain one: the op at GPT-2's width, all layers.
+"""What a lens with translators costs beside the plain one: all layers of a GPT-2 of random weights.
 
     python benchmarks/translators.py [--positions 32] [--rounds 5]
 
-Both read the same random states, translated ones within `LogitLens.read`, block by block. Correctness first:
+Both read the same random states, translated ones within `LogitLens.read_states`, block by block. Correctness first:
 translators of zeros must give the plain reading. Takes turns, prints medians; process CPU time on one thread
 on a CPU, wall time between synchronisations on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
+from statistics import median
 
 import torch
+from harness import options_of, turns
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from refinelens.bench.measure import take_turns
+from refinelens.bench.measure import torch_threads
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.translators import Translators
-from refinelens.model.head import LensHead
-
-D_MODEL, VOCAB, N_LAYERS = 768, 50257, 12
 
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--positions", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = options_of(__doc__, positions=32, rounds=5)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    torch.set_num_threads(1)
+    lens = LogitLens(AutoModelForCausalLM.from_config(GPT2Config(), dtype=dtype).to(device))
+    n_layers, d_model, vocab = lens.n_layers, lens.d_model, lens.head.vocab_size
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    hidden, targets = (
-        normal(N_LAYERS + 1, 1, options.positions, D_MODEL),
-        torch.arange(options.positions, device=device),
-    )
-    head = LensHead(normal(VOCAB, D_MODEL) / D_MODEL**0.5)
-    lens = object.__new__(LogitLens)  # no model is run
-    lens.blocks = torch.nn.ModuleList([torch.nn.Identity()] * N_LAYERS)
-    lens.head, lens.backend, lens.tokenizer, lens.name, lens.translators = head, "auto", None, "plain", None
-    maps = Translators(normal(N_LAYERS, D_MODEL, D_MODEL) / D_MODEL**0.5, normal(N_LAYERS, D_MODEL))
+    hidden = normal(n_layers + 1, 1, options.positions, d_model)
+    targets = torch.arange(options.positions, device=device)
+    maps = Translators(normal(n_layers, d_model, d_model) / d_model**0.5, normal(n_layers, d_model))
     zeros = Translators(torch.zeros_like(maps.weight), torch.zeros_like(maps.bias))
-    plain, same = (lens.read_states(hidden, targets, t, kl=False).stats for t in (None, zeros))
+
+    def read(translators: Translators | None):
+        return lens.read_states(hidden, targets, translators, kl=False).stats
+
+    plain, same = read(None), read(zeros)
     if not torch.equal(plain.argmax, same.argmax) or not torch.equal(plain.target_rank, same.target_rank):
         raise SystemExit("expected translators of zeros to change nothing, got another argmax or rank")
-    calls = {
-        name: lambda t=translators: lens.read_states(hidden, targets, t, kl=False)
-        for name, translators in (("plain", None), ("translated", maps))
-    }
-    medians = {name: seconds for name, (seconds, _) in take_turns(calls, options.rounds, device).items()}
-    rows = (N_LAYERS + 1) * options.positions
-    extra = 2 * N_LAYERS * options.positions * D_MODEL**2 / (2 * rows * D_MODEL * VOCAB)
+    calls = {"plain": lambda: read(None), "translated": lambda: read(maps)}
+    medians = {name: median(seconds) for name, seconds in turns(calls, options.rounds, device).items()}
+    rows = (n_layers + 1) * options.positions
+    extra = n_layers * d_model / ((n_layers + 1) * vocab)
     times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in medians.items())
-    print(f"{device}, {dtype}, {rows} rows, D {D_MODEL}, V {VOCAB}: {times}")
+    print(f"{device}, {dtype}, {rows} rows, D {d_model}, V {vocab}: {times}")
     print(f"translated / plain: {medians['translated'] / medians['plain']:.3f} (extra FLOPs {100 * extra:.1f} %)")
 
 
 if __name__ == "__main__":
-    main()
+    with torch_threads(1):
+        main()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, InitVar, dataclass, field, fields
 from operator import index
 from typing import Any
 
@@ -378,12 +378,15 @@ class BenchConfig(Config):
         None, "its states, norm and unembedding, as in sweep (default: random numbers)", metavar="NAME"
     )
     dtype: str = _dtype("(default: float32, on CUDA bfloat16)")
-    peers: str = _option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
+    baselines: str = _option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
     rounds: int = _option(7, "how often all take turns")
     threads: int = _option(1, "on a CPU; 1 is timed by CPU time")
     trust_remote_code: bool = _trust()
+    peers: InitVar[object] = None  # an older name of ``baselines``
 
-    def __post_init__(self):
+    def __post_init__(self, peers: object):
+        if peers is not None:
+            object.__setattr__(self, "baselines", peers)
         super().__post_init__()
         for name in ("rows", "d_model", "vocab", "rounds", "threads"):
             value = getattr(self, name)

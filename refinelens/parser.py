@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = sweep.add_argument_group("the run").add_argument
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--no-report", action="store_true", help="write no page of the run")
     add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
 
     words = {"epilog": FIT_EXAMPLE, "formatter_class": as_written}
@@ -84,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(show, config.ShowConfig)
 
     report = add_command("report", help="write the page of a run, or of several to compare")
-    report.add_argument("folders", metavar="RUN", nargs="+", help="folders of runs; the page is about the first")
-    report.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run)")
+    report.add_argument("folders", metavar="RUN", nargs="+", help="a run; with several the page also compares them")
+    report.add_argument("--out", metavar="FILE", help="the page (default: report.html in the run; of several, here)")
 
     layers = add_command(
         "layers",
@@ -129,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add_command("doctor", help="say which backend would be used, and what is found in a model")
     _add_config(doctor, config.DoctorConfig)
     bench = add_command("bench", help="measure the op here, beside what people use instead")
+    bench.add_argument("--peers", dest="baselines", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older name
     _add_config(bench, config.BenchConfig)
     bench.add_argument("--json", metavar="FILE", help="write every number there too")
     return parser

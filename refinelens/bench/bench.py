@@ -6,8 +6,7 @@ import importlib.util
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +19,7 @@ from ..config import BenchConfig
 from ..machine import __version__, device_name, package_version
 from ..op.backends import instruction_set
 from .competitors import BASELINE, COMPETITORS, NAIVE, OURS, Competitor, choose
-from .measure import DoesNotRun, Fp64Check, Timer, extra_memory, peak_meter, spread, torch_threads
+from .measure import DoesNotRun, Fp64Check, clock_of, extra_memory, peak_meter, spread, take_turns, timed, torch_threads
 from .problem import Problem, available_memory, can_measure_growth, make_problem, peak_growth_cuda
 from .table import CheckResult, Report, Result
 
@@ -48,8 +47,33 @@ class Entry:
     extra_bytes: int | None
     verdict: CheckResult | None
 
-    def note(self, all_rows: int) -> str | None:
-        """What a reader must know of this row of the table."""
+    def result(self, problem: Problem, seconds: list[float], naive: list[float] | None, peak: float | None) -> Result:
+        """This row of the table.
+
+        Args:
+            problem: On all rows.
+            seconds: A row of the problem took, round by round.
+            naive: The same of the naive expression, if it was timed.
+            peak: FLOP/s, if measured.
+        """
+        whole = median(seconds) * len(problem.hidden)
+        flops = problem.flops / whole
+        return Result(
+            name=self.competitor.name,
+            title=self.competitor.title,
+            group=self.competitor.group,
+            measured_rows=len(self.problem.hidden),
+            seconds=whole,
+            spread=spread(seconds),
+            ratio=naive and median(a / b for a, b in zip(naive, seconds, strict=True)),
+            flops=flops,
+            peak_share=flops / peak if peak else None,
+            extra_bytes=self.extra_bytes,
+            verdict=self.verdict,
+            note=self._note(len(problem.hidden)),
+        )
+
+    def _note(self, all_rows: int) -> str | None:
         rows, remarks = len(self.problem.hidden), []
         if rows < all_rows:
             remarks.append(f"measured on {rows} of {all_rows} rows and scaled up; all take too much memory or time")
@@ -75,160 +99,114 @@ def run_bench(
     Raises:
         InputError: Options that do not fit this machine.
     """
-    with open_session(options, progress, setup) as session:
-        for number in range(options.rounds):
-            progress(f"round {number + 1} of {options.rounds}")
-            session.round()
-        return session.report()
-
-
-@contextmanager
-def open_session(
-    options: BenchConfig, progress: Callable[[str], None] = lambda text: None, setup: Setup | None = None
-) -> Iterator[Session]:
-    """A session to call ``round`` of as often as wanted, while torch has the options' number of threads."""
     setup = setup or Setup()
-    chosen = choose(options.peers, setup.competitors)
+    chosen = choose(options.baselines, setup.competitors)
     with torch_threads(options.threads), torch.no_grad():
-        yield Session(options, chosen, setup, progress)
-
-
-class Session:
-    """Competitors that are right, ready to be timed; made by `open_session`."""
-
-    def __init__(
-        self, options: BenchConfig, competitors: list[Competitor], setup: Setup, progress: Callable[[str], None]
-    ):
-        self.options = options
-        self._setup = setup
-        self._instruction_set = _instruction_set()
+        isa = _instruction_set()
         progress("making the problem")
-        self.problem = make_problem(options)
-        self._device = self.problem.hidden.device.type
+        problem = make_problem(options)
+        device, threads, rows = problem.hidden.device.type, options.threads, len(problem.hidden)
+        admission = _Admission(problem, threads, setup, progress)
+        admission.admit(chosen)
+        entries = admission.entries
+        peak = peak_meter(device, problem.hidden.dtype, threads)
+        rates: list[float] = []
+
+        def before_round(number: int) -> None:
+            progress(f"round {number + 1} of {options.rounds}")
+            if peak:
+                rates.append(peak[1]())
+
+        calls = {name: partial(entry.competitor.run, entry.problem) for name, entry in entries.items()}
+        found = take_turns(calls, options.rounds, device, threads, before_round)
+    peak_flops = median(rates) if rates else None
+    per_row = {name: [s / len(entries[name].problem.hidden) for s in seconds] for name, seconds in found.items()}
+    naive = per_row.get(NAIVE)
+    return Report(
+        device=device_name(device),
+        device_type=device,
+        instruction_set=isa,
+        threads=threads,
+        clock="process CPU time" if clock_of(device, threads) is time.process_time else "wall clock",
+        versions=_versions(device),
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        rows=rows,
+        d_model=problem.hidden.shape[1],
+        vocab=len(problem.unembedding),
+        dtype=str(problem.hidden.dtype).removeprefix("torch."),
+        states=problem.states,
+        rounds=options.rounds,
+        peak=peak and peak[0],
+        peak_flops=peak_flops,
+        results=[entry.result(problem, per_row[name], naive, peak_flops) for name, entry in entries.items()],
+        left_out=admission.left_out,
+        failed=admission.failed,
+    )
+
+
+class _Admission:
+    """Decides who is timed, and on how many rows."""
+
+    def __init__(self, problem: Problem, threads: int, setup: Setup, progress: Callable[[str], None]):
+        self.entries: dict[str, Entry] = {}  # by name, those that run here and are right
+        self.left_out: dict[str, str] = {}  # title: why
+        self.failed: list[str] = []  # titles of our own that do not run to the end or are wrong
+        self._problem, self._threads, self._setup, self._progress = problem, threads, setup, progress
+        self._device = problem.hidden.device.type
         progress("fp64")
-        self._check = Fp64Check(self.problem)
-        self._left_out: dict[str, str] = {}
-        self._failed: list[str] = []
-        self._entries: dict[str, Entry] = {}
-        self._timer = Timer(self._device, options.threads)
+        self._check = Fp64Check(problem)
+
+    def admit(self, competitors: list[Competitor]) -> None:
+        """Enter every competitor that runs here and is right; note why another does not."""
         with tempfile.TemporaryDirectory(prefix="refinelens-bench-") as folder:
             file = Path(folder) / "problem.pt"
             if self._device == "cpu":
-                torch.save(self.problem, file)
+                torch.save(self._problem, file)
             for competitor in competitors:
-                progress(competitor.title)
-                self._admit(competitor, file)
-        for name, entry in self._entries.items():
-            self._timer.enter(name, partial(entry.competitor.run, entry.problem))
-        self._peak = peak_meter(self._device, self.problem.hidden.dtype, options.threads)
-        self._peaks: list[float] = []
-        self._rounds = 0
+                self._progress(competitor.title)
+                reason = competitor.obstacle(self._problem) or self._failure(competitor, file)
+                if reason is not None:
+                    self.left_out[competitor.title] = reason
 
-    def round(self) -> None:
-        """Time every competitor once, and the peak beside them."""
-        if self._peak:
-            self._peaks.append(self._peak[1]())
-        self._timer.round()
-        self._rounds += 1
-
-    def _admit(self, competitor: Competitor, problem_file: Path) -> None:
-        """Enter a competitor if it runs here and is right; else note why not."""
+    def _failure(self, competitor: Competitor, file: Path) -> str | None:
+        """Enter one that has no obstacle, or say how it failed."""
         try:
-            reason = competitor.obstacle(self.problem)
-            if reason is None:
-                entry = self._prepare(competitor, problem_file)
-                reason = entry.verdict and entry.verdict.wrong
-                if reason is None:
-                    self._entries[competitor.name] = entry
-                    return
-                self._note_failure(competitor)
-                reason = f"wrong: {reason}"
+            self.entries[competitor.name] = self._prepare(competitor, file)
+            return None
         except (DoesNotRun, torch.OutOfMemoryError) as error:
-            reason = str(error) if isinstance(error, DoesNotRun) else "does not fit into memory"
-            self._note_failure(competitor)
+            if competitor.group == OURS:
+                self.failed.append(competitor.title)
+            return str(error) if isinstance(error, DoesNotRun) else "does not fit into memory"
         except Exception as error:  # other people's code can raise anything
             if competitor.group != BASELINE:
                 raise
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        self._left_out[competitor.title] = reason
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
-    def _note_failure(self, competitor: Competitor) -> None:
-        if competitor.group == OURS:
-            self._failed.append(competitor.title)
-
-    def _prepare(self, competitor: Competitor, problem_file: Path) -> Entry:
+    def _prepare(self, competitor: Competitor, file: Path) -> Entry:
         rows, first_seconds = self._affordable_rows(competitor)
-        problem = self.problem.first(rows)
-        extra = None
+        problem, extra = self._problem.first(rows), None
         if self._device == "cpu" and self._setup.extra_memory:
-            extra = self._setup.extra_memory(problem_file, competitor.name, rows, self.options.threads)
+            extra = self._setup.extra_memory(file, competitor.name, rows, self._threads)
         verdict = self._check.judge(competitor.run(problem), rows)
         if self._device == "cuda":
             extra = peak_growth_cuda(lambda: competitor.run(problem))
+        if verdict and verdict.wrong:
+            raise DoesNotRun(f"wrong: {verdict.wrong}")
         return Entry(competitor, problem, first_seconds, extra, verdict)
 
     def _affordable_rows(self, competitor: Competitor) -> tuple[int, float | None]:
         """How many rows memory and patience allow, and by how much a first call takes longer than a second."""
-        rows = len(self.problem.hidden)
-        there = self._setup.available_memory(self._device)
-        if there is not None and competitor.logit_bytes:
-            a_row = competitor.logit_bytes * len(self.problem.unembedding)
-            rows = min(rows, int(MEMORY_SHARE * there) // a_row)
+        rows, a_row = len(self._problem.hidden), competitor.logits_of_a_row(self._problem)
+        available = self._setup.available_memory(self._device)
+        if available is not None and a_row:
+            rows = min(rows, int(MEMORY_SHARE * available) // a_row)
             if rows == 0:
-                raise DoesNotRun(f"does not fit: {a_row / 1e9:.3g} GB a row, {there / 1e9:.3g} GB available")
+                raise DoesNotRun(f"does not fit: {a_row / 1e9:.3g} GB a row, {available / 1e9:.3g} GB available")
         if competitor.compiles:  # a trial would compile once more; it takes about as long as naive
-            return min(rows, len(self._entries[NAIVE].problem.hidden)) if NAIVE in self._entries else rows, None
-        trial = self.problem.first(TRIAL_ROWS)
-        first, seconds = (self._timer.time(lambda: competitor.run(trial)) for _ in range(2))
-        return min(rows, max(1, int(self._setup.longest / seconds * len(trial.hidden)))), first - seconds
-
-    def report(self) -> Report:
-        """What the rounds so far have shown."""
-        problem, rows = self.problem, len(self.problem.hidden)
-        peak = median(self._peaks) if self._peaks else None
-        return Report(
-            device=device_name(self._device),
-            device_type=self._device,
-            instruction_set=self._instruction_set,
-            threads=self.options.threads,
-            clock="process CPU time" if self._timer.clock is time.process_time else "wall clock",
-            versions=_versions(self._device),
-            date=f"{datetime.now(UTC):%Y-%m-%d}",
-            rows=rows,
-            d_model=problem.hidden.shape[1],
-            vocab=len(problem.unembedding),
-            dtype=str(problem.hidden.dtype).removeprefix("torch."),
-            states=problem.states,
-            rounds=self._rounds,
-            peak=self._peak[0] if self._peak else None,
-            peak_flops=peak,
-            results=[self._result(entry, peak) for entry in self._entries.values()],
-            left_out=self._left_out,
-            failed=self._failed,
-        )
-
-    def _per_row(self, name: str) -> list[float]:
-        return [seconds / len(self._entries[name].problem.hidden) for seconds in self._timer.seconds[name]]
-
-    def _result(self, entry: Entry, peak: float | None) -> Result:
-        per_row = self._per_row(entry.competitor.name)
-        seconds = median(per_row) * len(self.problem.hidden)
-        naive = self._per_row(NAIVE) if NAIVE in self._entries else None
-        flops = self.problem.flops / seconds
-        return Result(
-            name=entry.competitor.name,
-            title=entry.competitor.title,
-            group=entry.competitor.group,
-            measured_rows=len(entry.problem.hidden),
-            seconds=seconds,
-            spread=spread(per_row),
-            ratio=naive and median(a / b for a, b in zip(naive, per_row, strict=True)),
-            flops=flops,
-            peak_share=flops / peak if peak else None,
-            extra_bytes=entry.extra_bytes,
-            verdict=entry.verdict,
-            note=entry.note(len(self.problem.hidden)),
-        )
+            return min(rows, len(self.entries[NAIVE].problem.hidden)) if NAIVE in self.entries else rows, None
+        trial = self._problem.first(TRIAL_ROWS)
+        first, second = (timed(partial(competitor.run, trial), self._device, self._threads) for _ in range(2))
+        return min(rows, max(1, int(self._setup.longest / second * len(trial.hidden)))), first - second
 
 
 def _versions(device: str) -> dict[str, str]:

@@ -69,9 +69,9 @@ def compiled(problem: Problem) -> Statistics:
     return _compiled()(problem.hidden, problem.unembedding, problem.norm, problem.targets)
 
 
-def row_chunks(problem: Problem) -> Statistics:
+def row_chunks(problem: Problem, size: int = ROW_CHUNK) -> Statistics:
     """The naive expression on some rows at a time."""
-    rows = zip(problem.hidden.split(ROW_CHUNK), problem.targets.split(ROW_CHUNK), strict=True)
+    rows = zip(problem.hidden.split(size), problem.targets.split(size), strict=True)
     chunks = [_whole_logits(hidden, problem.unembedding, problem.norm, targets) for hidden, targets in rows]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -122,9 +122,8 @@ def two_argsorts(problem: Problem) -> Statistics:
         order = log_p.argsort(-1, descending=True)
         ranks = order.argsort(-1)
     else:
-        order = np.argsort(-log_p.numpy(), axis=-1)
-        ranks = torch.from_numpy(np.argsort(order, axis=-1))
-        order = torch.from_numpy(order)
+        order = torch.from_numpy(np.argsort(-log_p.numpy(), axis=-1))
+        ranks = torch.from_numpy(np.argsort(order.numpy(), axis=-1))
     targets = problem.targets[:, None]
     return {
         "argmax": order[:, 0].clone(),
@@ -163,6 +162,10 @@ class Competitor:
     compiles: bool = False  # the first call with a shape takes seconds
     keeps: str | None = None  # what the first call with an unembedding makes for later ones
     obstacle: Callable[[Problem], str | None] = lambda problem: None  # why it cannot run on a problem
+
+    def logits_of_a_row(self, problem: Problem) -> int:
+        """Bytes held at once for every row."""
+        return self.logit_bytes * len(problem.unembedding)
 
 
 def _fused(**options) -> Callable[[Problem], Statistics]:
@@ -210,37 +213,21 @@ def _needs_kernel(problem: Problem) -> str | None:
 HALF = (torch.bfloat16, torch.float16)
 _ALL = (
     Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), OURS, obstacle=_needs_kernel),
-    Competitor(
-        "certified",
-        "refinelens, certified",
-        _fused(precision="certified"),
-        OURS,
-        keeps="its index of the unembedding",
-        obstacle=_needs_cpp,
-    ),
+    Competitor("certified", "refinelens, certified", _fused(precision="certified"), OURS,
+               keeps="its index of the unembedding", obstacle=_needs_cpp),
     Competitor("reference", "refinelens, plain torch", _fused(backend="reference"), OURS),
     Competitor(NAIVE, "torch, all logits (naive)", naive, BASELINE, logit_bytes=18),
     Competitor("compiled", "torch.compile of naive", compiled, BASELINE, logit_bytes=16, compiles=True),
     Competitor("row-chunks", f"torch, {ROW_CHUNK} rows at a time", row_chunks, BASELINE),
     Competitor("vocab-chunks", f"torch, {VOCAB_CHUNK} tokens at a time", vocab_chunks, BASELINE),
     Competitor("argsort", "log_softmax, two argsorts", two_argsorts, BASELINE, logit_bytes=34),
-    Competitor(
-        "liger",
-        "Liger linear cross-entropy",
-        liger,
-        BASELINE,
-        obstacle=_needs("liger_kernel", "liger-kernel", (*HALF, torch.float32)),
-    ),
-    Competitor(
-        "cce",
-        "Apple cut cross-entropy",
-        cut_cross_entropy,
-        BASELINE,
-        obstacle=_needs("cut_cross_entropy", "cut-cross-entropy", HALF),
-    ),
+    Competitor("liger", "Liger linear cross-entropy", liger, BASELINE,
+               obstacle=_needs("liger_kernel", "liger-kernel", (*HALF, torch.float32))),
+    Competitor("cce", "Apple cut cross-entropy", cut_cross_entropy, BASELINE,
+               obstacle=_needs("cut_cross_entropy", "cut-cross-entropy", HALF)),
     Competitor("mm", "matrix product: torch.mm", _torch_product, PRODUCT, logit_bytes=4),
     Competitor("product", "matrix product: refinelens", _own_product, PRODUCT, obstacle=_needs_cpp),
-)
+)  # fmt: skip
 COMPETITORS = {competitor.name: competitor for competitor in _ALL}
 
 
@@ -258,5 +245,5 @@ def choose(baselines: str, competitors: dict[str, Competitor] = COMPETITORS) -> 
     names = {"all": known, "none": []}.get(baselines, baselines.split(","))
     for name in names:
         if name not in known:
-            raise InputError(f"``peers``: expected all, none or some of {','.join(known)}, got {name!r}")
+            raise InputError(f"``baselines``: expected all, none or some of {','.join(known)}, got {name!r}")
     return [c for c in competitors.values() if c.group != BASELINE or c.name in (NAIVE, *names)]

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ SQUARE = 8192  # rows and columns of the matrices whose product is a GPU's peak
 CHECKED_ROWS = 4096  # at most, spread over the problem
 EXPLAINED_ROWS = 64  # rows of another rank whose near ties are counted
 IDS = ("argmax", "target_rank")
+Name = TypeVar("Name", bound=Hashable)
 
 
 class DoesNotRun(Exception):
@@ -77,56 +78,42 @@ if __name__ == "__main__":
     _main(*sys.argv[1:])
 
 
-class Timer:
-    """Calls under a name and the seconds of each, round by round."""
+def clock_of(device: str, threads: int) -> Callable[[], float]:
+    """CPU time leaves out what other processes take, but the times of several threads would add up."""
+    return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
 
-    def __init__(self, device: str, threads: int):
-        self._device = device
-        self._calls: list[tuple[Hashable, Callable[[], object]]] = []
-        # CPU time leaves out what other processes take, but the times of several threads would add up.
-        self.clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
-        self.seconds: dict[Hashable, list[float]] = {}
 
-    def enter(self, name: Hashable, call: Callable[[], object]) -> None:
-        """Let ``call`` take part from the next round on."""
-        self._calls.append((name, call))
-        self.seconds[name] = []
+def timed(call: Callable[[], object], device: str = "cpu", threads: int = 1) -> float:
+    """Seconds of one call."""
+    clock = clock_of(device, threads)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = clock()
+    call()
+    wait()
+    return clock() - start
 
-    def round(self) -> None:
-        """Call each once, every other round in reverse."""
-        for name, call in self._calls:
-            self.seconds[name].append(self.time(call))
-        self._calls.reverse()
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Seconds of one call."""
-        self._wait()
-        start = self.clock()
-        call()
-        self._wait()
-        return self.clock() - start
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+def take_turns(
+    calls: dict[Name, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    threads: int = 1,
+    before_round: Callable[[int], None] = lambda number: None,
+) -> dict[Name, list[float]]:
+    """Seconds of every call, round by round: each once a round, every other round in reverse."""
+    order, seconds = list(calls), {name: [] for name in calls}
+    for number in range(rounds):
+        before_round(number)
+        for name in order:
+            seconds[name].append(timed(calls[name], device, threads))
+        order.reverse()
+    return seconds
 
 
 def spread(seconds: list[float]) -> float:
     """(Slowest - fastest) / median."""
     return (max(seconds) - min(seconds)) / median(seconds)
-
-
-def take_turns(
-    calls: dict[Hashable, Callable[[], object]], rounds: int, device: str = "cpu", threads: int = 1
-) -> dict[Hashable, tuple[float, float]]:
-    """(Median seconds, spread) of every call, all in turn, after one of each that is not counted."""
-    timer = Timer(device, threads)
-    for name, call in calls.items():
-        call()
-        timer.enter(name, call)
-    for _ in range(rounds):
-        timer.round()
-    return {name: (median(seconds), spread(seconds)) for name, seconds in timer.seconds.items()}
 
 
 @contextmanager
@@ -148,16 +135,13 @@ def peak_meter(device: str, dtype: torch.dtype, threads: int) -> tuple[str, Call
     """
     if device == "cuda":
         left, right = (torch.randn(SQUARE, SQUARE, device=device, dtype=dtype) for _ in range(2))
-        return f"{SQUARE}^3 matrix product in {dtype}".replace("torch.", ""), partial(_product_rate, left, right)
+        words = f"{SQUARE}^3 matrix product in {dtype}".replace("torch.", "")
+        return words, lambda: 2 * SQUARE**3 / timed(lambda: left @ right, device)
     try:
-        from .. import _C
+        from .._C import fma_peak
     except ImportError:
         return None
-    return f"fp32 FMA in registers x {threads}", lambda: threads * _C.fma_peak(MILLISECONDS)
-
-
-def _product_rate(left: torch.Tensor, right: torch.Tensor) -> float:
-    return 2 * SQUARE**3 / Timer("cuda", threads=1).time(lambda: left @ right)
+    return f"fp32 FMA in registers x {threads}", lambda: threads * fma_peak(MILLISECONDS)
 
 
 class Fp64Check:
@@ -201,9 +185,11 @@ class Fp64Check:
                 error = max(error, float(off.max()))
                 if not (off <= self.tolerance + bound).all():
                     wrong.append(f"{name} differs by {float(off.max()):.2g}, rounding explains {self.tolerance:.2g}")
-        differs = {name: found[name] != self._exact[name][:rows] for name in IDS if name in found}
-        wrong += self._unexplained_argmax(found, differs) + self._unexplained_rank(found, differs)
-        counts = {name: int(mask.sum()) for name, mask in differs.items()}
+        differs = {name: (found[name] != self._exact[name][:rows]).nonzero()[:, 0] for name in IDS if name in found}
+        for name, explain in (("argmax", self._unexplained_argmax), ("target_rank", self._unexplained_rank)):
+            if len(differs.get(name, ())):
+                wrong += explain(found[name], differs[name])
+        counts = {name: len(off) for name, off in differs.items()}
         return CheckResult(
             rows=rows,
             argmax_off=counts.get("argmax"),
@@ -213,11 +199,9 @@ class Fp64Check:
             wrong="; ".join(wrong) or None,
         )
 
-    def _unexplained_argmax(self, found: Statistics, off: dict[str, Tensor]) -> list[str]:
-        rows = off["argmax"].nonzero()[:, 0] if "argmax" in off else []
-        if len(rows) == 0:
-            return []
-        ids = found["argmax"][rows]
+    def _unexplained_argmax(self, argmax: Tensor, rows: Tensor) -> list[str]:
+        """Of the rows that have another: an argmax whose logit lies too far below the maximum."""
+        ids = argmax[rows]
         if not ((ids >= 0) & (ids < len(self._problem.unembedding))).all():
             return ["argmax lies outside the vocabulary"]
         own = (self._x_hat[rows] * self._problem.unembedding[ids].double()).sum(-1)
@@ -226,14 +210,13 @@ class Fp64Check:
             return []
         return [f"an argmax lies {gap:.2g} below the maximum, rounding explains {2 * self.tolerance:.2g}"]
 
-    def _unexplained_rank(self, found: Statistics, off: dict[str, Tensor]) -> list[str]:
-        rows = off["target_rank"].nonzero()[:EXPLAINED_ROWS, 0] if "target_rank" in off else []
-        if len(rows) == 0:
-            return []
+    def _unexplained_rank(self, ranks: Tensor, rows: Tensor) -> list[str]:
+        """Of the first rows that have another: a rank that differs by more than the tokens near the target."""
+        rows = rows[:EXPLAINED_ROWS]
         logits = self._x_hat[rows] @ self._problem.unembedding.double().T
         own = self._exact["target_logit"][rows, None]
         near = ((logits - own).abs() <= 2 * self.tolerance).sum(-1) - 1  # the target itself is no rival
-        differs = (found["target_rank"][rows] - self._exact["target_rank"][rows]).abs()
+        differs = (ranks[rows] - self._exact["target_rank"][rows]).abs()
         worst = int((differs - near).argmax())
         if differs[worst] <= near[worst]:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,12 +41,12 @@ class Problem:
 
     def first(self, rows: int) -> Problem:
         """The same problem with fewer rows."""
-        return Problem(self.hidden[:rows], self.unembedding, self.norm, self.targets[:rows], self.states)
+        return replace(self, hidden=self.hidden[:rows], targets=self.targets[:rows])
 
     def tiny(self) -> Problem:
         """Two rows and a few tokens: enough to load what a competitor needs."""
         few = self.unembedding[:64].clone()
-        return Problem(self.hidden[:2], few, self.norm, self.targets[:2] % len(few), self.states)
+        return replace(self.first(2), unembedding=few, targets=self.targets[:2] % len(few))
 
 
 def available_memory(device: str) -> int | None:

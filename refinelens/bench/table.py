@@ -1,4 +1,4 @@
-"""What a benchmark found: plain values for JSON, and the one table, as text for a terminal or as Markdown."""
+"""What a benchmark found: plain values for JSON, and the one table, as text."""
 
 from __future__ import annotations
 
@@ -68,37 +68,22 @@ class Report:
         return next((r for r in self.results if r.name == name), None)
 
 
-def report_from_json(values: dict) -> Report:
-    """The report that ``dataclasses.asdict`` made into ``values``."""
-    results = [
-        Result(**result | {"verdict": None if result["verdict"] is None else CheckResult(**result["verdict"])})
-        for result in values["results"]
-    ]
-    return Report(**values | {"results": results})
-
-
 def text_table(report: Report) -> str:
     """Header, aligned columns and notes, ready to print."""
-    table = [_headings(report), *_cells(report)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    unit = "TFLOP/s" if report.device_type == "cuda" else "GFLOP/s"
+    table = aligned([[heading.format(unit=unit) for heading in HEADINGS], *(_row(report, r) for r in report.results)])
+    under = [textwrap.fill(note, WIDTH) for note in notes(report)]
+    return "\n".join([*header(report), "", *table, "", *under])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table of texts, its heading first and ruled off: the first column to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in table
+        for row in rows
     ]
-    under = [textwrap.fill(note, WIDTH) for note in notes(report)]
-    return "\n".join([*header(report), "", lines[0], "-" * len(lines[0]), *lines[1:], "", *under])
-
-
-def markdown_table(report: Report) -> str:
-    """The same for a Markdown file."""
-    table = markdown_rows([_headings(report), *_cells(report)])
-    return "\n".join([" ".join(header(report)), "", table, "", *(f"- {note}" for note in notes(report))])
-
-
-def markdown_rows(rows: list[list[str]]) -> str:
-    """A Markdown table whose first row is the heading."""
-    rule = ["---"] + ["--:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def header(report: Report) -> list[str]:
@@ -128,17 +113,9 @@ def notes(report: Report) -> list[str]:
     return lines + [f"Left out: {title}: {reason}." for title, reason in report.left_out.items()]
 
 
-def _headings(report: Report) -> list[str]:
-    unit = "TFLOP/s" if report.device_type == "cuda" else "GFLOP/s"
-    return [heading.format(unit=unit) for heading in HEADINGS]
-
-
-def _cells(report: Report) -> list[list[str]]:
-    return [_row(report, result) for result in report.results]
-
-
 def _row(report: Report, result: Result) -> list[str]:
     verdict = result.verdict
+    off = (verdict.argmax_off, verdict.rank_off) if verdict else (None, None)
     return [
         result.title,
         f"{result.seconds * 1e3:.3g}" if result.seconds < 1 else f"{result.seconds * 1e3:.0f}",
@@ -147,14 +124,9 @@ def _row(report: Report, result: Result) -> list[str]:
         _rate(report, result.flops).split()[0],
         "-" if result.peak_share is None else f"{result.peak_share:.0%}",
         "-" if result.extra_bytes is None else f"{result.extra_bytes / 1e6:.0f}",
-        _off(verdict and verdict.argmax_off, verdict),
-        _off(verdict and verdict.rank_off, verdict),
+        *("-" if count is None else f"{count} of {verdict.rows}" for count in off),
         "-" if verdict is None else f"{verdict.error:.0e}",
     ]
-
-
-def _off(count: int | None, verdict: CheckResult | None) -> str:
-    return "-" if verdict is None or count is None else f"{count} of {verdict.rows}"
 
 
 def _rate(report: Report, flops: float) -> str:

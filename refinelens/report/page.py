@@ -26,14 +26,14 @@ from ..errors import InputError
 from ..pages.html import smallest, write_page
 from ..stats import MEAN, SHARE_CHANGE, mean_estimates, sums_and_counts
 from ..store.files import write_output
-from ..store.results import LAYERS, Run
+from ..store.process import RunLock
+from ..store.results import LAYERS, PAGE, Run
 from ..store.trajectory import choose_tokens, list_matrix, read_trajectories, trajectories
 from .agreement import compare_runs, share_questions
 from .rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .summary import caution_lines, read_report
 from .tables import inverted_u_lines, notes, paired_lines
 
-PAGE = "report.html"
 MOST_CONTEXTS = 2000  # of the levels of questions and tokens
 COLUMNS = [
     *("question_id", "documents", "gold_position", "answer_token", "lens", "source_id"),
@@ -53,6 +53,18 @@ def write_report_page(runs: list[Run], path: Path) -> str:
     text, words = report_page(runs)
     write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return words
+
+
+def write_run_page(run: Run) -> str:
+    """Write the page of a run into its folder, while no sweep is at it; says where it lies and what is on it.
+
+    Raises:
+        InputError: A damaged run, one without rows, or one that a sweep writes to.
+        FaultError: No free disk.
+    """
+    path = run.path / PAGE
+    with RunLock(run.path):
+        return f"{path}: {write_report_page([run], path)}"
 
 
 def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[str, str]:

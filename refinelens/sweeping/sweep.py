@@ -36,7 +36,7 @@ from ..store.process import Interrupted, StopSignals, working_on
 from ..store.results import SCHEMA_VERSION, QuestionResult, Run
 from .contexts import ContextBuilder, choose_context, remarks
 from .predict import Predictor, groups_of, questions_together
-from .recorder import RunWriter
+from .recorder import AccuracySoFar, RunWriter
 from .workers import Workers
 
 UNIT = "the current question, then its tables"
@@ -368,7 +368,7 @@ class _Sweep:
 
     def _ask_missing(self, signals: StopSignals) -> None:
         """Ask every question that has no rows yet, until a signal comes."""
-        writer, missing, rows = self.writer, self.writer.missing(), 0
+        writer, missing, rows, contexts, so_far = self.writer, self.writer.missing(), 0, 0, AccuracySoFar()
         total = writer.done + len(missing)
         self.progress("questions", writer.done, total)
         signals.finish_first()
@@ -377,8 +377,9 @@ class _Sweep:
                 for line in result.warnings:
                     self.warn(line)
                 writer.add(place, result)
-                rows += result.counts["lens_rows"]
-                self.progress("questions", writer.done, total, rows)
+                rows, contexts = rows + result.counts["lens_rows"], contexts + result.counts["contexts"]
+                so_far.add(result.rows)
+                self.progress("questions", writer.done, total, rows, contexts, str(so_far))
 
     def _conclude(self, status: str) -> None:
         self.writer.close(status)

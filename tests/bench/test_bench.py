@@ -1,28 +1,29 @@
 """The benchmark: its baselines are right, a wrong one is caught, what does not fit is said, and the table is one."""
 
-import importlib.util
+import importlib
 import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
+import bench_fused_lens
+import fused_lens
+import gpu_goals
 import pytest
+import scaling
 import torch
+from harness import goal_table
 
 from refinelens.bench import bench
 from refinelens.bench.bench import Setup, run_bench
 from refinelens.bench.competitors import COMPETITORS, ROW_CHUNK, VOCAB_CHUNK
 from refinelens.bench.measure import DoesNotRun, Fp64Check, extra_memory
 from refinelens.bench.problem import can_measure_growth, make_problem, random_problem
-from refinelens.bench.table import markdown_table, report_from_json, text_table
+from refinelens.bench.table import CheckResult, Report, Result, text_table
 from refinelens.cli import main
 from refinelens.config import BenchConfig
 from refinelens.errors import InputError
 from refinelens.kernels.reference import LayerNorm, RMSNorm
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # One row and one token more than a chunk of the baselines; a prime d_model.
 SHAPE = {"rows": ROW_CHUNK + 1, "d_model": 37, "vocab": VOCAB_CHUNK + 1}
 TINY = ["--device", "cpu", "--rows", "33", "--d-model", "17", "--vocab", "301", "--rounds", "2"]
@@ -49,7 +50,7 @@ def run_tiny(baselines="none", replaced=None, **setup):
     """A report on the sizes of `TINY`; ``replaced`` are runs in place of competitors' own."""
     competitors = {n: replace(c, run=(replaced or {}).get(n, c.run)) for n, c in COMPETITORS.items()}
     setup = replace(IN_PROCESS, competitors=competitors, **setup)
-    return run_bench(BenchConfig("cpu", 33, 17, 301, peers=baselines, rounds=2), setup=setup)
+    return run_bench(BenchConfig("cpu", 33, 17, 301, baselines=baselines, rounds=2), setup=setup)
 
 
 @pytest.mark.medium
@@ -127,8 +128,18 @@ def test_a_wrong_op_has_failed():
 def test_an_op_that_failed_is_exit_code_1(monkeypatch, capsys):
     report = run_tiny(replaced={"reference": wrong_run})
     monkeypatch.setattr(bench, "run_bench", lambda options, progress: report)
-    assert main(["bench", *TINY, "--peers", "none"]) == 1
+    assert main(["bench", *TINY, "--baselines", "none"]) == 1
     assert capsys.readouterr().out == text_table(report) + "\n"
+
+
+def test_the_old_name_of_baselines_is_taken(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(bench, "run_bench", lambda options, progress: given.append(options) or run_tiny())
+    assert main(["bench", *TINY, "--peers", "row-chunks"]) == 0
+    assert given[0].baselines == "row-chunks" and capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "--baselines" in (text := capsys.readouterr().out) and "peers" not in text
 
 
 def test_an_op_that_is_killed_has_failed():
@@ -149,19 +160,26 @@ def test_a_baseline_that_fails_is_left_out():
     assert "Left out: torch.compile of naive: RuntimeError: no compiler.\n" in text_table(report) + "\n"
 
 
+def read_json(path):
+    values = json.loads(path.read_text())
+    for result in values["results"]:
+        result["verdict"] = result["verdict"] and CheckResult(**result["verdict"])
+    return Report(**values | {"results": [Result(**result) for result in values["results"]]})
+
+
 def test_bench_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "Setup", lambda: IN_PROCESS)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert main(["bench", *TINY, "--peers", "row-chunks,argsort", "--json", str(tmp_path / "bench.json")]) == 0
+        assert main(["bench", *TINY, "--baselines", "row-chunks,argsort", "--json", str(tmp_path / "bench.json")]) == 0
         assert torch.get_num_threads() == 2, "what was set is restored"
     finally:
         torch.set_num_threads(threads)
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.startswith("33 rows x 17 dimensions x 301 tokens, float32, random states.\n")
-    report = report_from_json(json.loads((tmp_path / "bench.json").read_text()))
+    report = read_json(tmp_path / "bench.json")
     assert text_table(report) + "\n" == captured.out
     names = {"reference", "naive", "row-chunks", "argsort", "mm"}
     assert names <= {result.name for result in report.results} <= names | {"fp32", "certified", "product"}
@@ -181,7 +199,7 @@ def test_triton_from_another_package(monkeypatch):
 
 
 def test_two_threads_are_timed_by_wall_clock():
-    report = run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1, threads=2), setup=IN_PROCESS)
+    report = run_bench(BenchConfig("cpu", 5, 8, 40, baselines="none", rounds=1, threads=2), setup=IN_PROCESS)
     assert (report.threads, report.clock) == (2, "wall clock")
 
 
@@ -195,7 +213,7 @@ def test_what_does_not_fit_is_measured_on_fewer_rows():
 
 
 def test_what_takes_too_long_is_measured_on_fewer_rows():
-    options = BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1)
+    options = BenchConfig("cpu", 5, 8, 40, baselines="none", rounds=1)
     report = run_bench(options, setup=replace(IN_PROCESS, longest=0.0))
     assert {result.measured_rows for result in report.results} == {1}
     naive = report.result("naive")
@@ -232,7 +250,7 @@ def test_states_of_a_model(tiny_model):
     [
         (["--rows", "0"], "--rows: expected at least 1, got 0"),
         (["--threads", "-1"], "--threads: expected at least 1, got -1"),
-        (["--peers", "row-chunks,other"], "got 'other'"),
+        (["--baselines", "row-chunks,other"], "got 'other'"),
         (["--vocab", "9" * 12], "expected states and unembedding that fit into"),
         (["--model", "smollm2"], "--d-model: expected none beside --model"),
         (["--json", "no/such/folder/x.json"], "--json: expected a file in a folder that is there"),
@@ -256,7 +274,7 @@ def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def report():
-    return run_bench(BenchConfig("cpu", 5, 8, 40, peers="none", rounds=1), setup=IN_PROCESS)
+    return run_bench(BenchConfig("cpu", 5, 8, 40, baselines="none", rounds=1), setup=IN_PROCESS)
 
 
 def test_one_table_with_aligned_columns(report):
@@ -267,31 +285,95 @@ def test_one_table_with_aligned_columns(report):
     assert lines[2].endswith("peak not measured.") and set(rule) == {"-"} and len(head) == len(rule) == len(row)
     assert row.split()[-9:-7] == ["-", "2"] and " 1500 " in row
     assert lines[-1] == "Left out: Somebody: not installed."
-    markdown = [line for line in markdown_table(report).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in markdown}) == 1 and len(markdown) == 3
 
 
-@pytest.mark.medium
-def test_goals_are_met_not_met_or_not_measured(report, tmp_path):
+def test_goals_are_met_not_met_or_not_measured(report):
     fast = replace(report.result("naive"), name="fp32", ratio=2.3, peak_share=0.5, extra_bytes=20_000_001)
-    run = {"param": "gpt2-13x256", "extra_info": {"report": asdict(replace(report, results=[fast]))}}
-    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": [run]}))
-    command = [sys.executable, BENCHMARKS / "table.py", tmp_path / "run.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    goals = done.stdout.split("### Goals")[1]
+    product = replace(fast, name="product", group="product", seconds=fast.seconds / 2, verdict=None, extra_bytes=None)
+    found = fused_lens.numbers({"gpt2-13x256": replace(report, results=[fast, product], device="AMD")})
+    goals = goal_table(fused_lens.GOALS, found)
     assert "| fp32: times faster than naive, 3328 rows | >= 2.3 | - | 2.3  | yes |" in goals
     assert "| fp32: share of the FMA peak, 3328 rows | >= 0.85 | - | 0.5  | no |" in goals
     assert "| fp32: extra memory, 3328 rows | <= 20 MB | - | 20 MB | no |" in goals
     assert "| fp32: times faster than naive, 416 rows | >= 2.3 | - | not measured | - |" in goals
+    assert "| fp32: time over our own matrix product, 3328 rows | <= 1.05 | - | 2  | no |" in goals
+    assert "| fp32: time over torch.mm on AMD, 3328 rows | <= 0.75 | - | not measured | - |" in goals
+    mm = fused_lens.numbers({"a": replace(report, results=[fast, replace(product, name="mm")], device="AMD")})
+    assert mm["a/fp32/over mm on AMD"] == 2 and mm["a/fp32/off"] == 0 and mm["a/mm/MB"] is None
+    mm = fused_lens.numbers({"a": replace(report, results=[fast, replace(product, name="mm")], device="Intel")})
+    assert "a/fp32/over mm on AMD" not in mm
+
+
+def test_every_case_has_its_table(monkeypatch, capsys):
+    """And one that cannot run here, the reason; a path of our own that is wrong is exit code 1."""
+    cases = {"small": BenchConfig("cpu", 5, 8, 40, baselines="none", rounds=1), "other": BenchConfig("cpu", 5, 8, 40)}
+    reports = {options: run_bench(cases["small"], setup=IN_PROCESS) for options in cases.values()}
+    monkeypatch.setattr(fused_lens, "CASES", cases)
+    monkeypatch.setattr(fused_lens, "ISA", {"other": "v9"})
+    monkeypatch.setattr(fused_lens, "run_bench", reports.get)
+    assert fused_lens.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"small\n\n{text_table(reports[cases['small']])}\n\nother\n\nnot measured: ")
+    reports[cases["small"]] = replace(reports[cases["small"]], failed=["refinelens, fused kernel"])
+    assert fused_lens.main() == 1
+
+
+class Timed:
+    """A stand-in for the fixture of pytest-benchmark."""
+
+    calls = 0
+
+    def pedantic(self, call, rounds):
+        self.calls = rounds
+        call()
+
+
+def test_what_is_wrong_is_not_timed():
+    problem, benchmark, naive = make_small(), Timed(), COMPETITORS["naive"]
+    check = Fp64Check(problem)
+    with pytest.raises(pytest.fail.Exception, match="a rank differs by 100"):
+        bench_fused_lens.time_if_right(benchmark, replace(naive, run=wrong_run), problem, check, rounds=3)
+    assert benchmark.calls == 0
+    for competitor in (naive, COMPETITORS["mm"]):  # which has nothing to check
+        bench_fused_lens.time_if_right(benchmark, competitor, problem, check, rounds=3)
+        assert benchmark.calls == 3
+
+
+def test_every_competitor_of_every_case_is_a_test():
+    assert ("gpt2-13x32-avx2", "fp32") in bench_fused_lens.TESTS or torch.cuda.is_available()
+    assert {case for case, _ in bench_fused_lens.TESTS} == set(fused_lens.CASES)
+    assert {name for _, name in bench_fused_lens.TESTS} == set(COMPETITORS)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "name", ["batching", "certify", "layers", "long_sweep", "prefix", "ranks", "shares", "translators"]
+)
+def test_a_benchmark_names_what_is_there(name):
+    """Too long to run here, it can still be imported: everything that it takes from the package has this name."""
+    assert importlib.import_module(name).main
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures for minutes")
+def test_without_a_gpu_nothing_is_measured(capsys):
+    assert gpu_goals.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "no CUDA device: not measured"
+    assert lines.count("| GPT-2 13x8, graphed | <= 27 us | <= 22 us | not measured | - |") == 1
+    assert all("| not measured | - |" in line for line in lines[5:]) and len(lines) == 5 + len(gpu_goals.GOALS)
+
+
+def test_what_a_gpu_would_measure_names_what_is_there():
+    pytest.importorskip("triton")
+    steps = importlib.import_module("gpu_steps")
+    measured = {f"{case.name}/{kind}" for case in steps.LARGE for kind in ("B", "chunked", "naive", "statistics")}
+    measured |= {case.name for case in steps.FEW} | {f"{case.name}/graphed" for case in steps.FEW}
+    measured |= {"memory", "argmax", "rank0", "bits"}
+    assert {goal.key for goal in gpu_goals.GOALS} <= measured
 
 
 @pytest.mark.medium
 def test_scaling_writes_its_figure_and_numbers(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("scaling", BENCHMARKS / "scaling.py")
-    scaling = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "scaling", scaling)
-    spec.loader.exec_module(scaling)
     small = {"ROWS": 4, "D_MODEL": 8, "VOCAB": 50, "ROUNDS": 1, "ODD_ROUNDS": 1, "NAMES": ("fp32", "naive")}
     small["AXES"] = {"rows": (2, 4), "d_model": (8, 16), "vocab": (32, 64)}
     for name, value in small.items():

@@ -123,12 +123,18 @@ def test_the_command_line_and_python_give_the_same():
         (LayersConfig, {"interventions": "none"}, ()),
         (LayersConfig, {"interventions": "skip"}, ("skip",)),
         (LayersConfig, {"interventions": None}, ("skip", "mean", "attn", "mlp", "patch")),
-        (BenchConfig, {"peers": ["compiled", "row-chunks"]}, "compiled,row-chunks"),
+        (BenchConfig, {"baselines": ["compiled", "row-chunks"]}, "compiled,row-chunks"),
     ],
 )
 def test_values_of_python(kind, given, read):
     ((name, _),) = given.items()
     assert getattr(kind(**given), name) == read
+
+
+def test_baselines_have_an_older_name():
+    given = BenchConfig(peers=["compiled", "row-chunks"])
+    assert given == BenchConfig(baselines="compiled,row-chunks") == replace(given, rows=None)
+    assert "peers" not in given.arguments()
 
 
 @pytest.mark.parametrize(
