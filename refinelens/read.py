@@ -75,7 +75,7 @@ def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMa
     for name in OF_THE_RUN:
         if name in given:
             raise InputError(f"``{name}``: expected none beside a run, whose own is used; leave it out")
-    spec = RunSpec(run.path, run.manifest, "``read``")
+    spec = RunSpec(run.path, run.manifest, "read")
     inputs = SweepInputs.load(spec.options, spec)
     context = inputs.context(options.question, options.documents, options.gold_position)
     segments = [

@@ -16,7 +16,7 @@ from refinelens.parser import build_parser, config_of, known_options
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
-    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers"}),
+    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "show": (config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),

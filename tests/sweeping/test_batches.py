@@ -67,7 +67,7 @@ def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, mon
     """Stopped within the questions that share them: those that are finished run again beside the others."""
     monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
 
-    def stop(stage, done, total, rows=0):
+    def stop(stage, done, total, *so_far):
         if done == after:
             raise KeyboardInterrupt
 
