@@ -97,7 +97,7 @@ def findings(options: DoctorConfig) -> Iterator[tuple[str, str]]:
     yield from (
         ("refinelens", __version__),
         ("backend", f"{backend} on {device}: {why}"),
-        ("precision", _precision(backend, device)),
+        ("precision", "auto means {}: {}".format(*choose_precision(backend, device))),
         ("CUDA device", _cuda()),
         ("Triton", _triton()),
         ("C++ extension", _extension()),
@@ -108,11 +108,6 @@ def findings(options: DoctorConfig) -> Iterator[tuple[str, str]]:
     )
     if options.model is not None:
         yield from model_findings(load_model(*options.arguments().values()))
-
-
-def _precision(backend: str, device: str) -> str:
-    chosen, why = choose_precision(backend, device)
-    return f"auto means {chosen}: {why}"
 
 
 def _cuda() -> str:

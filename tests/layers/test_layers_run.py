@@ -21,6 +21,7 @@ from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError, UnsupportedModelError
 from refinelens.layers.ablation import AblationRunner
 from refinelens.layers.analysis import run_layers
+from refinelens.layers.blocks import ActivationCache
 from refinelens.store.files import write_whole
 from refinelens.store.frames import load_run
 from refinelens.store.layers import FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
@@ -201,21 +202,20 @@ def test_a_context_twice_as_long_is_compared_again(tiny_model, question_file, tm
 
 
 def test_fewer_runs_at_a_time_once_memory_ran_out(run, quick, monkeypatch):
-    from refinelens.layers import ablation
-
-    own, sizes, options = ablation.scan, [], LayersConfig(("skip",), at="answer", examples=1)
+    own, sizes, options = ActivationCache.block, [], LayersConfig(("skip",), at="answer", examples=1)
     wanted = rows_of(run_layers(run.path, options)[0])
 
-    def scan(context, start, at_a_time):
-        sizes.append(at_a_time)
-        if at_a_time > 100:
-            raise torch.OutOfMemoryError
-        return own(context, start, at_a_time)
+    def block(self, index, state):
+        if index == self.n_layers - 1:  # by then two are under way; so they are once before, in the proof of batches
+            sizes.append(len(state))
+            if sizes.count(2) > 1 and len(state) > 1:
+                raise torch.OutOfMemoryError
+        return own(self, index, state)
 
-    monkeypatch.setattr(ablation, "scan", scan)
+    monkeypatch.setattr(ActivationCache, "block", block)
     found = rows_of(run_layers(run.path, options, overwrite=True)[0])
     assert found["target_rank"].equals(wanted["target_rank"])
-    assert sizes[0] > 100 >= max(sizes[-5:]), "no second try at what did not fit"
+    assert [size for size in sizes if size > 1] == [2, 2], "in the proof, and no second try at what did not fit"
 
 
 def killed_in(monkeypatch, method, call, act):

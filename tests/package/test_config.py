@@ -27,8 +27,6 @@ COMMANDS = {  # config and what the command line alone is asked
 REQUIRED = {"fit": ["--out", "lens"], "show": ["run"], "layers": ["run"], "export": ["run", "--out", "file"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
-    "sweeping/contexts.py": {"--task", "--chat", "--template"},
-    "lens/prefix.py": {"--reuse-prefix", "--batch-size"},
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
     "model/loading.py": PIP,
     "doctor.py": PIP,

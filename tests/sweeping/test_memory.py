@@ -47,19 +47,19 @@ from refinelens.report import tables as outputs
 from refinelens.sweeping import sweep
 torch.set_num_threads(1)  # models so small gain nothing from more
 outputs.draw_figures = lambda *drawn: None
-def report(progress):
+def progress(stage, done, total, rows=0):
     global tables
     tables = max(tables, pyarrow.total_allocated_bytes())
-    if progress.done == 0:
+    if done == 0:
         tracemalloc.start()  # the task is loaded: from here on nothing should stay
-    elif progress.done in (progress.questions // 8, progress.questions):
+    elif done in (total // 8, total):
         peaks.append((resident(), (tracemalloc.get_traced_memory()[1] + tables) // 1024))
-    if progress.done == progress.questions:
+    if done == total:
         tracemalloc.stop()
 for folder, questions_per_part, options in json.loads(sys.argv[1]):
     sweep.QUESTIONS_PER_PART = questions_per_part
     peaks, tables = [], 0
-    sweep.run_sweep(sweep.SweepConfig(documents=(3,), device="cpu", **options), folder, report=report)
+    sweep.run_sweep(sweep.SweepConfig(documents=(3,), device="cpu", **options), folder, progress=progress)
     print(json.dumps([peaks, resident()]))
 """
 
