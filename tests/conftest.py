@@ -84,22 +84,26 @@ def fork_server(tiny_model, question_file, tmp_path_factory):
         yield fork_server
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """For what is not about figures."""
-    from faults import quick_figures
-
-    monkeypatch.setattr("refinelens.report.tables.draw_figures", quick_figures)
-
-
-@pytest.fixture(scope="module")
-def quick_file():
-    """`quick` for a whole file, with the sweeps that its tests share."""
-    from faults import quick_figures
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """What is not about figures makes them, but does not draw them; see `drawn`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # the tests of the kernels alone do without
+        yield None
+        return
+    from faults import save_stand_in
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("refinelens.report.tables.draw_figures", quick_figures)
-        yield
+        own = Figure.savefig
+        patch.setattr(Figure, "savefig", save_stand_in)
+        yield own
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch):
+    """For what is about figures."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", undrawn)
 
 
 @pytest.fixture
@@ -120,6 +124,10 @@ def refused_sweep(question_file, tmp_path, capfd):
 
 
 @pytest.fixture
-def no_model(monkeypatch):
-    """Fails the test if a sweep loads its model."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))
+def no_model():
+    """Fails the test if a model is loaded: torch tells of every module that becomes part of another."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    hook = register_module_module_registration_hook(lambda *_: pytest.fail("a model was loaded"))
+    yield
+    hook.remove()

@@ -72,6 +72,7 @@ def fit_lens(
     overwrite: bool = False,
     argv: list[str] | None = None,
     report: Progress = lambda stage, done, total: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Fitted:
     """Fit a lens to a model and write its folder; a fit that was stopped goes on from its last checkpoint.
 
@@ -84,6 +85,7 @@ def fit_lens(
         overwrite: Replace a lens or a stopped fit that is there.
         argv: Command line, for the manifest.
         report: Called with a stage, and how much of it is done.
+        checkpoint_seconds: How long what was read may be on no disk.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -109,8 +111,8 @@ def fit_lens(
         check_disk(out, 2 * statistics_bytes)
         try:
             states = States(options, text, loaded, logit_lens)
-            fit = _Fit(options, folder.path, overwrite, text, loaded, logit_lens, states, signals, report)
-            return Fitted(folder.path, fit.finish(argv))
+            parts = (text, loaded, logit_lens, states, signals, report, checkpoint_seconds)
+            return Fitted(folder.path, _Fit(options, folder.path, overwrite, *parts).finish(argv))
         except OSError as error:
             fault = disk_error(out, error)
             raise type(fault)(f"{fault}; {HOW_TO_RESUME}") from None
@@ -136,6 +138,7 @@ class _Fit:
     states: States
     signals: StopSignals
     told: Progress
+    checkpoint_seconds: float
 
     def finish(self, argv: list[str] | None) -> dict:
         """Fit and write everything; the manifest."""
@@ -233,7 +236,7 @@ class _Fit:
                 (fit if done in split.fit else choose).add(hidden)
                 done, adding = done + 1, False
                 self.told("reading", done, end)
-                if self.signals.received is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if self.signals.received is not None or time.monotonic() - saved > self.checkpoint_seconds:
                     self._save(done, fit, choose)
                     saved = time.monotonic()
                     self.signals.stop_if_received()

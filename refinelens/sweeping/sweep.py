@@ -161,6 +161,7 @@ def run_sweep(
     report: Callable[[SweepProgress], None] = lambda progress: None,
     summary: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
+    questions_per_part: int = QUESTIONS_PER_PART,
 ) -> Run:
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
@@ -173,6 +174,7 @@ def run_sweep(
         report: Called after every question.
         summary: Called with what the tables and figures say, once they are written.
         warn: Called with a line about what went wrong and was put right, or about the texts, see `remarks`.
+        questions_per_part: How many are written together; where every token is read each has a part of its own.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -187,7 +189,7 @@ def run_sweep(
         run.check_overwrite(overwrite, options.arguments())
         runner = SweepInputs.load(options)
         check_top(options.top, runner.logit_lens.head.vocab_size)
-        manifest = runner.manifest(argv, workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
+        manifest = runner.manifest(argv, workers, 1 if options.positions == "all" else questions_per_part)
         check_disk(out, _bytes_needed(options, manifest))
         for line in runner.remarks:
             warn(line)

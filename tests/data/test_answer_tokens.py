@@ -225,7 +225,7 @@ def test_mistral_common():
     assert len(tokenizer_sha256(tokenizer)) == 64
 
 
-def test_rows_record_what_the_first_token_covers(tmp_path, question_file, quick):
+def test_rows_record_what_the_first_token_covers(tmp_path, question_file):
     tokenizer = splitting(r"is red|\w+|[^\w\s]", "is red")
     model = save_tiny_model(tmp_path / "model", tokenizer=tokenizer)
     task = tmp_path / "task.jsonl"

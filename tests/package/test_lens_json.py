@@ -13,8 +13,6 @@ from refinelens.sweeping.manifest import RunSpec
 from refinelens.sweeping.sweep import SweepInputs
 from tiny import save_tiny_lens
 
-pytestmark = pytest.mark.usefixtures("quick_file")
-
 
 @pytest.fixture(scope="module")
 def run(tiny_model, question_file, tmp_path_factory):

@@ -10,39 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
-from faults import at_step, quick_figures, wait_for
+from faults import at_pass, full_disk_at, wait_for
 from refinelens.cli import main
-from refinelens.model.loading import load_model
+from refinelens.config import SweepConfig
+from refinelens.errors import FaultError
 from refinelens.store.folder import MANIFEST
 from refinelens.store.process import LOCK, RunLock
 from refinelens.store.results import DERIVED, LAYERS, open_run
-from refinelens.sweeping import sweep as sweep_module
+from refinelens.sweeping.predict import Predictor
+from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from tiny import save_tiny_lens, save_tiny_model
 
 KILLS = 20
 PART = 4  # questions per part, of 14
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    """For the sweeps in this process; those of the fork_server are told theirs."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", PART)
-
-
-@pytest.fixture(autouse=True)
-def load_once(loaded, monkeypatch):
-    """For the sweeps in this process, as the fork_server does for its own: only those of another model load it."""
-    load, name = sweep_module.load_model, loaded.name
-    monkeypatch.setattr(sweep_module, "load_model", lambda *model: loaded if model[0] == name else load(*model))
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_model):
-    return load_model(str(tiny_model), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +50,12 @@ def task(tmp_path_factory):
 def sweep(tiny_model, task):
     """The command line of the sweep that all faults befall, less the folder."""
     return ["sweep", "--model", str(tiny_model), "--task", str(task), "--documents", "2,3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, task):
+    """The same sweep in this process."""
+    return SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +179,7 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
 @pytest.mark.medium
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys, quick):
+def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys):
     whole, path = whole[0], tmp_path / state
     shutil.copytree(whole.path if state == "finished" else stopped.path, path)
     part = path / "predictions" / "part-00001.parquet"
@@ -208,7 +199,7 @@ def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, 
 
 
 @pytest.mark.medium
-def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
+def test_power_loss_before_a_rename(whole, stopped, capsys):
     """Temporary files without their names, files that no manifest names, in every combination a loss can leave."""
     whole, parts = whole[0], stopped.parts_path
     good = (whole.parts_path / "part-00003.parquet").read_bytes()
@@ -227,7 +218,7 @@ def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, capsys, quick, signum, code):
+def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, capsys, signum, code):
     """Three times, the last one in the first question after a resume; every time one question more is there."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     for done, command in ((10, [*sweep, "--out"]), (11, ["sweep", "--resume"]), (12, ["sweep", "--resume"])):
@@ -244,11 +235,11 @@ def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, 
     assert len(open_run(path).manifest["resumed"]) == 3
 
 
-def test_a_signal_while_a_resume_loads(stopped, capsys, monkeypatch):
+def test_a_signal_while_a_resume_loads(stopped, capsys):
     """What was finished before is there."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = (stopped.path / MANIFEST).read_bytes()
-    assert main(["sweep", "--resume", str(stopped.path)]) == 143
+    with at_pass(lambda ids, states: os.kill(os.getpid(), signal.SIGTERM)):  # of the gates
+        assert main(["sweep", "--resume", str(stopped.path)]) == 143
     kept = f"the finished questions stay readable, refinelens sweep --resume {stopped.path} goes on with them"
     assert one_line(capsys.readouterr().err) == f"refinelens: interrupted; {kept}\n"
     assert (stopped.path / MANIFEST).read_bytes() == before
@@ -264,7 +255,7 @@ def test_a_second_signal_stops_at_once(fork_server, sweep, whole, tmp_path):
 
 
 @pytest.mark.medium
-def test_two_processes_and_one_folder(fork_server, sweep, whole, tmp_path, capsys, quick):
+def test_two_processes_and_one_folder(fork_server, sweep, whole, tmp_path, capsys):
     """Whoever comes second is told who is there, whatever it wants; once the first is killed the folder is free."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     pid = fork_server.start(*sweep, "--out", path, log=log, part=PART, hold_at=6)
@@ -296,26 +287,21 @@ def small_disk(tmp_path):
 # Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
 @pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
 @pytest.mark.medium
-def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pages):
-    """A real one, filled by somebody else while the tenth question is asked."""
-    from refinelens.sweeping.contexts import ContextBuilder
+def test_a_full_disk(small_disk, options, whole, request, pages):
+    """A real one, filled by somebody else before the tenth question is asked."""
+    if pages >= 20:
+        request.getfixturevalue("drawn")
+    path, ballast = small_disk / "run", small_disk / "ballast"
 
-    if pages < 20:  # no figure is reached
-        monkeypatch.setattr("refinelens.report.tables.draw_figures", quick_figures)
-    build, path, ballast = ContextBuilder.build, small_disk / "run", small_disk / "ballast"
-
-    def fill(self, question):
-        if question.id == 9:
+    def fill(progress):
+        if progress.done == 9:
             free = os.statvfs(small_disk)
             with ballast.open("wb") as file:
                 file.write(bytes(max(free.f_bfree - pages, 0) * free.f_bsize))
-        return build(self, question)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ContextBuilder, "build", fill)
-        assert main([*sweep, "--out", str(path)]) == 1
-    line = one_line(capsys.readouterr().err)
-    assert "no free disk left; what was written stays readable; free some; refinelens sweep --resume" in line
+    said = "no free disk left; what was written stays readable; free some; ``sweep.resume="
+    with pytest.raises(FaultError, match=said):
+        run_sweep(options, path, report=fill, questions_per_part=PART)
     assert not list(path.rglob("*.tmp"))
     assert rows_of(open_run(path)) == rows_of(whole[0])[: len(rows_of(open_run(path)))]
     ballast.unlink()
@@ -324,27 +310,19 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
 
 
 @pytest.mark.medium
-def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
+def test_no_write_may_fail_unseen(options, tmp_path):
     """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
-    small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3", "--out"]
-    assert main([*small, str(tmp_path / "whole")]) == 0
-    whole, path = open_run(tmp_path / "whole"), tmp_path / "run"
-
-    def fail():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    small = replace(options, documents=(1,), reuse_prefix="off", examples=3)
+    whole, path = run_sweep(small, tmp_path / "whole", questions_per_part=2), tmp_path / "run"
     for step in range(1, 100):
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            for name, function in at_step(step, fail).items():
-                patch.setattr(os, name, function)
-            code = main([*small, str(path)])
-        if code == 0:
+        try:
+            with full_disk_at(step):
+                run_sweep(small, path, questions_per_part=2)
             break
-        assert code == 1 and "no free disk left" in one_line(capsys.readouterr().err)
+        except FaultError as error:
+            assert "no free disk left" in str(error)
         if (path / MANIFEST).exists():
-            assert main(["sweep", "--resume", str(path)]) == 0
+            resume_sweep(path)
             assert rows_of(open_run(path)) == rows_of(whole)
             assert open_run(path).manifest["counts"] == whole.manifest["counts"]
         shutil.rmtree(path, ignore_errors=True)
@@ -355,27 +333,35 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (RuntimeError("a fault in\na driver"), "RuntimeError: a fault in a driver"),
+        (RuntimeError("a fault in\na driver"), "RuntimeError: a fault in\na driver"),
         (OSError(errno.EMFILE, "Too many open files"), "OSError: [Errno 24] Too many open files"),
     ],
 )
-def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick, error, words):
-    from refinelens.sweeping.contexts import ContextBuilder
+def test_an_exception_in_a_question(options, whole, tmp_path, error, words):
+    path, done = tmp_path / "run", [0]
 
-    def fault(self, question):
-        if question.id == 9:
+    def fault(ids, states):
+        if done[-1] == 9:
             raise error
-        return build(self, question)
 
-    build, path = ContextBuilder.build, tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(ContextBuilder, "build", fault)
-        assert main([*sweep, "--out", str(path)]) == 1
-    line = one_line(capsys.readouterr().err)
-    assert f"refinelens: question 9: {words}; refinelens sweep --resume {path} goes on" in line
+    named = rf"^question 9, 2 documents, gold position 0: {re.escape(words)}; ``sweep.resume='{path}'.`` goes on"
+    with at_pass(fault), pytest.raises(FaultError, match=named):
+        run_sweep(options, path, report=lambda progress: done.append(progress.done), questions_per_part=PART)
     assert open_run(path).manifest["counts"]["done"] == 9
-    assert main(["sweep", "--resume", str(path)]) == 0
+    resume_sweep(path)
     assert_lacks_nothing(path, whole[0])
+
+
+def test_an_exception_while_contexts_are_built(options):
+    inputs = SweepInputs.load(options)
+
+    class Builder:
+        def build(self, question):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    predictor = Predictor(options, Builder(), inputs.loaded, inputs.logit_lens, inputs.lenses)
+    with pytest.raises(FaultError, match=r"^question 0: OSError: \[Errno 24\] Too many open files$"):
+        predictor.ask(inputs.questions, [0])
 
 
 def save_other_config(folder):
@@ -426,7 +412,7 @@ def in_manifest(**changes):
         ("schema version", in_manifest(schema_version=99)),
     ],
 )
-def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsys, quick):
+def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsys):
     """Names the field and both values, and leaves every byte of the run as it is."""
     model, template, path = save_tiny_model(tmp_path / "model"), tmp_path / "template", tmp_path / "run"
     template.write_text("{documents}\n{question}")
@@ -479,7 +465,7 @@ def test_resume_of_nothing_or_with_options(words, message, whole, capsys):
 
 
 @pytest.mark.medium
-def test_a_run_without_rows_yet(fork_server, sweep, whole, tmp_path, capsys, quick):
+def test_a_run_without_rows_yet(fork_server, sweep, whole, tmp_path, capsys):
     """Killed in its first part: it has a manifest and nothing else."""
     path, log = tmp_path / "run", tmp_path / "log"
     code = fork_server.run(*sweep, "--out", path, log=log, part=PART, signal_at=[(2, signal.SIGKILL)])
