@@ -176,7 +176,7 @@ class Foreign:
 
 @pytest.mark.medium
 def test_a_sweep_with_a_tokenizer_that_is_not_transformers_own(
-    tiny_model, question_file, tmp_path, monkeypatch, capsys, quick
+    tiny_model, question_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Foreign(word_tokenizer()))
     sweep = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]

@@ -4,10 +4,13 @@ import importlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
+from refinelens.kernels.reference import LensHead, fused_lens_reference
 from refinelens.op import backends
 from refinelens.op.backends import choose_backend
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
@@ -146,6 +149,40 @@ def test_parameters_that_are_trained_leave_no_graph():
         lambda x: fused_lens(x, weight, None, 3).entropy * 2, backend="aot_eager", fullgraph=True
     )
     assert torch.equal(compiled(hidden), fused_lens(hidden, weight, None, 3).entropy * 2)
+
+
+HOW = ({"backend": "reference"}, {"backend": "cpp", "precision": "fp32"}, {"backend": "cpp", "precision": "certified"})
+
+
+# One row and one token; a prime; one more than a vector; one more than a tile of 96 tokens.
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([1, 3, 17]),
+    d_model=st.sampled_from([1, 7, 33]),
+    vocab=st.sampled_from([1, 2, 17, 97, 211]),
+    levels=st.sampled_from([1, 2, 50, None]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_backend_ranks_alike(rows, d_model, vocab, levels, seed):
+    """Of whole numbers every sum is exact, and of few of them many tokens tie: argmax and ranks are those of fp64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        if levels is None:
+            return torch.randn(shape, generator=generator)
+        return torch.randint(-levels, levels + 1, shape, generator=generator).float()
+
+    hidden, unembedding = draw(rows, d_model), draw(vocab, d_model)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    own = truth(hidden, unembedding, None, targets)["argmax"]
+    targets = torch.where(torch.rand(rows, generator=generator) < 0.5, own, targets)
+    exact = truth(hidden, unembedding, None, targets)
+    wide = fused_lens_reference(hidden.double(), LensHead(unembedding.double()), targets)
+    for stats in (wide, *(fused_lens(hidden, unembedding, None, targets, **how) for how in HOW)):
+        assert torch.equal(stats.target_rank == 0, stats.argmax == targets)
+        if levels is not None or stats is wide:
+            assert torch.equal(stats.argmax, exact["argmax"])
+            assert torch.equal(stats.target_rank, exact["target_rank"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -57,9 +57,8 @@ def report(progress):
     if progress.done == progress.questions:
         tracemalloc.stop()
 for folder, questions_per_part, options in json.loads(sys.argv[1]):
-    sweep.QUESTIONS_PER_PART = questions_per_part
-    peaks, tables = [], 0
-    sweep.run_sweep(sweep.SweepConfig(documents=(3,), device="cpu", **options), folder, report=report)
+    peaks, tables, options = [], 0, sweep.SweepConfig(documents=(3,), device="cpu", **options)
+    sweep.run_sweep(options, folder, report=report, questions_per_part=questions_per_part)
     print(json.dumps([peaks, resident()]))
 """
 
