@@ -6,6 +6,7 @@ come back to it.
 
 import os
 import signal
+from contextlib import contextmanager
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -85,8 +86,8 @@ def fork_server(tiny_model, question_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def undrawn():
-    """What is not about figures makes them, but does not draw them; see `drawn`."""
+def drawing():
+    """Figures are made but not drawn, which takes longer than all else, but for those made ``with drawing():``."""
     try:
         from matplotlib.figure import Figure
     except ImportError:  # the tests of the kernels alone do without
@@ -94,16 +95,26 @@ def undrawn():
         return
     from faults import save_stand_in
 
-    with pytest.MonkeyPatch.context() as patch:
-        own = Figure.savefig
-        patch.setattr(Figure, "savefig", save_stand_in)
-        yield own
+    own = Figure.savefig
+
+    @contextmanager
+    def draw():
+        Figure.savefig = own
+        try:
+            yield
+        finally:
+            Figure.savefig = save_stand_in
+
+    Figure.savefig = save_stand_in
+    yield draw
+    Figure.savefig = own
 
 
 @pytest.fixture
-def drawn(undrawn, monkeypatch):
-    """For what is about figures."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", undrawn)
+def drawn(drawing):
+    """For a test that is about figures."""
+    with drawing():
+        yield
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from faults import at_pass, faulty_disk, full_disk_at
 from refinelens.cli import main
@@ -25,6 +26,18 @@ from refinelens.lens.prefix import PROBE_TOKENS
 from refinelens.model.loading import load_model
 from refinelens.store.process import LOCK, Interrupted
 from tiny import WORDS, tiny_gpt2, word_tokenizer
+
+
+class AtCalls(TorchFunctionMode):
+    """Within it ``act(function, keywords)`` comes before every call of torch; it may raise instead."""
+
+    def __init__(self, act):
+        super().__init__()
+        self._act = act
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        self._act(function, keywords or {})
+        return function(*arguments, **(keywords or {}))
 
 
 def random_states(tokens, n_layers=2, d_model=7, seed=0):
@@ -442,35 +455,29 @@ def test_a_fit_that_stopped_late_reads_nothing_again(model, text, fitted, tmp_pa
 
 
 @pytest.mark.medium
-def test_a_stop_in_the_middle_of_a_sum_is_forgotten(model, text, fitted, tmp_path, monkeypatch):
-    add, calls = Statistics.add, []
+def test_a_stop_in_the_middle_of_a_sum_is_forgotten(model, text, fitted, tmp_path):
+    sums = []
 
-    def stop_halfway(self, hidden):
-        add(self, hidden)
-        calls.append(hidden)
-        if len(calls) == 5:
-            raise Stop
+    def stop_halfway(function, keywords):
+        if function is torch.Tensor.addmm_:
+            sums.append(function)
+            if len(sums) == 27:  # two of each of three layers: of the fifth sequence it is the third
+                raise Stop
 
-    monkeypatch.setattr(Statistics, "add", stop_halfway)
-    with pytest.raises(Stop):
+    with AtCalls(stop_halfway), pytest.raises(Stop):
         fit.fit_lens(options(model, text), str(tmp_path / "lens"))
-    monkeypatch.undo()
     again = fit.fit_lens(options(model, text), str(tmp_path / "lens"))
     assert torch.equal(load_lens(again.path).translators.weight, load_lens(fitted.path).translators.weight)
 
 
-def test_out_of_memory_is_one_line(model, text, tmp_path, monkeypatch, capsys):
-    zeros = torch.zeros
-
-    def fail(*size, dtype=None, **options):
-        if dtype == torch.float64:  # sums are of no other
+def test_out_of_memory_is_one_line(model, text, tmp_path, capsys):
+    def fail(function, keywords):
+        if function is torch.zeros and keywords.get("dtype") == torch.float64:  # sums are of no other
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
-        return zeros(*size, dtype=dtype, **options)
 
-    monkeypatch.setattr(torch, "zeros", fail)
-    assert (
-        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 1
-    )
+    command = ["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]
+    with AtCalls(fail):
+        assert main(command) == 1
     printed = capsys.readouterr().err
     assert "GB of statistics beside the model, got out of memory" in printed and printed.count("\n") == 1
 

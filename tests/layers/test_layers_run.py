@@ -59,9 +59,8 @@ def swept(model, question_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(swept, undrawn):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", undrawn)
+def finished(swept, drawing):
+    with drawing():
         return run_layers(swept.path, LayersConfig())
 
 

@@ -341,20 +341,15 @@ def test_a_run_of_relative_paths_goes_on_from_another_folder(tiny_model, questio
 
 @pytest.mark.medium
 def test_a_terminal_without_unicode(tiny_model, question_file, tmp_path):
-    """Text that it lacks is escaped."""
-    out = tmp_path / "größe"
+    """Text that it lacks is escaped, in what is printed and in errors."""
+    out, table = tmp_path / "größe", tmp_path / "größe.csv"
     command = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
+    assert main([*command, "--examples", "2", "--out", str(out)]) == 0
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "refinelens.cli", *command, "--examples", "2", "--out", str(out)],
-        capture_output=True,
-        env=environment,
-    )
+    export = [sys.executable, "-m", "refinelens.cli", "export", str(out), "--out", str(table)]
+    done, again = (subprocess.run(export, capture_output=True, env=environment) for _ in range(2))
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert b"gr\\xf6\\xdfe: manifest.json" not in done.stdout and b"gr\\xf6\\xdfe" in done.stdout
-    again = subprocess.run(
-        [sys.executable, "-m", "refinelens.cli", *command, "--out", str(out)], capture_output=True, env=environment
-    )
+    assert b"gr\\xf6\\xdfe.csv: " in done.stdout and table.exists()
     assert again.returncode == 2 and again.stderr.startswith(b"refinelens: --out ") and again.stderr.count(b"\n") == 1
 
 

@@ -34,6 +34,7 @@ TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
 OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
 KEYS = [name for name, _ in results.KEYS]
 
+
 @pytest.fixture(scope="module")
 def options(tiny_model, question_file):
     return SweepConfig(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")

@@ -51,11 +51,10 @@ def whole(fork_server, sweep, tmp_path_factory):
 
 
 @pytest.fixture
-def one_thread():
-    """As the run has that other runs are compared with."""
+def threads():
+    """Sets how many threads torch has, for one test."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
@@ -103,8 +102,9 @@ def only_error(log):
 
 
 @pytest.mark.medium
-def test_equal_to_one_process(tiny_model, task, whole, tmp_path, capfd, one_thread):
+def test_equal_to_one_process(tiny_model, task, whole, tmp_path, capfd, threads):
     """Started as they are for users; the last part is short."""
+    threads(1)  # as the run has that it is compared with
     options = SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
     run_sweep(options, tmp_path / "run", workers=2, warn=pytest.fail, questions_per_part=4)
     assert_same(tmp_path / "run", whole)
@@ -234,12 +234,12 @@ def is_alive(pid):
         return False
 
 
-def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
+def test_workers_share_threads_and_gpus(monkeypatch, tmp_path, threads):
     def environments(device, count):
         workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": device}}, "out"), count, pytest.fail)
         return [workers._environment(i, count) for i in range(count)]
 
-    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    threads(7)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [e["OMP_NUM_THREADS"] for e in environments("cpu", 3)] == ["2"] * 3
     assert {e["OMP_NUM_THREADS"] for e in environments("cpu", 9)} == {"1"}
