@@ -101,17 +101,17 @@ def _child(log: str, n_questions: str, stop_at: str, *command: str) -> int:
     step, writer = max(1, int(n_questions) // STEPS), csv.writer(open(log, "w", encoding="utf-8", buffering=1))  # noqa: SIM115
     since = []
 
-    def report(state) -> None:
+    def report(stage: str, done: int, total: int, rows: int = 0) -> None:
         now = time.process_time()
-        if since and state.done % step == 0:
-            milliseconds = 1000 * (now - since[1]) / (state.done - since[0])
-            writer.writerow((state.done * DOCUMENTS, round(_resident_mb(), 1), round(milliseconds, 2)))
-        if not since or state.done % step == 0:
-            since[:] = state.done, now
-        if state.done == int(stop_at):
+        if since and done % step == 0:
+            milliseconds = 1000 * (now - since[1]) / (done - since[0])
+            writer.writerow((done * DOCUMENTS, round(_resident_mb(), 1), round(milliseconds, 2)))
+        if not since or done % step == 0:
+            since[:] = done, now
+        if done == int(stop_at):
             Path(f"{log}.half").touch()
 
-    progress.sweep_progress = lambda console: _always(report)
+    progress.progress_bar = lambda: _always(report)
     return cli.main(list(command))
 
 

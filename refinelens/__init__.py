@@ -6,6 +6,8 @@ Public names are imported on first use, so that `refinelens --help` needs no tor
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .machine import __version__
+
 if TYPE_CHECKING:
     from .api import essential_layers, fit, sweep
     from .errors import FaultError, InputError, UnsupportedModelError
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from .store.frames import LoadedLayers, LoadedRun, load_run
     from .store.trajectory import Trajectories, trajectories
 
-__version__ = "0.1.0"
 
 _PUBLIC = {
     # The op.

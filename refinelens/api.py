@@ -7,8 +7,6 @@ command line's words alike. Lines that the command line says on the way are warn
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from .config import TRAINING, Config, FitConfig, LayersConfig, SweepConfig, chec
 from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .layers.analysis import run_layers
-from .progress import fit_progress, sweep_progress
+from .progress import progress_bar
 from .store.frames import LoadedLayers, LoadedRun
 from .sweeping.sweep import resume_sweep, run_sweep
 
@@ -52,7 +50,7 @@ def sweep(
         FaultError: Something broke; what was written stays, and ``resume`` goes on with it.
         KeyboardInterrupt: SIGINT or SIGTERM, once the current question is written.
     """
-    with _bar(sweep_progress, progress) as report:
+    with progress_bar(progress) as bar:
         if resume is not None:
             others = {"model": model, "out": out, "overwrite": overwrite or None, **options}
             given = [name for name, value in others.items() if value is not None]
@@ -60,9 +58,9 @@ def sweep(
                 raise InputError(
                     f"``resume``: expected no other option but ``workers``: the run has its own, got {', '.join(given)}"
                 )
-            return LoadedRun(resume_sweep(str(resume), None, workers, report, warn=_warn))
+            return LoadedRun(resume_sweep(resume, workers=workers, progress=bar, warn=_warn))
         config = _config(SweepConfig, model=model, **options)
-        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, report, warn=_warn))
+        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, bar, warn=_warn))
 
 
 def fit(
@@ -94,8 +92,8 @@ def fit(
     config = _config(FitConfig, model=model, **options)
     if config.objective != "kl":
         check_idle(options, TRAINING, "objective='kl'", config.objective)
-    with _bar(fit_progress, progress) as report:
-        return fit_lens(config, _folder(out), overwrite, None, report)
+    with progress_bar(progress) as bar:
+        return fit_lens(config, _folder(out), overwrite, None, bar)
 
 
 def essential_layers(
@@ -123,8 +121,8 @@ def essential_layers(
     """
     path = run.run.path if isinstance(run, LoadedRun) else Path(run)
     config = _config(LayersConfig, **options)
-    with _bar(fit_progress, progress) as report:
-        folder, _ = run_layers(path, config, out, overwrite, None, report, _warn)
+    with progress_bar(progress) as bar:
+        folder, _ = run_layers(path, config, out, overwrite, None, bar, _warn)
     return LoadedLayers(folder)
 
 
@@ -144,14 +142,3 @@ def _folder(out: str | Path | None) -> str:
 
 def _warn(line: str) -> None:
     warnings.warn(line, stacklevel=2)
-
-
-@contextmanager
-def _bar(progress: Any, wanted: bool) -> Iterator[Any]:
-    from rich.console import Console
-
-    if not wanted:
-        yield lambda *told: None
-        return
-    with progress(Console(stderr=True)) as report:
-        yield report

@@ -16,13 +16,15 @@ from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import config
 from .errors import FaultError, InputError, resume_call
 from .parser import build_parser, check_values, config_of, known_options, option_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .store.results import Run
 
 MARK = re.compile(r"``(?:(\w+)\()?(\w+)(?:='?(.*?)'?)?\)?``")  # as `refinelens.errors` has it
@@ -97,84 +99,83 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     run = open_run(path)
     if run.is_finished:
-        from rich.console import Console
-
         from .report.tables import show_run
 
         print(f"{path}: finished already\n")
-        show_run(run, Console())
+        show_run(run, _console())
         return 0
     from .sweeping.sweep import resume_sweep
 
-    return _watch(partial(resume_sweep, path, ["refinelens", *argv], arguments.workers))
+    return _watch(partial(resume_sweep, path, argv=["refinelens", *argv], workers=arguments.workers))
 
 
 def _watch(sweep: Callable[..., Run]) -> int:
     """Run a sweep with its progress on the terminal, then print its table."""
-    from rich.console import Console
-
-    from .progress import sweep_progress
     from .report.tables import print_table
-    from .store.process import Interrupted
 
-    code, summary = 0, []
-    try:
-        with sweep_progress(Console(stderr=True)) as report:
-            run = sweep(report=report, summary=summary.append, warn=_say)
-    except Interrupted as stop:
-        code, run = 128 + stop.signum, stop.folder
-        kept = "no question was finished and nothing was written"
-        if run:
-            kept = f"the finished questions stay readable, {resume_call(run.path)} goes on with them"
-        _say(f"interrupted; {kept}")
+    def how_to_resume(run: Run | None) -> str:
+        if run is None:
+            return "no question was finished and nothing was written"
+        return f"the finished questions stay readable, {resume_call(run.path)} goes on with them"
+
+    summary: list = []
+    run, code = _work(partial(sweep, summary=summary.append, warn=_say), how_to_resume)
     if summary:  # a second signal leaves no time for it
-        print_table(Console(), summary[-1])
-        print(f"\n{run.path}: {', '.join(sorted(p.name for p in run.path.iterdir()))}")
+        print_table(_console(), summary[-1])
+        _list_files(run.path)
     return code
 
 
 def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
     options = config_of(arguments, config.LayersConfig)
     from .layers.analysis import how_to_resume, run_layers
-    from .progress import fit_progress
     from .report.tables import print_layers
-    from .store.process import Interrupted
 
     given = (arguments.folder, options, arguments.out, arguments.overwrite, ["refinelens", *argv])
-    try:
-        with fit_progress(Console(stderr=True)) as report:
-            folder, found = run_layers(*given, report, _say)
-    except Interrupted as stop:
-        _say(f"interrupted; {how_to_resume(arguments.overwrite)}")
-        return 128 + stop.signum
-    print_layers(Console(), found)
-    print(f"\n{folder.path}: {', '.join(sorted(p.name for p in folder.path.iterdir()))}")
-    return 0
+    done, code = _work(partial(run_layers, *given, warn=_say), lambda _: how_to_resume(arguments.overwrite))
+    if code == 0:
+        folder, found = done
+        print_layers(_console(), found)
+        _list_files(folder.path)
+    return code
 
 
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
-    from .progress import fit_progress
-
     options = config_of(arguments, config.FitConfig)
     if options.objective != "kl":
         config.check_idle(arguments, config.TRAINING, "objective='kl'", options.objective)
     from .fitting.fit import HOW_TO_RESUME, fit_lens
     from .report.tables import print_quality
+
+    given = (options, arguments.out, arguments.overwrite, ["refinelens", *argv])
+    fitted, code = _work(partial(fit_lens, *given), lambda _: HOW_TO_RESUME)
+    if code == 0:
+        print_quality(_console(), fitted.manifest)
+        _list_files(arguments.out)
+    return code
+
+
+def _work(work: Callable[..., Any], how_to_resume: Callable[[Any], str]) -> tuple[Any, int]:
+    """What some work gives and 0, its progress on the terminal; or what a signal left of it, and its exit code."""
+    from .progress import progress_bar
     from .store.process import Interrupted
 
     try:
-        with fit_progress(Console(stderr=True)) as report:
-            fitted = fit_lens(options, arguments.out, arguments.overwrite, ["refinelens", *argv], report)
+        with progress_bar() as progress:
+            return work(progress=progress), 0
     except Interrupted as stop:
-        _say(f"interrupted; {HOW_TO_RESUME}")
-        return 128 + stop.signum
-    print_quality(Console(), fitted.manifest)
-    print(f"\n{arguments.out}: {', '.join(sorted(p.name for p in fitted.path.iterdir()))}")
-    return 0
+        _say(f"interrupted; {how_to_resume(stop.folder)}")
+        return stop.folder, 128 + stop.signum
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _list_files(folder: str | Path) -> None:
+    print(f"\n{folder}: {', '.join(sorted(path.name for path in Path(folder).iterdir()))}")
 
 
 def _calm_libraries() -> None:
@@ -187,13 +188,11 @@ def _calm_libraries() -> None:
 
 
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from rich.console import Console
-
     from .report.tables import show_run
     from .store.results import open_run
 
     options = config_of(arguments, config.ShowConfig)
-    show_run(open_run(arguments.folder), Console(), options.top)
+    show_run(open_run(arguments.folder), _console(), options.top)
     return 0
 
 

@@ -10,14 +10,13 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import __version__
 from .config import DoctorConfig
 from .errors import UnsupportedModelError
 from .kernels.reference import Norm
 from .layers.blocks import check_replay
 from .lens.logit_lens import LogitLens
 from .lens.prefix import check_branching
-from .machine import package_version
+from .machine import __version__, package_version
 from .model.head import find_blocks, find_head
 from .model.loading import LoadedModel, find_smollm2, load_model, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
@@ -98,7 +97,7 @@ def findings(options: DoctorConfig) -> Iterator[tuple[str, str]]:
     yield from (
         ("refinelens", __version__),
         ("backend", f"{backend} on {device}: {why}"),
-        ("precision", _precision(backend, device)),
+        ("precision", "auto means {}: {}".format(*choose_precision(backend, device))),
         ("CUDA device", _cuda()),
         ("Triton", _triton()),
         ("C++ extension", _extension()),
@@ -109,11 +108,6 @@ def findings(options: DoctorConfig) -> Iterator[tuple[str, str]]:
     )
     if options.model is not None:
         yield from model_findings(load_model(*options.arguments().values()))
-
-
-def _precision(backend: str, device: str) -> str:
-    chosen, why = choose_precision(backend, device)
-    return f"auto means {chosen}: {why}"
 
 
 def _cuda() -> str:

@@ -30,8 +30,7 @@ from .op.vocabulary import lens_top_k
 from .report.rows import counted
 from .store.files import write_output
 from .store.results import Run
-from .sweeping.manifest import RunSpec
-from .sweeping.sweep import SweepInputs
+from .sweeping.sweep import RunSpec, SweepInputs
 
 Thing = TypeVar("Thing")
 

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+__version__ = "0.1.0"  # of refinelens; `pyproject.toml` reads it here
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "scipy", "pyarrow", "matplotlib", "gguf")
 PACKAGE_ROOT = str(Path(__file__).parents[1])
 

@@ -10,8 +10,9 @@ from dataclasses import fields
 from functools import cache
 from typing import TypeVar
 
-from . import __version__, config
+from . import config
 from .errors import InputError
+from .machine import __version__
 
 EXAMPLES = """examples:
   refinelens sweep --model tiny --documents 5,10,20

@@ -1,32 +1,36 @@
-"""Progress of a sweep and of a fit on a terminal.
+"""Progress of a sweep, a fit or an analysis of layers on a terminal or in a notebook.
 
-Nothing is shown where there is no terminal, so that logs hold results and errors only.
+Nothing is shown where there is neither, so that logs hold results and errors only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 
-@dataclass
-class SweepProgress:
-    """What a sweep tells while it runs."""
+class Progress(Protocol):
+    """What is told how far some work is."""
 
-    questions: int
-    done: int = 0
-    rows: int = 0  # rows of the lens, layers x positions, of this process
+    def __call__(self, stage: str, done: int, total: int, rows: int = 0) -> object:
+        """Called with a stage, what is done of it, what there is to do, and rows of the lens that were read so far."""
+
+
+def unseen(stage: str, done: int, total: int, rows: int = 0) -> None:
+    """Progress that nobody follows."""
 
 
 @contextmanager
-def fit_progress(console: Console) -> Iterator[Callable[..., None]]:
-    """Show a stage, how much of it is done and, in words, how fast, while the block runs; yields the reporter."""
-    if not _is_shown(console):
-        yield lambda stage, done, total, speed=None: None
+def progress_bar(wanted: bool = True) -> Iterator[Progress]:
+    """Show stage, what is done of it and, where rows are told, how many a second, while the block runs."""
+    console = Console(stderr=True)
+    if not wanted or not (console.is_jupyter or console.file.isatty()):  # rich also takes FORCE_COLOR for a terminal
+        yield unseen
         return
     columns = (
         SpinnerColumn(),
@@ -36,24 +40,14 @@ def fit_progress(console: Console) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading the model", total=None, speed="")
 
-        def report(stage: str, done: int, total: int, speed: Callable[[float], str] = lambda seconds: "") -> None:
+        def progress(stage: str, done: int, total: int, rows: int = 0) -> None:
             if bar.tasks[0].description != stage:
                 bar.reset(task, description=stage, total=total, completed=done)
             seconds = bar.tasks[0].elapsed
-            bar.update(task, completed=done, total=total, speed=speed(seconds) if seconds else "")
+            speed = f"{rows / seconds:,.0f} rows/s" if rows and seconds else ""
+            bar.update(task, completed=done, total=total, speed=speed)
 
-        yield report
-
-
-@contextmanager
-def sweep_progress(console: Console) -> Iterator[Callable[[SweepProgress], None]]:
-    """The same of a sweep: questions done and lens rows per second."""
-    with fit_progress(console) as report:
-        yield lambda now: report("questions", now.done, now.questions, lambda s: f"{now.rows / s:,.0f} rows/s")
-
-
-def _is_shown(console: Console) -> bool:
-    return console.is_jupyter or console.file.isatty()  # rich also takes FORCE_COLOR for a terminal
+        yield progress

@@ -6,9 +6,33 @@
 #include <cstdint>
 #include <vector>
 
-#include "screen/screen.hpp"
+#include "common/matrix.hpp"
+#include "screen/screen_index.hpp"
 
 namespace refinelens {
+
+// z = scale * (x . w_v + bias_v) decides argmax and rank; l = softcap * tanh(z / softcap) enters the sums, or z itself
+// where softcap is 0.
+struct CertifiedProblem {
+  const double* x;  // [rows, depth], normed
+  int64_t rows;
+  Matrix weights;      // those of the index
+  const double* bias;  // [tokens], or null
+  double scale, softcap;
+  const int64_t* targets;  // [rows], or null
+};
+
+// Each [rows]; the last two of the targets, or null.
+struct CertifiedStats {
+  int64_t* argmax;
+  double* best;  // z of argmax
+  double* logsumexp;
+  double* entropy;
+  float* logsumexp_bound;  // |logsumexp - that of exact logits| is at most this
+  bool* fell_back;         // all logits of the row were computed in fp64
+  double* target_z;
+  int64_t* rank;
+};
 
 // z_v = x.w_v + b_v of one hidden row.
 class ExactRow {

@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "common/parallel.hpp"
-#include "screen/exact.hpp"
 
 namespace refinelens {
 

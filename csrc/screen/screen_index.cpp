@@ -1,9 +1,10 @@
 // Quantises vectors into the layout of the kernels, and a whole unembedding into the index.
+#include "screen/screen_index.hpp"
+
 #include <algorithm>
 #include <cmath>
 
 #include "common/parallel.hpp"
-#include "screen/screen.hpp"
 
 namespace refinelens {
 

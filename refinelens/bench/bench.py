@@ -16,9 +16,8 @@ from statistics import median
 
 import torch
 
-from .. import __version__
 from ..config import BenchConfig
-from ..machine import device_name, package_version
+from ..machine import __version__, device_name, package_version
 from ..op.backends import instruction_set
 from .competitors import BASELINE, COMPETITORS, NAIVE, OURS, Competitor, choose
 from .measure import DoesNotRun, Fp64Check, Timer, extra_memory, peak_meter, spread, torch_threads

@@ -5,16 +5,12 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..errors import CannotAskError
-from ..model.identity import encode, is_fast
+from ..model.identity import encode, shared_length
 from .scoring import has_word_spaces
-
-if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-
 
 
 def joint(text: str) -> str:
@@ -72,29 +68,31 @@ def tokenise(
     both = encode(tokenizer, prompt + answer, special, literal)
     after = _special_tokens_after(tokenizer) if special else 0
     alone, whole = (list(e["input_ids"])[: len(e["input_ids"]) - after] for e in (encoded, both))
-    different = (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b)
-    parting = next(different, min(len(alone), len(whole)))
-    place = next((i for i, c in enumerate(answer) if c.isalnum()), None)
-    if place is None:
-        place = next((i for i, c in enumerate(answer) if not c.isspace()), 0)
+    parting, text = shared_length(alone, whole), prompt + answer
     own = len(answer) - len(answer.lstrip())  # characters of the joint
-    find = _by_offsets if is_fast(tokenizer) else _by_text
-    found = find(tokenizer, both, whole, parting, prompt + answer, len(prompt) + place)
+    place = len(prompt) + next((i for i, c in enumerate(answer) if c.isalnum()), own)
+    offsets = _offsets(both)
+    if offsets is None:
+        found = _by_text(tokenizer, whole, parting, text, place)
+    else:
+        covering = ((i, first) for i, (first, last) in enumerate(offsets[: len(whole)]) if first <= place < last)
+        found = next(covering, None)
     if found is None or found[0] < max(parting, 1):
         raise CannotAskError("an answer without a token of its own")
     start, first = found
-    covered = "".join((prompt + answer)[first : len(prompt) + own].split())
+    covered = "".join(text[first : len(prompt) + own].split())
     return Tokens(alone, whole, parting, start, covered, encoded)
 
 
-def _by_offsets(_tokenizer, both, whole: list[int], _parting: int, _text: str, place: int) -> tuple[int, int] | None:
-    """The token that covers a character of the text, and the first character that it covers."""
-    offsets = both.encodings[0].offsets[: len(whole)]
-    return next(((i, first) for i, (first, last) in enumerate(offsets) if first <= place < last), None)
+def _offsets(encoded: BatchEncoding) -> list[tuple[int, int]] | None:
+    """Characters that each token covers, end exclusive; None where the tokenizer does not know."""
+    return encoded.encodings[0].offsets if getattr(encoded, "is_fast", False) else None
 
 
-def _by_text(tokenizer, _both, whole: list[int], parting: int, text: str, place: int) -> tuple[int, int] | None:
-    """The same where the tokenizer knows no offsets: the last token from which on all from the character on is written.
+def _by_text(
+    tokenizer: PreTrainedTokenizerBase, whole: list[int], parting: int, text: str, place: int
+) -> tuple[int, int] | None:
+    """The last token from which on all from a character of the text on is written, and the first that it covers.
 
     Where the decoded text is not the one that went in (unknown words) it is the first token behind the prompt that is
     not white space.
@@ -121,9 +119,7 @@ def _squeezed(text: str) -> str:
 
 def token_span(encoded: BatchEncoding, start: int, end: int) -> tuple[int, int] | None:
     """Tokens of a range of characters, end exclusive; None where the tokenizer knows no offsets."""
-    if not getattr(encoded, "is_fast", False):
-        return None
-    offsets = encoded.encodings[0].offsets
+    offsets = _offsets(encoded) or []
     inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
     return (inside[0], inside[-1] + 1) if inside else None
 

@@ -6,15 +6,19 @@ emblem or nickname. Both are seeded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from ..errors import InputError
 from .questions import DEFAULT, KV, Document, Format, Question
-from .tasks import Task, generated_task, kv_question
+from .tasks import Task, kv_question
 
+GENERATED = 100  # questions, where none are counted
+MOST_GENERATED = 1_000_000  # questions, all held in memory
 TEXTS = 4000  # contexts of the text that a lens is fitted to
 
 FIRST_NAMES = [
@@ -54,22 +58,6 @@ TRAINED, HELD_OUT = (  # names as the model saw them in training, and names it n
     [f"{FIRST_NAMES[i]} {LAST_NAMES[j]}" for i, j in _PAIRS if ((i + j) % 8 == 0) == held_out]
     for held_out in (False, True)
 )
-
-
-def generate_kv_task(count: int | None, n_pairs: int, seed: int) -> Task:
-    """Questions of random version-4 UUIDs; the SHA-256 of the task is that of its lines, gold pair first.
-
-    A question depends on the seed and its number alone: of fewer pairs or questions it has the first ones.
-
-    Args:
-        count: Questions, at least 1; 100 when None.
-        n_pairs: Pairs of a question, the gold one included.
-        seed: Of the UUIDs.
-
-    Raises:
-        InputError: Fewer than one question, or more than a million.
-    """
-    return generated_task(KV, count, lambda number: _kv_question(number, n_pairs, seed), _kv_line)
 
 
 def _kv_question(number: int, n_pairs: int, seed: int) -> Question:
@@ -146,22 +134,6 @@ def training_texts() -> Iterator[str]:
         yield context_text(source, source.randint(1, 20), 10, TRAINED)[0] + "\n"
 
 
-def generate_tiny_task(count: int | None, n_documents: int, seed: int) -> Task:
-    """Questions about entities that the model was not trained on; their SHA-256 is that of the questions as JSON.
-
-    A question depends on the seed and its number alone: of fewer documents or questions it has the first ones.
-
-    Args:
-        count: Questions, at least 1; 100 when None.
-        n_documents: Documents of a question, the gold one included.
-        seed: Of all that is drawn.
-
-    Raises:
-        InputError: Fewer than one question, or more than a million.
-    """
-    return generated_task(TINY, count, lambda number: _tiny_question(number, n_documents, seed), _tiny_line)
-
-
 def _tiny_line(question: Question) -> str:
     record = asdict(question)
     del record["source_id"]  # there is no file that could have one
@@ -172,6 +144,32 @@ def _tiny_question(number: int, n_documents: int, seed: int) -> Question:
     facts = Facts.draw(random.Random(f"{seed}/{number}"), len(VALUES), HELD_OUT)
     gold, *others = facts.documents[: max(1, n_documents)]
     return Question(number, facts.question(0), (facts.values[0],), "", "", gold, tuple(others))
+
+
+# By name: how contexts are written, the question of a number, and a question as a file would have it.
+GENERATORS = {KV.name: (KV, _kv_question, _kv_line), TINY.name: (TINY, _tiny_question, _tiny_line)}
+
+
+def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> Task:
+    """The task of a name among `GENERATORS`; its SHA-256 is that of its lines, gold document first.
+
+    A question depends on the seed and its number alone: of fewer documents or questions it has the first ones.
+
+    Args:
+        name: ``kv``, random version-4 UUIDs, or ``tiny``, entities that the model was not trained on.
+        count: Questions, at least 1; `GENERATED` when None.
+        n_documents: Documents, or pairs, of a question, the gold one included.
+        seed: Of all that is drawn.
+
+    Raises:
+        InputError: Fewer than one question, or more than `MOST_GENERATED`.
+    """
+    format, question, line = GENERATORS[name]
+    count = GENERATED if count is None else count
+    if not 1 <= count <= MOST_GENERATED:
+        raise InputError(f"``examples``: expected 1 to {MOST_GENERATED} questions of ``task`` {name}, got {count}")
+    questions = tuple(question(number, n_documents, seed) for number in range(count))
+    return Task(name, None, hashlib.sha256("".join(map(line, questions)).encode()).hexdigest(), questions, format)
 
 
 def vocabulary() -> list[str]:

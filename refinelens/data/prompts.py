@@ -174,18 +174,20 @@ class Context:
     @property
     def answer_span(self) -> Span:
         """The positions that an answer token follows."""
-        return Span(range(self.prompt_length - 1, len(self.input_ids)), self.answer_ids)
+        return self._from(self.prompt_length - 1)
 
     @property
     def reply_span(self) -> Span:
         """The positions that all tokens behind the prompt by itself follow: a space that is a token, and the answer."""
-        next_ids = (*self.input_ids[self.n_shared :], self.answer_ids[-1])
-        return Span(range(self.n_shared - 1, len(self.input_ids)), next_ids)
+        return self._from(self.n_shared - 1)
 
     @property
     def whole_span(self) -> Span:
         """Every position."""
-        return Span(range(len(self.input_ids)), (*self.input_ids[1:], self.answer_ids[-1]))
+        return self._from(0)
+
+    def _from(self, first: int) -> Span:
+        return Span(range(first, len(self.input_ids)), (*self.input_ids[first + 1 :], self.answer_ids[-1]))
 
 
 def load_template(name: str, format: Format = QA) -> str:

@@ -31,17 +31,16 @@ def has_word_boundaries(text: str) -> bool:
     return not any(_name(letter).startswith((*WITHOUT_SPACES, *WITH_AFFIXES)) for letter in text)
 
 
-def normalise_answer(text: str, punctuation: str = "") -> str:
+def normalise_answer(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces: the normalisation of Lost in the Middle.
 
     Accents are composed first (Unicode NFC), so that two spellings of one name are equal.
-
-    Args:
-        text: As written.
-        punctuation: What stands in its place.
     """
     text = unicodedata.normalize("NFC", text).lower()
-    text = "".join(punctuation if c in string.punctuation else c for c in text)
+    return _without_articles(text.translate(dict.fromkeys(map(ord, string.punctuation))))
+
+
+def _without_articles(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -82,8 +81,7 @@ def fold(text: str, punctuation: str = "") -> str:
         punctuation: Nothing or a space, which stands in its place.
     """
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
-    text = unicodedata.normalize("NFC", text.translate(_SPACED if punctuation else _JOINED))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return _without_articles(unicodedata.normalize("NFC", text.translate(_SPACED if punctuation else _JOINED)))
 
 
 def word_forms(text: str) -> tuple[str, ...]:

@@ -29,8 +29,6 @@ SNIFFED = 1 << 16  # characters of a file that are looked at
 KV_FIELD = "ordered_kv_records"
 BUILTIN = Path(__file__).parents[1] / "data" / "builtin.jsonl"
 NQ_VARIABLE = "REFINELENS_NQ"
-GENERATED = 100  # questions, where none are counted
-MOST_GENERATED = 1_000_000  # questions, all held in memory
 
 
 def name_of_shape(suffix: str, raw: bytes) -> str | None:
@@ -84,12 +82,8 @@ def _is_table(text: str) -> bool:
     return len(counts) == 1 and counts.pop() > 1
 
 
-def parse_lines(path: Path, raw: bytes) -> tuple[Format, tuple[Question, ...]]:
-    """The questions of a file and their format, which the fields of the first line tell.
-
-    Raises:
-        InputError: Malformed; file and line are named.
-    """
+def _parse_lines(path: Path, raw: bytes) -> tuple[Format, tuple[Question, ...]]:
+    """The questions of a file and their format, which the fields of the first line tell."""
     try:
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         text = raw.decode("utf-8-sig")
@@ -220,72 +214,37 @@ class Task:
     format: Format
 
 
-def resolve_task(name: str) -> Path:
-    """The file of ``builtin``, ``nq`` (named by the variable REFINELENS_NQ) or a path.
-
-    Raises:
-        InputError: No such file, or the variable is not set.
-    """
-    if name == "builtin":
-        return BUILTIN
-    path = name
-    if name == "nq":
-        path = os.environ.get(NQ_VARIABLE, "")
-        if not path:
-            raise InputError(
-                f"``task='nq'``: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it"
-            )
-        check_utf8(f"${NQ_VARIABLE}", path)
-    if not os.path.isfile(path):
-        raise InputError(
-            f"``task`` {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {path}"
-        )
-    return Path(path)
-
-
 def load_task(name: str) -> Task:
-    """Read and check a whole task file.
+    """Read and check a whole task file: ``builtin``, ``nq`` (named by the variable REFINELENS_NQ) or a path.
 
     Each line is a JSON object as in Lost in the Middle (Liu et al. 2023, arXiv 2307.03172), and the first one tells
     which: ``question``, ``answers`` and ``ctxs`` (objects with ``title``, ``text`` and ``isgold``; one is gold),
     optionally ``answer_prefix`` and ``group``; or ``ordered_kv_records`` (pairs), ``key`` and ``value``.
 
     Raises:
-        InputError: The file is missing, empty or malformed; file and line are named.
+        InputError: The file is missing, empty or malformed, file and line are named; or the variable is not set.
     """
-    path = resolve_task(name)
+    given = str(BUILTIN) if name == "builtin" else name
+    if name == "nq":
+        given = os.environ.get(NQ_VARIABLE, "")
+        if not given:
+            raise InputError(
+                f"``task='nq'``: expected the path of a question file in ${NQ_VARIABLE}, got nothing; set it"
+            )
+        check_utf8(f"${NQ_VARIABLE}", given)
+    if not os.path.isfile(given):  # unlike `Path.is_file`, of a name that no file can have too
+        raise InputError(
+            f"``task`` {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {given}"
+        )
+    path = Path(given)
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected a readable file, got: {error.strerror}") from None
-    format, questions = parse_lines(path, raw)
+    format, questions = _parse_lines(path, raw)
     if not questions:
         raise InputError(f"{path}: expected at least one question, got an empty file")
     return Task(name, path, hashlib.sha256(raw).hexdigest(), questions, format)
-
-
-def generated_task(
-    format: Format, count: int | None, question: Callable[[int], Question], line: Callable[[Question], str]
-) -> Task:
-    """A task of generated questions; its SHA-256 is that of their lines.
-
-    Args:
-        format: How contexts are written; its name is the task's.
-        count: Questions, at least 1; `GENERATED` when None.
-        question: Makes the question of a number, from 0.
-        line: A question as a file would have it.
-
-    Raises:
-        InputError: Fewer than one question, or more than `MOST_GENERATED`.
-    """
-    count = GENERATED if count is None else count
-    if not 1 <= count <= MOST_GENERATED:
-        raise InputError(
-            f"``examples``: expected 1 to {MOST_GENERATED} questions of ``task`` {format.name}, got {count}"
-        )
-    questions = tuple(map(question, range(count)))
-    sha256 = hashlib.sha256("".join(map(line, questions)).encode())
-    return Task(format.name, None, sha256.hexdigest(), questions, format)
 
 
 class DistractorSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,31 +14,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__
 from ..config import FitConfig
 from ..errors import FaultError, InputError
-from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, model_entry, save_lens
-from ..lens.logit_lens import LogitLens
+from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, save_lens
+from ..lens.logit_lens import LogitLens, model_entry
 from ..lens.translators import Translators
-from ..machine import now, packages
-from ..model.loading import LoadedModel, is_out_of_memory, load_model
+from ..machine import __version__, now, packages
+from ..model.loading import is_out_of_memory, load_model
+from ..progress import Progress, unseen
 from ..report.figures import QUALITY_FIGURE, draw_quality
 from ..report.tables import QUALITY_TABLE, write_quality
-from ..store.files import check_disk, disk_error, write_whole
+from ..store.files import check_disk, write_whole
 from ..store.folder import MANIFEST, Folder, MadeOf
-from ..store.process import Interrupted, RunLock, StopSignals
+from ..store.process import Interrupted, StopSignals, working_on
 from . import objectives
 from .objectives import Statistics, train
 from .quality import measure
-from .text import States, Text, load_text
+from .text import States, load_text
 
 STATISTICS = "statistics.safetensors"
 CHECKPOINT_SECONDS = 60.0
 REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
 BEGIN_AGAIN = "pass ``overwrite=True`` to begin again"
 HOW_TO_RESUME = "the same command goes on from the last checkpoint, if there is one"
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 class LensFolder(Folder):
@@ -71,7 +69,7 @@ def fit_lens(
     out: str,
     overwrite: bool = False,
     argv: list[str] | None = None,
-    report: Progress = lambda stage, done, total: None,
+    progress: Progress = unseen,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Fitted:
     """Fit a lens to a model and write its folder; a fit that was stopped goes on from its last checkpoint.
@@ -84,7 +82,7 @@ def fit_lens(
         out: Folder of the lens, made here.
         overwrite: Replace a lens or a stopped fit that is there.
         argv: Command line, for the manifest.
-        report: Called with a stage, and how much of it is done.
+        progress: Called with a stage, and how much of it is done.
         checkpoint_seconds: How long what was read may be on no disk.
 
     Raises:
@@ -98,7 +96,7 @@ def fit_lens(
             f"``out``: expected a folder that ``lens`` can name, without a comma and not {PLAIN}, got {out!r}"
         )
     folder.check_foreign()
-    with StopSignals("the current sequence, then a checkpoint") as signals, RunLock(folder.path):
+    with working_on(folder.path, "the current sequence, then a checkpoint", lambda: HOW_TO_RESUME) as signals:
         folder.remove_temporary()
         if folder.exists and not overwrite:
             raise InputError(
@@ -111,11 +109,8 @@ def fit_lens(
         check_disk(out, 2 * statistics_bytes)
         try:
             states = States(options, text, loaded, logit_lens)
-            parts = (text, loaded, logit_lens, states, signals, report, checkpoint_seconds)
+            parts = (states, signals, progress, checkpoint_seconds)
             return Fitted(folder.path, _Fit(options, folder.path, overwrite, *parts).finish(argv))
-        except OSError as error:
-            fault = disk_error(out, error)
-            raise type(fault)(f"{fault}; {HOW_TO_RESUME}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -132,27 +127,25 @@ class _Fit:
     options: FitConfig
     path: Path  # of the lens
     overwrite: bool
-    text: Text
-    loaded: LoadedModel
-    logit_lens: LogitLens
     states: States
     signals: StopSignals
-    told: Progress
+    progress: Progress
     checkpoint_seconds: float
 
     def finish(self, argv: list[str] | None) -> dict:
         """Fit and write everything; the manifest."""
-        started, split = time.monotonic(), self.states.split
+        started, states = time.monotonic(), self.states
+        split, text, loaded = states.split, states.text, states.loaded
         self.signals.finish_first()
         lenses, strengths = self._solve(*self._gather())
-        quality = measure(self.logit_lens, self._sample(split.report), {"plain": None, **lenses})
+        quality = measure(states.lens, self._sample(split.report), {"plain": None, **lenses})
         manifest = {
             "format_version": FORMAT_VERSION,
             "kind": self.options.objective,
             "refinelens_version": __version__,
-            "model": model_entry(self.loaded, self.logit_lens),
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "text": {"name": self.text.name, "sha256": self.text.sha256},
+            "model": model_entry(loaded, states.lens),
+            "dtype": loaded.dtype_name,
+            "text": {"name": text.name, "sha256": text.sha256},
             "arguments": self.options.arguments(),
             "argv": argv,
             "packages": packages(),
@@ -174,10 +167,10 @@ class _Fit:
 
     def _identity(self) -> dict:
         """What two fits must share for one to go on where the other stopped."""
-        split, loaded = self.states.split, self.loaded
+        split, loaded = self.states.split, self.states.loaded
         return {
             "tokens": self.options.tokens,
-            "text_sha256": self.text.sha256,
+            "text_sha256": self.states.text.sha256,
             "config_sha256": loaded.config_sha256,
             "weights_sha256": loaded.weights_sha256,
             "tokenizer_sha256": loaded.tokenizer_sha256,
@@ -204,15 +197,15 @@ class _Fit:
             except InputError:
                 if not self.overwrite:
                     raise
-        size = self.logit_lens.n_layers, self.logit_lens.d_model, self.logit_lens.model.device
-        return 0, Statistics.empty(*size), Statistics.empty(*size)
+        lens = self.states.lens
+        return 0, *(Statistics.empty(lens.n_layers, lens.d_model, lens.model.device) for _ in range(2))
 
     def _read(self) -> tuple[int, Statistics, Statistics]:
         try:
             with safe_open(self.path / STATISTICS, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            there, device = json.loads(metadata["identity"]), self.logit_lens.model.device
+            there, device = json.loads(metadata["identity"]), self.states.lens.model.device
             state = [Statistics.from_tensors(tensors, prefix, device) for prefix in ("fit", "choose")]
             done = int(metadata["done"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -229,47 +222,47 @@ class _Fit:
         split = self.states.split
         done, fit, choose = self._begun()
         end, saved, adding = split.choose.stop, time.monotonic(), False
-        self.told("reading", done, end)
+        self.progress("reading", done, end)
         try:
             for hidden in self.states.of(range(done, end)):
                 adding = True
                 (fit if done in split.fit else choose).add(hidden)
                 done, adding = done + 1, False
-                self.told("reading", done, end)
+                self.progress("reading", done, end)
                 if self.signals.received is not None or time.monotonic() - saved > self.checkpoint_seconds:
                     self._save(done, fit, choose)
                     saved = time.monotonic()
                     self.signals.stop_if_received()
         except Interrupted:  # the checkpoint is written, or it was the second signal
             raise
-        except KeyboardInterrupt:  # not by our signals: from another thread, or from ``told``
+        except KeyboardInterrupt:  # not by our signals: from another thread, or from ``progress``
             if not adding:  # a sequence that was added by half is in no state to go on from
                 self._save(done, fit, choose)
             raise
         self._save(done, fit, choose)
         return fit, choose
 
-    def _report(self, stage: str, done: int, total: int) -> None:
+    def _stage(self, stage: str, done: int, total: int) -> None:
         """Say how far a stage is that comes after the last checkpoint, or stop there."""
-        self.told(stage, done, total)
+        self.progress(stage, done, total)
         self.signals.stop_if_received()
 
     def _solve(self, fit: Statistics, choose: Statistics) -> tuple[dict[str, Translators], list[float]]:
         """The translators of every objective up to the one asked for, as the model needs them; the ridge strengths."""
-        self._report("solving", 0, 1)
+        self._stage("solving", 0, 1)
         translators, strengths = objectives.solve(fit, choose)
         lenses = {"linear": translators}
         if self.options.objective == "kl":
             lenses["kl"] = self._train(translators, fit)
         try:
-            return {name: self.logit_lens.adapted(lens) for name, lens in lenses.items()}, strengths
+            return {name: self.states.lens.adapted(lens) for name, lens in lenses.items()}, strengths
         except InputError as error:
             raise InputError(f"``dtype``: {error}") from None
 
     def _train(self, start: Translators, statistics: Statistics) -> Translators:
         """The trained translators, but at layers where ``start`` reads the sequences to choose by better."""
-        states, options, lens = self.states, self.options, self.logit_lens
-        on_step = partial(self._report, "training")
+        states, options, lens = self.states, self.options, self.states.lens
+        on_step = partial(self._stage, "training")
         texts = (statistics, lambda: states.of(states.split.fit))
         trained = train(lens, start, *texts, options.steps, options.seed, on_step)
         both = {"start": lens.adapted(start), "trained": lens.adapted(trained)}
@@ -284,5 +277,5 @@ class _Fit:
     def _sample(self, sequences: range) -> Iterator[Tensor]:
         """The states of a sample of some sequences."""
         for index, hidden in enumerate(self.states.sample(sequences, REPORT_TOKENS)):
-            self._report("measuring", index, len(sequences))
+            self._stage("measuring", index, len(sequences))
             yield hidden

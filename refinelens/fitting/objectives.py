@@ -138,7 +138,7 @@ def train(
     sequences: Callable[[], Iterator[Tensor]],
     steps: int,
     seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Translators:
     """Lower ``KL(p_final || p_layer)`` by Muon (Jordan 2024), from the translators of ridge regression on.
 
@@ -153,7 +153,7 @@ def train(
         sequences: Yields their states ``[n_layers + 1, tokens, d_model]``, again at every call.
         steps: Optimiser steps, one sequence each.
         seed: Of the tokens drawn.
-        report: Called with steps done and their total.
+        progress: Called with steps done and their total.
 
     Memory: about ``16 * n_layers * d_model**2`` bytes, the unembedding in fp32, and logits of `ROWS` tokens with
     their gradients.
@@ -162,7 +162,7 @@ def train(
     head = replace(logit_lens.head, weight=logit_lens.head.weight.float())
     generator = torch.Generator().manual_seed(seed)
     for step, hidden in enumerate(_endless(sequences)):
-        report(step, steps)
+        progress(step, steps)
         if step == steps:
             break
         rows = torch.randperm(hidden.shape[1], generator=generator)[:ROWS].to(hidden.device)

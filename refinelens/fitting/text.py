@@ -167,10 +167,11 @@ class States:
     """
 
     def __init__(self, options: FitConfig, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
-        self._text, self._loaded, self._runner = text, loaded, ForwardRunner(logit_lens)
+        self.text, self.loaded, self.lens = text, loaded, logit_lens
+        self._runner = ForwardRunner(logit_lens)
         length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
-        self._limit = options.tokens // min(length, loaded.max_tokens or length)
         self._length = min(length, loaded.max_tokens or length)
+        self._limit = options.tokens // self._length
         self.split = self._split()
 
     def _split(self) -> Split:
@@ -178,20 +179,16 @@ class States:
         if count < SEQUENCES:
             remedy = "give more text or a smaller ``tokens``" if count else "give more text"
             raise InputError(
-                f"``text`` {self._text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
+                f"``text`` {self.text.name}: expected at least {SEQUENCES} sequences of {self._length} tokens, got "
                 f"{count}; {remedy}"
             )
         tenth = round(count / 10)
-        return Split(
-            self._length,
-            range(count - 2 * tenth),
-            range(count - 2 * tenth, count - tenth),
-            range(count - tenth, count),
-        )
+        choose, report = count - 2 * tenth, count - tenth
+        return Split(self._length, range(choose), range(choose, report), range(report, count))
 
     def _sequences(self, limit: int) -> Iterator[list[int]]:
-        for ids in sequences(self._text, self._loaded.tokenizer, self._length, limit):
-            self._loaded.check_ids(ids, f"``text`` {self._text.name}")
+        for ids in sequences(self.text, self.loaded.tokenizer, self._length, limit):
+            self.loaded.check_ids(ids, f"``text`` {self.text.name}")
             yield ids
 
     def of(self, which: range) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ the clean run and the states downstream of the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,9 @@ from ..data.prompts import Context
 from ..data.questions import Question
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
-from ..lens.runner import MemoryLimit, Proof, blamed_on
+from ..lens.runner import MemoryLimit, Proof, blamed_on, in_batches
 from ..model.hooks import difference
-from ..store.layers import CONTROL, DESTROY, LAYER_ROWS, RESTORE
+from ..store.layers import CONTROL, DESTROY, KEYS, LAYER_ROWS, RESTORE
 from ..store.trajectory import NONE, trajectories
 from ..sweeping.contexts import ContextBuilder
 from .blocks import ActivationCache, BlockReplay
@@ -52,12 +52,13 @@ def read_scan(logit_lens: LogitLens, lens: Lens, clean: Tensor, downstream: list
     """
     n_layers = len(clean) - 1
     by_layer = [torch.stack([clean[j], *(downstream[i][j - i - 1] for i in range(j))]) for j in range(n_layers + 1)]
-    read = _read(logit_lens, lens, by_layer, target)
-    ranks, logprobs = (np.repeat(values[None], n_layers + 1, 0) for values in (_clean(read[0]), _clean(read[1])))
-    for layer in range(1, n_layers + 1):
-        for values, found in zip((ranks, logprobs), read, strict=True):
+    tables = []
+    for found in _read(logit_lens, lens, by_layer, target):
+        values = np.repeat(np.array([[of_layer[0] for of_layer in found]]), n_layers + 1, 0)  # the clean run's
+        for layer in range(1, n_layers + 1):
             values[1 : layer + 1, layer] = found[layer][1:]
-    return Reading(ranks, logprobs)
+        tables.append(values)
+    return Reading(*tables)
 
 
 def read_output(logit_lens: LogitLens, lens: Lens, clean: Tensor, ends: Tensor, target: int) -> Reading:
@@ -76,44 +77,22 @@ def _read(logit_lens: LogitLens, lens: Lens, by_layer: list[Tensor], target: int
     return tuple(np.split(values.cpu().numpy(), sizes) for values in (stats.target_rank, stats.target_logprob))
 
 
-def _clean(found: list[np.ndarray]) -> np.ndarray:
-    return np.array([values[0] for values in found])
-
-
-@dataclass(frozen=True)
-class ContextKey:
-    """A context and what is looked for in it."""
-
-    question_id: int
-    documents: int
-    gold_position: int
-    target: int  # token id
-    lens: str
-
-
-def ablation_rows(asked: ContextKey, intervention: str, at: str, reading: Reading, top: int) -> pa.Table:
-    """One row per ablated block, with the trajectory of its downstream states."""
-    found = trajectories(reading.ranks, top, axis=-1)
-    columns = {}
-    for name in ("first_correct", "settle", "depth"):
-        values = getattr(found, name)
-        columns[name] = pa.array(values[1:], mask=values[1:] == NONE)
-        missing = (values[1:] == NONE) | (values[0] == NONE)
-        columns[f"{name}_change"] = pa.array(values[1:] - values[0], mask=missing)
-    return _table(asked, intervention, at, None, reading, top, columns)
-
-
-def patch_rows(asked: ContextKey, intervention: str, source_position: int, reading: Reading, top: int) -> pa.Table:
-    """One row per layer that was patched over, without trajectories."""
-    return _table(asked, intervention, "answer", source_position, reading, top, {})
-
-
-def _table(
-    asked: ContextKey, intervention: str, at: str, source: int | None, reading: Reading, top: int, columns: dict
+def reading_rows(
+    asked: dict, intervention: str, at: str, reading: Reading, top: int, source_position: int | None = None
 ) -> pa.Table:
+    """Rows of `LAYER_ROWS`: one per ablated block, with the trajectory of its downstream states, or per patched layer.
+
+    Args:
+        asked: What all rows have alike: the context, the lens and the target.
+        intervention: Its name.
+        at: Tokens that were struck.
+        reading: Of the clean run and of every other, at every layer or, of patches, at the output.
+        top: Correct means rank 1 to this.
+        source_position: Of patches, the gold position of the run that the state is from.
+    """
     ranks, logprobs = reading.ranks[:, -1], reading.logprobs[:, -1]
     correct = ranks < top
-    columns = columns | {
+    columns = {
         "layer": np.arange(1, len(ranks)),
         "target_logprob": logprobs[1:],
         "target_rank": ranks[1:],
@@ -122,24 +101,23 @@ def _table(
         "rank_change": ranks[1:] - ranks[0],
         "correct_change": correct[1:].astype(int) - int(correct[0]),
     }
-    constants = {
-        "question_id": asked.question_id,
-        "documents": asked.documents,
-        "gold_position": asked.gold_position,
-        "intervention": intervention,
-        "at": at,
-        "source_position": source,
-        "lens": asked.lens,
-        "target_id": asked.target,
-    }
-    n = len(ranks) - 1
+    if source_position is None:
+        found = trajectories(reading.ranks, top, axis=-1)
+        for name in ("first_correct", "settle", "depth"):
+            values = getattr(found, name)
+            missing = values == NONE
+            columns[name] = pa.array(values[1:], mask=missing[1:])
+            columns[f"{name}_change"] = pa.array(values[1:] - values[0], mask=missing[1:] | missing[0])
+    constants = asked | {"intervention": intervention, "at": at, "source_position": source_position}
     for field in LAYER_ROWS:
         if field.name not in columns:
-            columns[field.name] = pa.array([constants.get(field.name)] * n, field.type)
+            columns[field.name] = pa.array([constants.get(field.name)] * (len(ranks) - 1), field.type)
     return pa.table([columns[name] for name in LAYER_ROWS.names], LAYER_ROWS.names).cast(LAYER_ROWS)
 
 
-def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -> list[Tensor]:
+def scan(
+    run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int, limit: MemoryLimit | None = None
+) -> list[Tensor]:
     """Downstream states of a context when each block in turn is intervened on.
 
     A run that is ablated at block i needs blocks ``i + 1 .. n_layers - 1`` alone, so that the whole scan takes
@@ -149,19 +127,23 @@ def scan(run: ActivationCache, start: Callable[[int], Tensor], at_a_time: int) -
     Args:
         run: The context.
         start: Gives the output ``[1, token, d_model]`` of block ``index`` (0-based) under the intervention.
-        at_a_time: Runs that go through a block in one call.
+        at_a_time: Runs that go through a block in one call, if there is memory for them.
+        limit: Kept from scan to scan, to remember what there was no memory for.
 
     Returns:
         For each block ``i`` the states ``[n_layers - i, d_model]`` of layers ``i + 1 .. n_layers`` at the last token.
     """
     under_way: dict[int, Tensor] = {}  # ablated block: state
     kept: list[list[Tensor]] = [[] for _ in run.blocks]
+    limit = limit or MemoryLimit()
+
+    def through_block(ablated: list[int]) -> Iterable[tuple[int, Tensor]]:
+        return zip(ablated, run.block(index, torch.cat([under_way[i] for i in ablated])).split(1), strict=True)
+
     for index in range(run.n_layers):
-        ablated = list(under_way)
-        for first in range(0, len(ablated), at_a_time):
-            chunk = ablated[first : first + at_a_time]
-            states = run.block(index, torch.cat([under_way[i] for i in chunk]))
-            under_way.update(zip(chunk, states.split(1), strict=True))
+        sizes = (lambda left: limit.of(at_a_time), lambda batch: limit.lower(len(batch)))
+        for found in in_batches(list(under_way), through_block, *sizes):
+            under_way.update(found)
         clean, started = run.states[index + 1], start(index)
         if not torch.equal(started, clean):
             under_way[index] = started
@@ -179,38 +161,35 @@ class Answered:
     correct: bool
 
 
+@dataclass
 class AblationRunner:
     """Turns questions of a run into rows; one context is held at a time."""
 
-    def __init__(
-        self,
-        options: LayersConfig,
-        builder: ContextBuilder,
-        logit_lens: LogitLens,
-        lens: Lens,
-        replay: BlockReplay,
-        targets: dict[tuple[int, int, int], int],
-        top: int,
-    ):
-        self.means: MeanContributions | None = None
-        self._options, self._builder, self._logit_lens, self._lens = options, builder, logit_lens, lens
-        self._replay, self._targets, self._top = replay, targets, top
-        self._cached = replay.cached
-        self._tokens = EVERY if options.at == "all" else LAST
+    options: LayersConfig
+    builder: ContextBuilder  # of the run's contexts
+    logit_lens: LogitLens
+    lens: Lens  # what the layers are read with
+    replay: BlockReplay
+    targets: dict[tuple[int, int, int], int]  # token ids by question, documents and gold position
+    top: int  # correct means rank 1 to this
+    means: MeanContributions | None = None  # for the intervention of that name
+
+    def __post_init__(self):
+        self._cached, self._tokens = self.replay.cached, EVERY if self.options.at == "all" else LAST
         self._proof, self._limit = Proof(), MemoryLimit()  # of held keys; of runs that go through a block together
 
     def contexts(self, question: Question) -> list[Context]:
         """All contexts that the run asked a question in."""
-        return self._builder.build(question).contexts
+        return self.builder.build(question).contexts
 
     @property
     def device(self) -> torch.device:
         """Of the model."""
-        return self._logit_lens.model.device
+        return self.logit_lens.model.device
 
     def begin_means(self, n_tokens: int) -> None:
         """Start the mean contributions of contexts of up to ``n_tokens``."""
-        lens, n_tokens = self._logit_lens, n_tokens if self._options.at == "all" else 1
+        lens, n_tokens = self.logit_lens, n_tokens if self.options.at == "all" else 1
         self.means = MeanContributions.of_nothing(lens.n_layers, n_tokens, lens.d_model, self.device)
 
     def add_to_means(self, context: Context) -> None:
@@ -229,37 +208,37 @@ class AblationRunner:
                 found, one = self._ablate(context, control=not answered)
                 tables += found
                 answered.append(one)
-            if PATCH in self._options.interventions:
+            if PATCH in self.options.interventions:
                 tables += self._patch(answered)
             return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
 
     @property
     def _ablation_cached(self) -> bool:
         """Whether the last token alone is run: nothing else changes where nothing else is ablated."""
-        return self._options.at == "answer" and self._cached
+        return self.options.at == "answer" and self._cached
 
     def _record(self, context: Context, cached: bool) -> ActivationCache:
         ids = torch.tensor([context.input_ids[: context.prompt_length]])
-        run = ActivationCache.record(self._logit_lens, ids, cached)
+        run = ActivationCache.record(self.logit_lens, ids, cached)
         if not cached or not self._proof.is_due(context.prompt_length):
             return run
-        whole = ActivationCache.record(self._logit_lens, ids)
-        pair = (states.answer_states()[:, None, None] for states in (run, whole))
-        self._cached = difference(*pair) <= self._logit_lens.parity.tolerance
+        whole = ActivationCache.record(self.logit_lens, ids)
+        found = difference(run.answer_states(), whole.answer_states())
+        self._cached = found <= self.logit_lens.parity.tolerance
         return run if self._cached else whole
 
     def _ablate(self, context: Context, control: bool) -> tuple[list[pa.Table], Answered]:
         run = self._record(context, self._ablation_cached)
-        names = [*self._options.ablations, *([CONTROL] if control and self._options.ablations else [])]
+        names = [*self.options.ablations, *([CONTROL] if control and self.options.ablations else [])]
         tables, clean, asked = [], run.answer_states(), self._asked(context)
         for name in names:
-            way = Intervention(name, self._tokens, self._replay.sublayers, self.means)
+            way = Intervention(name, self._tokens, self.replay.sublayers, self.means)
             downstream = self._scan(run, context, way.of_context(run))
-            reading = read_scan(self._logit_lens, self._lens, clean, downstream, asked.target)
-            tables.append(ablation_rows(asked, name, self._options.at, reading, self._top))
+            reading = read_scan(self.logit_lens, self.lens, clean, downstream, asked["target_id"])
+            tables.append(reading_rows(asked, name, self.options.at, reading, self.top))
         if not names:
-            reading = read_output(self._logit_lens, self._lens, clean, clean[:0], asked.target)
-        return tables, Answered(context, clean, bool(reading.ranks[0, -1] < self._top))
+            reading = read_output(self.logit_lens, self.lens, clean, clean[:0], asked["target_id"])
+        return tables, Answered(context, clean, bool(reading.ranks[0, -1] < self.top))
 
     def _patch(self, answered: list[Answered]) -> list[pa.Table]:
         """Every pair of gold positions of one size with success at one and failure at the other, both ways."""
@@ -273,17 +252,15 @@ class AblationRunner:
             for source in sources:
                 downstream = self._scan(run, one.context, patched(run, source.states))
                 ends = torch.stack([states[-1] for states in downstream])
-                reading = read_output(self._logit_lens, self._lens, run.answer_states(), ends, asked.target)
-                name = RESTORE if source.correct else DESTROY
-                tables.append(patch_rows(asked, name, source.context.gold_position, reading, self._top))
+                reading = read_output(self.logit_lens, self.lens, run.answer_states(), ends, asked["target_id"])
+                name, position = RESTORE if source.correct else DESTROY, source.context.gold_position
+                tables.append(reading_rows(asked, name, "answer", reading, self.top, position))
         return tables
 
-    def _asked(self, context: Context) -> ContextKey:
+    def _asked(self, context: Context) -> dict:
         key = (context.question.id, context.n_documents, context.gold_position)
-        return ContextKey(*key, self._targets[key], self._lens.name)
+        return dict(zip(KEYS, key, strict=True)) | {"lens": self.lens.name, "target_id": self.targets[key]}
 
-    def _scan(self, run: ActivationCache, context: Context, start) -> list[Tensor]:
-        """`scan`, fewer runs at a time from when memory ran out."""
+    def _scan(self, run: ActivationCache, context: Context, start: Callable[[int], Tensor]) -> list[Tensor]:
         on_cpu, cached = run.states[0].device.type == "cpu", run.states[0].shape[1] == 1
-        size = self._replay.at_a_time(context.prompt_length, cached, on_cpu)
-        return self._limit.run(size, lambda fits: scan(run, start, fits))
+        return scan(run, start, self.replay.at_a_time(context.prompt_length, cached, on_cpu), self._limit)

@@ -13,22 +13,19 @@ from pathlib import Path
 
 from ..config import LayersConfig
 from ..data.questions import Question
-from ..errors import FaultError, UnsupportedModelError
+from ..errors import UnsupportedModelError
+from ..progress import Progress, unseen
 from ..report.rows import LayersReport
-from ..store.files import disk_error
 from ..store.folder import FolderWriter, MadeOf, go_on, process_entry
 from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, write_rows
-from ..store.process import RunLock, StopSignals
+from ..store.process import StopSignals, working_on
 from ..store.results import LAYERS, Run, open_run
-from ..sweeping.manifest import RunSpec
-from ..sweeping.sweep import SweepInputs
+from ..sweeping.sweep import RunSpec, SweepInputs
 from .ablation import AblationRunner
 from .blocks import check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
 from .report import read_report, write_outputs
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def begin(
@@ -55,9 +52,7 @@ def begin(
     made_of = MadeOf(folder.path, _identity(there), "``out``", "the analysis", remedy)
     for name, wanted in _identity(new).items():
         made_of.require(name, wanted)
-    whole, damaged = folder.whole_parts(there)
-    for line in damaged:
-        warn(line)
+    whole = folder.whole_parts(there, warn)
     if len(whole) == len(there["questions"]) or not options.interventions:
         return there
     return go_on(there, whole, process_entry(argv))
@@ -99,7 +94,7 @@ def run_layers(
     out: str | Path | None = None,
     overwrite: bool = False,
     argv: list[str] | None = None,
-    report: Progress = lambda stage, done, total: None,
+    progress: Progress = unseen,
     warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[LayersFolder, LayersReport]:
     """Analyse the layers of a finished run, or go on with an analysis that was stopped, and write its folder.
@@ -110,7 +105,7 @@ def run_layers(
         out: Folder of the analysis, by default `LAYERS` in the run's.
         overwrite: Replace an analysis that is there.
         argv: Command line, for the manifest.
-        report: Called with the stage, what is done of it and what there is to do.
+        progress: Called with the stage, what is done of it and what there is to do.
         warn: Called with a line about what was put right.
 
     Raises:
@@ -121,17 +116,11 @@ def run_layers(
     run = open_run(path)
     examples = RunExamples.read(run, options.lens, options.examples)
     folder = LayersFolder(Path(out or run.path / LAYERS))
-    with StopSignals("the current question") as signals, RunLock(folder.path):
-        try:
-            manifest = begin(folder, examples, options, overwrite, argv, warn)
-            writer = FolderWriter(folder, manifest)
-            analysis = _Analysis(run, examples, options, writer, signals, report)
-            analysis.finish()
-            return folder, analysis.conclude()
-        except OSError as error:
-            raise disk_error(folder.path, error) from None
-        except FaultError as error:
-            raise FaultError(f"{error}; {how_to_resume(overwrite)}") from error.__cause__
+    with working_on(folder.path, "the current question", lambda: how_to_resume(overwrite)) as signals:
+        writer = FolderWriter(folder, begin(folder, examples, options, overwrite, argv, warn))
+        analysis = _Analysis(run, examples, options, writer, signals, progress)
+        analysis.finish()
+        return folder, analysis.conclude()
 
 
 def how_to_resume(overwrite: bool) -> str:
@@ -148,7 +137,7 @@ class _Analysis:
     options: LayersConfig
     writer: FolderWriter
     signals: StopSignals
-    report: Progress
+    progress: Progress
 
     def finish(self) -> None:
         """Ask what is missing; the manifest names every question as soon as its rows are on the disk."""
@@ -156,7 +145,7 @@ class _Analysis:
         ids, asked = manifest["questions"], {part["question_id"] for part in manifest["parts"]}
         missing = [id for id in ids if id not in asked] if self.options.interventions else []
         if missing:
-            self.report("loading the model", 0, 1)
+            self.progress("loading the model", 0, 1)
             runner, questions = self._load()
             self.signals.finish_first()
         self.writer.place()
@@ -206,7 +195,7 @@ class _Analysis:
     def _next(self, stage: str, done: int, total: int) -> None:
         """Between two questions: stop if a signal came, or say what is next."""
         self.signals.stop_if_received()
-        self.report(stage, done, total)
+        self.progress(stage, done, total)
 
     def conclude(self) -> LayersReport:
         """Write tables and figure of a finished analysis."""

@@ -56,19 +56,14 @@ class Call:
     place: int | str  # of the state, among ``args`` or ``kwargs``
 
     @classmethod
-    def without_state(cls, args: tuple, kwargs: dict) -> tuple[Call, Tensor]:
-        """The call, and the state: the first floating tensor."""
+    def without_state(cls, args: tuple, kwargs: dict) -> Call:
+        """The call; its state is the first floating tensor."""
         values = [*enumerate(args), *kwargs.items()]
         place = next(key for key, value in values if isinstance(value, Tensor) and value.is_floating_point())
-        state = args[place] if isinstance(place, int) else kwargs[place]
-        return cls(args, kwargs, place)._with(None), state
+        return cls(args, kwargs, place).of(None)
 
-    def of(self, block: nn.Module, state: Tensor) -> Tensor:
-        """What the block makes of a state, called in the same way."""
-        call = self._with(state)
-        return stream_of(block(*call.args, **call.kwargs))
-
-    def _with(self, state: Tensor | None) -> Call:
+    def of(self, state: Tensor | None) -> Call:
+        """The same call of another state."""
         if isinstance(self.place, str):
             return Call(self.args, self.kwargs | {self.place: state}, self.place)
         return Call((*self.args[: self.place], state, *self.args[self.place + 1 :]), self.kwargs, self.place)
@@ -99,10 +94,10 @@ class ActivationCache:
             filled = DynamicCache()  # without a configuration it keeps every token, also behind a sliding window
             run_base(lens.model, ids[:, :-1], None, filled)
             ids, cache = ids[:, -1:], FrozenCache(filled)
-        blocks = lens.blocks
-        with lens.undisturbed(), _recording(blocks) as (states, calls):
-            run_base(lens.model, ids, None, cache)
-        return cls(blocks, states, calls)
+        calls: list[Call] = []
+        with hooked(lens.blocks, lambda _, args, kwargs: calls.append(Call.without_state(args, kwargs))):
+            states = lens.hidden(ids, torch.arange(ids.shape[1]), None, cache)
+        return cls(lens.blocks, list(states), calls)
 
     @property
     def n_layers(self) -> int:
@@ -111,31 +106,13 @@ class ActivationCache:
 
     def block(self, index: int, state: Tensor) -> Tensor:
         """What block ``index`` (0-based) makes of ``[batch, token, d_model]`` in this context."""
+        call = self.calls[index].of(state)
         with torch.no_grad():
-            return self.calls[index].of(self.blocks[index], state)
+            return stream_of(self.blocks[index](*call.args, **call.kwargs))
 
     def answer_states(self) -> Tensor:
         """``[n_layers + 1, d_model]``: every layer at the last token, which the answer follows."""
         return torch.stack([state[0, -1] for state in self.states])
-
-
-@contextmanager
-def _recording(blocks: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[Call]]]:
-    """Within the block, a forward pass fills the two lists of `ActivationCache`."""
-    states: list[Tensor] = []
-    calls: list[Call] = []
-
-    def before(_module, args, kwargs):
-        call, state = Call.without_state(args, kwargs)
-        calls.append(call)
-        if not states:
-            states.append(state)
-
-    def after(_module, _args, _kwargs, output):
-        states.append(stream_of(output))
-
-    with hooked(blocks, before, after):
-        yield states, calls
 
 
 @dataclass(frozen=True)
@@ -146,12 +123,7 @@ class Sublayer:
     adds_stream: bool  # the module adds the stream it is given to its own output, as in BLOOM
 
 
-@dataclass(frozen=True)
-class Sublayers:
-    """The two parts of one block, of which nothing but the identity is left when both are zero-ablated."""
-
-    attention: Sublayer
-    mlp: Sublayer
+Sublayers = dict[str, Sublayer]  # attn and mlp of a block, of which zero-ablated nothing but the identity is left
 
 
 def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
@@ -173,16 +145,17 @@ def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
 
 def _search(run: ActivationCache, index: int) -> Sublayers | None:
     state = run.states[index]
-    seen, changed = _children_seen(run, index, state), _children_seen(run, index, _other_tokens(state))
+    others = torch.cat([state[:, :-1].flip(-1), state[:, -1:]], 1)  # the same last token behind other ones
+    seen, changed = _children_seen(run, index, state), _children_seen(run, index, others)
     mixing = [m for m in seen if m in changed and _carries(seen[m], changed[m])]
     if len(mixing) != 1:
         return None
     fits = [m for m in seen if m is not mixing[0] and seen[m][1].numel() == state.numel()]
-    others = sorted(fits, key=lambda m: -sum(p.numel() for p in m.parameters()))
-    for other, *adds in product(others, (False, True), (False, True)):
-        attention, mlp = Sublayer(mixing[0], adds[0]), Sublayer(other, adds[1])
-        if _leave_identity(run, index, attention, mlp):
-            return Sublayers(attention, mlp)
+    fits.sort(key=lambda m: -sum(p.numel() for p in m.parameters()))
+    for other, *adds in product(fits, (False, True), (False, True)):
+        found = {"attn": Sublayer(mixing[0], adds[0]), "mlp": Sublayer(other, adds[1])}
+        if _leave_identity(run, index, found):
+            return found
     return None
 
 
@@ -190,11 +163,10 @@ def _alike(run: ActivationCache, index: int, known: int, sublayers: Sublayers) -
     """The children of a block that have the names of another block's parts."""
     names = {module: name for name, module in run.blocks[known].named_children()}
     children = dict(run.blocks[index].named_children())
-    parts = (sublayers.attention, sublayers.mlp)
-    if not all(names[part.module] in children for part in parts):
+    if not all(names[part.module] in children for part in sublayers.values()):
         return None
-    own = [Sublayer(children[names[part.module]], part.adds_stream) for part in parts]
-    return Sublayers(*own) if _leave_identity(run, index, *own) else None
+    own = {name: Sublayer(children[names[p.module]], p.adds_stream) for name, p in sublayers.items()}
+    return own if _leave_identity(run, index, own) else None
 
 
 @contextmanager
@@ -220,18 +192,13 @@ def _given_stream(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
     return values[1] if len(values) > 1 else torch.zeros_like(output)
 
 
-def _leave_identity(run: ActivationCache, index: int, attention: Sublayer, mlp: Sublayer) -> bool:
+def _leave_identity(run: ActivationCache, index: int, sublayers: Sublayers) -> bool:
     state, every = run.states[index], slice(None)
     try:
-        with zero_ablated(attention, every), zero_ablated(mlp, every):
+        with zero_ablated(sublayers["attn"], every), zero_ablated(sublayers["mlp"], every):
             return torch.equal(run.block(index, state), state)
     except RuntimeError:  # a guess that does not fit
         return False
-
-
-def _other_tokens(state: Tensor) -> Tensor:
-    """The same last token behind others."""
-    return torch.cat([state[:, :-1].flip(-1), state[:, -1:]], 1)
 
 
 def _children_seen(run: ActivationCache, index: int, state: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
@@ -283,10 +250,8 @@ def check_replay(lens: LogitLens) -> BlockReplay:
     ids, name = probe_ids(lens.model, PROBE_TOKENS), type(lens.model).__name__
     try:
         run = ActivationCache.record(lens, ids)
-        if len(run.states) != lens.n_layers + 1:
-            raise ValueError(f"{len(run.states) - 1} calls of {lens.n_layers} blocks")
         own = lens.hidden(ids, torch.tensor([ids.shape[1] - 1]))[:, :, 0]
-        found = max(_difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
+        found = max(difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
     except Exception as error:  # anything can come out of a model's own code
         raise _refusal(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     if not found <= lens.parity.tolerance:
@@ -310,17 +275,13 @@ def _again(run: ActivationCache, first: int) -> Tensor:
     return torch.stack([state[:, -1] for state in states])
 
 
-def _difference(states: Tensor, own: Tensor) -> float:
-    return difference(states[:, :, None], own[:, :, None])
-
-
 def _cached_is_whole(lens: LogitLens, ids: Tensor, own: Tensor) -> bool:
     try:
         run = ActivationCache.record(lens, ids, cached=True)
         again = _again(run, 0)
     except Exception:  # a model without such a cache runs whole
         return False
-    return _difference(again, own) <= lens.parity.tolerance
+    return difference(again, own) <= lens.parity.tolerance
 
 
 def _takes_batches(run: ActivationCache, tolerance: float) -> bool:

@@ -20,6 +20,7 @@ LAST = slice(-1, None)
 EVERY = slice(None)
 
 
+@dataclass
 class MeanContributions:
     """Mean over contexts of what each block adds to the residual stream, place by place.
 
@@ -28,9 +29,8 @@ class MeanContributions:
     context every token has a place of its own.
     """
 
-    def __init__(self, mean: Tensor, count: Tensor):
-        self.mean = mean  # [n_layers, 2, places, d_model] fp32, from the start and from the end
-        self.count = count  # [2, places] int64
+    mean: Tensor  # [n_layers, 2, places, d_model] fp32, from the start and from the end
+    count: Tensor  # [2, places] int64
 
     @classmethod
     def of_nothing(cls, n_layers: int, n_tokens: int, d_model: int, device: torch.device | str) -> MeanContributions:
@@ -109,12 +109,8 @@ class Intervention:
         change = self.means.of(run, index, self.tokens) - contribution(run, index, self.tokens)
         return run.states[index + 1][:, self.tokens] + change
 
-    def _attn(self, run: ActivationCache, index: int) -> Tensor:
-        with zero_ablated(self.sublayers[index].attention, self.tokens):
-            return run.block(index, run.states[index])[:, self.tokens]
-
-    def _mlp(self, run: ActivationCache, index: int) -> Tensor:
-        with zero_ablated(self.sublayers[index].mlp, self.tokens):
+    def _without_sublayer(self, run: ActivationCache, index: int) -> Tensor:
+        with zero_ablated(self.sublayers[index][self.name], self.tokens):
             return run.block(index, run.states[index])[:, self.tokens]
 
     def _control(self, run: ActivationCache, index: int) -> Tensor:
@@ -124,8 +120,8 @@ class Intervention:
 WAYS = {
     "skip": Intervention._skip,
     "mean": Intervention._mean,
-    "attn": Intervention._attn,
-    "mlp": Intervention._mlp,
+    "attn": Intervention._without_sublayer,
+    "mlp": Intervention._without_sublayer,
     CONTROL: Intervention._control,
 }
 

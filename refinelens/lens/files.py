@@ -13,10 +13,9 @@ import reprlib
 import textwrap
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,13 +24,9 @@ from torch import Tensor
 
 from ..config import check_utf8
 from ..errors import InputError
-from ..model.loading import LoadedModel, memory_for
 from ..store.files import check_entries, read_json_object, sha256_of, write_whole
 from ..store.folder import MANIFEST, Folder
-from .translators import DTYPES, MODEL_KEYS, Translators, check_made_for
-
-if TYPE_CHECKING:
-    from .logit_lens import LogitLens
+from .translators import DTYPES, MODEL_KEYS, Translators
 
 KIND = "tuned"
 CONFIG = "config.json"
@@ -105,21 +100,15 @@ def _load_state(path: Path, most: int) -> dict:
 
 def _check_state(state: dict, n_layers: int, shapes: dict[str, tuple[int, ...]]) -> None:
     """Every tensor of every layer is there, of its shape, and nothing else."""
-    for layer in range(n_layers):
-        for name, shape in shapes.items():
-            tensor = state.get(f"{layer}.{name}")
-            if tensor is None:
-                raise InputError(
-                    f"expected a {name} of each of {n_layers} layers in {PARAMS}, got none of layer {layer}"
-                )
-            if not _is_plain(tensor):
-                raise InputError(f"expected {layer}.{name} in {PARAMS} to be a floating tensor, got another value")
-            if tuple(tensor.shape) != shape:
-                raise InputError(
-                    f"expected {layer}.{name} of shape {list(shape)} in {PARAMS}, got {list(tensor.shape)}"
-                )
-    if len(state) > n_layers * len(shapes):
-        wanted = {f"{layer}.{name}" for layer in range(n_layers) for name in shapes}
+    wanted = {f"{layer}.{name}": (layer, name) for layer in range(n_layers) for name in shapes}
+    for key, (layer, name) in wanted.items():
+        if state.get(key) is None:
+            raise InputError(f"expected a {name} of each of {n_layers} layers in {PARAMS}, got none of layer {layer}")
+        if not _is_plain(state[key]):
+            raise InputError(f"expected {key} in {PARAMS} to be a floating tensor, got another value")
+        if tuple(state[key].shape) != shapes[name]:
+            raise InputError(f"expected {key} of shape {list(shapes[name])} in {PARAMS}, got {list(state[key].shape)}")
+    if len(state) > len(wanted):
         other = reprlib.repr(next(key for key in state if key not in wanted))
         raise InputError(f"expected the {' and '.join(shapes)} of {n_layers} layers in {PARAMS}, got {other} too")
 
@@ -212,28 +201,6 @@ def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
     manifest = manifest | {"tensors_sha256": sha256_of(path / TENSORS)}
     Folder(path).write_manifest(manifest)
     return manifest
-
-
-def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict:
-    """What the manifest of a lens says of its model."""
-    return logit_lens.entry | {"name": loaded.name}
-
-
-def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens:
-    """The lens with its translators on the model's device and in its dtype.
-
-    Raises:
-        InputError: It was made for another model, or another revision of this one.
-        FaultError: No memory for it.
-    """
-    if lens.translators is None:
-        return lens
-    try:
-        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
-        with memory_for(f"``lens`` {lens.name}"):
-            return replace(lens, translators=logit_lens.adapted(lens.translators), note=note)
-    except InputError as error:
-        raise InputError(f"``lens`` {lens.name}: {error}") from None
 
 
 def _read_lens(path: Path) -> tuple[Translators, dict]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, wraps
+from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,17 +21,15 @@ from ..kernels.reference import LensHead, LensStats
 from ..model.head import check_device, find_blocks, find_head
 from ..model.hooks import hooks_on, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
-from ..model.loading import memory_for
+from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import TopK, kl_to_final, lens_top_k
-from .parity import ParityReport, check_parity, looks_normed, returns_normed
+from ..op.vocabulary import kl_to_final, lens_top_k
+from .files import Lens, load_lens
+from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
 from .reading import LayerReading, spread, targets_of, tokens_of
 from .translators import MODEL_KEYS, Translators, check_made_for
-
-if TYPE_CHECKING:
-    from .files import Lens
 
 TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
 TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
@@ -45,23 +43,6 @@ class _Plan:
     kl: bool
     top_k: int
     normed: bool  # the last layer's states are behind the final norm
-
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def _in_own_dtype(
-    method: Callable[Concatenate[LogitLens, _Arguments], _Result],
-) -> Callable[Concatenate[LogitLens, _Arguments], _Result]:
-    """Switches autocast off: a model is read, as it is proven, in its own dtype."""
-
-    @wraps(method)
-    def run(self: LogitLens, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        with torch.autocast(self.head.weight.device.type, enabled=False):
-            return method(self, *arguments, **options)
-
-    return run
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of models that only one thread may run at a time
@@ -133,14 +114,12 @@ class LogitLens:
         Raises:
             InputError: No lens there, or one that was made for another model or revision, or does not fit the dtype.
         """
-        translators: Translators | None
         if isinstance(lens, str | Path):
-            from .files import load_lens
-
-            lens = load_lens(str(lens))
-        name, translators = ("own", lens) if isinstance(lens, Translators) else (lens.name, lens.translators)
+            lens = load_lens(lens)
+        elif isinstance(lens, Translators):
+            lens = Lens("own", lens)
         other = copy(self)
-        other.name, other.translators = name, translators and self.adapted(translators)
+        other.name, other.translators = lens.name, lens.translators and self.adapted(lens.translators)
         return other
 
     @property
@@ -198,11 +177,15 @@ class LogitLens:
         except InputError as error:
             raise InputError(f"{error} once in {str(dtype).removeprefix('torch.')}; use ``dtype='float32'``") from None
 
-    @_in_own_dtype
+    def _in_own_dtype(self) -> torch.autocast:
+        """Switches autocast off: a model is read, as it is proven, in its own dtype."""
+        return torch.autocast(self.head.weight.device.type, enabled=False)
+
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's head."""
         hidden = hidden.to(self.head.weight.device)
-        return fused_lens(hidden, self.head, targets=targets, backend=self.backend, check_values=check_values)
+        with self._in_own_dtype():
+            return fused_lens(hidden, self.head, targets=targets, backend=self.backend, check_values=check_values)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -309,7 +292,6 @@ class LogitLens:
         reading = self.read_states(hidden, ids, kl=kl, top_k=top_k, check_last=False)
         return replace(reading, tokens=tokens)
 
-    @_in_own_dtype
     def read_states(
         self,
         states: Tensor | Sequence[Tensor],
@@ -360,7 +342,8 @@ class LogitLens:
         shape = hidden.shape[:-1]
         reading = reading.map(lambda value: value.view(*shape, *value.shape[2:]))
         if logits is not None:
-            self._check_logits(reading.stats, logits)
+            last = reading.stats.map(lambda value: value[-1])
+            check_logits(logits, last, self.head.vocab_size, self.parity.tolerance)
         return replace(reading, targets=targets, lens=self.name, tokenizer=self.tokenizer)
 
     def _states_given(self, states: Tensor | Sequence[Tensor], check_last: bool) -> tuple[Tensor, bool]:
@@ -392,21 +375,6 @@ class LogitLens:
             )
         return states, True
 
-    def _check_logits(self, stats: LensStats, logits: Tensor) -> None:
-        own, last = logits.float().to(stats.argmax.device), stats.map(lambda value: value[-1])
-        if own.shape[:-1] != last.argmax.shape or own.shape[-1] != self.head.vocab_size:
-            raise InputError(
-                f"logits: expected [*{list(last.argmax.shape)}, {self.head.vocab_size}] like the last layer, got "
-                f"{list(own.shape)}"
-            )
-        allowed = self.parity.tolerance * (own.amax(-1) - own.amin(-1))
-        worst = ((last.max_logit - own.amax(-1)).abs() - allowed).max()
-        if own.numel() and (worst > 0 or ((last.logsumexp - own.logsumexp(-1)).abs() > allowed).any()):
-            raise InputError(
-                "logits: expected those of the last of these states, got others; pass the residual stream of every "
-                "layer, or hidden_states as Transformers returns them"
-            )
-
     def _checks_at_once(self, states: Tensor) -> bool:
         """Triton is waited for once, not after every block, unless an infinity could leave no trace in the results."""
         leaves_trace = self.head.norm is not None or self.head.softcap is None
@@ -418,26 +386,28 @@ class LogitLens:
         step = n if translators is None else _rows_at_a_time(states)
         blocks = []
         for start in range(0, max(1, n), max(1, step)):
-            block = states[:, start : start + step]
-            block = block if translators is None else translators(block)
-            if check_values and translators is not None and not torch.isfinite(block).all():
-                raise InputError(f"lens: expected translated states that fit {block.dtype}; use ``dtype='float32'``")
-            own = None if targets is None else targets[start : start + step]
-            blocks.append(self._read_block(block, own, plan, check_values))
+            block, own = states[:, start : start + step], None if targets is None else targets[start : start + step]
+            with self._in_own_dtype():
+                block = block if translators is None else translators(block)
+                if check_values and translators is not None and not torch.isfinite(block).all():
+                    raise InputError(
+                        f"lens: expected translated states that fit {block.dtype}; use ``dtype='float32'``"
+                    )
+                blocks.append(self._read_block(block, own, plan, check_values))
         return LayerReading.cat(blocks, 1)
 
     def _read_block(self, block: Tensor, targets: Tensor | None, plan: _Plan, check_values: bool) -> LayerReading:
         heads = [(block, self.head)]
         if plan.normed:  # the last layer has no norm before it any more
             heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
-        read = partial(fused_lens, targets=targets, backend=self.backend, check_values=check_values)
-        stats = LensStats.cat([read(states, head) for states, head in heads])
-        kl = kl_to_final(block, stats, self.head, last_is_normed=plan.normed) if plan.kl else None
-        top = None
-        if plan.top_k:
-            found = [lens_top_k(states, head, plan.top_k) for states, head in heads]
-            top = TopK(torch.cat([each.ids for each in found]), torch.cat([each.logits for each in found]))
-        return LayerReading(stats, kl, top)
+        parts = []
+        for states, head in heads:
+            stats = fused_lens(states, head, targets=targets, backend=self.backend, check_values=check_values)
+            parts.append(LayerReading(stats, top=lens_top_k(states, head, plan.top_k) if plan.top_k else None))
+        reading = LayerReading.cat(parts, 0)
+        if not plan.kl:
+            return reading
+        return replace(reading, kl=kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed))
 
 
 def _rows_at_a_time(states: Tensor) -> int:
@@ -446,3 +416,26 @@ def _rows_at_a_time(states: Tensor) -> int:
     most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES
     rows = max(n, most // (d_model * states.element_size()))
     return max(1, rows // n_layers)
+
+
+def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict[str, Any]:
+    """What the manifest of a lens says of its model."""
+    return logit_lens.entry | {"name": loaded.name}
+
+
+def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens:
+    """The lens with its translators on the model's device and in its dtype.
+
+    Raises:
+        InputError: It was made for another model, or another revision of this one.
+        FaultError: No memory for it.
+    """
+    if lens.translators is None:
+        return lens
+    try:
+        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
+        with memory_for(f"``lens`` {lens.name}"):
+            fitted: dict[str, Any] = {"translators": logit_lens.adapted(lens.translators), "note": note}
+            return replace(lens, **fitted)
+    except InputError as error:
+        raise InputError(f"``lens`` {lens.name}: {error}") from None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
-from ..kernels.reference import LensHead, apply_norm
+from ..errors import InputError, UnsupportedModelError
+from ..kernels.reference import LensHead, LensStats, apply_norm
 from ..model.head import check_widths
-from ..model.hooks import difference, keep_positions, probe_ids, run_base
+from ..model.hooks import difference, keep_positions, probe_ids, run_base, run_whole
 from ..op.fused_lens import fused_lens
 
 # Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
@@ -48,13 +47,10 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
     Raises:
         UnsupportedModelError: States of another forward pass, another width or dtype.
     """
-    ids = probe_ids(model)
-    keep = partial(keep_positions, model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1])
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        with keep() as of_model:
-            own = model(input_ids=ids, use_cache=False).logits[0].float()
-        with keep() as kept:
-            run_base(model, ids)
+    of_model, output = run_whole(model, blocks)
+    ids, own = probe_ids(model), output.logits[0].float()
+    with keep_positions(model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1]) as kept:
+        run_base(model, ids)
     last = kept[-1][0]
     check_widths(model, head, last, own)
     eps = torch.finfo(head.weight.dtype).eps
@@ -88,19 +84,34 @@ def _same_argmax(own: Tensor, predicted: Tensor, tie: float) -> bool:
     return bool((margin <= tie).all())
 
 
+def check_logits(logits: Tensor, last: LensStats, vocab_size: int, tolerance: float) -> None:
+    """Hold a model's logits ``[..., vocab_size]`` against what the lens reads at the last layer, ``[...]``.
+
+    Raises:
+        InputError: Another shape, or other logits, by more than ``tolerance`` of their range.
+    """
+    own = logits.float().to(last.argmax.device)
+    if own.shape != (*last.argmax.shape, vocab_size):
+        raise InputError(
+            f"logits: expected [*{list(last.argmax.shape)}, {vocab_size}] like the last layer, got {list(own.shape)}"
+        )
+    allowed = tolerance * (own.amax(-1) - own.amin(-1))
+    worst = ((last.max_logit - own.amax(-1)).abs() - allowed).max()
+    if own.numel() and (worst > 0 or ((last.logsumexp - own.logsumexp(-1)).abs() > allowed).any()):
+        raise InputError(
+            "logits: expected those of the last of these states, got others; pass the residual stream of every "
+            "layer, or hidden_states as Transformers returns them"
+        )
+
+
 def returns_normed(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList) -> bool:
     """Whether the last of the ``hidden_states`` that a model returns is behind its final norm, found by one short pass.
 
     Raises:
         UnsupportedModelError: It is neither what the last block puts out nor that, normed.
     """
-    ids = probe_ids(model)
-    with (
-        torch.no_grad(),
-        torch.autocast(model.device.type, enabled=False),
-        keep_positions(model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1]) as kept,
-    ):
-        found = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    kept, output = run_whole(model, blocks, output_hidden_states=True)
+    found = output.hidden_states[-1]
     normed = apply_norm(kept[-1], head.norm).to(found.dtype)
     allowed = max(FP32_PARITY, ROUNDINGS * torch.finfo(found.dtype).eps)
     if found.shape != normed.shape or min(difference(found, kept[-1]), difference(found, normed)) > allowed:

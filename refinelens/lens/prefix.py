@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from ..config import SweepConfig
 from ..errors import InputError
 from ..model.hooks import SkipHiddenKeys, difference, probe_ids
+from ..model.identity import shared_length
 from .logit_lens import LogitLens
 
 PROBE_TOKENS = 12
@@ -72,12 +73,6 @@ def branch_order(contexts: list[tuple[int, ...]]) -> list[int]:
     return sorted(range(len(contexts)), key=contexts.__getitem__)
 
 
-def shared_length(first: list[int], second: list[int]) -> int:
-    """How many tokens two contexts share before they differ."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
 def choose_reuse(options: SweepConfig, lens: LogitLens) -> PrefixReuse:
     """What ``reuse_prefix`` means for a model; ``auto`` reuses on a CPU in fp32, one context at a time.
 
@@ -86,11 +81,11 @@ def choose_reuse(options: SweepConfig, lens: LogitLens) -> PrefixReuse:
     """
     choice, batch_size, model = options.reuse_prefix, options.batch_size, lens.model
     if choice == "off":
-        return PrefixReuse(False, "--reuse-prefix off")
+        return PrefixReuse(False, "``reuse_prefix='off'``")
     if options.positions == "all":
         return PrefixReuse(False, "every token is read")
     if choice == "auto" and batch_size not in ("auto", "1"):
-        return PrefixReuse(False, f"--batch-size {batch_size}")
+        return PrefixReuse(False, f"``batch_size='{batch_size}'``")
     if choice == "auto" and model.device.type != "cpu":
         return PrefixReuse(False, f"on {model.device.type} contexts run in batches")
     if choice == "auto" and model.dtype != torch.float32:

@@ -131,10 +131,8 @@ class LayerReading:
         stats = LensStats.cat([block.stats for block in blocks], dim)
         kls = [block.kl for block in blocks if block.kl is not None]
         kl = torch.cat(kls, dim) if kls else None
-        tops = [block.top for block in blocks if block.top is not None]
-        top = None
-        if tops:
-            top = TopK(torch.cat([each.ids for each in tops], dim), torch.cat([each.logits for each in tops], dim))
+        tops = [(block.top.ids, block.top.logits) for block in blocks if block.top is not None]
+        top = TopK(*(torch.cat(values, dim) for values in zip(*tops, strict=True))) if tops else None
         return replace(blocks[0], stats=stats, kl=kl, top=top)
 
     def text(self, token_id: int) -> str:
@@ -237,14 +235,10 @@ def tokens_of(
     return Tokens(ids, mask, _positions_of(positions, ids.shape[1], ends, mask is not None), is_batch)
 
 
-def _ids_of(
-    text: Any, mask: object, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Tensor, Tensor | None, bool]:
+def _ids_of(text: Any, mask: object, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, Tensor | None, bool]:
     if isinstance(text, str) or (isinstance(text, list | tuple) and text and all(isinstance(t, str) for t in text)):
         if tokenizer is None:
-            raise InputError(
-                "tokenizer: expected one for text, got none; LogitLens(model, tokenizer), or pass ids"
-            )
+            raise InputError("tokenizer: expected one for text, got none; LogitLens(model, tokenizer), or pass ids")
         if mask is not None:
             raise InputError("attention_mask: expected none beside text, which is padded here")
         rows = [list(tokenizer(t)["input_ids"]) for t in ([text] if isinstance(text, str) else text)]

@@ -37,6 +37,9 @@ class ModelInput:
     name: str = ""  # for errors; "" leaves an exception as it is
 
 
+NAMELESS = ModelInput((), ())
+
+
 class MemoryLimit:
     """How many things go through a model together: half as many from the moment memory ran out."""
 
@@ -47,21 +50,11 @@ class MemoryLimit:
         """As many as asked for, or as there is memory for."""
         return size if self.at_most is None else min(size, self.at_most)
 
-    def run(self, size: int, work: Callable[[int], Result]) -> Result:
-        """``work`` with as many at a time as asked for, and fewer until there is memory for them.
-
-        Raises:
-            Exception: There is none for a single one, or anything else went wrong.
-        """
-        while True:
-            fits = self.of(size)
-            try:
-                return work(fits)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or fits == 1:
-                    raise
-                self.at_most = fits // 2
-            torch.cuda.empty_cache()
+    def lower(self, size: int) -> bool:
+        """There was no memory for ``size`` of them: half as many from now on; False where that was a single one."""
+        if size > 1:
+            self.at_most = size // 2
+        return size > 1
 
 
 class Proof:
@@ -113,9 +106,9 @@ def blamed_on_context(context: ModelInput) -> Iterator[None]:
 def in_batches(
     items: Sequence[Item],
     work: Callable[[list[Item]], Result],
-    context: Callable[[Item], ModelInput],
     size: Callable[[list[Item]], int] = len,
     out_of_memory: Callable[[list[Item]], bool] = lambda batch: False,
+    context: Callable[[Item], ModelInput] = lambda item: NAMELESS,
 ) -> Iterator[Result]:
     """What ``work`` makes of the items, a batch at a time; one that fails is tried again in halves.
 
@@ -124,12 +117,12 @@ def in_batches(
     Args:
         items: In the order in which they are taken.
         work: Called with a batch.
-        context: That an item is of.
         size: How large the next batch is, given the items that are left.
         out_of_memory: Told of a batch that there was no memory for; true where the next try is another one already.
+        context: That an item is of.
 
     Raises:
-        FaultError: Names the context at fault.
+        FaultError: Names the context at fault; without a name any exception stays as it is.
     """
     items, most = list(items), len(items)
     while items:
@@ -232,17 +225,16 @@ class ForwardRunner:
         def out_of_memory(batch: list[int]) -> bool:
             if self._branches is not None:
                 self._branches = None  # without a cache it may fit
-            elif len(batch) > 1:
-                self.limit.at_most = len(batch) // 2
-                warn(
-                    f"out of memory with {len(batch)} contexts of {len(ids[batch[0]])} tokens; from here on at most "
-                    f"{self.limit.at_most} at a time"
-                )
-            else:
+                return True
+            if not self.limit.lower(len(batch)):
                 return False
+            warn(
+                f"out of memory with {len(batch)} contexts of {len(ids[batch[0]])} tokens; from here on at most "
+                f"{self.limit.at_most} at a time"
+            )
             return True
 
-        for found in in_batches(order, work, lambda index: inputs[index], size, out_of_memory):
+        for found in in_batches(order, work, size, out_of_memory, lambda index: inputs[index]):
             while found:
                 yield found.pop()
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..kernels.reference import LayerNorm, LensHead, Norm, RMSNorm, apply_norm
-from .hooks import HALF_REMEDY, first_state, hooked, keep_positions, probe_ids, text_config
+from .hooks import HALF_REMEDY, first_state, hooked, probe_ids, run_whole, text_config
 
 ROUNDINGS = 8  # of fp32, in which modules and formulas are compared
 SMALL = 1e-4  # magnitude of rows on which an epsilon is measured
 # Names that configurations use; what a name states is tried and need not be true.
-BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+BLOCK_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # a decoder's first: an encoder's hides it
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -205,7 +205,8 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         UnsupportedModelError: None, or several lists of them.
     """
-    counts = _block_counts(model)
+    stated = [getattr(text_config(model), name, None) for name in BLOCK_COUNTS]
+    counts = [count for count in dict.fromkeys(stated) if isinstance(count, int) and count > 0]
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     found = [blocks for _, blocks in outer]
@@ -220,18 +221,11 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return found[0]
 
 
-def _block_counts(model: PreTrainedModel) -> list[int]:
-    """How many blocks the configuration states: a decoder's own number first, which an encoder's would hide."""
-    config = text_config(model)
-    stated = [getattr(config, name, None) for name in BLOCK_COUNTS]
-    return [count for count in dict.fromkeys(stated) if isinstance(count, int) and count > 0]
-
-
 def _modules_that_run(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Module]:
     """Those that a text runs through: a second tower, for images say, has blocks too."""
     ran: set[nn.Module] = set()
     with hooked(modules, lambda module, _args, _kwargs: ran.add(module)):
-        _run(model)
+        _run(model, nn.ModuleList())
     return ran
 
 
@@ -254,14 +248,12 @@ def _run_tail(
 
     inside = set(blocks.modules())
     steps = [m for m in model.modules() if m not in inside and m is not head and not any(m.children())]
-    n_tokens = probe_ids(model).shape[1]
     with (
         hooked(steps, after=after_step),
         hooked([blocks[-1]], after=lambda *_: tail.clear()),
         hooked([head], before=lambda *_: reached.append(head)),
-        keep_positions(model, blocks, torch.arange(n_tokens)[None], n_tokens) as kept,
     ):
-        logits = _run(model)
+        kept, logits = _run(model, blocks)
     return [states[0] for states in kept], tail, logits[0]
 
 
@@ -276,11 +268,11 @@ def _check_finite(model: PreTrainedModel, states: list[Tensor], logits: Tensor) 
             )
 
 
-def _run(model: PreTrainedModel) -> Tensor:
-    """Logits of `probe_ids`."""
+def _run(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Tensor], Tensor]:
+    """States of `probe_ids` at these blocks, and their logits."""
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            return model(input_ids=probe_ids(model), use_cache=False).logits
+        kept, output = run_whole(model, blocks)
+        return kept, output.logits
     except UnsupportedModelError:
         raise
     except Exception as error:  # anything can come out of a model's own code

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from inspect import signature
+from itertools import pairwise
 from threading import get_ident
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedModelError
 
@@ -121,7 +122,8 @@ def run_base(
     With a cache, ``input_ids`` go on where it ends, and it then holds them too.
     """
     base = base_of(model)
-    past = {} if cache is None else {_cache_argument(base): cache}
+    name = "cache" if takes(base, "cache") else "past_key_values"  # Transformers renames it, model by model
+    past = {} if cache is None else {name: cache}
     with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
         base(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past, **options)
 
@@ -129,11 +131,6 @@ def run_base(
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward pass has an argument of this name."""
     return argument in signature(module.forward).parameters
-
-
-def _cache_argument(base: nn.Module) -> str:
-    """What a model calls its cache: Transformers renames ``past_key_values``, model by model."""
-    return "cache" if takes(base, "cache") else "past_key_values"
 
 
 @contextmanager
@@ -192,6 +189,23 @@ def keep_positions(
         )
 
 
+def run_whole(model: PreTrainedModel, blocks: nn.ModuleList, **options: bool) -> tuple[list[Tensor], ModelOutput]:
+    """One pass of a model over `probe_ids`, its unembedding included, in its own dtype.
+
+    Returns:
+        The residual stream of layers 0 to ``n_layers``, each ``[1, token, d_model]``, and what the model returns.
+    """
+    ids = probe_ids(model)
+    places = torch.arange(ids.shape[1])[None]
+    with (
+        torch.no_grad(),
+        torch.autocast(model.device.type, enabled=False),
+        keep_positions(model, blocks, places, ids.shape[1]) as kept,
+    ):
+        output = model(input_ids=ids, use_cache=False, **options)
+    return kept, output
+
+
 class SkipHiddenKeys(TorchFunctionMode):
     """While the block runs, masked attention of this thread leaves out keys that none of a block of queries sees.
 
@@ -203,7 +217,8 @@ class SkipHiddenKeys(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self._seen: _SeenMask | None = None  # all layers of one kind share a mask
+        self._mask: Tensor | None = None  # that was cut last: all layers of one kind share it
+        self._blocks: list[tuple[slice, slice, Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Called by torch in place of each of its functions."""
@@ -211,43 +226,30 @@ class SkipHiddenKeys(TorchFunctionMode):
         if func is not scaled_dot_product_attention or not _is_plain(args, kwargs):
             return func(*args, **kwargs)
         (query, key, value), mask = args, kwargs.pop("attn_mask")
-        if self._seen is None or self._seen.mask is not mask:
-            self._seen = _SeenMask.look_at(mask)
+        if self._mask is not mask:
+            self._mask, self._blocks = mask, list(_blocks_of(mask))
         blocks = [
-            func(query[..., b.queries, :], key[..., b.keys, :], value[..., b.keys, :], attn_mask=b.bias, **kwargs)
-            for b in self._seen.blocks
+            func(query[..., queries, :], key[..., keys, :], value[..., keys, :], attn_mask=bias, **kwargs)
+            for queries, keys, bias in self._blocks
         ]
         return torch.cat(blocks, -2)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Neighbouring queries and all keys that any of them sees."""
+def _blocks_of(mask: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """A mask ``[batch, heads or 1, query, key]``, cut at multiples of `BLOCK` in the context.
 
-    queries: slice
-    keys: slice
-    bias: Tensor  # [batch, heads or 1, query, key] fp32: 0 where a query sees a key, else -inf
-
-
-@dataclass(frozen=True)
-class _SeenMask:
-    mask: Tensor
-    blocks: list[_Block]
-
-    @classmethod
-    def look_at(cls, mask: Tensor) -> _SeenMask:
-        """Cut a mask ``[batch, heads or 1, query, key]`` at multiples of `BLOCK` in the context."""
-        n_queries, n_keys = mask.shape[-2:]
-        past = n_keys - n_queries
-        cuts = [0, *range(BLOCK - past % BLOCK, n_queries, BLOCK), n_queries]
-        blocks = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            rows = mask[..., start:end, :]
-            seen = rows.flatten(0, -2).any(0).nonzero()
-            keys = slice(int(seen[0]), int(seen[-1]) + 1) if rows.any(-1).all() else slice(n_keys)
-            bias = torch.zeros(rows[..., keys].shape, dtype=torch.float32).masked_fill_(~rows[..., keys], -torch.inf)
-            blocks.append(_Block(slice(start, end), keys, bias))
-        return cls(mask, blocks)
+    Yields neighbouring queries, all keys that any of them sees, and their mask as fp32: 0 where a query sees a key,
+    else -inf.
+    """
+    n_queries, n_keys = mask.shape[-2:]
+    past = n_keys - n_queries
+    cuts = [0, *range(BLOCK - past % BLOCK, n_queries, BLOCK), n_queries]
+    for start, end in pairwise(cuts):
+        rows = mask[..., start:end, :]
+        seen = rows.flatten(0, -2).any(0).nonzero()
+        keys = slice(int(seen[0]), int(seen[-1]) + 1) if rows.any(-1).all() else slice(n_keys)
+        bias = torch.zeros(rows[..., keys].shape, dtype=torch.float32).masked_fill_(~rows[..., keys], -torch.inf)
+        yield slice(start, end), keys, bias
 
 
 def _is_plain(args: tuple, kwargs: dict) -> bool:

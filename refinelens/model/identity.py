@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 SAMPLE = 1024  # values per tensor that enter a hash of weights
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
@@ -75,6 +71,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, literal
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text by itself, without those that a tokenizer puts around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts share before they differ."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def config_sha256(model: PreTrainedModel) -> str:

@@ -50,6 +50,11 @@ class LoadedModel:
         return position_limit(self.model)
 
     @property
+    def dtype_name(self) -> str:
+        """Of the weights, such as ``float32``."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """The end-of-sequence tokens that the model's generation configuration and its tokenizer name.
 

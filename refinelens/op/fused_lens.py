@@ -53,7 +53,7 @@ def fused_lens(
             a rank without meaning and a row that is not finite a logsumexp that is not. Other backends check anyway.
 
     Returns:
-        LensStats. ``target_rank`` counts the tokens that beat the target: a larger logit, or an equal one
+        LensStats: ``target_rank`` counts the tokens that beat the target, by a larger logit or by an equal one
         and a lower id; so it is 0 exactly when ``argmax`` is the target. Ranks and argmax are decided
         before the softcap, which is strictly increasing but saturates in fp32.
 

@@ -132,7 +132,7 @@ def lens_top_k(
         k: From 1 to ``vocab_size``. The other arguments are those of ``fused_lens``.
 
     Returns:
-        TopK, in the order that ``fused_lens`` ranks: ``ids[..., 0]`` is its argmax but for rounding
+        TopK: in the order that ``fused_lens`` ranks, ``ids[..., 0]`` being its argmax but for rounding
         between two different matrix products, and the token at place ``i`` has rank ``i``.
 
     Raises:

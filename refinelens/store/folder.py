@@ -18,9 +18,8 @@ from typing import ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .. import __version__
 from ..errors import FaultError, InputError
-from ..machine import now, packages
+from ..machine import __version__, now, packages
 from .files import check_entries, disk_error, sha256_of, sync_folder, temporary_of, write_whole
 
 MANIFEST = "manifest.json"
@@ -133,17 +132,17 @@ class Folder:
         """Parts in the order that a manifest has them in, whenever they were written."""
         return sorted(parts, key=lambda part: part.first)
 
-    def whole_parts(self, manifest: dict) -> tuple[list, list[str]]:
-        """The parts that are as they were written, and a line on every other one, which is as good as absent."""
-        whole, damaged = [], []
+    def whole_parts(self, manifest: dict, warn: Callable[[str], None] = lambda line: None) -> list:
+        """The parts that are as they were written; any other is as good as absent, and ``warn`` hears of it."""
+        whole = []
         for part in self.parts_of(manifest):
             try:
                 if part.file is not None:
                     self._bytes_of(part)
                 whole.append(part)
             except InputError as error:
-                damaged.append(str(error))
-        return whole, damaged
+                warn(str(error))
+        return whole
 
     def read_part(self, part, columns: list[str] | None = None) -> pa.Table:
         """A few columns of one part, its checksum compared first.

@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import FaultError, InputError
 from ..machine import now
 from .files import disk_error
 
@@ -49,14 +50,14 @@ class RunLock:
             self._made = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._acquire()
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
+            try:
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+            except OSError:
+                self.__exit__()
+                raise
         except OSError as error:
-            raise disk_error(self._folder, error, begun=False) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
-        except OSError as error:
-            self.__exit__()
             raise disk_error(self._folder, error, begun=False) from None
         return self
 
@@ -176,3 +177,29 @@ class StopSignals:
         self.received = signum
         if sys.stderr.isatty():
             os.write(sys.stderr.fileno(), self._hint)  # print might be in the middle of another line
+
+
+@contextmanager
+def working_on(folder: Path, unit: str, advice: Callable[[], str]) -> Iterator[StopSignals]:
+    """Hold a folder while the block works on it, with signals as `StopSignals` takes them; what breaks is one line.
+
+    The block begins what it writes or goes on with it, asks for signals between its units, and ends it.
+
+    Args:
+        folder: Made if it is absent.
+        unit: See `StopSignals`.
+        advice: Called after a fault: how to go on with what is written, "" where nothing is.
+
+    Raises:
+        InputError: See `RunLock`; also where nobody could write.
+        FaultError: No free disk, or what the block raises, with the advice.
+        Interrupted: See `StopSignals`.
+    """
+    with StopSignals(unit) as signals, RunLock(folder):
+        try:
+            yield signals
+        except OSError as error:
+            fault = disk_error(folder, error)
+            raise type(fault)("; ".join(filter(None, [str(fault), advice()]))) from None
+        except FaultError as error:
+            raise FaultError("; ".join(filter(None, [str(error), advice()]))) from error.__cause__

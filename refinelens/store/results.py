@@ -147,7 +147,7 @@ class Run(Folder):
     def is_finished(self) -> bool:
         """Whether there is nothing left to ask; what a damaged part holds is asked again."""
         manifest = self.manifest
-        return manifest["status"] == "finished" and not self.whole_parts(manifest)[1]
+        return manifest["status"] == "finished" and len(self.whole_parts(manifest)) == len(manifest["parts"])
 
     def write_trajectories(self, tables: Iterable[pa.Table]) -> None:
         """Write the trajectories of the whole run, a table at a time."""

@@ -33,22 +33,17 @@ UNKNOWN_SHARE = 0.01  # of the tokens of documents, from which on it is said
 THINKING = re.compile(r"[<\[](think|thinking|thought|reasoning|reason)[>\]]\s*$", re.IGNORECASE)
 
 
-def first_alias(question: Question) -> Alias:
-    """The first answer."""
-    return Alias(0, "first" if len(question.answers) > 1 else "only")
-
-
 def best_alias(scores: dict[int, float]) -> Alias:
     """The answer of the highest score, of equal ones the first.
 
     Args:
         scores: By the place of every answer that can be asked for, in their order, see `alias_scores`.
     """
-    index = max(scores, key=scores.__getitem__)
-    if len(scores) == 1:
+    index, *others = sorted(scores, key=lambda place: -scores[place])
+    if not others:
         return Alias(index, "the only one that the model can be asked for")
-    others = max(score for place, score in scores.items() if place != index)
-    return Alias(index, f"best of {len(scores)}: {scores[index]:.2f} against {others:.2f} nats a token")
+    found = f"{scores[index]:.2f} against {scores[others[0]]:.2f} nats a token"
+    return Alias(index, f"best of {len(scores)}: {found}")
 
 
 def alias_scores(runner: ForwardRunner, contexts: Sequence[Context]) -> list[float]:
@@ -138,25 +133,20 @@ class ContextBuilder:
         if not question.answers:
             raise CannotAskError(NO_ANSWER)
         if self._options.alias == "first" or len(question.answers) == 1:
-            return first_alias(question), 0
-        contexts = self._of_aliases(question)
-        if self._any_too_long(list(contexts.values())):
-            return Alias(min(contexts), f"first: {CONTEXT_TOO_LONG}"), 0
-        n_tokens = sum(len(context.input_ids) for context in contexts.values())
-        scores = alias_scores(self._runner, list(contexts.values()))
-        return best_alias(dict(zip(contexts, scores, strict=True))), n_tokens
-
-    def _of_aliases(self, question: Question) -> dict[int, Context]:
-        """The oracle context of every answer that the model can be asked for."""
-        found, reason = {}, None
+            return Alias(0, "first" if len(question.answers) > 1 else "only"), 0
+        oracles: dict[int, Context] = {}  # by the answers that the model can be asked for
         for alias in range(len(question.answers)):
             try:
-                found[alias] = self._build(question, [], 0, alias)
+                oracles[alias] = self._build(question, [], 0, alias)
             except CannotAskError as error:
                 reason = error
-        if not found:
+        if not oracles:
             raise reason
-        return found
+        contexts = list(oracles.values())
+        if self._any_too_long(contexts):
+            return Alias(min(oracles), f"first: {CONTEXT_TOO_LONG}"), 0
+        n_tokens = sum(len(context.input_ids) for context in contexts)
+        return best_alias(dict(zip(oracles, alias_scores(self._runner, contexts), strict=True))), n_tokens
 
     def _any_too_long(self, contexts: list[Context]) -> bool:
         lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)
@@ -166,7 +156,7 @@ class ContextBuilder:
 
 def remarks(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> Iterator[str]:
     """One line for each thing that numbers are read with, and that no number shows."""
-    task = f"--task {options.task}"
+    task = f"``task`` {options.task}"
     distinct = len({(question.question, question.answers) for question in questions})
     if distinct < len(questions):
         yield (
@@ -224,14 +214,14 @@ def _prompt(options: SweepConfig, template: Template, questions: list[Question],
         opening = THINKING.search(template.chat.around()[1])
         if opening:
             yield (
-                f"--chat: the template opens the reply with {opening.group().strip()!r}; the answer is read where the "
-                "model would begin to think"
+                f"``chat``: the template opens the reply with {opening.group().strip()!r}; the answer is read where "
+                "the model would begin to think"
             )
         return
     prompt = template.fill(questions[0], [questions[0].gold], 0)[0]
     ids = encode(tokenizer, prompt, True, template.is_literal(tokenizer))["input_ids"]
     if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
         yield (
-            f"--template {options.template}: it begins with {tokenizer.bos_token!r}, which the tokenizer puts before "
+            f"``template`` {options.template}: it begins with {tokenizer.bos_token!r}, which the tokenizer puts before "
             "every text by itself, so that contexts begin with two of them"
         )

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -55,10 +55,7 @@ def questions_together(options: SweepConfig, device_type: str) -> int:
 
 def groups_of(places: Sequence[int], together: int) -> list[tuple[int, ...]]:
     """Places of questions, in ascending order, with those that share batches side by side."""
-    groups: dict[int, list[int]] = {}
-    for place in places:
-        groups.setdefault(place // together, []).append(place)
-    return list(map(tuple, groups.values()))
+    return [tuple(group) for _, group in groupby(places, lambda place: place // together)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +67,9 @@ class AskedContext(ModelInput):
     next_ids: tuple[int, ...]  # the token that follows each position
 
 
-@dataclass(frozen=True)
-class ContextReading:
-    """What was read of one context, on the CPU."""
-
-    asked: AskedContext
-    target_ids: Tensor  # [n_positions] int64
-    readings: dict[str, LayerReading]  # by lens, fields [n_layers + 1, n_positions]
-    generation: Generation | None
-
-
 def read_contexts(
     ran: Sequence[ModelStates], logit_lens: LogitLens, lenses: Sequence[Lens], target: str
-) -> list[ContextReading]:
+) -> Iterator[tuple[Tensor, dict[str, LayerReading]]]:
     """Read every layer of several contexts through every lens.
 
     The unembedding is fetched once for all of them: with a context at a time, that would be most of the work.
@@ -92,6 +79,10 @@ def read_contexts(
         logit_lens: Of their model.
         lenses: What to read them through.
         target: ``answer``, the token that follows, or ``prediction``, the model's own.
+
+    Returns:
+        Of each context, on the CPU: target ids ``[n_positions]`` int64, and by the name of each lens what it reads,
+        fields ``[n_layers + 1, n_positions]``.
 
     Raises:
         InputError: States that are not finite, of any of them.
@@ -106,16 +97,23 @@ def read_contexts(
         for lens in lenses
     }
     targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
-    return [
-        ContextReading(one.input, targets[start:end], {n: r.of(start, end) for n, r in readings.items()}, one.written)
-        for one, (start, end) in zip(ran, pairwise(ends), strict=True)
-    ]
+    for start, end in pairwise(ends):
+        yield targets[start:end], {name: reading.of(start, end) for name, reading in readings.items()}
 
 
-def prediction_table(read: ContextReading, text: Callable[[int], str]) -> pa.Table:
-    """Rows of `PREDICTIONS`, lens by lens, one per position, with ``text(id)`` of every token id."""
-    shared = _shared_columns(read, text)
-    return pa.concat_tables([_table(shared, lens, reading, text) for lens, reading in read.readings.items()])
+def prediction_table(
+    ran: ModelStates, target_ids: Tensor, readings: dict[str, LayerReading], text: Callable[[int], str]
+) -> pa.Table:
+    """Rows of `PREDICTIONS` of one context, lens by lens, one per position.
+
+    Args:
+        ran: What came of its `AskedContext`.
+        target_ids: Of `read_contexts`, as are readings.
+        readings: By the names of the lenses.
+        text: Gives the text of a token id.
+    """
+    shared = _shared_columns(ran, target_ids.numpy(), text)
+    return pa.concat_tables([_table(shared, lens, reading, text) for lens, reading in readings.items()])
 
 
 def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int], str]) -> pa.Table:
@@ -126,12 +124,11 @@ def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int],
     return pa.table([columns[name] for name in PREDICTIONS.names], PREDICTIONS.names).cast(PREDICTIONS)
 
 
-def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
+def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str]) -> dict:
     """Columns that all lenses have alike."""
-    asked, context, n = read.asked, read.asked.context, len(read.asked.next_ids)
+    asked, context, next_ids = ran.input, ran.input.context, np.array(ran.input.next_ids)
     start, end = context.gold_span or (None, None)
-    written = None if read.generation is None else read.generation.text
-    target_ids, next_ids = read.target_ids.numpy(), np.array(asked.next_ids)
+    written = None if ran.written is None else ran.written.text
     constants = {
         "question_id": context.question.id,
         "source_id": context.question.source_id,
@@ -147,7 +144,9 @@ def _shared_columns(read: ContextReading, text: Callable[[int], str]) -> dict:
     }
     positions = np.array(asked.positions)
     answer_token = np.maximum(positions - (context.prompt_length - 1), NO_ANSWER_TOKEN)
-    return {name: pa.array([value] * n, PREDICTIONS.field(name).type) for name, value in constants.items()} | {
+    return {
+        name: pa.array([value] * len(next_ids), PREDICTIONS.field(name).type) for name, value in constants.items()
+    } | {
         "position": positions,
         "answer_token": answer_token,
         "covers_before": pa.array([context.covers_before if place == 0 else None for place in answer_token]),
@@ -254,9 +253,9 @@ class Predictor:
 
         def rows(ran: list[ModelStates]) -> list[pa.Table]:
             read = read_contexts(ran, self._logit_lens, self._lenses, self._options.target)
-            return [prediction_table(of_context, self._text) for of_context in read]
+            return [prediction_table(one, *of_one, self._text) for one, of_one in zip(ran, read, strict=True)]
 
-        tables = [table for part in in_batches(held, rows, lambda one: one.input) for table in part]
+        tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]
         for states, table in zip(held, tables, strict=True):
             counts = {
                 "contexts": 1,

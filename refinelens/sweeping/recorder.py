@@ -23,7 +23,6 @@ class _Open:
     first: int  # 0-based place of its first question among those drawn
     written: int  # place behind its last question that an earlier file holds
     done: int  # place behind its last question so far
-    end: int  # place behind its last question once it is whole
     rows: list[pa.Table]
     counts: Counter[str]
     left_out: dict[str, list[int]]
@@ -43,9 +42,6 @@ class RunWriter(FolderWriter):
         super().__init__(run, manifest)
         self.run = run
         self._parts = {part.first: part for part in run.parts_of(manifest)}  # by their first question
-        self._sums = Counter(done=0, rows=0)  # of the counts of all parts
-        for part in self._parts.values():
-            self._sums.update(_counts(part))
         self._open: _Open | None = None
         self._resumed = resumed
         self._replaced: list[Path] = []  # files that the next manifest no longer names
@@ -55,48 +51,50 @@ class RunWriter(FolderWriter):
     @property
     def has_rows(self) -> bool:
         """Whether a part with rows is written."""
-        return self._sums["rows"] > 0
+        return any(part.rows for part in self._parts.values())
 
     @property
     def done(self) -> int:
         """Questions in the parts, the one that is being filled included."""
-        return self._sums["done"] + (self._open.done - self._open.written if self._open else 0)
+        written = sum(part.questions[1] - part.first for part in self._parts.values())
+        return written + (self._open.done - self._open.written if self._open else 0)
 
     @property
     def left_out(self) -> dict[str, list[int]]:
         """Questions of the parts that could not be asked, as reason: ids."""
         left_out: dict[str, list[int]] = {}
         for part in self._in_order:
-            for reason, ids in part.left_out.items():
-                left_out.setdefault(reason, []).extend(ids)
+            _add_to(left_out, part.left_out)
         return left_out
 
     @property
     def _in_order(self) -> list[Part]:
         return [self._parts[first] for first in sorted(self._parts)]
 
+    def _end(self, first: int) -> int:
+        """Place behind the last question of a part once it is whole."""
+        return min(first + self.manifest["questions_per_part"], self.manifest["counts"]["questions"])
+
     def missing(self) -> list[int]:
         """Places of the questions that no part holds, in order."""
-        size, n = self.manifest["questions_per_part"], self.manifest["counts"]["questions"]
         places: list[int] = []
-        for first in range(0, n, size):
+        for first in range(0, self.manifest["counts"]["questions"], self.manifest["questions_per_part"]):
             part = self._parts.get(first)
-            places += range(part.questions[1] if part else first, min(first + size, n))
+            places += range(part.questions[1] if part else first, self._end(first))
         return places
 
-    def add(self, place: int, outcome: QuestionResult) -> None:
+    def add(self, place: int, result: QuestionResult) -> None:
         """Take all that came of the question at the next of the missing places."""
         begun = self._open or self._begun(place)
         if place != begun.done:
             raise ValueError(f"expected the question at place {begun.done}, got {place}")
         self._open = begun
-        begun.rows.append(outcome.rows)
-        begun.counts.update(outcome.counts)
-        for reason, ids in outcome.left_out.items():
-            begun.left_out.setdefault(reason, []).extend(ids)
-        self.manifest |= outcome.notes
+        begun.rows.append(result.rows)
+        begun.counts.update(result.counts)
+        _add_to(begun.left_out, result.left_out)
+        self.manifest |= result.notes
         begun.done += 1
-        if begun.done == begun.end:
+        if begun.done == self._end(begun.first):
             self._write_part()
             self._save("running")
 
@@ -125,39 +123,39 @@ class RunWriter(FolderWriter):
 
     def _begun(self, place: int) -> _Open:
         """The part that a question belongs to: a new one, or one that an interrupt cut short, to be filled further."""
-        size, n = self.manifest["questions_per_part"], self.manifest["counts"]["questions"]
-        first = place - place % size
+        first = place - place % self.manifest["questions_per_part"]
         part = self._parts.get(first) or Part(None, (first, first), 0, None)
         rows, done = [self.run.read_part(part)] if part.file else [], part.questions[1]
-        left_out = {reason: list(ids) for reason, ids in part.left_out.items()}
-        return _Open(first, done, done, min(first + size, n), rows, Counter(part.counts), left_out)
+        left_out: dict[str, list[int]] = {}
+        _add_to(left_out, part.left_out)
+        return _Open(first, done, done, rows, Counter(part.counts), left_out)
 
     def _write_part(self) -> None:
         begun, self._open = self._open, None
         path, file, sha256 = self.run.part_path(begun.first // self.manifest["questions_per_part"]), None, None
-        if begun.done < begun.end:
+        if begun.done < self._end(begun.first):
             path = path.with_stem(f"{path.stem}-first-{begun.done - begun.first}")
         n_rows = sum(map(len, begun.rows))
         if n_rows:
             file, sha256 = path.name, self.write(path, partial(write_rows, begun.rows))
-        part = Part(file, (begun.first, begun.done), n_rows, sha256, dict(begun.counts), begun.left_out)
         shorter = self._parts.get(begun.first)
-        if shorter:
-            self._sums.subtract(_counts(shorter))
-            self._replaced += [self.run.parts_path / shorter.file] if shorter.file else []
-        self._parts[begun.first] = part
-        self._sums.update(_counts(part))
+        if shorter and shorter.file:
+            self._replaced.append(self.run.parts_path / shorter.file)
+        questions = (begun.first, begun.done)
+        self._parts[begun.first] = Part(file, questions, n_rows, sha256, dict(begun.counts), begun.left_out)
 
     def _save(self, status: str) -> None:
         if self.is_placed:
-            counts = self.manifest["counts"] | {**self._sums, "left_out": self.left_out}
-            parts = [vars(part) for part in self._in_order]
+            sums = Counter(done=self.done, rows=0)
+            for part in self._in_order:
+                sums.update(part.counts | {"rows": part.rows})
+            counts = self.manifest["counts"] | {**sums, "left_out": self.left_out}
             finished = None if status == "running" else now()
-            self.save(status=status, finished=finished, parts=parts, counts=counts)
+            self.save(status=status, finished=finished, parts=list(map(vars, self._in_order)), counts=counts)
             while self._replaced:
                 self._replaced.pop().unlink(missing_ok=True)
 
 
-def _counts(part: Part) -> dict[str, int]:
-    """What the manifest adds up over the parts."""
-    return part.counts | {"done": part.questions[1] - part.first, "rows": part.rows}
+def _add_to(left_out: dict[str, list[int]], more: dict[str, list[int]]) -> None:
+    for reason, ids in more.items():
+        left_out.setdefault(reason, []).extend(ids)

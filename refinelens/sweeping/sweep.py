@@ -1,41 +1,68 @@
-"""The sweep: questions -> prompts -> states -> lens -> results, one question at a time."""
+"""The sweep: questions -> prompts -> states -> lens -> results, one question at a time.
+
+What a run is made of is loaded here, said in its manifest, and held to that when the run goes on.
+"""
 
 from __future__ import annotations
 
+import platform
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
-from ..data.generated import TINY, generate_kv_task, generate_tiny_task
-from ..data.prompts import FIELD, Template, load_template, render_chat, template_hash
-from ..data.questions import KV, Question
+from ..data.generated import GENERATORS, TINY, generate_task
+from ..data.prompts import FIELD, Chat, Template, load_template, render_chat, template_hash
+from ..data.questions import QA, Question
 from ..data.tasks import Task, choose_questions, load_task
-from ..errors import FaultError, InputError, resume_call
-from ..lens.files import Lens, fit_to_model, load_lenses
-from ..lens.logit_lens import LogitLens
+from ..errors import InputError, resume_call
+from ..lens.files import Lens, load_lenses
+from ..lens.logit_lens import LogitLens, fit_to_model
+from ..machine import device_name, working_folder
+from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
-from ..progress import SweepProgress
+from ..progress import Progress, unseen
 from ..report.rows import Report
 from ..report.summary import read_report
 from ..report.tables import write_outputs
-from ..store.files import check_disk, disk_error
-from ..store.folder import go_on
-from ..store.process import Interrupted, RunLock, StopSignals
-from ..store.results import QuestionResult, Run, open_run
+from ..store.files import check_disk
+from ..store.folder import MadeOf, go_on, process_entry
+from ..store.process import Interrupted, StopSignals, working_on
+from ..store.results import SCHEMA_VERSION, QuestionResult, Run
 from .contexts import ContextBuilder, remarks
-from .manifest import RunSpec, make_manifest, resumed_entry
 from .predict import Predictor, groups_of, questions_together
 from .recorder import RunWriter
-from .workers import Workers, check_workers
+from .workers import Workers
 
 UNIT = "the current question, then its tables"
-GENERATORS = {KV.name: generate_kv_task, TINY.name: generate_tiny_task}
 QUESTIONS_PER_PART = 8
+WORDS = {"tiny", "smollm2", "builtin", "nq", "kv", "plain", *QA.templates}  # of options, which name no file
+
+
+@dataclass(frozen=True)
+class RunSpec(MadeOf):
+    """What a run was made of, its options among it."""
+
+    @property
+    def options(self) -> SweepConfig:
+        """The options that the run was made with; files and folders are found from any folder."""
+        values = dict(self.manifest["arguments"])
+        for name in ("model", "task", "template"):
+            values[name] = self._from_here(values[name])
+        return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
+
+    def _from_here(self, name: str) -> str:
+        """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
+        folder = self.manifest.get("folder")
+        if folder in (None, working_folder()) or name in WORDS or Path(name).is_absolute():
+            return name
+        there = Path(folder) / name
+        return str(there) if there.exists() else name
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,10 @@ class SweepInputs:
             InputError: Anything that cannot be loaded, or is not as the run has it.
         """
         require = spec.require if spec else lambda field, here: None
-        task = _load_task(options)
+        if options.task in GENERATORS:
+            task = generate_task(options.task, options.examples, max(options.documents), options.seed)
+        else:
+            task = load_task(options.task)
         require("task.sha256", task.sha256)
         template = Template(task.format, load_template(options.template, task.format))
         require("template", template.text)
@@ -75,30 +105,78 @@ class SweepInputs:
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         _check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
-        require("model.dtype", str(loaded.model.dtype).removeprefix("torch."))
+        require("model.dtype", loaded.dtype_name)
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
             require(f"model.{name}", getattr(loaded, name))
         if options.generate:
             require("model.end_ids", sorted(loaded.end_ids))
         if options.chat:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
-            chat = spec.chat if spec else render_chat(loaded.tokenizer)  # the template may write the date
+            # The template may write the date: a run that goes on keeps the text that it began with.
+            chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer)
             template = replace(template, chat=chat)
         logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         return cls(options, task, template, questions, lenses, loaded, logit_lens)
 
-    @cached_property
-    def remarks(self) -> list[str]:
-        """What a reader must know of these texts, a line each."""
-        return list(remarks(self.options, self.template, self.questions, self.loaded))
-
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
-        """The manifest of a run that starts now."""
-        things = (self.task, self.template, self.loaded, self.logit_lens, self.lenses)
-        counts = {"n_questions": len(self.questions), "questions_per_part": questions_per_part, "workers": workers}
-        return make_manifest(self.options.arguments(), argv, *things, **counts, remarks=self.remarks)
+        """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
+        options, task, template, loaded, lens = self.options, self.task, self.template, self.loaded, self.logit_lens
+        device = loaded.model.device.type
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **process_entry(argv),
+            "run_id": uuid.uuid4().hex,  # tells two runs in one folder apart
+            "status": "running",
+            "arguments": options.arguments(),
+            "folder": working_folder(),  # that relative paths among the arguments start from
+            "remarks": list(remarks(options, template, self.questions, loaded)),
+            "seed": options.seed,
+            "model": {
+                "name": loaded.name,
+                "class": type(loaded.model).__name__,
+                "config_sha256": loaded.config_sha256,
+                "weights_sha256": loaded.weights_sha256,
+                "weights_sample_sha256": loaded.weights_sample_sha256,
+                "tokenizer_sha256": loaded.tokenizer_sha256,
+                "unused_weights": list(loaded.unused_weights),
+                "n_layers": lens.n_layers,
+                "d_model": lens.d_model,
+                "vocab_size": lens.head.vocab_size,
+                "max_tokens": loaded.max_tokens,
+                "end_ids": sorted(loaded.end_ids) if options.generate else None,
+                "dtype": loaded.dtype_name,
+                "device": device,
+                "device_name": device_name(device),
+                "backend": choose_backend(device, lens.backend)[0],
+                "norm": None if lens.head.norm is None else type(lens.head.norm).__name__,
+                "projection": None if lens.head.projection is None else list(lens.head.projection.shape),
+                "softcap": lens.head.softcap,
+                "logit_scale": lens.head.scale,
+                "parity": asdict(lens.parity),
+                "one_at_a_time": lens.independence.one_at_a_time,
+            },
+            "task": {
+                "name": task.name,
+                "path": None if task.path is None else str(task.path),
+                "format": task.format.name,
+                "sha256": task.sha256,
+                "questions": len(task.questions),
+            },
+            "lenses": [lens.entry() for lens in self.lenses],
+            "template": template.text,
+            "closed_book_template": template.format.closed_book,
+            "chat": None if template.chat is None else asdict(template.chat),
+            "platform": platform.platform(),
+            "finished": None,
+            "seconds": None,
+            "workers": workers,
+            "resumed": [],
+            "counts": {"questions": len(self.questions), "done": 0, "left_out": {}},
+            "questions_per_part": questions_per_part,
+            "parts": [],
+        }
 
     def builder(self) -> ContextBuilder:
         """What builds contexts."""
@@ -109,7 +187,7 @@ class SweepInputs:
         return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its outcome, in their order, until ``stopped``."""
+        """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
         predictor = self.predictor()
         for group in groups_of(places, questions_together(self.options, self.loaded.model.device.type)):
             if stopped():
@@ -127,7 +205,7 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
         return
 
     def is_odd(text: str) -> bool:
-        return unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return unknown in ids_of(loaded.tokenizer, text)
 
     own_text = "" if options.template in template.format.templates else FIELD.sub(" ", template.text)
     for special in loaded.tokenizer.all_special_tokens:  # one of them may stand for unknown words too
@@ -138,27 +216,23 @@ def _check_words(options: SweepConfig, template: Template, questions: list[Quest
             f"``template`` {options.template}: expected words that the tokenizer of ``model`` {options.model} has, got "
             f"{strange!r}; write others"
         )
-    odd = [q for q in questions[:100] if is_odd(q.question)]
-    if 2 * len(odd) > len(questions[:100]):
+    looked_at = questions[:100]
+    odd = [q for q in looked_at if is_odd(q.question)]
+    if 2 * len(odd) > len(looked_at):
         remedy = "; use ``task='tiny'``" if options.model == TINY.name else ""
         raise InputError(
             f"``task`` {options.task}: expected questions in words that the tokenizer of ``model`` {options.model} "
-            f"has, got {len(odd)} of the first {len(questions[:100])} with others, such as {odd[0].question!r}{remedy}"
+            f"has, got {len(odd)} of the first {len(looked_at)} with others, such as {odd[0].question!r}{remedy}"
         )
 
 
-def _load_task(options: SweepConfig) -> Task:
-    generate = GENERATORS.get(options.task)
-    return generate(options.examples, max(options.documents), options.seed) if generate else load_task(options.task)
-
-
 def run_sweep(
-    options: SweepConfig,
-    out: str,
+    options: SweepConfig | None,
+    out: str | Path,
     overwrite: bool = False,
     argv: list[str] | None = None,
     workers: int = 1,
-    report: Callable[[SweepProgress], None] = lambda progress: None,
+    progress: Progress = unseen,
     summary: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
     questions_per_part: int = QUESTIONS_PER_PART,
@@ -166,12 +240,12 @@ def run_sweep(
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
     Args:
-        options: What to run.
+        options: What to run; None goes on with the run in ``out``, see `resume_sweep`.
         out: Folder of the run, made here.
         overwrite: Replace a run that is there.
         argv: Command line, for the manifest.
         workers: Processes that ask; with more than one, each loads the model for itself.
-        report: Called after every question.
+        progress: Called after every question.
         summary: Called with what the tables and figures say, once they are written.
         warn: Called with a line about what went wrong and was put right, or about the texts, see `remarks`.
         questions_per_part: How many are written together; where every token is read each has a part of its own.
@@ -182,141 +256,141 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
             written; a second signal writes nothing more.
     """
-    check_workers(workers)
+    if workers < 1:
+        raise InputError(f"``workers``: expected 1 or more processes, got {workers}")
     run = Run(Path(out))
-    run.check_replaceable()
-    with StopSignals(UNIT) as signals, RunLock(out):
-        run.check_overwrite(overwrite, options.arguments())
-        runner = SweepInputs.load(options)
-        check_top(options.top, runner.logit_lens.head.vocab_size)
-        manifest = runner.manifest(argv, workers, 1 if options.positions == "all" else questions_per_part)
-        check_disk(out, _bytes_needed(options, manifest))
-        for line in runner.remarks:
-            warn(line)
-        if workers > 1:
-            runner = Workers(options, RunSpec(run.path, manifest, "``out``"), workers, warn)  # our model goes
-        return _Sweep(runner, _begin(run, manifest), signals, report, summary, warn).finish()
+    if options is None:
+        run.checked_manifest()  # before the lock makes a folder
+    else:
+        run.check_replaceable()
+    sweep = _Sweep(run, argv, workers, progress, summary, warn, questions_per_part)
+    with working_on(run.path, UNIT, sweep.advice) as signals:
+        if options is None:
+            sweep.go_on()
+        else:
+            sweep.begin(options, overwrite)
+        return sweep.finish(signals)
 
 
-def resume_sweep(
-    path: str,
-    argv: list[str] | None = None,
-    workers: int = 1,
-    report: Callable[[SweepProgress], None] = lambda progress: None,
-    summary: Callable[[Report], None] = lambda report: None,
-    warn: Callable[[str], None] = lambda line: None,
-) -> Run:
+def resume_sweep(path: str | Path, **keywords: Any) -> Run:
     """Go on with a run that was interrupted, killed or damaged: it becomes equal to one that never was.
 
     Args:
         path: Folder of the run, whose manifest has all options.
-        argv: See `run_sweep`; also the others. ``warn`` hears of each part that is not as it was written, and so is
-            computed again.
+        **keywords: From ``argv`` on as `run_sweep`; ``warn`` hears of each part that is not as it was written, and so
+            is computed again.
 
     Raises:
         InputError: No run, one of another schema version, or a model, task, template, lens, device or dtype that is no
             longer the run's; names the field and both values. Or another process that writes to the folder.
         FaultError: See `run_sweep`; also `Interrupted`.
     """
-    check_workers(workers)
-    run = open_run(path)
-    with StopSignals(UNIT) as signals, RunLock(path):
-        manifest = run.checked_manifest()  # another process may have written it meanwhile
-        spec = RunSpec(run.path, manifest, "``resume``")
-        parts, damaged = run.whole_parts(manifest)
-        for line in damaged:
-            warn(line)
-        try:
-            runner = SweepInputs.load(spec.options, spec)
-        except Interrupted as stop:
-            raise Interrupted(stop.signum, run if any(part.rows for part in parts) else None) from None
-        entry = resumed_entry(argv, runner.loaded.model.device.type, workers)
-        manifest = go_on(manifest, parts, entry) | {"finished": None}
-        if workers > 1:
-            runner = Workers(spec.options, replace(spec, manifest=manifest), workers, warn)
-        return _Sweep(runner, _begin(run, manifest, resumed=True), signals, report, summary, warn).finish()
+    return run_sweep(None, path, **keywords)
 
 
-def _begin(run: Run, manifest: dict, resumed: bool = False) -> RunWriter:
-    try:
-        return RunWriter(run, manifest, resumed)
-    except OSError as error:
-        raise disk_error(run.path, error) from None
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Sweep:
-    """A sweep under way: what asks, what keeps the rows, and who is told."""
+    """A sweep under way in a folder that is held: what asks, what keeps the rows, and who is told."""
 
-    runner: SweepInputs | Workers
-    recorder: RunWriter
-    signals: StopSignals
-    report: Callable[[SweepProgress], None]
+    run: Run
+    argv: list[str] | None
+    workers: int
+    progress: Progress
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
+    questions_per_part: int
+    runner: SweepInputs | Workers | None = None
+    writer: RunWriter | None = None
 
-    def finish(self) -> Run:
-        """Ask what is missing and conclude the run, whatever happens in between."""
-        recorder = self.recorder
+    def begin(self, options: SweepConfig, overwrite: bool) -> None:
+        """Load everything, and put the manifest of a new run in its place."""
+        self.run.check_overwrite(overwrite, options.arguments())
+        inputs = SweepInputs.load(options)
+        check_top(options.top, inputs.logit_lens.head.vocab_size)
+        size = 1 if options.positions == "all" else self.questions_per_part
+        manifest = inputs.manifest(self.argv, self.workers, size)
+        check_disk(self.run.path, _bytes_needed(options, manifest))
+        for line in manifest["remarks"]:
+            self.warn(line)
+        self._start(inputs, RunSpec(self.run.path, manifest, "``out``"))
+
+    def go_on(self) -> None:
+        """Load everything as the run has it; what is damaged of the run is missing."""
+        manifest = self.run.checked_manifest()  # another process may have written it meanwhile
+        spec, parts = RunSpec(self.run.path, manifest, "``resume``"), self.run.whole_parts(manifest, self.warn)
         try:
-            stop = self._ask_until_stopped()
+            inputs = SweepInputs.load(spec.options, spec)
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None
+        entry = process_entry(self.argv) | {"workers": self.workers}
+        entry["device_name"] = device_name(inputs.loaded.model.device.type)
+        manifest = go_on(manifest, parts, entry) | {"finished": None}
+        self._start(inputs, replace(spec, manifest=manifest), resumed=True)
+
+    def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
+        """Of several workers each loads the model for itself; ours goes."""
+        self.runner = Workers(inputs.options, spec, self.workers, self.warn) if self.workers > 1 else inputs
+        self.writer = RunWriter(self.run, spec.manifest, resumed)
+
+    def finish(self, signals: StopSignals) -> Run:
+        """Ask what is missing and conclude the run, whatever happens in between."""
+        writer = self.writer
+        try:
+            stop = self._ask_until_stopped(signals)
             self._conclude("interrupted" if stop else "finished")
         except Interrupted as second_signal:
             stop = second_signal
-        except OSError as error:
-            recorder.give_up()
-            raise self._with_advice(disk_error(recorder.run.path, error)) from None
-        except FaultError as error:
-            raise self._with_advice(error) from error.__cause__
+        except OSError:
+            writer.give_up()
+            raise
         if stop:
-            raise Interrupted(stop.signum, recorder.run if recorder.has_rows else None)
-        if not recorder.has_rows:
-            reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in recorder.left_out.items())
+            raise Interrupted(stop.signum, self.run if writer.has_rows else None)
+        if not writer.has_rows:
+            reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in writer.left_out.items())
             raise InputError(
                 f"expected at least one question that can be asked, got none ({reasons}); change ``documents``"
             )
-        return recorder.run
+        return self.run
 
-    def _ask_until_stopped(self) -> Interrupted | None:
+    def _ask_until_stopped(self, signals: StopSignals) -> Interrupted | None:
         """Ask what is missing; returns what stopped it, if anything did, and concludes the run only on a fault."""
         try:
-            self._ask_missing()
+            self._ask_missing(signals)
         except (Interrupted, OSError):
             raise
-        except KeyboardInterrupt:  # not by our signals: from another thread, or from ``report``
+        except KeyboardInterrupt:  # not by our signals: from another thread, or from ``progress``
             return Interrupted(signal.SIGINT)
         except Exception:
             self._conclude("failed")
             raise
-        return Interrupted(self.signals.received) if self.recorder.missing() else None
+        return Interrupted(signals.received) if self.writer.missing() else None
 
-    def _ask_missing(self) -> None:
+    def _ask_missing(self, signals: StopSignals) -> None:
         """Ask every question that has no rows yet, until a signal comes."""
-        recorder, signals = self.recorder, self.signals
-        missing = recorder.missing()
-        progress = SweepProgress(recorder.done + len(missing), recorder.done)
-        self.report(progress)
+        writer, missing, rows = self.writer, self.writer.missing(), 0
+        total = writer.done + len(missing)
+        self.progress("questions", writer.done, total)
         signals.finish_first()
-        with closing(self.runner.ask(missing, stopped=lambda: signals.received is not None)) as outcomes:
-            for place, outcome in outcomes:
-                for line in outcome.warnings:
+        with closing(self.runner.ask(missing, stopped=lambda: signals.received is not None)) as results:
+            for place, result in results:
+                for line in result.warnings:
                     self.warn(line)
-                recorder.add(place, outcome)
-                progress.done, progress.rows = recorder.done, progress.rows + outcome.counts["lens_rows"]
-                self.report(progress)
+                writer.add(place, result)
+                rows += result.counts["lens_rows"]
+                self.progress("questions", writer.done, total, rows)
 
     def _conclude(self, status: str) -> None:
-        self.recorder.close(status)
-        if self.recorder.has_rows:
-            report = read_report(self.recorder.run)
-            write_outputs(self.recorder.run, report)
+        self.writer.close(status)
+        if self.writer.has_rows:
+            report = read_report(self.run)
+            write_outputs(self.run, report)
             self.summary(report)
 
-    def _with_advice(self, error: InputError | FaultError) -> InputError | FaultError:
-        if not self.recorder.is_placed:
-            return error
-        path = self.recorder.run.path
-        return type(error)(f"{error}; {resume_call(path)} goes on with the finished questions")
+    def advice(self) -> str:
+        """How to go on after a fault, if anything is there to go on with."""
+        if self.writer is None or not self.writer.is_placed:
+            return ""
+        return f"{resume_call(self.run.path)} goes on with the finished questions"
 
 
 def _bytes_needed(options: SweepConfig, manifest: dict) -> int:

@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from ..config import SweepConfig
-from ..errors import FaultError, InputError
+from ..errors import FaultError
 from ..machine import module_command, module_path
+from ..store.folder import MadeOf
 from ..store.results import QuestionResult
-from .manifest import RunSpec
 from .predict import groups_of, questions_together
 
 AHEAD = 4  # questions per worker that may be finished before an earlier one is
@@ -27,13 +27,13 @@ POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
 
 
 class Workers:
-    """Asks questions in processes of their own; outcomes come back in order, so that one process writes them.
+    """Asks questions in processes of their own; results come back in order, so that one process writes them.
 
     On a machine with several GPUs each worker sees one of them; on a CPU they share the threads. The question of a
     worker that dies goes to another; all that a worker knows of the run is its options and its manifest.
     """
 
-    def __init__(self, options: SweepConfig, spec: RunSpec, count: int, warn: Callable[[str], None]):
+    def __init__(self, options: SweepConfig, spec: MadeOf, count: int, warn: Callable[[str], None]):
         self._setup = (options, spec)
         device_type = spec.manifest["model"]["device"]
         self._on_gpu, self._together = device_type == "cuda", questions_together(options, device_type)
@@ -41,7 +41,7 @@ class Workers:
         self._warn = warn
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its outcome, in their order.
+        """Ask the questions at these places, each with its result, in their order.
 
         Once ``stopped`` says so no further question is begun. The workers end with the iterator.
 
@@ -62,13 +62,20 @@ class Workers:
                 worker.end()
 
     def _start(self, index: int, count: int) -> _Worker:
+        """Start a process and tell it what it will be asked about."""
         try:
-            return _Worker.start(self._environment(index, count), self._setup)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                process = start_process(self._environment(index, count), theirs.fileno())
+                worker = _Worker(process, Connection(ours.detach()))
         except OSError as error:
             raise FaultError(
                 f"``workers`` {self._count}: expected {count} processes, could not start number {index + 1}: "
                 f"{error.strerror or error}; use fewer"
             ) from None
+        with suppress(OSError):  # one that has just died is heard of by `receive`
+            worker.connection.send(self._setup)
+        return worker
 
     def _ask(
         self, workers: list[_Worker], places: list[int], stopped: Callable[[], bool]
@@ -138,21 +145,6 @@ class _Worker:
     is_ready: bool = False
     task: Sequence[int] = ()  # places of the questions that it has yet to answer, in order
 
-    @classmethod
-    def start(cls, environment: dict[str, str], setup: tuple) -> _Worker:
-        """Start a process and tell it what it will be asked about.
-
-        Raises:
-            OSError: There is no room for one.
-        """
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            process = start_process(environment, theirs.fileno())
-            worker = cls(process, Connection(ours.detach()))
-        with suppress(OSError):  # one that has just died is heard of by `receive`
-            worker.connection.send(setup)
-        return worker
-
     @property
     def is_free(self) -> bool:
         """Whether it waits for a question."""
@@ -195,13 +187,3 @@ class _Worker:
         self.connection.close()
         self.process.kill()
         return self.process.wait()
-
-
-def check_workers(count: int) -> None:
-    """Refuse a number of workers that cannot be.
-
-    Raises:
-        InputError: Not a positive number.
-    """
-    if count < 1:
-        raise InputError(f"``workers``: expected 1 or more processes, got {count}")

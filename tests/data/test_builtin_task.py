@@ -5,22 +5,14 @@ import json
 import re
 import string
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[2] / "refinelens" / "data"
-BUILTIN = DATA / "builtin.jsonl"
+import make_builtin
+from make_builtin import BUILTIN
+
 FIELDS = {"question", "answers", "answer_prefix", "group", "ctxs"}
 SLOT_VALUES = re.compile(r"\d+|northern|southern|eastern|western|spring|summer|autumn|winter")
-
-
-def load_script():
-    # Loaded by path, so that these tests need neither an installed package nor its compiled parts.
-    spec = importlib.util.spec_from_file_location("make_builtin", DATA / "make_builtin.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def normalise(text):
@@ -57,7 +49,7 @@ each_group = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS.keys()
 def test_script_rewrites_the_file_byte_for_byte(tmp_path, monkeypatch):
     out = tmp_path / "again.jsonl"
     monkeypatch.setattr("sys.argv", ["make_builtin", "--out", str(out)])
-    load_script().main()
+    make_builtin.main()
     assert out.read_bytes() == BUILTIN.read_bytes()
 
 
@@ -149,7 +141,7 @@ def test_wordings_and_answer_places_vary(group):
 @each_group
 def test_answers_stand_in_no_order(group):
     words = [first_word(r) for r in group]
-    listed = next(g.answers for g in load_script().GROUPS if g.name == group[0]["group"]).split()
+    listed = next(g.answers for g in make_builtin.GROUPS if g.name == group[0]["group"]).split()
     assert sorted(words) == sorted(listed)
     assert words not in (listed, listed[::-1], sorted(words), sorted(words, reverse=True))
 

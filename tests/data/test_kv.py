@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from refinelens.cli import main
-from refinelens.data.generated import generate_kv_task
+from refinelens.data.generated import GENERATED, generate_task
 from refinelens.data.prompts import Template
 from refinelens.data.questions import DEFAULT, KV, QUERY_AWARE
-from refinelens.data.tasks import GENERATED, DistractorSource, load_task
+from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import InputError
 from refinelens.store.results import open_run
 from tiny import byte_tokenizer, save_tiny_model
@@ -91,25 +91,25 @@ def test_malformed_records_name_file_and_line(tmp_path, change, message):
 
 
 def test_generated_questions_depend_on_seed_and_number_alone():
-    task = generate_kv_task(3, 75, seed=1)
+    task = generate_task("kv", 3, 75, seed=1)
     pairs = [pair for question in task.questions for pair in (question.gold, *question.distractors)]
     texts = [text for pair in pairs for text in (pair.title, pair.text)]
     assert {uuid.UUID(text).version for text in texts} == {4} and len(set(texts)) == 2 * 3 * 75, "all different"
-    smaller, longer = generate_kv_task(3, 10, seed=1), generate_kv_task(5, 75, seed=1)
+    smaller, longer = generate_task("kv", 3, 10, seed=1), generate_task("kv", 5, 75, seed=1)
     assert [q.distractors[:9] for q in task.questions] == [q.distractors for q in smaller.questions]
     assert longer.questions[:3] == task.questions
-    assert generate_kv_task(3, 75, seed=1) == task
-    assert generate_kv_task(3, 75, seed=2).sha256 != task.sha256 != smaller.sha256
-    assert len(generate_kv_task(None, 2, 0).questions) == GENERATED
+    assert generate_task("kv", 3, 75, seed=1) == task
+    assert generate_task("kv", 3, 75, seed=2).sha256 != task.sha256 != smaller.sha256
+    assert len(generate_task("kv", None, 2, 0).questions) == GENERATED
     with pytest.raises(InputError, match="``examples``: expected 1 to 1000000 questions of ``task`` kv, got 0"):
-        generate_kv_task(0, 2, 0)
+        generate_task("kv", 0, 2, 0)
 
 
 def test_a_generated_task_is_that_of_a_file_with_its_lines(tmp_path):
     """Its hash is the file's, so that it can be written out and given to others."""
     from refinelens.data.generated import _kv_line
 
-    task = generate_kv_task(4, 5, seed=3)
+    task = generate_task("kv", 4, 5, seed=3)
     path = tmp_path / "task.jsonl"
     path.write_text("".join(map(_kv_line, task.questions)))
     read = load_task(str(path))

@@ -14,7 +14,7 @@ from refinelens.data.generated import (
     WORDINGS,
     Facts,
     context_text,
-    generate_tiny_task,
+    generate_task,
     vocabulary,
 )
 from refinelens.data.tasks import DistractorSource
@@ -63,16 +63,16 @@ def test_the_vocabulary_has_every_word_once():
 
 
 def test_a_question_depends_on_seed_and_number_alone():
-    task = generate_tiny_task(5, 10, seed=3)
-    again, fewer = generate_tiny_task(5, 10, seed=3), generate_tiny_task(2, 4, seed=3)
-    assert task.sha256 == again.sha256 != generate_tiny_task(5, 10, seed=4).sha256
+    task = generate_task("tiny", 5, 10, seed=3)
+    again, fewer = generate_task("tiny", 5, 10, seed=3), generate_task("tiny", 2, 4, seed=3)
+    assert task.sha256 == again.sha256 != generate_task("tiny", 5, 10, seed=4).sha256
     for ours, short in zip(task.questions, fewer.questions, strict=False):
         assert (short.gold, short.question, short.distractors) == (ours.gold, ours.question, ours.distractors[:3])
-    assert len(fewer.questions) == 2 and len(generate_tiny_task(None, 2, 0).questions) == 100
+    assert len(fewer.questions) == 2 and len(generate_task("tiny", None, 2, 0).questions) == 100
 
 
 def test_questions_are_about_held_out_entities_and_can_be_asked():
-    task = generate_tiny_task(20, 20, seed=0)
+    task = generate_task("tiny", 20, 20, seed=0)
     for question in task.questions:
         titles = [question.gold.title, *(document.title for document in question.distractors)]
         assert set(titles) <= set(HELD_OUT) and question.gold.title in question.question
@@ -82,4 +82,4 @@ def test_questions_are_about_held_out_entities_and_can_be_asked():
 
 def test_no_question_is_refused():
     with pytest.raises(InputError, match="``examples``: expected 1 to 1000000 questions of ``task`` tiny, got 0"):
-        generate_tiny_task(0, 5, 0)
+        generate_task("tiny", 0, 5, 0)

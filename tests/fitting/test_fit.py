@@ -223,15 +223,15 @@ class Stop(KeyboardInterrupt):
 def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, stop_after):
     read = []
 
-    def report(stage, done, total):
+    def progress(stage, done, total):
         read.append(done)
         if len(read) == stop_after + 1:
             raise Stop
 
     with pytest.raises(Stop):
-        fit.fit_lens(options(model, text), str(tmp_path / "words"), report=report, checkpoint_seconds=0.0)
+        fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=progress, checkpoint_seconds=0.0)
     begun = []
-    fit.fit_lens(options(model, text), str(tmp_path / "words"), report=lambda *stage: begun.append(stage))
+    fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=lambda *stage: begun.append(stage))
     assert begun[0][1] == stop_after  # what was read is not read again
     for name, tensor in load_file(fitted.path / "lens.safetensors").items():
         assert torch.equal(load_file(tmp_path / "words" / "lens.safetensors")[name], tensor)
@@ -243,30 +243,30 @@ def test_a_signal_lets_the_sequence_finish(model, text, fitted, tmp_path, stage,
     """Nothing is begun after it; the lens becomes the one of a fit that was never stopped."""
     told = []
 
-    def report(*now):
+    def progress(*now):
         told.append(now)
         if now[:2] == (stage, at):
             os.kill(os.getpid(), signum)
 
     with pytest.raises(Interrupted) as stopped:
-        fit.fit_lens(options(model, text), str(tmp_path / "words"), report=report)
+        fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=progress)
     assert stopped.value.signum == signum and told[-1][:2] == (stage, at)
     assert {path.name for path in (tmp_path / "words").iterdir()} == {fit.STATISTICS}
     begun = []
-    fit.fit_lens(options(model, text), str(tmp_path / "words"), report=lambda *stage: begun.append(stage))
+    fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=lambda *stage: begun.append(stage))
     assert begun[0][1] == (at or begun[0][2]), "what was read is not read again"
     for name, tensor in load_file(fitted.path / "lens.safetensors").items():
         assert torch.equal(load_file(tmp_path / "words" / "lens.safetensors")[name], tensor)
 
 
 def test_a_second_signal_writes_nothing(model, text, tmp_path):
-    def report(stage, done, total):
+    def progress(stage, done, total):
         if done == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted) as stopped:
-        fit.fit_lens(options(model, text), str(tmp_path / "lens"), report=report)
+        fit.fit_lens(options(model, text), str(tmp_path / "lens"), progress=progress)
     assert stopped.value.signum == signal.SIGTERM and not (tmp_path / "lens").exists()
 
 
@@ -289,12 +289,12 @@ def test_the_command_says_how_to_go_on(model, text, tmp_path, capsys, signum, co
 
 
 def stopped(model, text, folder):
-    def report(stage, done, total):
+    def progress(stage, done, total):
         if done == 3:
             raise Stop
 
     with pytest.raises(Stop):
-        fit.fit_lens(options(model, text), str(folder), report=report, checkpoint_seconds=0.0)
+        fit.fit_lens(options(model, text), str(folder), progress=progress, checkpoint_seconds=0.0)
 
 
 @pytest.mark.medium
@@ -441,14 +441,14 @@ def test_a_fit_that_stopped_late_reads_nothing_again(model, text, fitted, tmp_pa
     if overwrite:
         fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
 
-    def report(at, done, total):
+    def progress(at, done, total):
         if at == stage:
             raise Stop
 
     with pytest.raises(Stop):
-        fit.fit_lens(given, str(tmp_path / "lens"), overwrite, report=report)
+        fit.fit_lens(given, str(tmp_path / "lens"), overwrite, progress=progress)
     begun = []
-    fit.fit_lens(given, str(tmp_path / "lens"), overwrite, report=lambda *told: begun.append(told))
+    fit.fit_lens(given, str(tmp_path / "lens"), overwrite, progress=lambda *told: begun.append(told))
     assert begun[0][1] == begun[0][2] > 0
     names = {path.name for path in (tmp_path / "lens").iterdir()}
     assert names == {"lens.safetensors", "manifest.json", "quality.csv", "quality.png"}
@@ -522,14 +522,14 @@ def test_two_fits_and_one_folder(model, text, tmp_path):
     """Whoever comes second is told so, also where nothing is written yet; the lock goes with the fit."""
     refused = []
 
-    def report(stage, done, total):
+    def progress(stage, done, total):
         if not refused:
             assert {path.name for path in (tmp_path / "lens").iterdir()} == {LOCK}
             with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
                 fit.fit_lens(options(model, text), str(tmp_path / "lens"), overwrite=True)
             refused.append(stage)
 
-    fit.fit_lens(options(model, text), str(tmp_path / "lens"), report=report)
+    fit.fit_lens(options(model, text), str(tmp_path / "lens"), progress=progress)
     assert refused and not (tmp_path / "lens" / LOCK).exists()
 
 

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import gate
+from gate import LensVariant, violations
 from gate_process import inspect_all
-from refinelens.kernels import gate
 from refinelens.kernels.config import LensConfig, pinned_config
-from refinelens.kernels.gate import LensVariant, violations
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MAIN = LensVariant(same_bits=True)

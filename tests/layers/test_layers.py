@@ -345,5 +345,5 @@ def test_a_model_that_skips_its_own_blocks_is_refused_by_name():
     model = tiny_gpt2(VOCAB)
     lens = lens_of(model)
     model.transformer.h = model.transformer.h[:2].eval()
-    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel: .* got ValueError: 2 calls of 3 blocks"):
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel: .* got .* got 2 runs of 2 blocks"):
         check_replay(lens)

@@ -227,11 +227,11 @@ def test_fewer_runs_at_a_time_once_memory_ran_out(run):
 )
 def test_interrupted_and_gone_on_with(finished, run, stage, before, kept, signum):
     def stop(*progress):
-        if progress[:2] == (stage, before):
+        if now[:2] == (stage, before):
             os.kill(os.getpid(), signum)
 
     with pytest.raises(Interrupted) as stopped:
-        run_layers(run.path, LayersConfig(), report=stop)
+        run_layers(run.path, LayersConfig(), progress=stop)
     assert stopped.value.signum == signum
     manifest = json.loads((run.path / "layers" / "manifest.json").read_text())
     assert len(manifest["parts"]) == kept and not (run.path / "layers" / ROWS).exists()
@@ -248,7 +248,7 @@ def test_a_second_signal_ends_it_at_once(run):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        run_layers(run.path, LayersConfig(("skip",)), report=twice)
+        run_layers(run.path, LayersConfig(("skip",)), progress=twice)
     assert len(json.loads((run.path / "layers" / "manifest.json").read_text())["parts"]) == 1
 
 
@@ -258,15 +258,15 @@ def test_a_fault_names_the_question_and_keeps_the_others(finished, run):
     def at_question(number, act):
         return at_pass(lambda ids, states: asked[-1] == number and act())
 
-    def report(stage, done, total):
+    def progress(stage, done, total):
         asked.append(done if stage == "questions" else -1)
 
     said = "question 1: ZeroDivisionError: .*; the same command goes on"
     with at_question(1, lambda: 1 / 0), pytest.raises(FaultError, match=said):
-        run_layers(run.path, LayersConfig(), report=report)
+        run_layers(run.path, LayersConfig(), progress=progress)
     said = "question 0: FileNotFoundError: .*; the same command without ``overwrite=True`` goes on"
     with at_question(0, lambda: open("/nowhere/weights")), pytest.raises(FaultError, match=said):
-        run_layers(run.path, LayersConfig(), overwrite=True, report=report)
+        run_layers(run.path, LayersConfig(), overwrite=True, progress=progress)
     folder, _ = run_layers(run.path, LayersConfig())
     assert rows_of(folder).equals(rows_of(finished[0]))
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from lens_folders import N_LAYERS, random_translators, save_linear, save_model, save_tuned, tiny
 from refinelens.config import SweepConfig
 from refinelens.errors import InputError
-from refinelens.lens.files import fit_to_model, load_lens, load_lenses
-from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.files import load_lens, load_lenses
+from refinelens.lens.logit_lens import LogitLens, fit_to_model
 from refinelens.lens.translators import Translators
 from refinelens.model.loading import load_model
 from refinelens.sweeping.sweep import SweepInputs

@@ -216,7 +216,7 @@ def test_a_sweep_with_reuse_is_the_sweep_without(branched, ran_whole):
     assert_same(branched, ran_whole)
     reused, plain = branched.manifest, ran_whole.manifest
     assert reused["prefix_reuse"]["used"] and "argmax equal" in reused["prefix_reuse"]["why"]
-    assert plain["prefix_reuse"] == {"used": False, "why": "--reuse-prefix off"}
+    assert plain["prefix_reuse"] == {"used": False, "why": "``reuse_prefix='off'``"}
     tokens = {(r["question_id"], r["documents"], r["gold_position"]): r["n_tokens"] for r in predictions(branched)}
     assert plain["counts"]["tokens_computed"] == sum(tokens.values()) and plain["counts"]["tokens_saved"] == 0
     assert sum(reused["counts"][f"tokens_{what}"] for what in ("computed", "saved")) == sum(tokens.values())
@@ -241,7 +241,7 @@ def test_the_table_counts_tokens(branched, ran_whole):
     line = f"{computed} tokens computed, {saved} saved by shared prefixes ({(computed + saved) / computed:.2f} times)."
     assert line in notes(read_report(branched))
     computed = ran_whole.manifest["counts"]["tokens_computed"]
-    line = f"{computed} tokens computed, 0 saved by shared prefixes; contexts ran whole: --reuse-prefix off."
+    line = f"{computed} tokens computed, 0 saved by shared prefixes; contexts ran whole: ``reuse_prefix='off'``."
     assert line in notes(read_report(ran_whole))
 
 
@@ -308,7 +308,7 @@ def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, cro
     "change, why",
     [
         ({"dtype": "bfloat16"}, "in half precision rounding may change ranks"),
-        ({"batch_size": "2"}, "--batch-size 2"),
+        ({"batch_size": "2"}, "``batch_size='2'``"),
     ],
 )
 def test_auto_says_why_it_runs_whole(options, tmp_path, change, why):

@@ -148,18 +148,24 @@ def test_nothing_to_run(lens):
 
 
 def test_a_limit_is_kept():
+    """Whatever is batched, a context or not: no second try at what did not fit, and nothing is left out."""
     limit, tried = MemoryLimit(), []
 
-    def work(size):
-        tried.append(size)
-        if size > 5:
+    def work(batch):
+        tried.append(len(batch))
+        if len(batch) > 5:
             raise MemoryError
-        return size
+        return batch
 
-    assert [limit.run(size, work) for size in (20, 20, 2)] == [5, 5, 2]
-    assert tried == [20, 10, 5, 5, 2]
+    def batched(n, work):
+        sizes = (lambda left: limit.of(20), lambda batch: limit.lower(len(batch)))
+        return sum(in_batches(range(n), work, *sizes), [])
+
+    for n in (20, 20, 2):
+        assert batched(n, work) == list(range(n))
+    assert tried == [20, 10, *[5] * 4, *[5] * 4, 2]
     with pytest.raises(MemoryError):
-        limit.run(20, lambda size: [][0] if size > 5 else (_ for _ in ()).throw(MemoryError))
+        batched(20, lambda batch: (_ for _ in ()).throw(MemoryError))
 
 
 def test_a_proof_is_due_for_contexts_more_than_twice_as_long():

@@ -13,8 +13,8 @@ import torch
 
 from lens_folders import D_MODEL, N_LAYERS, VOCAB, random_translators, save_model, save_tuned, state_dict, tiny
 from refinelens.errors import InputError
-from refinelens.lens.files import fit_to_model, load_lens
-from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.files import load_lens
+from refinelens.lens.logit_lens import LogitLens, fit_to_model
 from refinelens.lens.translators import compare_unembedding, unembed_hash
 from refinelens.model.loading import load_model
 from tiny import assert_matches_truth, truth

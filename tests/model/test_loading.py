@@ -18,7 +18,8 @@ from lens_folders import random_translators, save_tuned, tiny
 from refinelens import LogitLens, load_lens
 from refinelens.cli import main
 from refinelens.errors import InputError, UnsupportedModelError
-from refinelens.lens.files import model_entry, save_lens
+from refinelens.lens.files import save_lens
+from refinelens.lens.logit_lens import model_entry
 from refinelens.lens.translators import unembed_hash
 from refinelens.model import identity
 from refinelens.model.loading import load_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from refinelens.model.hooks import BLOCK, SkipHiddenKeys, _SeenMask
+from refinelens.model.hooks import BLOCK, SkipHiddenKeys, _blocks_of
 
 
 def operands(n_queries, n_keys, heads=2, batch=1):
@@ -37,7 +37,7 @@ def test_fewer_keys_are_looked_at(window, second):
     """Of two blocks of queries the first needs one of keys; behind a window the second does not need the start."""
     mask = causal(2 * BLOCK, 2 * BLOCK)
     mask = mask if window is None else mask.triu(-window)
-    assert [block.keys for block in _SeenMask.look_at(mask).blocks] == [slice(0, BLOCK), second]
+    assert [keys for _, keys, _ in _blocks_of(mask)] == [slice(0, BLOCK), second]
 
 
 def test_padding_and_a_query_that_sees_nothing():

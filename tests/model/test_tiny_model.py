@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from refinelens import fused_lens
 from refinelens.cli import main
 from refinelens.config import FitConfig, LayersConfig, SweepConfig
-from refinelens.data.generated import HELD_OUT, context_text, generate_tiny_task, vocabulary
+from refinelens.data.generated import HELD_OUT, context_text, generate_task, vocabulary
 from refinelens.fitting.fit import fit_lens
 from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
 from refinelens.layers.analysis import run_layers
@@ -53,7 +53,7 @@ def test_the_architecture_is_gpt2s(loaded):
 def test_the_tokenizer_has_a_token_for_every_word():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     assert set(vocabulary()) < set(tokenizer.get_vocab()) and len(tokenizer) == len(vocabulary()) + 2
-    for question in generate_tiny_task(20, 20, seed=0).questions:
+    for question in generate_task("tiny", 20, 20, seed=0).questions:
         ids = tokenizer("\n".join([d.text for d in question.distractors] + [question.question]))["input_ids"]
         assert tokenizer.unk_token_id not in ids
 

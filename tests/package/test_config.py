@@ -27,13 +27,10 @@ COMMANDS = {  # config and what the command line alone is asked
 REQUIRED = {"fit": ["--out", "lens"], "show": ["run"], "layers": ["run"], "export": ["run", "--out", "file"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
-    "sweeping/contexts.py": {"--task", "--chat", "--template"},
-    "lens/prefix.py": {"--reuse-prefix", "--batch-size"},
     "report/tables.py": {"--resume"},
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
     "model/loading.py": PIP,
     "doctor.py": PIP,
-    "data/make_builtin.py": {"--out"},
 }
 LINES = ("report/figures.py", "layers/report.py", "bench/table.py")  # dashed ones, and rules of tables
 

@@ -56,7 +56,7 @@ def add_up(path, manifest=None, overwrite=False):
         folder.check_foreign()
         if folder.exists and not overwrite:
             there = folder.checked_manifest()
-            manifest = go_on(there, folder.whole_parts(there)[0], process_entry(None))
+            manifest = go_on(there, folder.whole_parts(there), process_entry(None))
         writer = FolderWriter(folder, manifest or new())
         writer.place()
         if not folder.is_whole("start.txt", writer.manifest):
@@ -136,7 +136,8 @@ def test_no_step_may_fail_unseen(tmp_path):
 def test_what_is_damaged_is_made_again(tmp_path, file):
     whole, folder = add_up(tmp_path / "whole").path, add_up(tmp_path / "sum")
     (folder.path / file).write_bytes(b"damaged")
-    parts, damaged = folder.whole_parts(folder.checked_manifest())
+    damaged = []
+    parts = folder.whole_parts(folder.checked_manifest(), damaged.append)
     assert (len(parts), len(damaged)) == ((PARTS - 1, 1) if "part" in file else (PARTS, 0))
     assert all("got" in line and f"adding to {folder.path} computes it again" in line for line in damaged)
     assert_same(add_up(folder.path).path, whole)

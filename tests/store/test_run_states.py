@@ -67,7 +67,7 @@ def work(path, run_id, n_questions, overwrite):
         manifest = manifest_of(run_id)
         if resumed:
             there = run.checked_manifest()
-            run_id, manifest = there["run_id"], go_on(there, run.whole_parts(there)[0], process_entry(None))
+            run_id, manifest = there["run_id"], go_on(there, run.whole_parts(there), process_entry(None))
         writer = RunWriter(run, manifest, resumed)
         missing = writer.missing()
         for place in missing[:n_questions]:
@@ -98,7 +98,7 @@ class RunStates(RuleBasedStateMachine):
     def whole(self):
         """Places of the questions that are there: run id, and the set."""
         manifest = self.manifest
-        parts = Run(self.path / "run").whole_parts(manifest)[0]
+        parts = Run(self.path / "run").whole_parts(manifest)
         return manifest["run_id"], {place for part in parts for place in range(*part.questions)}
 
     @rule(n_questions=st.integers(1, QUESTIONS), step=st.none() | st.integers(1, 30), overwrite=st.booleans())
@@ -151,7 +151,7 @@ class RunStates(RuleBasedStateMachine):
         manifest, run = self.manifest, Run(self.path / "run")
         if not manifest:
             return
-        run_id, parts = manifest["run_id"], run.whole_parts(manifest)[0]
+        run_id, parts = manifest["run_id"], run.whole_parts(manifest)
         for part in parts:
             expected = [row for place in range(*part.questions) for row in rows_of(run_id, place)]
             found = run.read_part(part, ["question_id", "answer_token", "documents", "gold_position", "lens"])

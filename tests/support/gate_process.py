@@ -10,7 +10,7 @@ from refinelens.machine import module_path
 
 SCRIPT = """
 import pickle, sys
-from refinelens.kernels.gate import inspect_variant
+from gate import inspect_variant
 variants = pickle.load(sys.stdin.buffer)
 pickle.dump({name: inspect_variant(variant) for name, variant in variants.items()}, sys.stdout.buffer)
 """
@@ -26,6 +26,7 @@ def inspect_all(variants):
 
 def _inspect(variants):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | module_path()
+    environment["PYTHONPATH"] = os.pathsep.join((os.path.dirname(__file__), environment["PYTHONPATH"]))
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=pickle.dumps(variants), capture_output=True, env=environment
     )

@@ -5,8 +5,8 @@ import json
 import torch
 import transformers as tf
 
-from refinelens.lens.files import model_entry, save_lens
-from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.files import save_lens
+from refinelens.lens.logit_lens import LogitLens, model_entry
 from refinelens.lens.translators import Translators
 from refinelens.model.loading import load_model
 from tiny import shake, word_tokenizer

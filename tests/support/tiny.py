@@ -67,8 +67,8 @@ def save_tiny_model(folder, vocab_size=None, tokenizer=None, **sizes):
 
 def save_tiny_lens(folder, model_folder, scale, seed=0):
     """Save a lens for the model of `save_tiny_model`: random translators, the identity with ``scale`` 0."""
-    from refinelens.lens.files import model_entry, save_lens
-    from refinelens.lens.logit_lens import LogitLens
+    from refinelens.lens.files import save_lens
+    from refinelens.lens.logit_lens import LogitLens, model_entry
     from refinelens.lens.translators import Translators
     from refinelens.model.loading import load_model
 

@@ -55,17 +55,17 @@ def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tm
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("done", [1, 3])
-def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, done):
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, after):
     """Stopped within the questions that share them: those that are finished run again beside the others."""
 
-    def stop(progress):
-        if progress.done == done:
+    def stop(stage, done, total, rows=0):
+        if done == after:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        run_sweep(options, tmp_path / "run", report=stop, questions_per_part=2)
-    assert open_run(tmp_path / "run").manifest["counts"]["done"] == done
+        run_sweep(options, tmp_path / "run", progress=stop, questions_per_part=2)
+    assert open_run(tmp_path / "run").manifest["counts"]["done"] == after
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
 
 

@@ -49,18 +49,18 @@ from refinelens.report import tables as outputs
 from refinelens.sweeping import sweep
 torch.set_num_threads(1)  # models so small gain nothing from more
 outputs.draw_figures = lambda *drawn: None
-def report(progress):
+def progress(stage, done, total, rows=0):
     global tables
     tables = max(tables, pyarrow.total_allocated_bytes())
-    if progress.done == 0:
+    if done == 0:
         tracemalloc.start()  # the task is loaded: from here on nothing should stay
-    elif progress.done in (progress.questions // 8, progress.questions):
+    elif done in (total // 8, total):
         peaks.append((resident(), (tracemalloc.get_traced_memory()[1] + tables) // 1024))
-    if progress.done == progress.questions:
+    if done == total:
         tracemalloc.stop()
 for folder, questions_per_part, options in json.loads(sys.argv[1]):
     peaks, tables, options = [], 0, sweep.SweepConfig(documents=(3,), device="cpu", **options)
-    sweep.run_sweep(options, folder, report=report, questions_per_part=questions_per_part)
+    sweep.run_sweep(options, folder, progress=progress, questions_per_part=questions_per_part)
     print(json.dumps([peaks, resident()]))
 """
 

@@ -220,7 +220,7 @@ def test_a_second_beginning_is_said(sweep, tmp_path):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=beginning)
     template.write_text("<s>{documents}\n{question}")
     (line,) = sweep(tokenizer=tokenizer, template=str(template))[2]
-    assert line.startswith(f"--template {template}: it begins with '<s>', which the tokenizer puts before every text")
+    assert line.startswith(f"``template`` {template}: it begins with '<s>', which the tokenizer puts before every text")
 
 
 @pytest.mark.medium

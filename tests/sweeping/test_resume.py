@@ -301,15 +301,15 @@ def test_a_full_disk(small_disk, options, whole, request, pages):
         request.getfixturevalue("drawn")
     path, ballast = small_disk / "run", small_disk / "ballast"
 
-    def fill(progress):
-        if progress.done == 9:
+    def fill(stage, done, total, rows=0):
+        if done == 9:
             free = os.statvfs(small_disk)
             with ballast.open("wb") as file:
                 file.write(bytes(max(free.f_bfree - pages, 0) * free.f_bsize))
 
     said = "no free disk left; what was written stays readable; free some; ``sweep.resume="
     with pytest.raises(FaultError, match=said):
-        run_sweep(options, path, report=fill, questions_per_part=PART)
+        run_sweep(options, path, progress=fill, questions_per_part=PART)
     assert not list(path.rglob("*.tmp"))
     assert rows_of(open_run(path)) == rows_of(whole[0])[: len(rows_of(open_run(path)))]
     ballast.unlink()
@@ -354,7 +354,7 @@ def test_an_exception_in_a_question(options, whole, tmp_path, error, words):
 
     named = rf"^question 9, \d documents, gold position \d: {re.escape(words)}; ``sweep.resume='{path}'.`` goes on"
     with at_pass(fault), pytest.raises(FaultError, match=named):
-        run_sweep(options, path, report=lambda progress: done.append(progress.done), questions_per_part=PART)
+        run_sweep(options, path, progress=lambda stage, asked, *_: done.append(asked), questions_per_part=PART)
     assert open_run(path).manifest["counts"]["done"] == 9
     resume_sweep(path)
     assert_lacks_nothing(path, whole[0])

@@ -311,12 +311,12 @@ def test_no_question_can_be_asked_and_the_old_run_stays(options, tmp_path):
 
 
 def test_interrupt_keeps_finished_questions(options, tmp_path):
-    def stop(progress):
-        if progress.done == 2:
+    def stop(stage, done, total, rows=0):
+        if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(options, tmp_path / "run", report=stop)
+        run_sweep(options, tmp_path / "run", progress=stop)
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == 2
     assert len({r["question_id"] for r in predictions(run)}) == 2
@@ -324,11 +324,11 @@ def test_interrupt_keeps_finished_questions(options, tmp_path):
 
 
 def test_interrupt_before_anything_is_finished(options, tmp_path):
-    def stop(progress):
+    def stop(stage, done, total, rows=0):
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as interrupt:
-        run_sweep(options, tmp_path / "run", report=stop)
+        run_sweep(options, tmp_path / "run", progress=stop)
     assert interrupt.value.folder is None and not (tmp_path / "run").exists()
 
 
@@ -401,20 +401,20 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path):
     """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
     other = replace(options, seed=7, examples=1)
 
-    def start_another(progress):
-        if progress.done == 3:
+    def start_another(stage, done, total, rows=0):
+        if done == 3:
             with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
                 run_sweep(other, tmp_path / "run", overwrite=True)
 
-    run_sweep(options, tmp_path / "run", report=start_another, questions_per_part=2)
+    run_sweep(options, tmp_path / "run", progress=start_another, questions_per_part=2)
 
-    def remove_the_lock(progress):
-        if progress.done == 3:
+    def remove_the_lock(stage, done, total, rows=0):
+        if done == 3:
             (tmp_path / "run" / LOCK).unlink()
             run_sweep(other, tmp_path / "run", overwrite=True)
 
     with pytest.raises(FaultError, match="expected this process's own, got another that replaced it$"):
-        run_sweep(options, tmp_path / "run", overwrite=True, report=remove_the_lock, questions_per_part=2)
+        run_sweep(options, tmp_path / "run", overwrite=True, progress=remove_the_lock, questions_per_part=2)
     run = open_run(tmp_path / "run")
     assert run.manifest["arguments"]["seed"] == 7 and run.manifest["status"] == "finished"
     assert predictions(run) == predictions(run_sweep(other, tmp_path / "alone"))
@@ -455,7 +455,7 @@ def test_equal_questions_are_said(options, question_file, tmp_path):
         path.write_text("\n".join(text))
         said = []
         run_sweep(replace(options, task=str(path), documents=(1,)), tmp_path / "run", overwrite=True, warn=said.append)
-        assert len(said) == (words is not None) and all(f"--task {path}: {words}" in one for one in said)
+        assert len(said) == (words is not None) and all(f"``task`` {path}: {words}" in one for one in said)
 
 
 def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path):
@@ -475,12 +475,12 @@ def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path):
 
 
 def test_any_other_fault_keeps_finished_questions(options, tmp_path):
-    def fault(progress):
-        if progress.done == 4:
+    def fault(stage, done, total, rows=0):
+        if done == 4:
             raise RuntimeError("a fault in a driver")
 
     with pytest.raises(RuntimeError, match="driver"):
-        run_sweep(options, tmp_path / "run", report=fault)
+        run_sweep(options, tmp_path / "run", progress=fault)
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and len({r["question_id"] for r in predictions(run)}) == 4
 

@@ -18,9 +18,8 @@ from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.machine import PACKAGE_ROOT, module_path
 from refinelens.store.results import open_run
-from refinelens.sweeping.manifest import RunSpec
-from refinelens.sweeping.sweep import run_sweep
-from refinelens.sweeping.workers import Workers, _Worker, check_workers
+from refinelens.sweeping.sweep import RunSpec, run_sweep
+from refinelens.sweeping.workers import Workers, _Worker
 
 HAS_PROC = Path("/proc/self/stat").exists()
 FAULT_FREE = {"part": 4, "figures": False}
@@ -255,7 +254,8 @@ def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the one you want')")
     monkeypatch.chdir(tmp_path)
     workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "out"), 1, pytest.fail)
-    worker = _Worker.start(workers._environment(0, 1), setup=("neither options nor spec", None, None))
+    workers._setup = ("neither options nor spec", None, None)
+    worker = workers._start(0, 1)
     with pytest.raises(ValueError, match="too many values to unpack"):
         worker.receive()
     assert worker.process.wait() == 0
@@ -276,6 +276,7 @@ def test_a_process_imports_this_package(monkeypatch, path, imported):
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_no_such_number(count):
+def test_no_such_number(count, tmp_path):
     with pytest.raises(InputError, match=f"``workers``: expected 1 or more processes, got {count}"):
-        check_workers(count)
+        run_sweep(SweepConfig(), tmp_path / "run", workers=count)
+    assert not (tmp_path / "run").exists()

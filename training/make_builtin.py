@@ -7,7 +7,7 @@ first token of " " + answer tells them apart under any tokenizer. Lines take the
 lines are a balanced sample. The file follows the oracle format of Lost in the Middle (Liu et al., 2023), with
 ``answer_prefix``, the start of the reply up to the answer, and ``group`` added.
 
-    python -m refinelens.data.make_builtin [--out FILE]
+    python training/make_builtin.py [--out FILE]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 SEED = 2307
 PER_GROUP = 20
+BUILTIN = Path(__file__).parents[1] / "refinelens" / "data" / "builtin.jsonl"
 WORDS = (30, 45)  # fewest and most words of a document
 
 STARTS = """Arven Brosk Calmi Dorra Elska Fenta Glim Hask Isso Jasp Kelvi Lumo Marsk
@@ -290,8 +291,8 @@ def build() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the built-in task to FILE (beside this script).")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("builtin.jsonl"), metavar="FILE")
+    parser = argparse.ArgumentParser(description="Write the built-in task to FILE.")
+    parser.add_argument("--out", type=Path, default=BUILTIN, metavar="FILE")
     parser.parse_args().out.write_text(build(), encoding="utf-8", newline="\n")
 
 

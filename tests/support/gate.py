@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import kernel, kernel_tma, norm_kernel
-from .config import HOPPER, LensConfig, LensOptions, pinned_config, tile_ranges
-from .reference import LayerNorm, LensHead
+from refinelens.kernels import kernel, kernel_tma, norm_kernel
+from refinelens.kernels.config import HOPPER, LensConfig, LensOptions, pinned_config, tile_ranges
+from refinelens.kernels.reference import LayerNorm, LensHead
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MMA = ("HGMMA", "HMMA", "UTCHMMA")  # of Hopper, Ampere, Blackwell
