@@ -226,7 +226,7 @@ def test_fewer_runs_at_a_time_once_memory_ran_out(run):
     "stage, before, kept, signum", [("questions", 2, 3, signal.SIGINT), ("means", 0, 0, signal.SIGTERM)]
 )
 def test_interrupted_and_gone_on_with(finished, run, stage, before, kept, signum):
-    def stop(*progress):
+    def stop(*now):
         if now[:2] == (stage, before):
             os.kill(os.getpid(), signum)
 
