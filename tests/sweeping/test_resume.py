@@ -293,7 +293,9 @@ def small_disk(tmp_path):
 
 
 # Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
-@pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
+@pytest.mark.parametrize(
+    "pages", [0, 2, 4, 10, 30, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 3, 6, 20, 40))]
+)
 @pytest.mark.medium
 def test_a_full_disk(small_disk, options, whole, request, pages):
     """A real one, filled by somebody else before the tenth question is asked."""
