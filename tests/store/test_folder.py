@@ -98,7 +98,10 @@ def assert_same(path, whole):
 @pytest.mark.medium
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_before_every_step(tmp_path, overwrite):
-    """And gone on with: what is overwritten is there, or the new one is; and nothing of the old one is left at last."""
+    """And gone on with: what is overwritten is there, or the new one is; and nothing of the old one is left at last.
+
+    Of what is overwritten only what can be made again of the rest may be gone.
+    """
     whole, old, path = add_up(tmp_path / "whole").path, tmp_path / "old", tmp_path / "sum"
     add_up(old, new("other", numbers=PARTS + 2))
     for step in range(1, 100):
@@ -109,7 +112,8 @@ def test_killed_before_every_step(tmp_path, overwrite):
             break
         assert code == 9
         if overwrite and Sums(path).manifest["run_id"] == "other":
-            assert files_of(path).items() >= files_of(old).items()
+            kept = {name: content for name, content in files_of(old).items() if name not in Sums.DERIVED}
+            assert files_of(path).items() >= kept.items()
         else:
             assert_same(add_up(path).path, whole)
         shutil.rmtree(path)

@@ -117,9 +117,7 @@ class RunStates(RuleBasedStateMachine):
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert code in (0, 9) and (code == 0 or step)
         if code == 0:
-            run_id, places = self.whole()
-            table = path / SUMMARY
-            assert table.read_text() == run_id if table.exists() else len(places) < QUESTIONS, "no other run's is left"
+            assert (path / SUMMARY).exists() or len(self.whole()[1]) < QUESTIONS
             assert not [name for name in path.rglob(".*") if name.name not in (LOCK, ".hidden")]
             assert not (path / LOCK).exists()
 
@@ -166,6 +164,12 @@ class RunStates(RuleBasedStateMachine):
             assert manifest["counts"]["rows"] == sum(part.rows for part in run.parts_of(manifest))
 
     @invariant()
+    def a_table_is_of_the_run_that_the_manifest_names(self):
+        """Also right after a kill: whoever reads the folder then must not see another run's numbers."""
+        table = self.path / "run" / SUMMARY
+        assert not table.exists() or table.read_text() == self.manifest["run_id"]
+
+    @invariant()
     def what_is_not_its_own_stays(self):
         for name, content in self.foreign.items():
             assert (self.path / "run" / name).read_bytes() == content
@@ -179,4 +183,4 @@ TestRunStates.settings = settings(max_examples=12, stateful_step_count=8, deadli
 class TestManyRunStates(RunStates.TestCase):
     """Longer and more of them."""
 
-    settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
+    settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
