@@ -230,13 +230,13 @@ def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .store.frames import check_new_file
 
     files = {kind: getattr(arguments, kind) for kind in ("html", "png", "json")}
-    for path in files.values():
+    for kind, path in files.items():
         if path is not None:
-            check_new_file(Path(path))
+            check_new_file(Path(path), kind)
     from .store.folder import MANIFEST
     from .store.results import open_run
 
-    if (Path(arguments.text) / MANIFEST).exists():
+    if os.path.isfile(os.path.join(arguments.text, MANIFEST)):  # False also for a text too long for a path
         run = open_run(arguments.text)
         from .read import read_context, show
 

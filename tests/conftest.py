@@ -6,6 +6,7 @@ come back to it.
 
 import os
 import signal
+from contextlib import contextmanager
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -84,21 +85,35 @@ def fork_server(tiny_model, question_file, tmp_path_factory):
         yield fork_server
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drawing():
+    """Figures are made but not drawn, which takes longer than all else, but for those made ``with drawing():``."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # the tests of the kernels alone do without
+        yield None
+        return
+    from faults import save_stand_in
+
+    own = Figure.savefig
+
+    @contextmanager
+    def draw():
+        Figure.savefig = own
+        try:
+            yield
+        finally:
+            Figure.savefig = save_stand_in
+
+    Figure.savefig = save_stand_in
+    yield draw
+    Figure.savefig = own
+
+
 @pytest.fixture
-def quick(monkeypatch):
-    """For what is not about figures."""
-    from faults import quick_figures
-
-    monkeypatch.setattr("refinelens.report.tables.draw_figures", quick_figures)
-
-
-@pytest.fixture(scope="module")
-def quick_file():
-    """`quick` for a whole file, with the sweeps that its tests share."""
-    from faults import quick_figures
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("refinelens.report.tables.draw_figures", quick_figures)
+def drawn(drawing):
+    """For a test that is about figures."""
+    with drawing():
         yield
 
 
@@ -120,6 +135,10 @@ def refused_sweep(question_file, tmp_path, capfd):
 
 
 @pytest.fixture
-def no_model(monkeypatch):
-    """Fails the test if a sweep loads its model."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.load_model", lambda *_: pytest.fail("the model was loaded"))
+def no_model():
+    """Fails the test if a model is loaded: torch tells of every module that becomes part of another."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    hook = register_module_module_registration_hook(lambda *_: pytest.fail("a model was loaded"))
+    yield
+    hook.remove()

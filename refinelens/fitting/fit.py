@@ -70,6 +70,7 @@ def fit_lens(
     overwrite: bool = False,
     argv: list[str] | None = None,
     progress: Progress = unseen,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Fitted:
     """Fit a lens to a model and write its folder; a fit that was stopped goes on from its last checkpoint.
 
@@ -82,6 +83,7 @@ def fit_lens(
         overwrite: Replace a lens or a stopped fit that is there.
         argv: Command line, for the manifest.
         progress: Called with a stage, and how much of it is done.
+        checkpoint_seconds: How long what was read may be on no disk.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -107,7 +109,8 @@ def fit_lens(
         check_disk(out, 2 * statistics_bytes)
         try:
             states = States(options, text, loaded, logit_lens)
-            return Fitted(folder.path, _Fit(options, folder.path, overwrite, states, signals, progress).finish(argv))
+            parts = (states, signals, progress, checkpoint_seconds)
+            return Fitted(folder.path, _Fit(options, folder.path, overwrite, *parts).finish(argv))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -127,6 +130,7 @@ class _Fit:
     states: States
     signals: StopSignals
     progress: Progress
+    checkpoint_seconds: float
 
     def finish(self, argv: list[str] | None) -> dict:
         """Fit and write everything; the manifest."""
@@ -225,7 +229,7 @@ class _Fit:
                 (fit if done in split.fit else choose).add(hidden)
                 done, adding = done + 1, False
                 self.progress("reading", done, end)
-                if self.signals.received is not None or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if self.signals.received is not None or time.monotonic() - saved > self.checkpoint_seconds:
                     self._save(done, fit, choose)
                     saved = time.monotonic()
                     self.signals.stop_if_received()

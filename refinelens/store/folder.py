@@ -202,9 +202,15 @@ class Folder:
         for path in self._part_files(".part-*.parquet.tmp"):
             path.unlink()
 
+    def remove_derived(self) -> None:
+        """Remove what can be written from the rest."""
+        for name in self.DERIVED:
+            (self.path / name).unlink(missing_ok=True)
+
     def remove_unnamed(self, manifest: dict) -> None:
         """Remove what another manifest named, or a killed process had not named yet, and what was derived from it."""
-        for name in (*self.DERIVED, *(name for name, entry in self.NAMED.items() if not manifest.get(entry))):
+        self.remove_derived()
+        for name in (name for name, entry in self.NAMED.items() if not manifest.get(entry)):
             (self.path / name).unlink(missing_ok=True)
         named = {part.file for part in self.parts_of(manifest)}
         for path in self._part_files("part-*.parquet"):
@@ -241,11 +247,17 @@ class FolderWriter:
         return self._signature is not None
 
     def place(self) -> None:
-        """Put the manifest in its place; from then on what another one left goes."""
+        """Put the manifest in its place, after the tables of another one and before all else of it goes.
+
+        Tables can be written again; those of another manifest must not be read with this one, if a kill comes between.
+        """
         if not self.is_placed:
+            goes_on = self.manifest["status"] != "finished"
+            if goes_on:
+                self.folder.remove_derived()
             self._write_manifest()
             sync_folder(self.folder.path.absolute().parent)
-            if self.manifest["status"] != "finished":
+            if goes_on:
                 self.folder.remove_unnamed(self.manifest)
 
     def write(self, path: Path, write: Callable[[Path], object]) -> str:

@@ -179,7 +179,9 @@ class Predictor:
         loaded: LoadedModel,
         logit_lens: LogitLens,
         lenses: list[Lens],
+        rows_at_a_time: int = ROWS_AT_A_TIME,
     ):
+        self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
         self._together = questions_together(options, loaded.model.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
@@ -234,7 +236,7 @@ class Predictor:
         for states in self._runner.run(asked, self._write, warn):
             held.append(states)
             del states  # else it would be held while the next contexts run
-            if sum(one.hidden[..., 0].numel() for one in held) >= ROWS_AT_A_TIME:
+            if sum(one.hidden[..., 0].numel() for one in held) >= self._rows_at_a_time:
                 yield from self._read(held)
                 held.clear()
         yield from self._read(held)

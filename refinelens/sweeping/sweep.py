@@ -240,6 +240,7 @@ def run_sweep(
     progress: Progress = unseen,
     summary: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
+    questions_per_part: int = QUESTIONS_PER_PART,
 ) -> Run:
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
@@ -252,6 +253,7 @@ def run_sweep(
         progress: Called after every question.
         summary: Called with what the tables and figures say, once they are written.
         warn: Called with a line about what went wrong and was put right, or about the texts, see `remarks`.
+        questions_per_part: How many are written together; where every token is read each has a part of its own.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -266,7 +268,7 @@ def run_sweep(
         run.checked_manifest()  # before the lock makes a folder
     else:
         run.check_replaceable()
-    sweep = _Sweep(run, argv, workers, progress, summary, warn)
+    sweep = _Sweep(run, argv, workers, progress, summary, warn, questions_per_part)
     with working_on(run.path, UNIT, sweep.advice) as signals:
         if options is None:
             sweep.go_on()
@@ -301,6 +303,7 @@ class _Sweep:
     progress: Progress
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
+    questions_per_part: int
     runner: SweepInputs | Workers | None = None
     writer: RunWriter | None = None
 
@@ -309,7 +312,8 @@ class _Sweep:
         self.run.check_overwrite(overwrite, options.arguments())
         inputs = SweepInputs.load(options)
         check_top(options.top, inputs.logit_lens.head.vocab_size)
-        manifest = inputs.manifest(self.argv, self.workers, 1 if options.positions == "all" else QUESTIONS_PER_PART)
+        size = 1 if options.positions == "all" else self.questions_per_part
+        manifest = inputs.manifest(self.argv, self.workers, size)
         check_disk(self.run.path, _bytes_needed(options, manifest))
         for line in manifest["remarks"]:
             self.warn(line)

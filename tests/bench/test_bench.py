@@ -373,6 +373,7 @@ def test_what_a_gpu_would_measure_names_what_is_there():
 
 
 @pytest.mark.medium
+@pytest.mark.usefixtures("drawn")
 def test_scaling_writes_its_figure_and_numbers(tmp_path, monkeypatch, capsys):
     small = {"ROWS": 4, "D_MODEL": 8, "VOCAB": 50, "ROUNDS": 1, "ODD_ROUNDS": 1, "NAMES": ("fp32", "naive")}
     small["AXES"] = {"rows": (2, 4), "d_model": (8, 16), "vocab": (32, 64)}

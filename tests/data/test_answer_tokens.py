@@ -176,7 +176,7 @@ class Foreign:
 
 @pytest.mark.medium
 def test_a_sweep_with_a_tokenizer_that_is_not_transformers_own(
-    tiny_model, question_file, tmp_path, monkeypatch, capsys, quick
+    tiny_model, question_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Foreign(word_tokenizer()))
     sweep = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
@@ -225,7 +225,7 @@ def test_mistral_common():
     assert len(tokenizer_sha256(tokenizer)) == 64
 
 
-def test_rows_record_what_the_first_token_covers(tmp_path, question_file, quick):
+def test_rows_record_what_the_first_token_covers(tmp_path, question_file):
     tokenizer = splitting(r"is red|\w+|[^\w\s]", "is red")
     model = save_tiny_model(tmp_path / "model", tokenizer=tokenizer)
     task = tmp_path / "task.jsonl"

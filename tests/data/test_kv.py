@@ -117,7 +117,7 @@ def test_a_generated_task_is_that_of_a_file_with_its_lines(tmp_path):
 
 
 @pytest.mark.medium
-def test_sweep_of_generated_pairs(tmp_path, capsys, quick):
+def test_sweep_of_generated_pairs(tmp_path, capsys):
     """At every position, oracle included; a resume makes the same task again."""
     model = save_tiny_model(tmp_path / "model", tokenizer=byte_tokenizer(), n_positions=1024)
     command = ["sweep", "--model", str(model), "--task", "kv", "--device", "cpu", "--examples", "3"]

@@ -1,12 +1,14 @@
 """Prompts, gold positions and answer tokens."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refinelens.config import gold_positions
 from refinelens.data.prompts import DEFAULT_TEMPLATE, Template, build_context, load_template
 from refinelens.data.questions import QA, Document, Question
 from refinelens.errors import InputError
-from tiny import word_tokenizer
+from tiny import byte_tokenizer, word_tokenizer
 
 GOLD = Document("arven", "the door is black iron gate .")
 QUESTION = Question(0, "what is the door ?", ("black iron gate",), "", "", GOLD, ())
@@ -164,3 +166,35 @@ def test_template_from_a_file(tmp_path):
             load_template(str(path))
     with pytest.raises(InputError, match="expected default, query-aware or a readable text file"):
         load_template(str(tmp_path / "none.txt"))
+
+
+TEXTS = st.text(min_size=1, max_size=20)  # of any characters
+DOCUMENTS = st.builds(Document, TEXTS, TEXTS)
+TOKENIZERS = {"words": word_tokenizer(), "bytes": byte_tokenizer()}
+
+
+@pytest.mark.medium
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from(sorted(TOKENIZERS)), gold=DOCUMENTS, others=st.lists(DOCUMENTS, max_size=3), data=st.data())
+def test_spans_of_any_documents(name, gold, others, data):
+    """The gold document has exactly the tokens of its line by itself, wherever it stands and whatever is in it."""
+    tokenizer, place = TOKENIZERS[name], data.draw(st.integers(0, len(others)))
+    question = Question(0, "what is the door ?", ("red",), "", "", gold, ())
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, others, place)
+    line = QA.lines([*others[:place], gold, *others[place:]])[place]
+    start, end = context.gold_span
+    assert list(context.input_ids[start:end]) == tokenizer(line, add_special_tokens=False)["input_ids"]
+    assert context.input_ids[: context.n_shared] == context.prompt_ids[: context.n_shared]
+
+
+@settings(max_examples=30, deadline=None)
+@given(answer=TEXTS.filter(lambda text: text.strip() == text), prefix=st.sampled_from(["", " it is", ' "']))
+def test_tokens_of_any_answer(answer, prefix):
+    """They are those of the answer from its first letter on, or from its first sign, if it has no letter."""
+    tokenizer = byte_tokenizer()
+    question = Question(0, "what is the door ?", (answer,), prefix, "", GOLD, ())
+    context = build_context(tokenizer, DEFAULT_TEMPLATE, question, OTHERS, 1)
+    first = next((i for i, character in enumerate(answer) if character.isalnum()), 0)
+    assert tokenizer.decode(context.answer_ids, clean_up_tokenization_spaces=False) == answer[first:]
+    assert context.answer_span.next_ids == context.answer_ids
+    assert (*context.input_ids, context.answer_ids[-1])[context.prompt_length :] == context.answer_ids

@@ -8,21 +8,36 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
-from faults import at_step
+from faults import at_pass, faulty_disk, full_disk_at
 from refinelens.cli import main
 from refinelens.config import FitConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.fitting import fit, objectives
 from refinelens.fitting.objectives import Statistics, _Correction
 from refinelens.fitting.quality import measure
-from refinelens.fitting.text import Split, States, load_text, sequences
+from refinelens.fitting.text import States, load_text, sequences
 from refinelens.lens.files import load_lens
 from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.prefix import PROBE_TOKENS
 from refinelens.model.loading import load_model
 from refinelens.store.process import LOCK, Interrupted
 from tiny import WORDS, tiny_gpt2, word_tokenizer
+
+
+class AtCalls(TorchFunctionMode):
+    """Within it ``act(function, keywords)`` comes before every call of torch; it may raise instead."""
+
+    def __init__(self, act):
+        super().__init__()
+        self._act = act
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        self._act(function, keywords or {})
+        return function(*arguments, **(keywords or {}))
 
 
 def random_states(tokens, n_layers=2, d_model=7, seed=0):
@@ -157,11 +172,12 @@ def test_no_document_is_read_twice(model, tmp_path):
 
 
 @pytest.mark.parametrize("count", [10, 11, 19, 31, 39, 390])
-def test_a_tenth_is_the_nearest_number_of_sequences(model, text, monkeypatch, count):
+def test_a_tenth_is_the_nearest_number_of_sequences(model, tmp_path, count):
     """Of 39, which 20,000 tokens make, four: three would be a thirteenth."""
-    loaded = load_model(str(model), "cpu")
-    monkeypatch.setattr(States, "_sequences", lambda self, limit: iter(range(count)))
-    split = States(options(model, text), load_text(str(text)), loaded, LogitLens(loaded.model)).split
+    loaded, path = load_model(str(model), "cpu"), tmp_path / "text"
+    path.write_text(" ".join(["door"] * (count * loaded.max_tokens + 7)))  # and a rest
+    given = options(model, path, tokens=10**6)  # more than there are: the text says how many sequences
+    split = States(given, load_text(str(path)), loaded, LogitLens(loaded.model)).split
     assert [*split.fit, *split.choose, *split.report] == list(range(count)) and len(split.fit) >= 8
     assert len(split.choose) == len(split.report) and abs(len(split.report) - count / 10) <= 0.5
 
@@ -204,8 +220,7 @@ class Stop(KeyboardInterrupt):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("stop_after", [1, 7, 17])
-def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, monkeypatch, stop_after):
-    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)
+def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, stop_after):
     read = []
 
     def progress(stage, done, total):
@@ -214,8 +229,7 @@ def test_a_stopped_fit_goes_on_to_the_same_lens(model, text, fitted, tmp_path, m
             raise Stop
 
     with pytest.raises(Stop):
-        fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=progress)
-    monkeypatch.undo()
+        fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=progress, checkpoint_seconds=0.0)
     begun = []
     fit.fit_lens(options(model, text), str(tmp_path / "words"), progress=lambda *stage: begun.append(stage))
     assert begun[0][1] == stop_after  # what was read is not read again
@@ -257,48 +271,49 @@ def test_a_second_signal_writes_nothing(model, text, tmp_path):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_says_how_to_go_on(model, text, tmp_path, capsys, monkeypatch, signum, code):
-    add, calls = Statistics.add, []
+def test_the_command_says_how_to_go_on(model, text, tmp_path, capsys, signum, code):
+    calls = []
 
-    def add_and_stop(self, hidden):
-        calls.append(hidden)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signum)
-        add(self, hidden)
+    def stop_at_the_second(ids, states):
+        if ids.shape[1] > PROBE_TOKENS:
+            calls.append(ids)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(Statistics, "add", add_and_stop)
     command = ["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "lens")]
-    assert main(command) == code
+    with at_pass(stop_at_the_second):
+        assert main(command) == code
     said = "refinelens: interrupted; the same command goes on from the last checkpoint, if there is one\n"
     assert capsys.readouterr().err == said
     assert len(calls) == 2 and (tmp_path / "lens" / fit.STATISTICS).exists()
 
 
-def stopped(model, text, folder, monkeypatch):
-    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)
-
+def stopped(model, text, folder):
     def progress(stage, done, total):
         if done == 3:
             raise Stop
 
     with pytest.raises(Stop):
-        fit.fit_lens(options(model, text), str(folder), progress=progress)
+        fit.fit_lens(options(model, text), str(folder), progress=progress, checkpoint_seconds=0.0)
 
 
 @pytest.mark.medium
-def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path, monkeypatch):
-    stopped(model, text, tmp_path / "lens", monkeypatch)
+def test_another_fit_does_not_go_on_from_a_stopped_one(model, text, tmp_path):
+    stopped(model, text, tmp_path / "lens")
     with pytest.raises(InputError, match="expected tokens 3000, as the stopped fit has it, got 4000; pass ``over"):
         fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"))
-    monkeypatch.setattr(States, "_split", lambda states: Split(200, range(13), range(13, 14), range(14, 15)))
-    with pytest.raises(InputError, match=r"expected sequences \[.*\], as the stopped fit has it, got \[13, 1, 1\]"):
+    path = tmp_path / "lens" / fit.STATISTICS  # of a version that divided the text in another way
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    identity = json.loads(metadata["identity"]) | {"sequences": [13, 1, 1]}
+    save_file(tensors, path, metadata | {"identity": json.dumps(identity)})
+    with pytest.raises(InputError, match=r"expected sequences \[13, 1, 1\], as the stopped fit has it, got \[.*\]"):
         fit.fit_lens(options(model, text), str(tmp_path / "lens"))
-    monkeypatch.undo()
     fit.fit_lens(options(model, text, tokens=4000), str(tmp_path / "lens"), overwrite=True)
 
 
-def test_a_damaged_checkpoint_is_named(model, text, tmp_path, monkeypatch):
-    stopped(model, text, tmp_path / "lens", monkeypatch)
+def test_a_damaged_checkpoint_is_named(model, text, tmp_path):
+    stopped(model, text, tmp_path / "lens")
     path = tmp_path / "lens" / fit.STATISTICS
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="expected a whole statistics.safetensors"):
@@ -440,44 +455,42 @@ def test_a_fit_that_stopped_late_reads_nothing_again(model, text, fitted, tmp_pa
 
 
 @pytest.mark.medium
-def test_a_stop_in_the_middle_of_a_sum_is_forgotten(model, text, fitted, tmp_path, monkeypatch):
-    add, calls = Statistics.add, []
+def test_a_stop_in_the_middle_of_a_sum_is_forgotten(model, text, fitted, tmp_path):
+    sums = []
 
-    def stop_halfway(self, hidden):
-        add(self, hidden)
-        calls.append(hidden)
-        if len(calls) == 5:
-            raise Stop
+    def stop_halfway(function, keywords):
+        if function is torch.Tensor.addmm_:
+            sums.append(function)
+            if len(sums) == 27:  # two of each of three layers: of the fifth sequence it is the third
+                raise Stop
 
-    monkeypatch.setattr(Statistics, "add", stop_halfway)
-    with pytest.raises(Stop):
+    with AtCalls(stop_halfway), pytest.raises(Stop):
         fit.fit_lens(options(model, text), str(tmp_path / "lens"))
-    monkeypatch.undo()
     again = fit.fit_lens(options(model, text), str(tmp_path / "lens"))
     assert torch.equal(load_lens(again.path).translators.weight, load_lens(fitted.path).translators.weight)
 
 
-def test_out_of_memory_is_one_line(model, text, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+def test_out_of_memory_is_one_line(model, text, tmp_path, capsys):
+    def fail(function, keywords):
+        if function is torch.zeros and keywords.get("dtype") == torch.float64:  # sums are of no other
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
 
-    monkeypatch.setattr(Statistics, "empty", fail)
-    assert (
-        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 1
-    )
+    command = ["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]
+    with AtCalls(fail):
+        assert main(command) == 1
     printed = capsys.readouterr().err
     assert "GB of statistics beside the model, got out of memory" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.medium
-def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_line(model, text, tmp_path, capsys):
+    def full(number, path):
+        if path and path.endswith("lens.safetensors"):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fit, "save_lens", fail)
-    assert (
-        main(["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]) == 1
-    )
+    command = ["fit", "--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(tmp_path / "l")]
+    with faulty_disk(full):
+        assert main(command) == 1
     printed = capsys.readouterr().err
     assert "no free disk left; what was written stays readable; free some; the same command goes on from the" in printed
     assert printed.count("\n") == 1
@@ -485,26 +498,17 @@ def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.medium
-def test_no_write_of_a_fit_may_fail_unseen(model, text, tmp_path, monkeypatch):
+def test_no_write_of_a_fit_may_fail_unseen(model, text, tmp_path):
     """Every flush, rename and removal in turn; the same call makes the lens that it was to be."""
-
-    def fail():
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("refinelens.fitting.fit.draw_quality", lambda *_: None)
-    loaded = load_model(str(model), "cpu")
-    monkeypatch.setattr("refinelens.fitting.fit.load_model", lambda *_: loaded)
     whole = fit.fit_lens(options(model, text), str(tmp_path / "whole"))
     for step in range(1, 100):
         folder = tmp_path / str(step) / "whole"
-        with monkeypatch.context() as patch:
-            for name, function in at_step(step, fail).items():
-                patch.setattr(os, name, function)
-            try:
+        try:
+            with full_disk_at(step):
                 fit.fit_lens(options(model, text), str(folder))
-                break
-            except FaultError as error:
-                assert "no free disk left" in str(error)
+            break
+        except FaultError as error:
+            assert "no free disk left" in str(error)
         if not (folder / "manifest.json").exists():
             fit.fit_lens(options(model, text), str(folder))
         for name in ("lens.safetensors", "quality.csv"):
@@ -535,15 +539,17 @@ def test_a_fit_that_cannot_begin_leaves_no_folder(model, text, tmp_path):
     assert not (tmp_path / "lens").exists()
 
 
-def test_a_sample_is_spread_over_its_sequences(model, text, monkeypatch):
-    loaded = load_model(str(model))
-    read = States(options(model, text, tokens=6000), load_text(str(text)), loaded, LogitLens(loaded.model))
-    which = range(3, len(read.split.fit))
+def test_a_sample_is_spread_over_its_sequences(model, text):
     asked = []
-    hidden = LogitLens.hidden
-    monkeypatch.setattr(
-        LogitLens, "hidden", lambda self, ids, at, *rest: (asked.append(at[0]), hidden(self, ids, at, *rest))[1]
-    )
+
+    class Spy(LogitLens):
+        def hidden(self, ids, at, *rest):
+            asked.append(at[0])
+            return super().hidden(ids, at, *rest)
+
+    loaded = load_model(str(model))
+    read = States(options(model, text, tokens=6000), load_text(str(text)), loaded, Spy(loaded.model))
+    which = range(3, len(read.split.fit))
     limit = read.split.tokens(which) // 7
     states = list(read.sample(which, limit))
     assert sum(s.shape[1] for s in states) == limit

@@ -77,15 +77,34 @@ pytestmark = [
 ]
 
 
+# What has no ceiling is among the forms of `test_compile_gate_all.py`, and takes as long to compile as the rest.
+COUNTED = [name for name, (_, ceiling) in SHIPPED.items() if ceiling]
+FORMS = [name for name in SHIPPED if name not in COUNTED]
+
+
 @pytest.fixture(scope="session")
 def reports():
-    return inspect_all({name: variant for name, (variant, _) in SHIPPED.items()} | REJECTED)
+    return inspect_all({name: SHIPPED[name][0] for name in COUNTED} | REJECTED)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.fixture(scope="session")
+def reports_of_forms():
+    return inspect_all({name: SHIPPED[name][0] for name in FORMS})
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_shipped_kernel_passes(name, reports):
+    assert_passes(name, reports[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_shipped_form_passes(name, reports_of_forms):
+    assert_passes(name, reports_of_forms[name])
+
+
+def assert_passes(name, report):
     variant, ceiling = SHIPPED[name]
-    report = reports[name]
     print(report)
     assert violations(variant, report, ceiling) == []
     assert 0 < report.registers <= 255 and report.instructions > 100

@@ -60,19 +60,22 @@ def test_outputs_agree_on_bits_of_logits_only():
     assert not outputs_agree(replace(out, target_rank=out.target_rank + 1), out)
 
 
-def test_a_kept_configuration_is_used_for_its_class_only(monkeypatch):
+def test_a_kept_configuration_is_used_for_its_class_only():
     hidden, unembedding, targets = operands(5, 64, 67, torch.float32)
     head = LensHead(unembedding)
     shape = ShapeClass.of(hidden, head, targets)
-    monkeypatch.setitem(config.KEPT, shape, SMALL)
-    assert config.config_for(shape, 5) == SMALL
-    others = (
-        ShapeClass.of(hidden, LensHead(unembedding, softcap=5.0), targets),
-        ShapeClass.of(hidden, head, None),
-        ShapeClass.of(hidden.repeat(2, 1), head, targets),
-    )
-    for other in others:
-        assert config.config_for(other, 5) == pinned_config(torch.float32, aligned=True, n_rows=5)
+    config.KEPT[shape] = SMALL
+    try:
+        assert config.config_for(shape, 5) == SMALL
+        others = (
+            ShapeClass.of(hidden, LensHead(unembedding, softcap=5.0), targets),
+            ShapeClass.of(hidden, head, None),
+            ShapeClass.of(hidden.repeat(2, 1), head, targets),
+        )
+        for other in others:
+            assert config.config_for(other, 5) == pinned_config(torch.float32, aligned=True, n_rows=5)
+    finally:
+        del config.KEPT[shape]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="is about machines without a CUDA device")

@@ -11,18 +11,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from families import save
+from faults import at_pass, faulty_disk
 from refinelens.cli import main
 from refinelens.config import LayersConfig, SweepConfig
 from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError, UnsupportedModelError
-from refinelens.layers.ablation import AblationRunner
 from refinelens.layers.analysis import run_layers
-from refinelens.layers.blocks import ActivationCache
-from refinelens.store.files import write_whole
+from refinelens.layers.blocks import PROBE_TOKENS
 from refinelens.store.frames import load_run
 from refinelens.store.layers import FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
 from refinelens.store.process import Interrupted, RunLock
@@ -58,8 +59,9 @@ def swept(model, question_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(swept):
-    return run_layers(swept.path, LayersConfig())
+def finished(swept, drawing):
+    with drawing():
+        return run_layers(swept.path, LayersConfig())
 
 
 @pytest.fixture
@@ -67,13 +69,6 @@ def run(swept, tmp_path):
     """A copy to do damage to."""
     shutil.copytree(swept.path, tmp_path / "run", ignore=shutil.ignore_patterns("layers"))
     return replace(swept, path=tmp_path / "run")
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """For what is not about the figure."""
-    draw = lambda path, report: write_whole(path, lambda temporary: temporary.write_bytes(b"figure"))  # noqa: E731
-    monkeypatch.setattr("refinelens.layers.measures.draw_layers", draw)
 
 
 def rows_of(folder):
@@ -170,15 +165,21 @@ def test_patches_go_between_success_and_failure(finished):
     assert {p.intervention for p in finished[1].patchings} == {"restore", "destroy"}
 
 
-def test_at_the_answer_the_other_tokens_stay(run, quick):
+def test_at_the_answer_the_other_tokens_stay(run, monkeypatch):
     """Held keys and values, or whole contexts where the gate or a real context refuses them: the same to rounding."""
     options = LayersConfig(("skip", "mean"), at="answer", examples=2)
     tables = []
-    for name, answer in ((None, None), ("blocks._cached_is_whole", False), ("ablation.difference", 1.0)):
-        with pytest.MonkeyPatch.context() as patch:
-            if name:
-                patch.setattr(f"refinelens.layers.{name}", lambda *_, answer=answer: answer)
-            tables.append(rows_of(run_layers(run.path, options, overwrite=True)[0]))
+    update, longest = DynamicCache.update, 10**9
+
+    def forget(cache, keys, values, layer, *rest):  # the first tokens, of contexts that are longer
+        keys, values = update(cache, keys, values, layer, *rest)
+        if keys.shape[-2] > longest:
+            cache.layers[layer].values[..., :3, :] = 0
+        return keys, values
+
+    monkeypatch.setattr(DynamicCache, "update", forget)
+    for longest in (10**9, 0, PROBE_TOKENS):  # noqa: B007 - `forget` reads it
+        tables.append(rows_of(run_layers(run.path, options, overwrite=True)[0]))
     assert tables[1].equals(tables[2])
     assert len(set(tables[0]["question_id"].to_pylist())) == 2
     for name in ("target_rank", "settle"):
@@ -188,57 +189,49 @@ def test_at_the_answer_the_other_tokens_stay(run, quick):
     assert np.abs(changes[0]).max() > 0.01
 
 
-def test_a_context_twice_as_long_is_compared_again(tiny_model, question_file, tmp_path, quick, monkeypatch):
-    from refinelens.layers import ablation
-
-    own, compared = ablation.difference, []
-    monkeypatch.setattr(ablation, "difference", lambda *pair: compared.append(pair) or own(*pair))
+def test_a_context_twice_as_long_is_compared_again(tiny_model, question_file, tmp_path):
     (tmp_path / "template").write_text("{documents}\n{question}")
     documents, template = (1, 6), str(tmp_path / "template")
     sweep = SweepConfig(str(tiny_model), str(question_file), documents, template=template, examples=2, device="cpu")
     run = run_sweep(sweep, tmp_path / "run")
-    run_layers(run.path, LayersConfig(("skip",), at="answer"))
-    assert len(compared) == 2  # an oracle context, then one of six documents
+    ran = []
+    with at_pass(lambda ids, states: ran.append(ids.shape[1])):
+        run_layers(run.path, LayersConfig(("skip",), at="answer"))
+    # All tokens but the last, the last by itself, then all together to compare.
+    compared = [n for first, last, n in zip(ran, ran[1:], ran[2:], strict=False) if (last, n) == (1, first + 1)]
+    assert len([n for n in compared if n > PROBE_TOKENS]) == 2, "an oracle context, then one of six documents"
 
 
-def test_fewer_runs_at_a_time_once_memory_ran_out(run, quick, monkeypatch):
-    own, sizes, options = ActivationCache.block, [], LayersConfig(("skip",), at="answer", examples=1)
+def test_fewer_runs_at_a_time_once_memory_ran_out(run):
+    stages, sizes, options = [], [], LayersConfig(("skip",), at="answer", examples=1)
     wanted = rows_of(run_layers(run.path, options)[0])
 
-    def block(self, index, state):
-        if index == self.n_layers - 1:  # by then two are under way; so they are once before, in the proof of batches
-            sizes.append(len(state))
-            if sizes.count(2) > 1 and len(state) > 1:
+    def small_machine(block, inputs):
+        if isinstance(block, GPT2Block) and stages[-1] == "questions":  # the gates run before
+            sizes.append(len(inputs[0]))
+            if len(inputs[0]) > 1:
                 raise torch.OutOfMemoryError
-        return own(self, index, state)
 
-    monkeypatch.setattr(ActivationCache, "block", block)
-    found = rows_of(run_layers(run.path, options, overwrite=True)[0])
+    hook = register_module_forward_pre_hook(small_machine)
+    try:
+        found = rows_of(run_layers(run.path, options, None, True, None, lambda stage, *_: stages.append(stage))[0])
+    finally:
+        hook.remove()
     assert found["target_rank"].equals(wanted["target_rank"])
-    assert [size for size in sizes if size > 1] == [2, 2], "in the proof, and no second try at what did not fit"
-
-
-def killed_in(monkeypatch, method, call, act):
-    """Calls ``act`` at one of the calls of a method of the scanner, counted from 1."""
-    own, calls = getattr(AblationRunner, method), [0]
-
-    def faulty(self, *arguments, **keywords):
-        calls[0] += 1
-        if calls[0] == call:
-            act()
-        return own(self, *arguments, **keywords)
-
-    monkeypatch.setattr(AblationRunner, method, faulty)
+    last = max(index for index, size in enumerate(sizes) if size > 1)
+    assert last < 0.5 * len(sizes), "no second try at what did not fit"
 
 
 @pytest.mark.parametrize(
-    "method, call, kept, signum", [("rows", 3, 3, signal.SIGINT), ("add_to_means", 5, 0, signal.SIGTERM)]
+    "stage, before, kept, signum", [("questions", 2, 3, signal.SIGINT), ("means", 0, 0, signal.SIGTERM)]
 )
-def test_interrupted_and_gone_on_with(finished, run, quick, method, call, kept, signum):
-    with pytest.MonkeyPatch.context() as patch:
-        killed_in(patch, method, call, lambda: os.kill(os.getpid(), signum))
-        with pytest.raises(Interrupted) as stopped:
-            run_layers(run.path, LayersConfig())
+def test_interrupted_and_gone_on_with(finished, run, stage, before, kept, signum):
+    def stop(*now):
+        if now[:2] == (stage, before):
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(Interrupted) as stopped:
+        run_layers(run.path, LayersConfig(), progress=stop)
     assert stopped.value.signum == signum
     manifest = json.loads((run.path / "layers" / "manifest.json").read_text())
     assert len(manifest["parts"]) == kept and not (run.path / "layers" / ROWS).exists()
@@ -248,33 +241,39 @@ def test_interrupted_and_gone_on_with(finished, run, quick, method, call, kept, 
     assert len(report.manifest["resumed"]) == 1
 
 
-def test_a_second_signal_ends_it_at_once(run, quick, monkeypatch):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+def test_a_second_signal_ends_it_at_once(run):
+    def twice(stage, done, total):
+        if (stage, done) == ("questions", 1):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    killed_in(monkeypatch, "rows", 2, twice)
     with pytest.raises(Interrupted):
-        run_layers(run.path, LayersConfig(("skip",)))
+        run_layers(run.path, LayersConfig(("skip",)), progress=twice)
     assert len(json.loads((run.path / "layers" / "manifest.json").read_text())["parts"]) == 1
 
 
-def test_a_fault_names_the_question_and_keeps_the_others(finished, run, quick):
-    with pytest.MonkeyPatch.context() as patch:
-        killed_in(patch, "_ablate", 8, lambda: 1 / 0)
-        with pytest.raises(FaultError, match="question 1: ZeroDivisionError: .*; the same command goes on"):
-            run_layers(run.path, LayersConfig())
-        killed_in(patch, "_ablate", 2, lambda: open("/nowhere/weights"))
-        message = "question 0: FileNotFoundError: .*; the same command without ``overwrite=True`` goes on"
-        with pytest.raises(FaultError, match=message):
-            run_layers(run.path, LayersConfig(), overwrite=True)
+def test_a_fault_names_the_question_and_keeps_the_others(finished, run):
+    asked = [-1]
+
+    def at_question(number, act):
+        return at_pass(lambda ids, states: asked[-1] == number and act())
+
+    def progress(stage, done, total):
+        asked.append(done if stage == "questions" else -1)
+
+    said = "question 1: ZeroDivisionError: .*; the same command goes on"
+    with at_question(1, lambda: 1 / 0), pytest.raises(FaultError, match=said):
+        run_layers(run.path, LayersConfig(), progress=progress)
+    said = "question 0: FileNotFoundError: .*; the same command without ``overwrite=True`` goes on"
+    with at_question(0, lambda: open("/nowhere/weights")), pytest.raises(FaultError, match=said):
+        run_layers(run.path, LayersConfig(), overwrite=True, progress=progress)
     folder, _ = run_layers(run.path, LayersConfig())
     assert rows_of(folder).equals(rows_of(finished[0]))
 
 
 @pytest.mark.parametrize("file", [f"{PARTS}/part-00002.parquet", MEANS, ROWS])
 @pytest.mark.parametrize("damage", ["flipped", "absent"])
-def test_damaged_files_are_made_again(finished, run, quick, file, damage):
+def test_damaged_files_are_made_again(finished, run, file, damage):
     shutil.copytree(finished[0].path, run.path / "layers")
     path, heard = run.path / "layers" / file, []
     whole = path.read_bytes()
@@ -284,18 +283,13 @@ def test_damaged_files_are_made_again(finished, run, quick, file, damage):
     assert [file.split("/")[1] in line for line in heard] == ([True] if "part" in file else [])
 
 
-def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, monkeypatch):
-    replace_file = os.replace
-
-    def replace_or_fail(source, target):
-        if os.fspath(target).endswith("part-00002.parquet"):
+def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run):
+    def full(number, path):
+        if path and path.endswith("part-00002.parquet"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        replace_file(source, target)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replace_or_fail)
-        with pytest.raises(FaultError, match="no free disk left"):
-            run_layers(run.path, LayersConfig())
+    with faulty_disk(full), pytest.raises(FaultError, match="no free disk left"):
+        run_layers(run.path, LayersConfig())
     path = run.path / "layers" / "manifest.json"
     manifest = json.loads(path.read_text())
     assert len(manifest["parts"]) == 2
@@ -304,14 +298,14 @@ def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run, quick, mon
     assert rows_of(folder).equals(rows_of(finished[0]))
 
 
-def test_finished_already_needs_no_model(finished, run, quick, no_model):
+def test_finished_already_needs_no_model(finished, run, no_model):
     shutil.copytree(finished[0].path, run.path / "layers")
     for same in (LayersConfig(), LayersConfig(lens="lens", examples=6)):
         _, report = run_layers(run.path, same)
         assert report.manifest["resumed"] == [] and report.essentials == finished[1].essentials
 
 
-def test_the_lens_alone_needs_no_model(run, quick, no_model):
+def test_the_lens_alone_needs_no_model(run, no_model):
     folder, report = run_layers(run.path, LayersConfig((), lens="plain"))
     assert report.manifest["lens"] == "plain" and len(rows_of(folder)) == 0
     assert {row.of for row in report.statistics} == {"lens"} and report.exits and not report.agreements
@@ -383,7 +377,7 @@ def test_another_model_is_refused_and_costs_nothing(finished, run, model, capsys
     assert sorted((path.name, path.stat().st_size) for path in (run.path / "layers").iterdir()) == before
 
 
-def test_a_family_without_halves_is_refused_by_name_and_can_be_skipped(question_file, tmp_path, quick):
+def test_a_family_without_halves_is_refused_by_name_and_can_be_skipped(question_file, tmp_path):
     folder, template = save("opt-350m", tmp_path / "model"), tmp_path / "template.txt"
     template.write_text("{documents}\n{question}\n")
     options = SweepConfig(folder, str(question_file), documents=(2,), template=str(template), device="cpu")

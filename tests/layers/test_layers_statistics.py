@@ -289,6 +289,7 @@ def test_from_the_layer_on_from_which_every_patch_has_the_effect(name, zero):
 
 
 @pytest.mark.medium
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("half", [1.0, math.nan])
 def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):

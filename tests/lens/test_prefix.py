@@ -1,6 +1,5 @@
 """Prefix reuse: contexts that branch off a cache are those that ran whole, and what cannot branch runs whole."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import transformers as tf
 from transformers import DynamicCache
 
 from families import CASES, GROUPED, ROPE, TOKENS, VOCAB, build
+from faults import at_pass
 from refinelens import LogitLens
 from refinelens.config import SweepConfig
 from refinelens.doctor import model_findings
@@ -20,8 +20,6 @@ from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.model.loading import LoadedModel
 from refinelens.sweeping.sweep import run_sweep
 from tiny import shake
-
-pytestmark = pytest.mark.usefixtures("quick_file")
 
 FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
 WINDOWS = ["mistral", "gemma2", "gemma3", "gpt_oss", "phi3-tied", "starcoder2-no-bias", "gpt_neo", "falcon-alibi"]
@@ -105,14 +103,14 @@ def test_what_is_shared(contexts, shared):
     assert found == shared
 
 
-def test_a_failed_run_leaves_no_cache(monkeypatch):
+def test_a_failed_run_leaves_no_cache():
     lens = LogitLens(build("gpt2"))
     branches, ids, positions = Branches(lens), torch.tensor([[5, 6, 7, 8]]), torch.tensor([[3]])
     branches.hidden(ids, positions)
-    with monkeypatch.context() as patch:
-        patch.setattr(lens.blocks[1], "forward", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            branches.hidden(ids, positions)
+    fault = lens.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        branches.hidden(ids, positions)
+    fault.remove()
     expected = whole(lens, [5, 6, 7, 8], [3])
     torch.testing.assert_close(branches.hidden(ids, positions), expected)
     assert branches.shared == 0
@@ -164,11 +162,25 @@ def crop_and_round(cache, tokens):
         layer.values = layer.values.bfloat16().float()
 
 
+def crop_and_forget(cache, tokens):
+    """Goes wrong behind 20 tokens, more than the gate runs."""
+    for layer in cache.layers:
+        layer.crop(tokens)
+    if cache.get_seq_length() > 20:
+        cache.layers[0].values[..., :10, :] = 0
+
+
+@pytest.fixture
+def crop_by(monkeypatch):
+    """Makes Transformers' cache crop in another way."""
+    return lambda crop: monkeypatch.setattr(DynamicCache, "crop", crop)
+
+
 @pytest.mark.parametrize("crop", [crop_too_little, crop_nothing, crop_and_round])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "gemma3"])
-def test_gate_refuses_a_cache_that_was_tampered_with(name, crop, monkeypatch):
+def test_gate_refuses_a_cache_that_was_tampered_with(name, crop, crop_by):
     lens = LogitLens(build(name))
-    monkeypatch.setattr(DynamicCache, "crop", crop)
+    crop_by(crop)
     reuse = check_branching(lens)
     assert not reuse.used and type(lens.model).__name__ in reuse.why
 
@@ -234,16 +246,8 @@ def test_the_table_counts_tokens(branched, ran_whole):
 
 
 @pytest.mark.medium
-def test_a_real_context_may_show_what_the_gate_cannot(options, ran_whole, tmp_path, monkeypatch):
-    """A cache that goes wrong behind 20 tokens, more than the gate runs."""
-    crop = DynamicCache.crop
-
-    def short_memory(cache, tokens):
-        crop(cache, tokens)
-        if cache.get_seq_length() > 20:
-            cache.layers[0].values[..., :10, :] = 0
-
-    monkeypatch.setattr(DynamicCache, "crop", short_memory)
+def test_a_real_context_may_show_what_the_gate_cannot(options, ran_whole, tmp_path, crop_by):
+    crop_by(crop_and_forget)
     run = run_sweep(options, tmp_path / "run")
     assert predictions(run) == predictions(ran_whole)
     assert not run.manifest["prefix_reuse"]["used"]
@@ -268,16 +272,9 @@ class Spy:
         return [n_tokens for n_tokens, branched in self.passes if not branched]
 
 
-def test_a_context_twice_as_long_is_a_proof_of_its_own(monkeypatch):
+def test_a_context_twice_as_long_is_a_proof_of_its_own(crop_by):
     """Whatever was proven on shorter ones: here a cache that goes wrong behind 20 tokens."""
-    crop, spy = DynamicCache.crop, Spy(LogitLens(build("gpt2")))
-
-    def short_memory(cache, tokens):
-        crop(cache, tokens)
-        if cache.get_seq_length() > 20:
-            cache.layers[0].values[..., :10, :] = 0
-
-    contexts = []
+    spy, contexts = Spy(LogitLens(build("gpt2"))), []
     for first, n_shared in ((10, 7), (20, 20), (30, 60)):
         shared = [first, *random_ids(n_shared - 1, first)]
         contexts += [tuple([*shared, token, 5, 6]) for token in (40, 50)]
@@ -287,7 +284,7 @@ def test_a_context_twice_as_long_is_a_proof_of_its_own(monkeypatch):
         assert len(list(runner.run(inputs))) == len(inputs) and runner.reuse.used
     assert spy.whole == [10, 23, 63], "each of those once"
     spy.passes.clear()
-    monkeypatch.setattr(DynamicCache, "crop", short_memory)
+    crop_by(crop_and_forget)
     runner = ForwardRunner(spy, reuse=runner.reuse)
     found = {states.index: states.hidden for states in runner.run(inputs)}
     assert spy.whole == [10, 23, 63] and not runner.reuse.used
@@ -297,8 +294,8 @@ def test_a_context_twice_as_long_is_a_proof_of_its_own(monkeypatch):
 
 
 @pytest.mark.medium
-def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(DynamicCache, "crop", crop_nothing)
+def test_a_model_that_cannot_branch_runs_whole(options, ran_whole, tmp_path, crop_by):
+    crop_by(crop_nothing)
     run = run_sweep(options, tmp_path / "run")
     assert predictions(run) == predictions(ran_whole)
     assert "GPT2LMHeadModel cannot branch" in run.manifest["prefix_reuse"]["why"]
@@ -319,42 +316,40 @@ def test_auto_says_why_it_runs_whole(options, tmp_path, change, why):
     assert run.manifest["prefix_reuse"] == {"used": False, "why": why}
 
 
-def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
-    read = Branches.hidden
+def test_a_broken_state_names_its_context(options, tmp_path):
+    ran = []
 
-    def broken(self, ids, positions):
-        states = read(self, ids, positions)
-        return states.fill_(float("nan")) if ids.shape[1] > 40 and self.shared else states
+    def broken(ids, states):
+        ran.append(ids.shape[1])
+        if max(ran) > 40 and ids.shape[1] < 20:  # one that branches off
+            states.fill_(float("nan"))
 
-    monkeypatch.setattr(Branches, "hidden", broken)
-    with pytest.raises(FaultError, match=r"^question 0, \d documents, gold position \d: hidden: .* got NaN in row 0"):
+    named = r"^question 0, \d documents, gold position \d: hidden: .* got NaN in row 0"
+    with at_pass(broken), pytest.raises(FaultError, match=named):
         run_sweep(options, tmp_path / "run")
 
 
 @pytest.mark.medium
-def test_out_of_memory_runs_the_question_whole(options, ran_whole, tmp_path, monkeypatch):
-    read, failed = Branches.hidden, Counter()
+def test_out_of_memory_runs_the_question_whole(options, ran_whole, tmp_path):
+    ran, failed = [], []
 
-    def small_machine(self, ids, positions):
-        states = read(self, ids, positions)
-        if self.shared > 30 and not failed["here"]:
-            failed["here"] += 1
+    def small_machine(ids, states):
+        ran.append(ids.shape[1])
+        if max(ran) > 40 and ids.shape[1] < 20 and not failed:  # one that branches off
+            failed.append(ids)
             raise MemoryError
-        return states
 
-    monkeypatch.setattr(Branches, "hidden", small_machine)
-    run = run_sweep(options, tmp_path / "run")
+    with at_pass(small_machine):
+        run = run_sweep(options, tmp_path / "run")
     assert_same(run, ran_whole)
-    assert failed["here"] == 1 and run.manifest["counts"]["tokens_saved"] > 0
+    assert failed and run.manifest["counts"]["tokens_saved"] > 0
 
-    def no_machine(self, ids, *rest):
+    def no_machine(ids, states):
         if ids.shape[1] > PROBE_TOKENS:
             raise MemoryError
-        return hidden(self, ids, *rest)
 
-    hidden = LogitLens.hidden
-    monkeypatch.setattr(LogitLens, "hidden", no_machine)
-    with pytest.raises(FaultError, match=r"^question 0, \d documents, .* expected memory for one context of"):
+    named = r"^question 0, \d documents, .* expected memory for one context of"
+    with at_pass(no_machine), pytest.raises(FaultError, match=named):
         run_sweep(options, tmp_path / "none")
 
 

@@ -87,11 +87,17 @@ def test_the_output_is_the_models_own_prediction_through_any_lens(lens):
 
 
 # Of 14 rows and 4 layers: blocks of 14 // 4 = 3 rows with a rest of 2, of 5 rows with a rest of 4, of all rows.
+@pytest.fixture
+def translated_rows(monkeypatch):
+    """Sets how many translated states are held at a time: at the sizes of a test, all of them."""
+    return lambda rows: monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", rows * D_MODEL * 4)
+
+
 @pytest.mark.parametrize("rows", [1, 20, 56])
-def test_blocks_of_rows_give_the_numbers_of_one_call(lens, rows, monkeypatch):
+def test_blocks_of_rows_give_the_numbers_of_one_call(lens, rows, translated_rows):
     hidden, targets = hidden_and_targets(lens)
     whole = fields(lens.read_states(hidden, targets, random_translators()))
-    monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", rows * D_MODEL * 4)
+    translated_rows(rows)
     blocks = fields(lens.read_states(hidden, targets, random_translators()))
     for name, value in whole.items():
         assert blocks[name].shape == hidden.shape[:-1]
@@ -160,10 +166,10 @@ def test_dtype_follows_the_model(lens):
 
 
 @pytest.fixture
-def ahead(lens, monkeypatch):
+def ahead(lens, translated_rows):
     """The lens as on a GPU, by Triton and checked at the end; here in its interpreter."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", 20 * D_MODEL * 4)
+    translated_rows(20)
     ahead = copy(lens)
     ahead.backend = "triton"
     assert ahead._checks_at_once(ahead.head.weight) and not lens._checks_at_once(lens.head.weight)

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import pytest
 import torch
@@ -110,7 +112,7 @@ def test_code_that_a_model_brings_is_never_run_unasked(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.medium
-def test_trusting_code_stands_in_the_manifest(tiny_model, question_file, tmp_path, quick):
+def test_trusting_code_stands_in_the_manifest(tiny_model, question_file, tmp_path):
     sweep = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
     for number, given in enumerate(([], ["--trust-remote-code"])):
         assert main([*sweep, *given, "--out", str(tmp_path / str(number))]) == 0
@@ -266,7 +268,7 @@ def sweep(tiny_model, question_file):
 @pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_every_command_is_the_same_under_another_default_dtype(
-    sweep, tiny_model, tmp_path, request, dtype, quick, monkeypatch
+    sweep, tiny_model, tmp_path, request, dtype, monkeypatch
 ):
     """Whole numbers divided, empty tensors, constants: torch makes what has no dtype in the default one."""
     text = tmp_path / "text"
@@ -294,28 +296,28 @@ def test_every_command_is_the_same_under_another_default_dtype(
 
 
 @pytest.mark.medium
-def test_two_default_sweeps_of_one_second(sweep, tmp_path, monkeypatch, capsys, quick):
-    class Noon:
-        @staticmethod
-        def now():
-            import datetime
-
-            return datetime.datetime(2026, 1, 2, 12)
-
-    monkeypatch.setattr("refinelens.cli.datetime", Noon)
+def test_default_sweeps_of_one_second(sweep, tmp_path, monkeypatch, capsys):
+    """Other sweeps took the names of this minute and the next."""
     monkeypatch.chdir(tmp_path)
-    for _ in range(3):
-        assert main(sweep) == 0
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    first = names[0]
-    assert first.endswith("-questions-20260102-120000") and names == [first, f"{first}-2", f"{first}-3"]
+    assert main(sweep) == 0
+    (first,) = (path.name for path in (tmp_path / "runs").iterdir())
+    assert re.fullmatch(r".+-questions-\d{8}-\d{6}", first)
+    now, taken = datetime.now(), {first}
+    for second in range(120):
+        name = f"{first[:-16]}-{now + timedelta(seconds=second):%Y%m%d-%H%M%S}"
+        taken |= {name, f"{name}-2"}
+    for name in taken:
+        (tmp_path / "runs" / name).mkdir(exist_ok=True)
+    assert main(sweep) == 0
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    (own,) = names - taken
+    assert own.endswith("-3") and own[:-2] in taken
     assert main([*sweep, "--model", str(tmp_path / "none")]) == 2
-    left = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert left == names, "nothing is left of a sweep that failed"
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == names, "nothing is left of a sweep that failed"
 
 
 @pytest.mark.medium
-def test_a_run_of_relative_paths_goes_on_from_another_folder(tiny_model, question_file, tmp_path, monkeypatch, quick):
+def test_a_run_of_relative_paths_goes_on_from_another_folder(tiny_model, question_file, tmp_path, monkeypatch):
     """Model, task, template and lens are found from where they were named."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
@@ -340,20 +342,15 @@ def test_a_run_of_relative_paths_goes_on_from_another_folder(tiny_model, questio
 
 @pytest.mark.medium
 def test_a_terminal_without_unicode(tiny_model, question_file, tmp_path):
-    """Text that it lacks is escaped."""
-    out = tmp_path / "größe"
+    """Text that it lacks is escaped, in what is printed and in errors."""
+    out, table = tmp_path / "größe", tmp_path / "größe.csv"
     command = ["sweep", "--model", str(tiny_model), "--task", str(question_file), "--documents", "2", "--device", "cpu"]
+    assert main([*command, "--examples", "2", "--out", str(out)]) == 0
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "refinelens.cli", *command, "--examples", "2", "--out", str(out)],
-        capture_output=True,
-        env=environment,
-    )
+    export = [sys.executable, "-m", "refinelens.cli", "export", str(out), "--out", str(table)]
+    done, again = (subprocess.run(export, capture_output=True, env=environment) for _ in range(2))
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert b"gr\\xf6\\xdfe: manifest.json" not in done.stdout and b"gr\\xf6\\xdfe" in done.stdout
-    again = subprocess.run(
-        [sys.executable, "-m", "refinelens.cli", *command, "--out", str(out)], capture_output=True, env=environment
-    )
+    assert b"gr\\xf6\\xdfe.csv: " in done.stdout and table.exists()
     assert again.returncode == 2 and again.stderr.startswith(b"refinelens: --out ") and again.stderr.count(b"\n") == 1
 
 

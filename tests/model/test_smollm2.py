@@ -76,7 +76,7 @@ def _exact(head, hidden, targets):
     return [value.view(hidden.shape[:-1]) for _, value in out.items()]
 
 
-def test_builtin_questions(tmp_path, quick):
+def test_builtin_questions(tmp_path):
     options = SweepConfig(documents=(2,), examples=4, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = pq.read_table(run.path / "predictions").to_pylist()

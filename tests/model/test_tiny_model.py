@@ -94,7 +94,7 @@ def test_a_sweep_needs_no_more_than_its_name(tmp_path, capsys):
         assert all(float(line["accuracy"]) >= 0.75 for line in csv.DictReader(file))
 
 
-def test_every_document_size_it_was_trained_on_fits(tmp_path, quick):
+def test_every_document_size_it_was_trained_on_fits(tmp_path):
     options = SweepConfig(
         "tiny", "tiny", (0, 1, 20, 30, 45), gold_positions="ends-middle", examples=2, device="cpu", positions="answer"
     )
@@ -116,7 +116,7 @@ def whole(tmp_path_factory):
     return options, run_sweep(options, tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path, quick):
+def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path):
     options, run = whole
     branched = run_sweep(replace(options, reuse_prefix="on"), tmp_path / "run")
     assert branched.manifest["counts"]["tokens_computed"] < run.manifest["counts"]["tokens_computed"]
@@ -125,7 +125,7 @@ def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path, quick
         assert ours["target_logprob"] == pytest.approx(alone["target_logprob"], abs=1e-4)
 
 
-def test_a_killed_sweep_goes_on_to_the_same_rows(whole, tmp_path, fork_server, quick):
+def test_a_killed_sweep_goes_on_to_the_same_rows(whole, tmp_path, fork_server):
     """SIGKILL in the third question, when two are written."""
     options, run = whole
     arguments = ["--documents", "6", "--examples", str(options.examples), "--device", "cpu", "--reuse-prefix", "off"]
@@ -153,7 +153,7 @@ def fitted(tmp_path_factory):
     return folder
 
 
-def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path, quick):
+def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path):
     """At every layer below the output its report says so, of held-out text, and a sweep does of the answers."""
     quality = json.loads((fitted / "manifest.json").read_text())["quality"]
     for layer in range(8):

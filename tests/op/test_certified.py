@@ -130,13 +130,13 @@ def test_odd_sizes(screen, rows, d_model, vocab):
     assert torch.equal(out.argmax, exact.argmax) and torch.equal(out.target_rank, exact.target_rank)
 
 
-def test_more_rows_than_a_block(monkeypatch):
-    monkeypatch.setattr(cpu, "ROW_BLOCK", 16)
-    hidden, unembedding, targets, _ = make(37)
-    whole = fused_lens_certified(hidden[:16], LensHead(unembedding), targets[:16])
+def test_more_rows_than_a_block():
+    rows = cpu.ROW_BLOCK
+    hidden, unembedding, targets, _ = make(rows + 37, d_model=7, vocab=97)
+    whole = fused_lens_certified(hidden[:rows], LensHead(unembedding), targets[:rows])
     blocks = fused_lens_certified(hidden, LensHead(unembedding), targets)
     for (_, one), (_, other) in zip(whole.items(), blocks.items(), strict=True):
-        assert torch.equal(one, other[:16])
+        assert torch.equal(one, other[:rows])
     assert_certified(blocks, hidden, unembedding, None, targets)
 
 
@@ -423,14 +423,14 @@ def test_where_it_cannot_run_it_is_refused(monkeypatch):
         choose_precision("triton", "cuda", "certified")
 
 
-def test_auto_runs_what_it_says(screen, monkeypatch):
-    monkeypatch.setattr("refinelens.op.backends.CERTIFIED_ROWS", 8)
-    monkeypatch.setattr("refinelens.op.backends.CERTIFIED_WIDTH", 64)
-    hidden, unembedding, targets, _ = make(8, 64, 2000)
-    auto, few = (fused_lens(hidden[:n], unembedding, None, targets[:n]) for n in (8, 7))
-    chosen = choose_precision("cpp", "cpu", rows=8, d_model=64)[0]
+def test_auto_runs_what_it_says(screen):
+    rows, d_model = CERTIFIED_ROWS, CERTIFIED_WIDTH
+    hidden, unembedding, targets, _ = make(rows, d_model, 97)
+    auto, few = (fused_lens(hidden[:n], unembedding, None, targets[:n]) for n in (rows, rows - 1))
+    chosen = choose_precision("cpp", "cpu", rows=rows, d_model=d_model)[0]
     wanted, fp32 = (
-        fused_lens(hidden[:n], unembedding, None, targets[:n], precision=p) for n, p in ((8, chosen), (7, "fp32"))
+        fused_lens(hidden[:n], unembedding, None, targets[:n], precision=p)
+        for n, p in ((rows, chosen), (rows - 1, "fp32"))
     )
     assert torch.equal(auto.logsumexp, wanted.logsumexp) and torch.equal(few.logsumexp, fp32.logsumexp)
     assert auto.logsumexp_bound is None and auto.fell_back is None

@@ -4,11 +4,13 @@ import importlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
-from refinelens.kernels import reference
+from refinelens.kernels.reference import LensHead, fused_lens_reference
 from refinelens.op import backends
 from refinelens.op.backends import choose_backend
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
@@ -149,17 +151,51 @@ def test_parameters_that_are_trained_leave_no_graph():
     assert torch.equal(compiled(hidden), fused_lens(hidden, weight, None, 3).entropy * 2)
 
 
+HOW = ({"backend": "reference"}, {"backend": "cpp", "precision": "fp32"}, {"backend": "cpp", "precision": "certified"})
+
+
+# One row and one token; a prime; one more than a vector; one more than a tile of 96 tokens.
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([1, 3, 17]),
+    d_model=st.sampled_from([1, 7, 33]),
+    vocab=st.sampled_from([1, 2, 17, 97, 211]),
+    levels=st.sampled_from([1, 2, 50, None]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_backend_ranks_alike(rows, d_model, vocab, levels, seed):
+    """Of whole numbers every sum is exact, and of few of them many tokens tie: argmax and ranks are those of fp64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        if levels is None:
+            return torch.randn(shape, generator=generator)
+        return torch.randint(-levels, levels + 1, shape, generator=generator).float()
+
+    hidden, unembedding = draw(rows, d_model), draw(vocab, d_model)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    own = truth(hidden, unembedding, None, targets)["argmax"]
+    targets = torch.where(torch.rand(rows, generator=generator) < 0.5, own, targets)
+    exact = truth(hidden, unembedding, None, targets)
+    wide = fused_lens_reference(hidden.double(), LensHead(unembedding.double()), targets)
+    for stats in (wide, *(fused_lens(hidden, unembedding, None, targets, **how) for how in HOW)):
+        assert torch.equal(stats.target_rank == 0, stats.argmax == targets)
+        if levels is not None or stats is wide:
+            assert torch.equal(stats.argmax, exact["argmax"])
+            assert torch.equal(stats.target_rank, exact["target_rank"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(10))
-def test_ties_among_tokens_that_cannot_occur(backend, seed, monkeypatch):
+def test_ties_among_tokens_that_cannot_occur(backend, seed):
     """A target of logit -inf is beaten by everything else and by its equals of lower id, over several chunks."""
-    monkeypatch.setattr(reference, "MAX_CHUNK", 16)
     generator = torch.Generator().manual_seed(seed)
+    vocab = 16411  # a prime, two chunks of the reference and a rest
     hidden = torch.randint(-2, 3, (30, 3), generator=generator).float()
-    unembedding = torch.randint(-2, 3, (61, 3), generator=generator).float()
-    bias = torch.where(torch.rand(61, generator=generator) < 0.4, float("-inf"), 0.0)
+    unembedding = torch.randint(-2, 3, (vocab, 3), generator=generator).float()
+    bias = torch.where(torch.rand(vocab, generator=generator) < 0.4, float("-inf"), 0.0)
     bias[0] = 0.0
-    targets = torch.randint(0, 61, (30,), generator=generator)
+    targets = torch.randint(0, vocab, (30,), generator=generator)
     stats = fused_lens(hidden, unembedding, None, targets, bias, backend=backend)
     exact = truth(hidden, unembedding, None, targets, bias)
     assert torch.equal(stats.argmax, exact["argmax"])
@@ -297,8 +333,18 @@ def test_triton_through_the_public_op(monkeypatch):
         fused_lens(hidden, unembedding, backend="triton")
 
 
+@pytest.fixture
+def looked_up_again():
+    """What this machine has is looked up once a process; here once more, and after the test."""
+    for function in (backends._no_extension, backends._no_triton):
+        function.cache_clear()
+    yield
+    for function in (backends._no_extension, backends._no_triton):
+        function.cache_clear()
+
+
 @pytest.mark.parametrize("error", [None, ImportError("invalid ELF header")])
-def test_without_extension_the_reference_runs(monkeypatch, error):
+def test_without_extension_the_reference_runs(looked_up_again, monkeypatch, error):
     """Not built, or damaged."""
 
     def import_module(name):
@@ -307,8 +353,6 @@ def test_without_extension_the_reference_runs(monkeypatch, error):
     monkeypatch.setattr(importlib, "import_module", import_module)
     if error is None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for function in (backends._no_extension, backends._no_triton):
-        monkeypatch.setattr(backends, function.__name__, function.__wrapped__)
     why = "cannot be loaded (invalid ELF header)" if error else "was not built"
     assert choose_backend("cpu") == ("reference", f"the C++ extension {why}: plain torch")
     with pytest.raises(InputError, match="expected CPU tensors and the C.. extension for 'cpp', got"):
@@ -317,9 +361,8 @@ def test_without_extension_the_reference_runs(monkeypatch, error):
         assert choose_backend("cuda") == ("reference", "Triton is not installed: plain torch")
 
 
-def test_on_a_gpu_of_amd_the_reference_runs(monkeypatch):
+def test_on_a_gpu_of_amd_the_reference_runs(looked_up_again, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(backends, "_no_triton", backends._no_triton.__wrapped__)
     chosen, why = choose_backend("cuda")
     assert chosen == "reference" and "for NVIDIA" in why
     with pytest.raises(InputError, match="for NVIDIA, this torch is for AMD; use auto"):

@@ -12,8 +12,6 @@ from refinelens.store.results import open_run
 from refinelens.sweeping.sweep import RunSpec, SweepInputs
 from tiny import save_tiny_lens
 
-pytestmark = pytest.mark.usefixtures("quick_file")
-
 
 @pytest.fixture(scope="module")
 def run(tiny_model, question_file, tmp_path_factory):

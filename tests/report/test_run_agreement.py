@@ -116,7 +116,7 @@ def test_rows_of_different_answers_are_not_paired(tmp_path):
 
 
 @pytest.mark.medium
-def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, quick):
+def test_generated_tasks_share_their_first_questions_and_documents(tmp_path):
     options = SweepConfig("tiny", "tiny", documents=(2,), examples=3, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     more = run_sweep(replace(options, documents=(2, 4), examples=4), tmp_path / "more")
@@ -135,7 +135,7 @@ def test_generated_tasks_share_their_first_questions_and_documents(tmp_path, qui
         compare_runs(run, more)
 
 
-def test_folders_are_opened(tiny_model, question_file, tmp_path, quick):
+def test_folders_are_opened(tiny_model, question_file, tmp_path):
     options = SweepConfig(str(tiny_model), str(question_file), documents=(2,), examples=3, device="cpu")
     path = run_sweep(options, tmp_path / "run").path
     assert refinelens.compare_runs(path, str(path)).layers.tolist() == [1] * N_POINTS

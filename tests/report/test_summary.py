@@ -174,6 +174,7 @@ def test_table_names_lens_and_top_only_where_there_are_several(tmp_path):
     ids=["one lens", "two lenses", "all censored", "one position", "with intervals"],
 )
 @pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("drawn")
 def test_figures(tmp_path, cells, lenses):
     run = make_run(tmp_path / "run", cells, lenses, top=(1, 5))
     write_outputs(run, read_report(run))

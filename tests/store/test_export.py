@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from faults import faulty_disk
 from refinelens import load_run
 from refinelens.cli import main
 from refinelens.errors import InputError
@@ -113,13 +114,14 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     ],
 )
 @pytest.mark.parametrize("kind", ["csv", "lens-json"])
-def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys, monkeypatch, kind, number, code, message):
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
+def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys, kind, number, code, message):
+    def fail(step, path):
+        if step == 1:  # the flush
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("refinelens.store.files.os.fsync", fail)
     out = tmp_path / "out"
-    assert main(["export", str(run.path), "--format", kind, "--out", str(out)]) == code
+    with faulty_disk(fail):
+        assert main(["export", str(run.path), "--format", kind, "--out", str(out)]) == code
     assert capsys.readouterr().err == f"refinelens: --out {out}: {message}\n"
     assert not list(tmp_path.iterdir())
 

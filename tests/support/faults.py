@@ -1,18 +1,19 @@
-"""Sweeps in processes of their own that can be killed: forked from one that has done such a sweep already.
+"""What befalls a disk, a model that runs, and sweeps in processes of their own that can be killed.
 
-`ForkServer` starts that process. It reads a request per line, JSON, and answers each with a number:
-``{"start": {...}}`` with the pid of a new child, which runs the command line as `_child` says, and
-``{"wait": pid}`` with its exit status,
-negative for a signal.
+Such processes are forked from one that has done such a sweep already. `ForkServer` starts that process. It reads a
+request per line, JSON, and answers each with a number: ``{"start": {...}}`` with the pid of a new child, which runs the
+command line as `_child` says, and ``{"wait": pid}`` with its exit status, negative for a signal.
 """
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -55,31 +56,87 @@ class ForkServer:
         return int(self._process.stdout.readline())
 
 
-def at_step(number, act):
-    """Call ``act`` before one of the `STEPS`, counted from 1, instead of taking it."""
-    taken = [0]
+@contextmanager
+def faulty_disk(act):
+    """Within the block ``act(number, path)`` comes before each of the `STEPS`, counted from 1; it may raise instead.
 
-    def wrap(step):
+    The path is of the file that gets its name or goes; of a flush it is None.
+    """
+    taken, own = [0], {name: getattr(os, name) for name in STEPS}
+
+    def wrap(name):
         def wrapped(*arguments, **keywords):
-            if step is not unlink or os.path.exists(arguments[0]):
+            if name != "unlink" or os.path.exists(arguments[0]):
                 taken[0] += 1
-                if taken[0] == number:
-                    act()
-            return step(*arguments, **keywords)
+                act(taken[0], None if name == "fsync" else os.fspath(arguments[-1]))
+            return own[name](*arguments, **keywords)
 
         return wrapped
 
-    unlink = os.unlink
-    return {name: wrap(getattr(os, name)) for name in STEPS}
+    try:
+        for name in STEPS:
+            setattr(os, name, wrap(name))
+        yield
+    finally:
+        for name, step in own.items():
+            setattr(os, name, step)
 
 
-def quick_figures(run, *drawn):
-    """In place of `draw_figures`, which takes as long as all the rest of a tiny sweep: the files without figures."""
-    from refinelens.store.files import write_whole
-    from refinelens.store.results import FIGURES
+def full_disk_at(step):
+    """`faulty_disk` that is full at one step, and has room again for the next."""
 
-    for name in FIGURES:
-        write_whole(run.path / name, lambda path: path.write_bytes(b"figure"))
+    def act(number, path):
+        if number == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return faulty_disk(act)
+
+
+@contextmanager
+def largest_file(size):
+    """Within the block no file of this process may grow beyond ``size`` bytes, which the system takes care of."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def at_pass(act):
+    """Within the block ``act(ids, states)`` comes with every pass of a GPT-2, as it embeds; it may raise instead.
+
+    Of ``ids`` ``[batch, tokens]``, int64; ``states`` ``[batch, tokens, d_model]`` are what goes on, and may be changed.
+    The gates run models too, on `PROBE_TOKENS` at most.
+    """
+    from torch import nn
+    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+    from transformers import GPT2Model
+
+    embeddings = []  # that have run in this pass: first that of the tokens, then that of the positions
+
+    def begin(module, inputs):
+        if isinstance(module, GPT2Model):
+            embeddings.clear()
+
+    def see(module, inputs, output):
+        if isinstance(module, nn.Embedding):
+            embeddings.append(module)
+            if len(embeddings) == 1:
+                act(inputs[0], output)
+
+    hooks = register_module_forward_pre_hook(begin), register_module_forward_hook(see)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def save_stand_in(figure, path, **options):
+    """In place of `Figure.savefig`, which takes as long as all the rest of a tiny sweep."""
+    Path(path).write_bytes(b"figure")
 
 
 def errors_in(log):
@@ -118,10 +175,11 @@ def _child(
         signal_at: ``(question, signal)`` pairs: signals that arrive while a question, counted from 1, is asked.
         hold_at: Question, counted from 1, that is not asked before the file ``LOG.go`` is there.
         workers_meet: Folder of `faulty_worker` for the workers of the sweep, which are forked too.
-        figures: Whether to draw them, rather than `quick_figures`.
+        figures: Whether to draw them, rather than `save_stand_in`.
     """
+    from matplotlib.figure import Figure
+
     from refinelens import cli
-    from refinelens.report import tables
     from refinelens.store.process import StopSignals
     from refinelens.sweeping import sweep, workers
     from refinelens.sweeping.contexts import ContextBuilder
@@ -129,14 +187,11 @@ def _child(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sweep.QUESTIONS_PER_PART = part
+    sweep.run_sweep = partial(sweep.run_sweep, questions_per_part=part)
     if not figures:
-        tables.draw_figures = quick_figures
+        Figure.savefig = save_stand_in
     if workers_meet:
         workers.start_process = partial(_fork_worker, Path(workers_meet))
-    if kill_at_step:
-        for name, step in at_step(kill_at_step, lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
-            setattr(os, name, step)
     build, asked, take = ContextBuilder.build, [0], StopSignals._take
 
     def take_and_tell(self, signum, frame):
@@ -161,7 +216,8 @@ def _child(
 
     ContextBuilder.build, StopSignals._take = faulty_build, take_and_tell
     arm()
-    return cli.main(arguments)
+    with faulty_disk(lambda number, path: number == kill_at_step and os.kill(os.getpid(), signal.SIGKILL)):
+        return cli.main(arguments)
 
 
 class _Forked:

@@ -6,16 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from faults import at_pass
 from refinelens.config import SweepConfig
 from refinelens.errors import FaultError
-from refinelens.lens.logit_lens import LogitLens
 from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
-from refinelens.sweeping.contexts import ContextBuilder
 from refinelens.sweeping.predict import groups_of, questions_together
-from refinelens.sweeping.sweep import resume_sweep, run_sweep
-
-pytestmark = pytest.mark.usefixtures("quick")
+from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 
 FLOATS = ("target_logprob", "max_logprob", "entropy", "kl")
 
@@ -41,17 +38,13 @@ def assert_same_bits(run, whole):
 
 
 @pytest.mark.medium
-def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tmp_path, monkeypatch):
+def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tmp_path):
     """Five contexts of a question, four in a pass: no pass has fewer, but the last; the rows are those of one each."""
-    hidden, sizes = LogitLens.hidden, []
-
-    def spy(self, ids, *rest):
-        sizes.append(len(ids))
-        return hidden(self, ids, *rest)
-
-    monkeypatch.setattr(LogitLens, "hidden", spy)
-    run = run_sweep(replace(options, batch_size="4", generate=0), tmp_path / "run")
-    assert sizes == [4] * 7 + [2] and run.manifest["counts"]["contexts"] == 6 * 5
+    sizes = []
+    with at_pass(lambda ids, states: sizes.append(len(ids))):
+        run = run_sweep(replace(options, batch_size="4", generate=0), tmp_path / "run")
+    assert sizes[-9:] == [1, *[4] * 7, 2], "after the gates, which run one at a time"
+    assert run.manifest["counts"]["contexts"] == 6 * 5
     alone = run_sweep(replace(options, batch_size="1", reuse_prefix="off"), tmp_path / "alone")
     for ours, single in zip(predictions(whole), predictions(alone), strict=True):
         exact = {name: value for name, value in ours.items() if name not in FLOATS}
@@ -63,35 +56,35 @@ def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tm
 
 @pytest.mark.medium
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, monkeypatch, after):
+def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, after):
     """Stopped within the questions that share them: those that are finished run again beside the others."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
 
     def stop(stage, done, total, *so_far):
         if done == after:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        run_sweep(options, tmp_path / "run", progress=stop)
+        run_sweep(options, tmp_path / "run", progress=stop, questions_per_part=2)
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == after
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
 
 
 @pytest.mark.medium
-def test_an_exception_in_one_of_them(options, tmp_path, monkeypatch):
-    """Its question is named, and what was finished before their batches is kept."""
-    monkeypatch.setattr("refinelens.sweeping.predict.CONTEXTS_AT_A_TIME", 15)
-    whole, build = run_sweep(options, tmp_path / "whole"), ContextBuilder.build
+def test_an_exception_in_one_of_them(options, tmp_path):
+    """Its context is named, and what was finished before their batches is kept."""
+    options = replace(options, documents=(2, 3, 4, 5, 6), generate=0)  # 20 contexts a question, 64 at a time
+    assert questions_together(options, "cpu") == 3
+    whole, inputs = run_sweep(options, tmp_path / "whole"), SweepInputs.load(options)
+    (question,) = (question for question in inputs.questions if question.id == 4)
+    broken = inputs.builder().build(question).contexts[7].input_ids
 
-    def fault(self, question):
-        if question.id == 4:
+    def fault(ids, states):
+        if any(row[: len(broken)] == list(broken) for row in ids.tolist()):
             raise RuntimeError("a fault in a driver")
-        return build(self, question)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ContextBuilder, "build", fault)
-        with pytest.raises(FaultError, match="^question 4: RuntimeError: a fault in a driver; ``sweep.resume="):
-            run_sweep(options, tmp_path / "run")
+    place = "question 4, 4 documents, gold position 2"
+    with at_pass(fault), pytest.raises(FaultError, match=f"^{place}: RuntimeError: a fault in a driver; ``sweep.res"):
+        run_sweep(options, tmp_path / "run")
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 3
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
 

@@ -136,7 +136,7 @@ def test_query_aware_prompt_is_the_papers():
 
 
 @pytest.mark.medium
-def test_query_aware_sweep_by_its_word(options, tmp_path, quick):
+def test_query_aware_sweep_by_its_word(options, tmp_path):
     run = run_sweep(replace(options, template="query-aware", documents=(2,)), tmp_path / "run")
     assert run.manifest["template"] == QA.templates[QUERY_AWARE]
     plain = run_sweep(replace(options, documents=(2,)), tmp_path / "plain")
@@ -145,7 +145,7 @@ def test_query_aware_sweep_by_its_word(options, tmp_path, quick):
     assert set(longer) == {len(tokenizer("Question: what is the door of arven ?")["input_ids"])}
 
 
-def test_first_alias(options, aliases, tmp_path, quick):
+def test_first_alias(options, aliases, tmp_path):
     rows = predictions(run_sweep(replace(options, task=str(aliases)), tmp_path / "run"))
     assert {(r["question_id"], r["alias"], r["alias_why"]) for r in rows} == {
         *[(0, 0, "only"), (1, 0, "first"), (2, 0, "first")]
@@ -154,7 +154,7 @@ def test_first_alias(options, aliases, tmp_path, quick):
 
 
 @pytest.mark.medium
-def test_best_alias_is_the_likeliest_after_the_oracle_context(options, aliases, tmp_path, quick):
+def test_best_alias_is_the_likeliest_after_the_oracle_context(options, aliases, tmp_path):
     """One answer of a question everywhere, of the highest mean log-probability per token, against the model's own."""
     run = run_sweep(replace(options, task=str(aliases), alias="best"), tmp_path / "run")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(options.model), AutoTokenizer.from_pretrained(options.model)
@@ -201,7 +201,7 @@ def test_unknown_alias(options):
         replace(options, alias="all")
 
 
-def test_a_chat_is_the_tokenizers_own(chat_model, question_file, tmp_path, quick):
+def test_a_chat_is_the_tokenizers_own(chat_model, question_file, tmp_path):
     """The prompt is what `apply_chat_template` makes of it, token by token, special tokens once; the answer follows."""
     command = ["sweep", "--model", str(chat_model), "--task", str(question_file), "--documents", "closed-book,2"]
     assert main([*command, "--device", "cpu", "--chat", "--out", str(tmp_path / "run")]) == 0
@@ -232,7 +232,7 @@ def test_a_reply_begins_with_the_answer_prefix(chat_model):
 
 
 @pytest.mark.medium
-def test_a_resume_keeps_the_text_that_a_template_wrote(chat_model, question_file, tmp_path, capsys, quick):
+def test_a_resume_keeps_the_text_that_a_template_wrote(chat_model, question_file, tmp_path, capsys):
     """A template may write the date: the run's own text goes on. Another template is refused."""
     folder = tmp_path / "model"
     save_tiny_model(folder)

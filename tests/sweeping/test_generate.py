@@ -8,17 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from faults import at_pass
 from refinelens.cli import main
 from refinelens.config import SweepConfig
 from refinelens.data.scoring import best_subspan_em, first_line
 from refinelens.lens.logit_lens import LogitLens
-from refinelens.model.hooks import keep_positions
 from refinelens.model.loading import load_model
 from refinelens.sweeping.generate import Generator
 from refinelens.sweeping.sweep import SweepInputs, run_sweep
 from tiny import byte_tokenizer, save_tiny_model
-
-pytestmark = pytest.mark.usefixtures("quick_file")
 
 N = 5
 
@@ -121,44 +119,32 @@ def test_no_prompt_depends_on_its_answer(tmp_path):
 
 # A text that begins with the prompt; one that parts from it before its end, as where the answer changes a token.
 @pytest.mark.parametrize("n_shared, again", [(20, 1), (17, 3)])
-def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded, monkeypatch, n_shared, again):
+def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded, n_shared, again):
     """With one it is one token; without, the whole text; the text is the same."""
     from transformers import DynamicCache
 
     prompt, ran, texts = list(range(5, 25)), [], []
     text = [*prompt[:n_shared], *range(30, 54 - n_shared)]
-    hidden = LogitLens.hidden
-
-    def spy(self, ids, *rest):
-        ran.append(ids.shape[1])
-        return hidden(self, ids, *rest)
-
-    monkeypatch.setattr(LogitLens, "hidden", spy)
     generator = Generator.from_model(loaded, logit_lens, N)
     cache = DynamicCache()
-    logit_lens.hidden(torch.tensor([text]), torch.tensor([len(text) - 1]), None, cache)
-    for known in (cache, None):
-        texts.append(generator.generate([prompt], [n_shared], known))
+    with at_pass(lambda ids, states: ran.append(ids.shape[1])):
+        logit_lens.hidden(torch.tensor([text]), torch.tensor([len(text) - 1]), None, cache)
+        for known in (cache, None):
+            texts.append(generator.generate([prompt], [n_shared], known))
     assert cache.get_seq_length() == len(text) == 24, "it is copied, not added to"
     assert texts[0] == texts[1] and texts[0][0].n_tokens == N
     assert ran == [24, again, 1, 1, 1, 1, 20, 21, 22, 23, 24]
 
 
 @pytest.mark.medium
-def test_a_sweep_goes_on_from_the_prefix(options, tmp_path, monkeypatch):
+def test_a_sweep_goes_on_from_the_prefix(options, tmp_path):
     """No prompt runs a second time for its text, but for its last token: one token a step."""
-    ran = []
-
-    def spy(*call):
-        ran.append(call)
-        return keep_positions(*call)
-
-    monkeypatch.setattr("refinelens.lens.logit_lens.keep_positions", spy)
     one = replace(options, examples=1)
     passes = []
     for generate in (0, N):
-        ran.clear()
-        run = run_sweep(replace(one, generate=generate), tmp_path / f"run{generate}")
+        ran = []
+        with at_pass(lambda ids, states, ran=ran: ran.append(ids.shape)):
+            run = run_sweep(replace(one, generate=generate), tmp_path / f"run{generate}")
         passes.append(len(ran))
     counts = run.manifest["counts"]
     assert run.manifest["prefix_reuse"]["used"] and counts["tokens_saved"] > 0

@@ -16,25 +16,27 @@ def resident():  # the largest resident set so far, kB; macOS counts it in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 """
 
+# Each measurement in a fork, whose peak is its own: rows that fell back, if any can, and kB that the op needed. With
+# ``certified`` first all tokens are equal, and every row falls back; then a row has as many equal tokens as it may
+# without.
 OP = f"""{RESIDENT}
-import torch, refinelens
-hidden, unembedding = torch.randn(4096, 16), torch.randn(50257, 16)
-refinelens.fused_lens(hidden[:4], unembedding, targets=5, backend=sys.argv[1])
-before = resident()
-refinelens.fused_lens(hidden, unembedding, targets=5, backend=sys.argv[1])
-print(resident() - before)
-"""
-
-# First all tokens are equal, and every row falls back; then a row has as many equal tokens as it may without.
-CERTIFIED = """
-import resource, torch, refinelens
-torch.set_num_threads(2)
-hidden, every_12th = torch.rand(1024, 16), (torch.arange(30_000) % 12 == 0).float()[:, None]
-for unembedding in (torch.ones(30_000, 16), every_12th.repeat(1, 16)):
-    refinelens.fused_lens(hidden[:4], unembedding, targets=0, precision="certified")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    stats = refinelens.fused_lens(hidden, unembedding, targets=0, precision="certified")
-    print([int(stats.fell_back.sum()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before])
+import os, torch, refinelens
+def growth(name, hidden, unembedding, threads, **how):
+    if os.fork() == 0:
+        torch.set_num_threads(threads)
+        hidden, unembedding = hidden(), unembedding()
+        refinelens.fused_lens(hidden[:4], unembedding, targets=0, **how)
+        before = resident()
+        stats = refinelens.fused_lens(hidden, unembedding, targets=0, **how)
+        fell_back = None if stats.fell_back is None else int(stats.fell_back.sum())
+        print(f'["{{name}}", {{fell_back or 0}}, {{resident() - before}}]', flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+for backend in ("cpp", "reference"):
+    growth(backend, lambda: torch.randn(4096, 16), lambda: torch.randn(50257, 16), 2, backend=backend)
+every_12th = lambda: (torch.arange(30_000) % 12 == 0).float()[:, None].repeat(1, 16)
+for name, unembedding in (("all equal", lambda: torch.ones(30_000, 16)), ("most", every_12th)):
+    growth(name, lambda: torch.rand(1024, 16), unembedding, 2, precision="certified")
 """
 
 # Every sweep in turn but for its figures, [folder, questions per part, options]: the peak of the resident set and that
@@ -57,9 +59,8 @@ def progress(stage, done, total, *so_far):
     if done == total:
         tracemalloc.stop()
 for folder, questions_per_part, options in json.loads(sys.argv[1]):
-    sweep.QUESTIONS_PER_PART = questions_per_part
-    peaks, tables = [], 0
-    sweep.run_sweep(sweep.SweepConfig(documents=(3,), device="cpu", **options), folder, progress=progress)
+    peaks, tables, options = [], 0, sweep.SweepConfig(documents=(3,), device="cpu", **options)
+    sweep.run_sweep(options, folder, progress=progress, questions_per_part=questions_per_part)
     print(json.dumps([peaks, resident()]))
 """
 
@@ -70,16 +71,21 @@ def printed(code, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.fixture(scope="session")
+def op_growth():
+    """What `OP` prints, by name."""
+    return {name: found for name, *found in printed(OP)}
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_op_never_holds_rows_by_vocabulary(backend):
+def test_op_never_holds_rows_by_vocabulary(backend, op_growth):
     """Whole logits would be 823 MB."""
-    (growth,) = printed(OP, backend)
-    assert growth < 40_000
+    assert op_growth[backend][1] < 40_000
 
 
-def test_certified_ranks_hold_no_tokens_of_rows_that_fall_back():
+def test_certified_ranks_hold_no_tokens_of_rows_that_fall_back(op_growth):
     """Lists of all rows would be 161 MB; those of rows that do not fall back are 42, and 4 more of each thread."""
-    (all_equal, equal), (none, most) = printed(CERTIFIED)
+    (all_equal, equal), (none, most) = op_growth["all equal"], op_growth["most"]
     assert (all_equal, none) == (1024, 0)
     assert equal < 20_000 and most < 80_000
 

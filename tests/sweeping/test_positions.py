@@ -92,7 +92,7 @@ def test_the_answer_reads_the_same(runs):
     assert len({len(ranks) for ranks in paired_ranks(*runs)}) == 1
 
 
-def test_batches_and_the_prediction_as_target(options, runs, tmp_path, quick):
+def test_batches_and_the_prediction_as_target(options, runs, tmp_path):
     """Contexts of several lengths side by side; targets of their own at every token."""
     changed = {"positions": "all", "batch_size": "3", "target": "prediction", "generate": 0}
     run = run_sweep(SweepConfig(**options.arguments() | tuples(options) | changed), str(tmp_path / "run"))

@@ -130,7 +130,7 @@ def test_the_id_of_a_question_is_kept(tmp_path, name, value, kept):
 
 
 @pytest.fixture
-def sweep(tmp_path, question_file, quick):
+def sweep(tmp_path, question_file):
     """Runs a sweep of changed questions; returns manifest, rows and the lines that were said."""
 
     def run(change=lambda records: records, tokenizer=None, **options):
@@ -247,7 +247,7 @@ def test_answers_that_are_looked_for_anywhere_are_said(sweep):
 
 
 @pytest.mark.medium
-def test_a_batch_of_a_model_that_switches_by_length_is_read_one_by_one(tmp_path, question_file, quick):
+def test_a_batch_of_a_model_that_switches_by_length_is_read_one_by_one(tmp_path, question_file):
     """The gold position must not decide which contexts stand beside each other's longer ones."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     config = transformers.LlamaConfig(

@@ -10,39 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
-from faults import at_step, quick_figures, wait_for
+from faults import at_pass, full_disk_at, wait_for
 from refinelens.cli import main
-from refinelens.model.loading import load_model
+from refinelens.config import SweepConfig
+from refinelens.errors import FaultError
 from refinelens.store.folder import MANIFEST
 from refinelens.store.process import LOCK, RunLock
 from refinelens.store.results import DERIVED, LAYERS, open_run
-from refinelens.sweeping import sweep as sweep_module
+from refinelens.sweeping.predict import Predictor
+from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from tiny import save_tiny_lens, save_tiny_model
 
-KILLS = 20
 PART = 4  # questions per part, of 14
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    """For the sweeps in this process; those of the fork_server are told theirs."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", PART)
-
-
-@pytest.fixture(autouse=True)
-def load_once(loaded, monkeypatch):
-    """For the sweeps in this process, as the fork_server does for its own: only those of another model load it."""
-    load, name = sweep_module.load_model, loaded.name
-    monkeypatch.setattr(sweep_module, "load_model", lambda *model: loaded if model[0] == name else load(*model))
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_model):
-    return load_model(str(tiny_model), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +49,12 @@ def task(tmp_path_factory):
 def sweep(tiny_model, task):
     """The command line of the sweep that all faults befall, less the folder."""
     return ["sweep", "--model", str(tiny_model), "--task", str(task), "--documents", "2,3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, task):
+    """The same sweep in this process."""
+    return SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +118,12 @@ def one_line(error):
     return error
 
 
-def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path):
+@pytest.mark.parametrize("wanted", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
     """Killed random times after random questions, and so are resumes of killed ones; then resumed to the end."""
     whole, seconds = whole
     moments, kills, places = random.Random(0), 0, set()
-    for number in range(2 * KILLS):
+    for number in range(2 * wanted):
         path, log = tmp_path / f"run{number}", tmp_path / "log"
         for _ in range(2):
             command = ["sweep", "--resume"] if (path / MANIFEST).exists() else [*sweep, "--out"]
@@ -145,15 +136,23 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path):
         assert fork_server.run(*command, path, log=log, part=PART, figures=False) == 0, log.read_text()
         assert_lacks_nothing(path, whole)
         shutil.rmtree(path)
-        if kills >= KILLS:
+        if kills >= wanted:
             break
-    assert kills >= KILLS and len(places) > 3, f"{kills} kills, with so many parts: {places}"
+    assert kills >= wanted and len(places) > 2, f"{kills} kills, with so many parts: {places}"
 
 
-# Only the first steps differ in a new folder.
-@pytest.mark.parametrize("overwrite, last", [(False, 10), (True, 100)])
+# Only the first steps differ in a new folder. One that is overwritten takes about 60, every third of them here; every
+# step of the same writer, with a model that takes no time, is in `test_run_states.py` and `test_folder.py`.
+@pytest.mark.parametrize(
+    "overwrite, steps",
+    [
+        (False, range(1, 11)),
+        (True, range(1, 102, 3)),
+        pytest.param(True, range(1, 102), marks=pytest.mark.slow, id="True-every"),
+    ],
+)
 @pytest.mark.medium
-def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, overwrite, last):
+def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, overwrite, steps):
     """Before each flush, rename and removal in turn. A run that was to be overwritten is there, or the new one is."""
     small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3"]
     log, path, old, whole = (tmp_path / name for name in ("log", "run", "old", "whole"))
@@ -161,7 +160,7 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
         assert fork_server.run(*small, "--seed", seed, "--out", out, log=log, part=1, figures=False) == 0
     old, whole = open_run(old), open_run(whole)
     analysis = write_analysis(old.path / LAYERS, old.manifest["run_id"])
-    for step in range(1, last + 1):
+    for step in steps:
         command = [*small, "--out", path]
         if overwrite:
             shutil.copytree(old.path, path)
@@ -182,13 +181,13 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
             hidden = {name for name in os.listdir(path) + os.listdir(path / "predictions") if name[0] == "."}
             assert hidden <= {LOCK}, "of a run that was killed when all was done, and held by nobody"
         shutil.rmtree(path, ignore_errors=True)
-    assert step == last or 20 < step
+    assert 20 < step or not overwrite
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys, quick):
+def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys):
     whole, path = whole[0], tmp_path / state
     shutil.copytree(whole.path if state == "finished" else stopped.path, path)
     part = path / "predictions" / "part-00001.parquet"
@@ -208,7 +207,7 @@ def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, 
 
 
 @pytest.mark.medium
-def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
+def test_power_loss_before_a_rename(whole, stopped, capsys):
     """Temporary files without their names, files that no manifest names, in every combination a loss can leave."""
     whole, parts = whole[0], stopped.parts_path
     good = (whole.parts_path / "part-00003.parquet").read_bytes()
@@ -227,7 +226,7 @@ def test_power_loss_before_a_rename(whole, stopped, capsys, quick):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, capsys, quick, signum, code):
+def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, capsys, signum, code):
     """Three times, the last one in the first question after a resume; every time one question more is there."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     for done, command in ((10, [*sweep, "--out"]), (11, ["sweep", "--resume"]), (12, ["sweep", "--resume"])):
@@ -244,11 +243,11 @@ def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, 
     assert len(open_run(path).manifest["resumed"]) == 3
 
 
-def test_a_signal_while_a_resume_loads(stopped, capsys, monkeypatch):
+def test_a_signal_while_a_resume_loads(stopped, capsys):
     """What was finished before is there."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = (stopped.path / MANIFEST).read_bytes()
-    assert main(["sweep", "--resume", str(stopped.path)]) == 143
+    with at_pass(lambda ids, states: os.kill(os.getpid(), signal.SIGTERM)):  # of the gates
+        assert main(["sweep", "--resume", str(stopped.path)]) == 143
     kept = f"the finished questions stay readable, refinelens sweep --resume {stopped.path} goes on with them"
     assert one_line(capsys.readouterr().err) == f"refinelens: interrupted; {kept}\n"
     assert (stopped.path / MANIFEST).read_bytes() == before
@@ -264,7 +263,7 @@ def test_a_second_signal_stops_at_once(fork_server, sweep, whole, tmp_path):
 
 
 @pytest.mark.medium
-def test_two_processes_and_one_folder(fork_server, sweep, whole, tmp_path, capsys, quick):
+def test_two_processes_and_one_folder(fork_server, sweep, whole, tmp_path, capsys):
     """Whoever comes second is told who is there, whatever it wants; once the first is killed the folder is free."""
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     pid = fork_server.start(*sweep, "--out", path, log=log, part=PART, hold_at=6)
@@ -294,28 +293,25 @@ def small_disk(tmp_path):
 
 
 # Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
-@pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 6, 10, 20, 30, 40])
+@pytest.mark.parametrize(
+    "pages", [0, 2, 4, 10, 30, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 3, 6, 20, 40))]
+)
 @pytest.mark.medium
-def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pages):
-    """A real one, filled by somebody else while the tenth question is asked."""
-    from refinelens.sweeping.contexts import ContextBuilder
+def test_a_full_disk(small_disk, options, whole, request, pages):
+    """A real one, filled by somebody else before the tenth question is asked."""
+    if pages >= 20:
+        request.getfixturevalue("drawn")
+    path, ballast = small_disk / "run", small_disk / "ballast"
 
-    if pages < 20:  # no figure is reached
-        monkeypatch.setattr("refinelens.report.tables.draw_figures", quick_figures)
-    build, path, ballast = ContextBuilder.build, small_disk / "run", small_disk / "ballast"
-
-    def fill(self, question):
-        if question.id == 9:
+    def fill(stage, done, total, rows=0):
+        if done == 9:
             free = os.statvfs(small_disk)
             with ballast.open("wb") as file:
                 file.write(bytes(max(free.f_bfree - pages, 0) * free.f_bsize))
-        return build(self, question)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ContextBuilder, "build", fill)
-        assert main([*sweep, "--out", str(path)]) == 1
-    line = one_line(capsys.readouterr().err)
-    assert "no free disk left; what was written stays readable; free some; refinelens sweep --resume" in line
+    said = "no free disk left; what was written stays readable; free some; ``sweep.resume="
+    with pytest.raises(FaultError, match=said):
+        run_sweep(options, path, progress=fill, questions_per_part=PART)
     assert not list(path.rglob("*.tmp"))
     assert rows_of(open_run(path)) == rows_of(whole[0])[: len(rows_of(open_run(path)))]
     ballast.unlink()
@@ -324,27 +320,19 @@ def test_a_full_disk(small_disk, sweep, whole, tmp_path, capsys, monkeypatch, pa
 
 
 @pytest.mark.medium
-def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
+def test_no_write_may_fail_unseen(options, tmp_path):
     """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
-    small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3", "--out"]
-    assert main([*small, str(tmp_path / "whole")]) == 0
-    whole, path = open_run(tmp_path / "whole"), tmp_path / "run"
-
-    def fail():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    small = replace(options, documents=(1,), reuse_prefix="off", examples=3)
+    whole, path = run_sweep(small, tmp_path / "whole", questions_per_part=2), tmp_path / "run"
     for step in range(1, 100):
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            for name, function in at_step(step, fail).items():
-                patch.setattr(os, name, function)
-            code = main([*small, str(path)])
-        if code == 0:
+        try:
+            with full_disk_at(step):
+                run_sweep(small, path, questions_per_part=2)
             break
-        assert code == 1 and "no free disk left" in one_line(capsys.readouterr().err)
+        except FaultError as error:
+            assert "no free disk left" in str(error)
         if (path / MANIFEST).exists():
-            assert main(["sweep", "--resume", str(path)]) == 0
+            resume_sweep(path)
             assert rows_of(open_run(path)) == rows_of(whole)
             assert open_run(path).manifest["counts"] == whole.manifest["counts"]
         shutil.rmtree(path, ignore_errors=True)
@@ -355,27 +343,35 @@ def test_no_write_may_fail_unseen(sweep, tmp_path, capsys, monkeypatch, quick):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (RuntimeError("a fault in\na driver"), "RuntimeError: a fault in a driver"),
+        (RuntimeError("a fault in\na driver"), "RuntimeError: a fault in\na driver"),
         (OSError(errno.EMFILE, "Too many open files"), "OSError: [Errno 24] Too many open files"),
     ],
 )
-def test_an_exception_in_a_question(sweep, whole, tmp_path, capsys, monkeypatch, quick, error, words):
-    from refinelens.sweeping.contexts import ContextBuilder
+def test_an_exception_in_a_question(options, whole, tmp_path, error, words):
+    path, done = tmp_path / "run", [0]
 
-    def fault(self, question):
-        if question.id == 9:
+    def fault(ids, states):
+        if done[-1] == 9:
             raise error
-        return build(self, question)
 
-    build, path = ContextBuilder.build, tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(ContextBuilder, "build", fault)
-        assert main([*sweep, "--out", str(path)]) == 1
-    line = one_line(capsys.readouterr().err)
-    assert f"refinelens: question 9: {words}; refinelens sweep --resume {path} goes on" in line
+    named = rf"^question 9, \d documents, gold position \d: {re.escape(words)}; ``sweep.resume='{path}'.`` goes on"
+    with at_pass(fault), pytest.raises(FaultError, match=named):
+        run_sweep(options, path, progress=lambda stage, asked, *_: done.append(asked), questions_per_part=PART)
     assert open_run(path).manifest["counts"]["done"] == 9
-    assert main(["sweep", "--resume", str(path)]) == 0
+    resume_sweep(path)
     assert_lacks_nothing(path, whole[0])
+
+
+def test_an_exception_while_contexts_are_built(options):
+    inputs = SweepInputs.load(options)
+
+    class Builder:
+        def build(self, question):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    predictor = Predictor(options, Builder(), inputs.loaded, inputs.logit_lens, inputs.lenses)
+    with pytest.raises(FaultError, match=r"^question 0: OSError: \[Errno 24\] Too many open files$"):
+        predictor.ask(inputs.questions, [0])
 
 
 def save_other_config(folder):
@@ -426,7 +422,7 @@ def in_manifest(**changes):
         ("schema version", in_manifest(schema_version=99)),
     ],
 )
-def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsys, quick):
+def test_a_run_of_something_else_is_refused(field, change, task, tmp_path, capsys):
     """Names the field and both values, and leaves every byte of the run as it is."""
     model, template, path = save_tiny_model(tmp_path / "model"), tmp_path / "template", tmp_path / "run"
     template.write_text("{documents}\n{question}")
@@ -479,7 +475,7 @@ def test_resume_of_nothing_or_with_options(words, message, whole, capsys):
 
 
 @pytest.mark.medium
-def test_a_run_without_rows_yet(fork_server, sweep, whole, tmp_path, capsys, quick):
+def test_a_run_without_rows_yet(fork_server, sweep, whole, tmp_path, capsys):
     """Killed in its first part: it has a manifest and nothing else."""
     path, log = tmp_path / "run", tmp_path / "log"
     code = fork_server.run(*sweep, "--out", path, log=log, part=PART, signal_at=[(2, signal.SIGKILL)])

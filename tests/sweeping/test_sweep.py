@@ -13,23 +13,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from faults import at_pass, faulty_disk, largest_file
 from refinelens.config import LayersConfig, SweepConfig
 from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError
 from refinelens.layers.analysis import run_layers
+from refinelens.lens.logit_lens import LogitLens
+from refinelens.lens.prefix import PROBE_TOKENS
 from refinelens.report.summary import read_cells, summarise
 from refinelens.store import results
 from refinelens.store.process import LOCK, Interrupted, RunLock
 from refinelens.store.results import PREDICTIONS, open_run
 from refinelens.store.trajectory import choose_tokens, read_trajectories
+from refinelens.sweeping.predict import Predictor
 from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
 
 TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
 OUTPUTS = {"manifest.json", "predictions", *TABLES, "depth.png", "accuracy.png", "layers.png"}
 KEYS = [name for name, _ in results.KEYS]
-pytestmark = pytest.mark.usefixtures("quick")  # `finished`, which is swept before, has figures
 
 
 @pytest.fixture(scope="module")
@@ -175,25 +178,29 @@ def test_batch_size_does_not_change_results(finished, options, tmp_path, batch_s
 
 
 @pytest.mark.medium
-def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options, tmp_path, monkeypatch):
+def test_a_lens_reads_all_contexts_of_a_question_at_once(finished, options):
     """However many that are, the rows are the same; with few at a time a context is not divided."""
-    from refinelens.lens.logit_lens import LogitLens
+    calls = []
 
-    read, calls = LogitLens.read_states, []
+    class Spy(LogitLens):
+        def read_states(self, hidden, *arguments, **keywords):
+            calls.append(hidden.shape[2])
+            return super().read_states(hidden, *arguments, **keywords)
 
-    def spy(self, hidden, *arguments, **keywords):
-        calls.append(hidden.shape[2])
-        return read(self, hidden, *arguments, **keywords)
+    def ask(**how):
+        predictor = Predictor(options, inputs.builder(), inputs.loaded, spy, inputs.lenses, **how)
+        results = [predictor.ask(inputs.questions, [place])[0] for place in range(6)]
+        return [row for result in results for row in result.rows.to_pylist()]
 
-    monkeypatch.setattr(LogitLens, "read_states", spy)
-    run_sweep(options, tmp_path / "run")
+    inputs = SweepInputs.load(options)
+    spy = Spy(inputs.loaded.model)
     tokens = [1, 2, 1, 3, 1, 1]  # answers of one, two and three words
+    assert ask() == predictions(finished)
     assert calls == [n * (2 + 4) for n in tokens]
     calls.clear()
-    monkeypatch.setattr("refinelens.sweeping.predict.ROWS_AT_A_TIME", 1)
-    single = run_sweep(options, tmp_path / "single")
+    single = ask(rows_at_a_time=1)
     assert calls == [n for n in tokens for _ in range(2 + 4)]
-    for ours, theirs in zip(predictions(finished), predictions(single), strict=True):
+    for ours, theirs in zip(predictions(finished), single, strict=True):
         exact = {name: value for name, value in ours.items() if name not in ("kl", "target_logprob", "entropy")}
         assert exact == {name: theirs[name] for name in exact}
         np.testing.assert_allclose(ours["kl"], theirs["kl"], atol=1e-5)
@@ -327,62 +334,52 @@ def test_interrupt_before_anything_is_finished(options, tmp_path):
 
 
 @pytest.mark.medium
-def test_a_broken_state_names_its_context(options, tmp_path, monkeypatch):
-    from refinelens.lens.logit_lens import LogitLens
+def test_a_broken_state_names_its_context(options, tmp_path):
+    calls = []
 
-    hidden, calls = LogitLens.hidden, []
+    def broken(ids, states):
+        calls.append(ids)
+        if len([ids for ids in calls if ids.shape[1] > PROBE_TOKENS]) == 8:
+            states.fill_(float("nan"))
 
-    def broken(self, *arguments):
-        calls.append(arguments)
-        return hidden(self, *arguments).fill_(float("nan")) if len(calls) == 8 else hidden(self, *arguments)
-
-    monkeypatch.setattr(LogitLens, "hidden", broken)
-    options = replace(options, reuse_prefix="off")  # one call per context, in order
-    with pytest.raises(FaultError, match="question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"):
+    options = replace(options, reuse_prefix="off")  # one pass per context, in order
+    named = "question 1, 2 documents, gold position 1: hidden: .* got NaN in row 0"
+    with at_pass(broken), pytest.raises(FaultError, match=named):
         run_sweep(options, tmp_path / "run")
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == 1
     good = predictions(run_sweep(options, tmp_path / "good"))
     calls.clear()
-    with pytest.raises(FaultError, match="question 1"):
+    with at_pass(broken), pytest.raises(FaultError, match="question 1"):
         run_sweep(options, tmp_path / "good", overwrite=True)
     assert predictions(open_run(tmp_path / "good")) == good, "a failed run does not replace a good one"
 
 
 @pytest.mark.parametrize("generate", [0, 3])
-def test_of_a_batch_the_broken_context_is_named(options, tmp_path, monkeypatch, generate):
+def test_of_a_batch_the_broken_context_is_named(options, tmp_path, generate):
     """Whether the lens finds it, which reads all contexts of a question at once, or generation before."""
-    from refinelens.lens.logit_lens import LogitLens
-
-    inputs, hidden = SweepInputs.load(options), LogitLens.hidden
+    inputs = SweepInputs.load(options)
     (question,) = (question for question in inputs.questions if question.id == 0)
     broken = inputs.builder().build(question).contexts[4].input_ids
 
-    def break_one(self, ids, *rest):
-        states = hidden(self, ids, *rest)
+    def break_one(ids, states):
         for row, own in enumerate(ids.tolist()):
-            if all(a == b for a, b in zip(own, broken, strict=False)):  # but for padding
-                states[:, row] = float("nan")
-        return states
+            if own[: len(broken)] == list(broken):  # but for padding
+                states[row] = float("nan")
 
-    monkeypatch.setattr(LogitLens, "hidden", break_one)
-    with pytest.raises(FaultError, match="^question 0, 4 documents, gold position 2: hidden: .* got NaN"):
+    named = "^question 0, 4 documents, gold position 2: hidden: .* got NaN"
+    with at_pass(break_one), pytest.raises(FaultError, match=named):
         run_sweep(replace(options, batch_size="6", generate=generate, dtype="float32"), tmp_path / "run")
 
 
 @pytest.mark.medium
-def test_disk_full_while_writing(options, tmp_path, monkeypatch):
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
-    write_table, calls = pq.write_table, []
-
-    def full(table, where, **kwargs):
-        calls.append(where)
-        if len(calls) == 2:
+def test_disk_full_while_writing(options, tmp_path):
+    def full(number, path):
+        if path and path.endswith("part-00001.parquet"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write_table(table, where, **kwargs)
 
-    monkeypatch.setattr(results.pq, "write_table", full)
-    with pytest.raises(FaultError, match="no free disk left; what was written stays readable; .* ``sweep.resume="):
-        run_sweep(options, tmp_path / "run")
+    said = "no free disk left; what was written stays readable; .* ``sweep.resume="
+    with faulty_disk(full), pytest.raises(FaultError, match=said):
+        run_sweep(options, tmp_path / "run", questions_per_part=2)
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "failed" and run.manifest["counts"]["done"] == 2
     assert len({r["question_id"] for r in predictions(run)}) == 2
@@ -390,25 +387,19 @@ def test_disk_full_while_writing(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.medium
-def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path, monkeypatch):
+def test_disk_full_at_the_first_part_keeps_the_old_run(options, tmp_path):
     old = run_sweep(replace(options, examples=2), tmp_path / "run")
     before = {path: path.read_bytes() for path in old.path.rglob("*.*")}
-
-    def full(table, where, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(results.pq, "write_table", full)
     for out in (old.path, tmp_path / "new"):
-        with pytest.raises(FaultError, match="no free disk left"):
+        with largest_file(6000), pytest.raises(FaultError, match="no free disk left"):  # a manifest fits, no part does
             run_sweep(options, out, overwrite=True)
     assert {path: path.read_bytes() for path in old.path.rglob("*.*")} == before
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.medium
-def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
+def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path):
     """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 2)
     other = replace(options, seed=7, examples=1)
 
     def start_another(stage, done, total, *so_far):
@@ -416,7 +407,7 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
             with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
                 run_sweep(other, tmp_path / "run", overwrite=True)
 
-    run_sweep(options, tmp_path / "run", progress=start_another)
+    run_sweep(options, tmp_path / "run", progress=start_another, questions_per_part=2)
 
     def remove_the_lock(stage, done, total, *so_far):
         if done == 3:
@@ -424,34 +415,31 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path, monkeypatch):
             run_sweep(other, tmp_path / "run", overwrite=True)
 
     with pytest.raises(FaultError, match="expected this process's own, got another that replaced it$"):
-        run_sweep(options, tmp_path / "run", overwrite=True, progress=remove_the_lock)
+        run_sweep(options, tmp_path / "run", overwrite=True, progress=remove_the_lock, questions_per_part=2)
     run = open_run(tmp_path / "run")
     assert run.manifest["arguments"]["seed"] == 7 and run.manifest["status"] == "finished"
     assert predictions(run) == predictions(run_sweep(other, tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, monkeypatch, error):
-    from refinelens.lens.logit_lens import LogitLens
+def test_out_of_memory_halves_the_batch_and_then_says_so(options, tmp_path, error):
+    most, sizes, said = 1, [], []
 
-    read, sizes = LogitLens.hidden, []
+    def small_machine(ids, states):
+        if ids.shape[1] > PROBE_TOKENS:
+            sizes.append(len(ids))
+            if len(ids) > most:
+                raise error
 
-    def small_machine(self, ids, *rest):
-        sizes.append(len(ids))
-        if len(ids) > most:
-            raise error
-        return read(self, ids, *rest)
-
-    monkeypatch.setattr(LogitLens, "hidden", small_machine)
-    most, said = 1, []
-    run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
+    with at_pass(small_machine):
+        run = run_sweep(replace(options, batch_size="6", examples=2), tmp_path / "run", warn=said.append)
     assert sizes[:3] == [6, 3, 1] and run.manifest["status"] == "finished"
     assert set(sizes[3:]) == {1}, "what was found to fit is kept"
     assert "out of memory with 6 contexts of" in said[0] and "from here on at most 3 at a time" in said[0]
     assert "from here on at most 1 at a time" in said[1] and len(said) == 2
     assert run.manifest["contexts_at_a_time_at_most"] == 1
     most = 0
-    with pytest.raises(FaultError, match="expected memory for one context of"):
+    with at_pass(small_machine), pytest.raises(FaultError, match="expected memory for one context of"):
         run_sweep(options, tmp_path / "none")
 
 
@@ -471,22 +459,19 @@ def test_equal_questions_are_said(options, question_file, tmp_path):
         assert len(said) == (words is not None) and all(f"``task`` {path}: {words}" in one for one in said)
 
 
-def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path, monkeypatch):
+def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path):
     """Else a GPU would try the smaller batch beside the tensors of the larger one."""
-    from refinelens.lens.logit_lens import LogitLens
+    held = []
 
-    read, held = LogitLens.hidden, []
-
-    def small_machine(self, ids, *rest):
+    def small_machine(ids, states):
         assert all(tensor() is None for tensor in held)
-        states = torch.zeros(4)
-        held.append(weakref.ref(states))
-        if len(ids) > 1:
+        own = torch.zeros(4)
+        held.append(weakref.ref(own))
+        if len(ids) > 1 and ids.shape[1] > PROBE_TOKENS:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(self, ids, *rest)
 
-    monkeypatch.setattr(LogitLens, "hidden", small_machine)
-    run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
+    with at_pass(small_machine):
+        run_sweep(replace(options, batch_size="4", examples=1), tmp_path / "run")
     assert len(held) > 2
 
 
@@ -501,11 +486,10 @@ def test_any_other_fault_keeps_finished_questions(options, tmp_path):
     assert run.manifest["status"] == "failed" and len({r["question_id"] for r in predictions(run)}) == 4
 
 
-def test_no_room_is_said_before_anything_is_written(options, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match="MB of free disk, got 0.0 MB"):
-        run_sweep(options, tmp_path / "run")
+def test_no_room_is_said_before_anything_is_written(options, tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(InputError, match=r"MB of free disk, got \d+.\d MB; free some"):
+        run_sweep(replace(options, generate=free), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from faults import errors_in, wait_for
 from refinelens.cli import main
@@ -46,6 +47,14 @@ def whole(fork_server, sweep, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert fork_server.run(*sweep, "--out", folder / "run", log=folder / "log", **FAULT_FREE) == 0
     return open_run(folder / "run")
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch has, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -92,11 +101,11 @@ def only_error(log):
 
 
 @pytest.mark.medium
-def test_equal_to_one_process(sweep, whole, tmp_path, capfd, monkeypatch, quick):
+def test_equal_to_one_process(tiny_model, task, whole, tmp_path, capfd, threads):
     """Started as they are for users; the last part is short."""
-    monkeypatch.setattr("refinelens.sweeping.sweep.QUESTIONS_PER_PART", 4)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # as the run they are compared with has
-    assert main([*sweep, "--workers", "2", "--out", str(tmp_path / "run")]) == 0
+    threads(1)  # as the run has that it is compared with
+    options = SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
+    run_sweep(options, tmp_path / "run", workers=2, warn=pytest.fail, questions_per_part=4)
     assert_same(tmp_path / "run", whole)
     assert open_run(tmp_path / "run").manifest["workers"] == 2
     assert capfd.readouterr().err == ""
@@ -133,23 +142,33 @@ def test_an_exception_in_a_worker(fork_server, by_workers, finish, tmp_path):
 
 
 @pytest.mark.medium
-def test_no_room_for_a_process(sweep, tmp_path, capfd, monkeypatch):
+def test_no_room_for_a_process(tmp_path, monkeypatch):
     """What is said is about processes, not about the disk, and the one that was started ends."""
     ended = []
     first = SimpleNamespace(pid=0, kill=lambda: ended.append(first), wait=lambda: -signal.SIGKILL)
     answers = iter([first, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")])
 
-    def start(environment, descriptor):
+    def start(*arguments, **options):
         answer = next(answers)
         if isinstance(answer, OSError):
             raise answer
         return answer
 
-    monkeypatch.setattr("refinelens.sweeping.workers.start_process", start)
+    monkeypatch.setattr("subprocess.Popen", start)
+    said = "^``workers`` 3: expected 3 processes, could not start number 2: Resource temporarily unavailable; use fewer"
+    workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "out"), 3, pytest.fail)
+    with pytest.raises(FaultError, match=said):
+        next(workers.ask([0, 1, 2], lambda: False))
+    assert ended == [first]
+
+
+def test_no_room_for_any_process_leaves_no_run(sweep, tmp_path, capfd, monkeypatch):
+    """Here there is no Python to start; the command says it in one line."""
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     assert main([*sweep, "--workers", "3", "--out", str(tmp_path / "run")]) == 1
-    said = "--workers 3: expected 3 processes, could not start number 2: Resource temporarily unavailable; use fewer"
+    said = "--workers 3: expected 3 processes, could not start number 1: No such file or directory; use fewer"
     assert capfd.readouterr().err == f"refinelens: {said}\n"
-    assert ended == [first] and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_that_a_worker_cannot_use():
@@ -214,12 +233,12 @@ def is_alive(pid):
         return False
 
 
-def test_workers_share_threads_and_gpus(monkeypatch, tmp_path):
+def test_workers_share_threads_and_gpus(monkeypatch, tmp_path, threads):
     def environments(device, count):
         workers = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": device}}, "out"), count, pytest.fail)
         return [workers._environment(i, count) for i in range(count)]
 
-    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    threads(7)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [e["OMP_NUM_THREADS"] for e in environments("cpu", 3)] == ["2"] * 3
     assert {e["OMP_NUM_THREADS"] for e in environments("cpu", 9)} == {"1"}
@@ -243,12 +262,17 @@ def test_a_worker_is_deaf_to_the_current_folder(monkeypatch, tmp_path):
     worker.end()
 
 
-def test_a_process_imports_this_package(monkeypatch):
+@pytest.mark.parametrize(
+    "path, imported",
+    [
+        (["", "/first", PACKAGE_ROOT, "/last"], ["/first", PACKAGE_ROOT, "/last"]),
+        (["", "/first"], [PACKAGE_ROOT, "/first"]),
+    ],
+)
+def test_a_process_imports_this_package(monkeypatch, path, imported):
     """Wherever it was found: on the path, or by the current folder or an import hook."""
-    monkeypatch.setattr("sys.path", ["", "/first", PACKAGE_ROOT, "/last"])
-    assert module_path() == {"PYTHONPATH": os.pathsep.join(["/first", PACKAGE_ROOT, "/last"])}
-    monkeypatch.setattr("sys.path", ["", "/first"])
-    assert module_path() == {"PYTHONPATH": os.pathsep.join([PACKAGE_ROOT, "/first"])}
+    monkeypatch.setattr("sys.path", path)
+    assert module_path() == {"PYTHONPATH": os.pathsep.join(imported)}
 
 
 @pytest.mark.parametrize("count", [0, -1])
