@@ -14,9 +14,9 @@ from torch import Tensor
 from .config import ReadConfig
 from .errors import InputError
 from .lens.files import load_lens
+from .lens.inputs import Tokens, targets_of
 from .lens.logit_lens import LogitLens
-from .lens.maps import heat_map, words_of_target
-from .lens.reading import LayerReading, Tokens, targets_of
+from .lens.reading import LayerReading, heat_map, words_of_target
 from .machine import __version__, device_name
 from .model.loading import LoadedModel, load_model
 from .pages.figure import draw_heatmap

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def draw_heatmap(map: HeatMap, measure: str = "probability", tokens: int = 24) -
     for panel, lens in zip(panels, map.lenses, strict=True):
         values = {"probability": np.exp(lens.max_logprob), "entropy": lens.entropy, "kl": lens.kl, "rank": lens.rank}
         shown = np.asarray(values[measure], float)[layers]
-        options = {"cmap": "cividis_r" if measure != "probability" else "cividis"}
+        options: dict[str, Any] = {"cmap": "cividis_r" if measure != "probability" else "cividis"}
         if measure == "probability":
             options |= {"vmin": 0.0, "vmax": 1.0}
         if measure == "rank":

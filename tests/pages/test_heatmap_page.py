@@ -163,7 +163,7 @@ def test_lenses_switch(chromium, lens, tmp_path):
     other = lens.with_lens(Translators(weight, torch.zeros(lens.n_layers, d_model)))
     from dataclasses import replace
 
-    from refinelens.lens.maps import heat_map
+    from refinelens.lens.reading import heat_map
 
     both = [one.read_states(hidden, top_k=3) for one in (lens, other)]
     path = tmp_path / "two.html"
