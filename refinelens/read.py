@@ -54,6 +54,10 @@ def read_text(text: str, options: ReadConfig, given: Container[str] = ()) -> Hea
     if not ids:
         raise InputError("text: expected a token or more, got none; pass some text")
     n_prompt = len(ids)
+    if loaded.max_tokens is not None and n_prompt > loaded.max_tokens:
+        raise InputError(
+            f"text: expected at most {loaded.max_tokens} tokens, for which {loaded.name} has positions, got {n_prompt}"
+        )
     if options.generate:
         ids = written(lens, loaded, ids, options.generate)
     segments = [Segment(n_prompt, len(ids), "generated", "generated")] if len(ids) > n_prompt else []

@@ -225,7 +225,7 @@ def heat_map(
     readings: Sequence[LayerReading],
     *,
     title: str = "",
-    target_is: str = "",
+    target_is: str = "as given",
     every: int = 1,
     segments: Sequence[Segment] = (),
     facts: dict[str, str] | None = None,
@@ -250,7 +250,6 @@ def heat_map(
         )
     lenses = [_lens_map(reading) for reading in readings]
     n = lenses[0].argmax.shape[1]
-    tokens, start = list(range(n)), 0
     texts: dict[int, str] = {}
     targets: list[int] | None = None
     if first.targets is not None:
@@ -260,17 +259,17 @@ def heat_map(
     ids |= {int(id) for lens in lenses if lens.top_ids is not None for id in np.unique(lens.top_ids)}
     if first.tokens is not None:
         places = first.tokens.positions[0]
-        tokens = first.tokens.input_ids[0, places].tolist()
-        start = int(places[0]) if n else 0
+        tokens, positions = first.tokens.input_ids[0, places].tolist(), places.tolist()
         ids |= set(tokens)
         texts = {id: first.text(id) for id in ids}
     else:  # states of one's own: a column has no token, but for its number
         texts = {id: first.text(id) for id in ids}
-        tokens = [-1 - place for place in range(n)]
+        tokens, positions = [-1 - place for place in range(n)], list(range(n))
         texts |= {-1 - place: str(place) for place in range(n)}
     words = title or "".join(texts[token] for token in tokens[-12:]).strip()
     return HeatMap(
-        words, tokens, texts, lenses, first.vocab_size, start, targets, target_is, every, list(segments), facts or {}
+        *(words, tokens, texts, lenses, first.vocab_size, positions),
+        *(targets, target_is, every, list(segments), facts or {}),
     )
 
 

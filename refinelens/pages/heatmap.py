@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class LensMap:
 
     def cut(self, places: slice) -> LensMap:
         """Some of the tokens."""
-        values = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return replace(self, **{name: value[:, places] for name, value in values.items()})
+        cut: dict[str, Any] = {k: v[:, places] if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+        return LensMap(**cut)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class HeatMap:
     texts: dict[int, str]  # of every id in it
     lenses: list[LensMap]
     vocab_size: int
-    start: int = 0  # place in the text of the first column
+    positions: list[int]  # places in the text of the columns, from 0
     targets: list[int] | None = None  # of each column
     target_is: str = PREDICTION  # what the target is, in a word or two
     every: int = 1  # one layer of so many is shown, counted from the output
@@ -83,8 +83,10 @@ class HeatMap:
         segments = [replace(s, start=max(0, s.start - cut), end=s.end - cut) for s in self.segments if s.end > cut]
         targets = None if self.targets is None else self.targets[cut:]
         lenses = [lens.cut(slice(cut, None)) for lens in self.lenses]
-        start = self.start + cut
-        return replace(self, tokens=self.tokens[cut:], lenses=lenses, start=start, targets=targets, segments=segments)
+        tokens, positions = self.tokens[cut:], self.positions[cut:]
+        return replace(
+            self, tokens=tokens, positions=positions, lenses=lenses, targets=targets, segments=segments
+        )
 
     def to_html(self) -> str:
         """The interactive page: one file, which needs no network."""
@@ -94,7 +96,7 @@ class HeatMap:
     def _repr_html_(self) -> str:
         return framed(self.to_html(), FRAME)
 
-    def packed(self) -> tuple[dict, dict[str, np.ndarray]]:
+    def packed(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """JSON and arrays of the page. Ids are places in its own list of texts."""
         layers = self.layers
         ids = [np.asarray(self.tokens), np.asarray(self.targets or [], np.int64)]
@@ -118,7 +120,7 @@ class HeatMap:
                     own[name] = value[layers].astype(np.float32)
             if lens.rank is not None:
                 own["rank"] = smallest(lens.rank[layers])
-            if lens.top_ids is not None:
+            if lens.top_ids is not None and lens.top_logprobs is not None:
                 own["top"] = smallest(np.searchsorted(known, lens.top_ids[layers]))
                 own["top_logprob"] = millinats(lens.top_logprobs[layers])
             arrays |= {f"{number}.{name}": value for name, value in own.items()}
@@ -126,7 +128,7 @@ class HeatMap:
             "title": self.title,
             "texts": [self.texts[int(id)] for id in known],
             "ids": known.tolist(),
-            "start": self.start,
+            "positions": self.positions,
             "layers": layers,
             "vocab_size": self.vocab_size,
             "target_is": self.target_is,
@@ -139,8 +141,11 @@ class HeatMap:
     def to_json(self) -> str:
         """Every number by its name, a list a layer, for other programs; NaN and infinities do not occur."""
 
-        def rows(values: np.ndarray | None, change: Callable = lambda value: value) -> list | None:
-            return None if values is None else change(values[self.layers]).tolist()
+        def rows(values: np.ndarray | None, digits: int | None = None) -> Any:
+            if values is None:
+                return None
+            shown = values[self.layers]
+            return (shown if digits is None else np.round(shown.astype(float), digits)).tolist()
 
         lenses = []
         for lens in self.lenses:
@@ -150,7 +155,7 @@ class HeatMap:
                     "name": lens.name,
                     **{name: rows(getattr(lens, name)) for name in ("argmax", "rank", "top_ids")},
                     **{
-                        name: rows(getattr(lens, name), lambda value: np.round(value.astype(float), 6))
+                        name: rows(getattr(lens, name), 6)
                         for name in ("max_logprob", "entropy", "kl", "logprob", "top_logprobs")
                     },
                     "first_correct": _or_null(found.first_correct),
@@ -160,7 +165,7 @@ class HeatMap:
         head = {
             "title": self.title,
             "layers": self.layers,
-            "positions": list(range(self.start, self.start + len(self.tokens))),
+            "positions": self.positions,
             "tokens": self.tokens,
             "targets": self.targets,
             "target_is": self.target_is,

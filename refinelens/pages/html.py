@@ -13,6 +13,7 @@ import zlib
 from functools import cache
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ _PAGE = """<!doctype html>
 """
 
 
-def write_page(kind: str, title: str, head: dict, arrays: dict[str, np.ndarray]) -> str:
+def write_page(kind: str, title: str, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
     """The text of a page.
 
     Args:

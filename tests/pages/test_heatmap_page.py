@@ -198,7 +198,8 @@ def small_map(texts, title="a map", segments=()):
     argmax = np.tile(np.arange(n), (3, 1))
     flat = np.full((3, n), -0.5, np.float32)
     lens = LensMap("plain", argmax, flat, -flat, -flat, argmax * 0, flat, argmax[..., None], flat[..., None])
-    return HeatMap(title, list(range(n)), dict(enumerate(texts)), [lens], n, 0, list(range(n)), "x", 1, list(segments))
+    places = list(range(n))
+    return HeatMap(title, places, dict(enumerate(texts)), [lens], n, places, places, "x", 1, list(segments))
 
 
 def test_texts_of_strangers_stay_texts(chromium, tmp_path):
@@ -229,7 +230,8 @@ def test_a_thousand_tokens_are_small_and_smooth(chromium, tmp_path):
     lens = LensMap("plain", top[..., 0], logprobs[..., 0], nats, nats, rank, logprobs[..., 0], top, logprobs)
     texts = {id: f" token{id}" for id in range(vocab_size)}
     tokens = rng.integers(0, vocab_size, shape[1]).tolist()
-    text = HeatMap("a thousand", tokens, texts, [lens], vocab_size, 0, tokens, "x").to_html()
+    places = list(range(shape[1]))
+    text = HeatMap("a thousand", tokens, texts, [lens], vocab_size, places, tokens, "x").to_html()
     assert len(text.encode()) < 3_000_000
     path = tmp_path / "thousand.html"
     path.write_text(text, encoding="utf-8")

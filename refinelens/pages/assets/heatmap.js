@@ -169,7 +169,7 @@ function heatMap(head, arrays, prefix) {
   function detail() {
     const { column } = state, layer = state.rows[state.row], i = layer * n + column;
     const where = layer === top ? `output (layer ${layers[layer]})` : `layer ${layers[layer]}`;
-    const rows = [["token", JSON.stringify(texts[tokens[column]]), `place ${head.start + column}`]];
+    const rows = [["token", JSON.stringify(texts[tokens[column]]), `place ${head.positions[column]}`]];
     rows.push(["best next", JSON.stringify(texts[of("argmax")[i]]), percent(Math.exp(logProbability(layer, column)))]);
     if (of("rank")) {
       rows.push(["target", JSON.stringify(texts[targets[column]]), `rank ${(of("rank")[i] + 1).toLocaleString("en")}`]);
@@ -232,7 +232,7 @@ function heatMap(head, arrays, prefix) {
     pinned.replaceChildren(...state.pins.map((pin, number) => {
       const shown = pin.token === null ? "" : ` → ${text(pin.token)}`;
       return element("button", { type: "button", title: "unpin", style: `border-left-color:${COLOURS[number % COLOURS.length]}`,
-        onclick: () => { state.pins.splice(number, 1); show(); } }, `${head.start + pin.column} ${text(tokens[pin.column])}${shown}`);
+        onclick: () => { state.pins.splice(number, 1); show(); } }, `${head.positions[pin.column]} ${text(tokens[pin.column])}${shown}`);
     }));
   }
 
