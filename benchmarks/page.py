@@ -19,7 +19,7 @@ from statistics import median
 from harness import machine, options_of
 from playwright.sync_api import sync_playwright
 
-from refinelens.report.page import report_page
+from refinelens.run_page import report_page
 from refinelens.store.results import open_run
 
 READY = "body[data-ready]"
