@@ -1,6 +1,6 @@
 // The heat map: layers upwards, tokens to the right. Only the columns in view are elements.
 
-const COLUMN = 76, AXIS = 46, ROW = 22;
+const COLUMN = 88, AXIS = 46, ROW = 22;
 const DEEP = 0.655; // of a colour: there black and white stand out alike, in both themes
 const MEASURES = {
   probability: { name: "probability of the best token", ends: ["0", "1"] },
@@ -62,7 +62,7 @@ function heatMap(head, arrays, prefix) {
   const help = element("p", { class: "faint help" });
   for (const [keys, what] of HELP) help.append(element("kbd", {}, keys), ` ${what}  `);
   const targetIs = targets ? `target: ${head.target_is}` : "no target: first-correct and settle are of the output's own token";
-  const marks = element("p", { class: "faint" }, `${targetIs}. Outlined: the first layer whose best token is it; outlined ` +
+  const marks = element("p", { class: "faint" }, `${targetIs}. Small numbers: its rank, where another token is best. Outlined: the first layer whose best token is it; outlined ` +
     "boldly: the layer from which it stays so. What a column shows is predicted to follow its token.");
 
   const logProbability = (layer, column) => of("max_logprob")[layer * n + column];
@@ -133,6 +133,13 @@ function heatMap(head, arrays, prefix) {
     mark();
   }
 
+  // The target's rank, where it is not the best token: three signs at most.
+  function rankNote(layer, column) {
+    const rank = of("rank") ? of("rank")[layer * n + column] + 1 : 1;
+    if (rank === 1) return null;
+    return element("small", {}, rank < 1000 ? String(rank) : rank < 99500 ? `${Math.round(rank / 1000)}k` : `${(rank / 1e6).toFixed(1)}M`);
+  }
+
   function drawColumn(column) {
     const firstCorrect = of("first")[column], settle = of("settle")[column];
     const cells = state.rows.map((layer, row) => {
@@ -140,7 +147,7 @@ function heatMap(head, arrays, prefix) {
       const classes = ["cell", row ? "" : "output", v > DEEP ? "deep" : "", isHit(token) ? "hit" : "",
         layers[layer] === firstCorrect ? "first" : "", layers[layer] === settle ? "settle" : ""];
       return element("div", { class: classes.filter(Boolean).join(" "), id: `${prefix}c${column}-${row}`, role: "gridcell",
-        "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token));
+        "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token), rankNote(layer, column));
     });
     const token = tokens[column];
     return element("div", { class: "column", style: `left:${AXIS + column * COLUMN}px` },
