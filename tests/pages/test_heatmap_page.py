@@ -215,6 +215,21 @@ def test_texts_of_strangers_stay_texts(chromium, tmp_path):
         assert page.evaluate("document.querySelectorAll('img').length") == 0
 
 
+def test_it_prints_what_is_in_view_on_white(chromium, path, reading):
+    with opened(chromium, path, color_scheme="dark") as page:
+        page.evaluate("document.querySelector('.map').scrollLeft = 300")
+        before = page.locator("#c5-0").bounding_box()["x"]
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert abs(page.locator("#c5-0").bounding_box()["x"] - before) < 20
+        assert not page.locator(".bar").first.is_visible()
+
+
+def test_mere_spaces_are_seen():
+    assert [visible(text) for text in ("  ", " a", "", "\n", "\t\r")] == ["␣␣", " a", "∅", "⏎", "⇥␍"]
+
+
 def test_a_phone_has_everything(chromium, path):
     with opened(chromium, path, width=390, height=800) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

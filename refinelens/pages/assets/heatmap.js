@@ -1,6 +1,7 @@
 // The heat map: layers upwards, tokens to the right. Only the columns in view are elements.
 
 const COLUMN = 88, AXIS = 46, ROW = 22;
+const PAPER = 1600; // pixels that a sheet may be wide
 const DEEP = 0.655; // of a colour: there black and white stand out alike, in both themes
 const MEASURES = {
   probability: { name: "probability of the best token", ends: ["0", "1"] },
@@ -43,7 +44,7 @@ function heatMap(head, arrays, prefix) {
   const map = element("div", {
     class: "map", role: "grid", tabindex: "0", "aria-label": "layers by tokens; arrow keys move, Enter pins",
     "aria-rowcount": layers.length, "aria-colcount": n,
-    onscroll: () => requestAnimationFrame(drawColumns), onkeydown: key, onfocus: () => show(),
+    onscroll: () => requestAnimationFrame(() => drawColumns()), onkeydown: key, onfocus: () => show(),
     onmousemove: (event) => point(event, false), onclick: (event) => point(event, true),
   }, inner);
   const found = element("span", { class: "faint", id: "found", "aria-live": "polite" });
@@ -116,8 +117,7 @@ function heatMap(head, arrays, prefix) {
     show();
   }
 
-  function drawColumns() {
-    const width = map.clientWidth || 1000;
+  function drawColumns(width = map.clientWidth || 1000) {
     const first = Math.max(0, Math.floor((map.scrollLeft - AXIS) / COLUMN) - 3);
     const last = Math.min(n - 1, Math.ceil((map.scrollLeft + width) / COLUMN) + 3);
     for (const [column, made] of drawnColumns) {
@@ -330,9 +330,8 @@ function heatMap(head, arrays, prefix) {
     go(later ?? (step > 0 ? there[0] : there.at(-1)), state.row);
   }
 
-  addEventListener("resize", drawColumns);
-  addEventListener("beforeprint", () => { inner.style.marginLeft = `${-map.scrollLeft}px`; });
-  addEventListener("afterprint", () => { inner.style.marginLeft = "0"; });
+  addEventListener("resize", () => drawColumns());
+  addEventListener("beforeprint", () => drawColumns(PAPER));
   return {
     elements: [marks, bar, element("div", { class: "split" }, map, side), help],
     show() {
