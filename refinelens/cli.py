@@ -241,6 +241,8 @@ def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
         from .read import read_context, show
 
         map = read_context(run, options, arguments)
+    elif os.path.isdir(arguments.text):
+        raise InputError(f"{arguments.text}: expected a text or the folder of a run, got another folder")
     else:
         from .read import read_text, show
 

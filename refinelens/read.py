@@ -92,10 +92,10 @@ def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMa
     if n_tokens > n_prompt:
         segments.append(Segment(n_prompt, n_tokens, "answer", "answer"))
     lens = inputs.logit_lens
+    lens.tokenizer = inputs.loaded.tokenizer  # which the copies below have too
     lenses = [lens if own.translators is None else lens.with_lens(own) for own in inputs.lenses]
     facts = {"context": f"{context.where} of {run.path}", "command": command_words()}
     title = f"{context.question.question} ({context.where})"
-    lens.tokenizer = inputs.loaded.tokenizer
     ids, following = list(context.input_ids), context.answer_ids[-1]
     return map_of(lenses, inputs.loaded, ids, options, title, segments, facts, following)
 
@@ -133,7 +133,7 @@ def map_of(
         k = min(options.top_k, one.head.vocab_size)
         readings.append(replace(one.read_states(hidden[:, 0], targets, top_k=k, check_last=False), tokens=shown))
     own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
-    words = words_of_target(options.target, readings[0].text, target_id)
+    words = words_of_target(options.target, readings[0].text, target_id, following is not None)
     facts = facts | model_facts(loaded, lens)
     return heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
 
@@ -153,8 +153,8 @@ def _targets(
 
 def written(lens: LogitLens, loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
     """The text with up to ``limit`` tokens more, always the argmax at the output; an end-of-sequence token ends it."""
-    for _ in range(limit):
-        if len(ids) == loaded.max_tokens or ids[-1] in loaded.end_ids:
+    for number in range(limit):
+        if len(ids) == loaded.max_tokens or (number and ids[-1] in loaded.end_ids):
             break
         hidden = lens.hidden(torch.tensor([ids]), torch.tensor([len(ids) - 1]))
         ids = [*ids, int(lens.stats(hidden[-1, 0, 0]).argmax)]
@@ -198,12 +198,14 @@ def show(map: HeatMap, options: ReadConfig, files: dict[str, str | None], consol
     if not asked:
         print_heatmap(console, map.last(options.tokens or SHOWN_TOKENS), options.measure)
     for kind, path in asked.items():
+        shown = len(map.tokens)
         if kind == "png":
-            figure = draw_heatmap(map, options.measure)
+            shown = min(len(map.tokens), options.tokens or SHOWN_TOKENS)
+            figure = draw_heatmap(map, options.measure, shown)
             write_output(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=150, format="png"))
         else:
             text = map.to_html() if kind == "html" else map.to_json()
             write_output(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-        console.print(f"{path}: {len(map.tokens)} tokens x {len(map.layers)} layers", highlight=False, soft_wrap=True)
+        console.print(f"{path}: {shown} tokens x {len(map.layers)} layers", highlight=False, soft_wrap=True)
 
 

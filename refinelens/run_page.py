@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .config import CLOSED_BOOK, condition_name
+from .config import CLOSED_BOOK, ORACLE, condition_name
 from .data.generated import GENERATORS, generate_task
 from .data.questions import Document, Question
 from .data.tasks import DistractorSource, Task, load_task
@@ -75,19 +75,23 @@ def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[st
         most_contexts: Of each run, in the levels of questions and tokens.
     """
     heads, arrays, words = [], {}, []
+    top = min(runs[0].manifest["arguments"]["top"])
+    sample = None
     for number, run in enumerate(runs):
-        head, own, said = _run(run, most_contexts)
-        head |= _compared(runs[0], run) if number else {}
+        chosen = _Chosen.of(run, most_contexts, sample)
+        sample = sample or (chosen if chosen.is_sample else None)
+        head, own, said = _run(run, chosen, top)
+        head |= _compared(runs[0], run, top) if number else {}
         heads.append(head)
         arrays |= {f"{number}.{name}": array for name, array in own.items()}
         words.append(said)
     return write_page("run", heads[0]["title"], {"runs": heads}, arrays), "; ".join(words)
 
 
-def _run(run: Run, most_contexts: int) -> tuple[dict, dict[str, np.ndarray], str]:
+def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Head, arrays and words of one run; its levels of questions and tokens say correct of rank 1 to ``top``."""
     report = read_report(run)
-    chosen = _Chosen.of(run, report.lenses, most_contexts)
-    found = _Rows(report.lenses, report.tops[0])
+    found = _Rows(report.lenses, top)
     profiles = _Profiles()
     for part in run.parts(COLUMNS):
         part = choose_tokens(part, "all")
@@ -101,10 +105,12 @@ def _run(run: Run, most_contexts: int) -> tuple[dict, dict[str, np.ndarray], str
         "n_layers": manifest["model"]["n_layers"],
         "vocab_size": manifest["model"].get("vocab_size") or 0,
         "lenses": list(report.lenses),
-        "top": report.tops[0],
+        "top": top,
         "tops": list(report.tops),
+        "target": manifest["arguments"]["target"],
+        "positions": manifest["arguments"]["positions"],
         "finding": _finding(report),
-        "cautions": caution_lines(report.cautions, manifest),
+        "cautions": [*_unfinished(manifest), *caution_lines(report.cautions, manifest)],
         "notes": [*inverted_u_lines(report), *paired_lines(report), *notes(report), *manifest.get("remarks", [])],
         "summary": [_summary(row) for row in report.rows],
         "profiles": profiles.rows(),
@@ -120,17 +126,26 @@ def _run(run: Run, most_contexts: int) -> tuple[dict, dict[str, np.ndarray], str
     return head, found.arrays() | {"documents": np.frombuffer(documents, np.uint8)}, chosen.words
 
 
-def _compared(a: Run, b: Run) -> dict:
+def _compared(a: Run, b: Run, top: int) -> dict:
     """What differs between two runs over the contexts that both have: sentences, and agreement of ranks by layer.
 
-    Accuracy and depth are those of the first answer token through the first lens of each, at its lowest threshold.
+    Accuracy and depth are those of the first answer token at one threshold, through a lens that both have, or else
+    through the first one of each.
     """
+    (names_a, target), (names_b, other_target) = (
+        (lens_names(run.manifest), run.manifest["arguments"]["target"]) for run in (a, b)
+    )
+    both = next((name for name in names_a if name in names_b), None)
+    lenses = (both or names_a[0], both or names_b[0])
+    found = {"agreement": [], "shared": False, "lenses": [names_a.index(lenses[0]), names_b.index(lenses[1])]}
     if not share_questions(a, b):
-        return {"compared": ["The runs are of different tasks: they share no question."], "agreement": []}
-    (own, top), (other, _) = (_examples(run) for run in (a, b))
+        return found | {"compared": ["The runs are of different tasks: they share no question."]}
+    if target != other_target:
+        return found | {"compared": [f"Ranks are of {target} in the one run and of {other_target} in the other."]}
+    own, other = (_examples(run, lens, top) for run, lens in zip((a, b), lenses, strict=True))
     shared = [key for key in own if key in other]
     if not shared:
-        return {"compared": ["The runs share no context."], "agreement": []}
+        return found | {"compared": ["The runs share no context."]}
     changes = np.asarray([np.subtract(other[key], own[key]) for key in shared])  # [contexts, right and depth]
     ids, owner = np.unique([key[0] for key in shared], return_inverse=True)
     sums, counts = sums_and_counts(changes, owner, len(ids))
@@ -140,25 +155,27 @@ def _compared(a: Run, b: Run) -> dict:
         f"Over {n} in {counted(len(shared), 'context')} that both have: accuracy "
         f"{format_estimate(right, 3, interval=True, sign=True)}, refinement depth "
         f"{format_estimate(depth, 2, interval=True, sign=True)} layers (rank <= {top}; {settled} of them settle in "
-        "both). Brackets: 95 % intervals over questions."
+        f"both), through {_lenses_in_words(*lenses)}. Brackets: 95 % intervals over questions."
     ]
     try:
         agreement = [_or_null(value) for value in compare_runs(a, b).layers.tolist()]
     except InputError as error:
-        return {"compared": [*lines, f"No agreement by layer: {error}."], "agreement": []}
-    return {"compared": lines, "agreement": agreement}
+        return found | {"compared": [*lines, f"No agreement by layer: {error}."], "shared": True}
+    return found | {"compared": lines, "agreement": agreement, "shared": True}
 
 
-def _examples(run: Run) -> tuple[dict[tuple, tuple[float, float]], int]:
-    """Whether the first answer token is right, and depth (NaN where censored), by context; and the threshold."""
-    manifest = run.manifest
-    top = min(manifest["arguments"]["top"])
+def _lenses_in_words(first: str, second: str) -> str:
+    return f"lens {first}" if first == second else f"lens {second} less lens {first}"
+
+
+def _examples(run: Run, lens: str, top: int) -> dict[tuple, tuple[float, float]]:
+    """Whether the first answer token is right, and depth (NaN where censored), by context."""
     table = choose_tokens(read_trajectories(run, (top,)), "first")
-    table = table.filter(pc.equal(table["lens"], lens_names(manifest)[0]))
+    table = table.filter(pc.equal(table["lens"], lens))
     keys = zip(*(table[name].to_pylist() for name in ("question_id", "documents", "gold_position")), strict=True)
     depth = table["depth"].cast(pa.float64()).fill_null(math.nan).to_pylist()
     right = table["answer_correct"].to_pylist()
-    return dict(zip(keys, zip(map(float, right), depth, strict=True), strict=True)), top
+    return dict(zip(keys, zip(map(float, right), depth, strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -167,10 +184,12 @@ class _Chosen:
 
     questions: set[int]
     words: str
+    is_sample: bool = False
 
     @classmethod
-    def of(cls, run: Run, lenses: tuple[str, ...], most: int) -> _Chosen:
-        sizes: dict[int, int] = {}
+    def of(cls, run: Run, most: int, others: _Chosen | None = None) -> _Chosen:
+        """All of a run, or a sample; of another run's sample what this one has of it, so that they can be compared."""
+        lenses, sizes = lens_names(run.manifest), dict[int, int]()
         for part in run.parts(["question_id", "answer_token", "lens"]):
             first = part.filter(pc.and_(pc.equal(part["answer_token"], 0), pc.equal(part["lens"], lenses[0])))
             for id, count in zip(*np.unique(first["question_id"].to_numpy(), return_counts=True), strict=True):
@@ -181,10 +200,10 @@ class _Chosen:
             return cls(set(ids), words)
         each = max(1, math.ceil(n_contexts / len(ids)))
         places = np.linspace(0, len(ids) - 1, max(1, most // each)).round().astype(int)
-        kept = {ids[place] for place in places}
+        kept = {ids[place] for place in places} if others is None else others.questions & set(ids)
         shown = sum(sizes[id] for id in kept)
         words = f"a sample of {counted(len(kept), 'question')} of {len(ids)}, {shown} of {n_contexts} contexts"
-        return cls(kept, words)
+        return cls(kept, words, is_sample=True)
 
 
 @dataclass
@@ -298,8 +317,8 @@ def _finding(report: Report) -> list[str]:
     counts, parity = manifest["counts"], manifest["model"]["parity"]
     lines = [
         f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
-        f"{manifest['task']['name']}, with the document that answers at every gold position; "
-        f"{manifest['model']['n_layers']} layers were read through {' and '.join(report.lenses)}."
+        f"{manifest['task']['name']}, {_conditions(report)}; {manifest['model']['n_layers']} layers were read through "
+        f"{' and '.join(report.lenses)}."
     ]
     for test in report.tests:
         where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"
@@ -309,8 +328,8 @@ def _finding(report: Report) -> list[str]:
             lines.append(f"{where}: {test.reason[0].upper()}{test.reason[1:]} ({counted(n, 'question')}).")
             continue
         how = (
-            f"answers need {sides[0]:+.2f} layers more with the document in the middle than first, and {sides[1]:+.2f} "
-            f"more than last (p = {test.p:.2g}, {test.p_holm:.2g} after Holm, n = {n})"
+            f"with the document in the middle answers take {sides[0]:+.2f} layers beside first and {sides[1]:+.2f} "
+            f"beside last (p = {test.p:.2g}, {test.p_holm:.2g} after Holm, n = {n})"
         )
         verdict = "this supports an inverted U" if test.p_holm < 0.05 else "this shows no inverted U"
         lines.append(f"{where}: {how}; {verdict}.")
@@ -320,6 +339,26 @@ def _finding(report: Report) -> list[str]:
         f"difference of logits {parity['max_difference']:.2g}, allowed {allowed:.2g}). Ranks are exact."
     )
     return lines
+
+
+def _conditions(report: Report) -> str:
+    """What contexts there were, in words."""
+    sizes = dict.fromkeys(row.documents for row in report.rows)
+    words = []
+    for size in sizes:
+        at = [str(row.gold_position) for row in report.rows if row.documents == size]
+        positions = list(dict.fromkeys(at))
+        where = "every gold position" if len(positions) == size else f"gold position {', '.join(positions)}"
+        words.append(condition_name(size) + (f" with {where}" if size > ORACLE else ""))
+    return " and ".join(words)
+
+
+def _unfinished(manifest: dict) -> list[str]:
+    if manifest["status"] == "finished":
+        return []
+    counts = manifest["counts"]
+    done = f"{counts.get('done', 0)} of {counted(counts['questions'], 'question')}"
+    return [f"This run is not finished: {done}. All numbers are of those."]
 
 
 def _facts(report: Report) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..kernels.reference import LensStats
-from ..model.identity import text_of
+from ..model.identity import decode, text_of
 from ..op.vocabulary import TopK
 from ..pages.heatmap import NEXT, PREDICTION, HeatMap, LensMap, Segment
 from .inputs import Tokens
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_LAYERS, SHOWN_POSITIONS = 8, 6  # of a reading that is printed
+TITLE_TOKENS = 12  # of a text, the last ones, that name its map
 SHOWN_TEXT = 12  # characters of a token
 
 
@@ -111,7 +112,14 @@ class LayerReading:
 
     def of(self, start: int, end: int) -> LayerReading:
         """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
-        return self.map(lambda value: value[:, 0, start:end])
+        cut = self.map(lambda value: value[:, 0, start:end])
+        targets, tokens = self.targets, self.tokens
+        if targets is not None:
+            targets = targets.expand(self.shape[1:])[0, start:end]
+        if tokens is not None:
+            first = tokens.mask if tokens.mask is None else tokens.mask[:1]
+            tokens = Tokens(tokens.input_ids[:1], first, tokens.positions[:1, start:end], is_batch=False)
+        return replace(cut, targets=targets, tokens=tokens)
 
     def to(self, device: torch.device | str) -> LayerReading:
         """The same reading on another device."""
@@ -266,9 +274,11 @@ def heat_map(
         texts = {id: first.text(id) for id in ids}
         tokens, positions = [-1 - place for place in range(n)], list(range(n))
         texts |= {-1 - place: str(place) for place in range(n)}
-    words = title or "".join(texts[token] for token in tokens[-12:]).strip()
+    if not title and first.tokens is not None:
+        last = tokens[-TITLE_TOKENS:]
+        title = decode(first.tokenizer, last) if first.tokenizer is not None else "".join(map(first.text, last))
     return HeatMap(
-        *(words, tokens, texts, lenses, first.vocab_size, positions),
+        *(title.strip() or "a reading", tokens, texts, lenses, first.vocab_size, positions),
         *(targets, target_is, every, list(segments), facts or {}),
     )
 
@@ -286,10 +296,17 @@ def _lens_map(reading: LayerReading) -> LensMap:
     return LensMap(reading.lens, **values, top_logprobs=numbers(reading.top_logprobs))  # type: ignore[arg-type]
 
 
-def words_of_target(target: str, text: Callable[[int], str], target_id: int | None) -> str:
-    """What a target is, for a reader: the model's own prediction, the text's next token, or a token by name."""
+def words_of_target(target: str, text: Callable[[int], str], target_id: int | None, ends: bool) -> str:
+    """What a target is, for a reader: the model's own prediction, the text's next token, or a token by name.
+
+    Args:
+        target: As it was asked for.
+        text: Of a token.
+        target_id: Of a token by name.
+        ends: Whether it is known what follows the last token.
+    """
     if target == PREDICTION:
         return "the model's own prediction"
     if target == NEXT:
-        return "the token that follows"
+        return "the token that follows" + ("" if ends else " (behind the last one the model's own prediction)")
     return repr(text(target_id)) if target_id is not None else target

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import InputError
 from .heatmap import HeatMap, visible
 
 if TYPE_CHECKING:  # half a second to import
     from matplotlib.figure import Figure
 
+INKS = {"gold": "#9a6200", "document": "#0057b8", "answer": "#0057b8", "generated": "#6a3d9a"}  # of tokens
 SHOWN_TEXT = 9  # characters of a token
 MEASURES = {
     "probability": "probability of the best token",
@@ -27,7 +29,14 @@ def draw_heatmap(map: HeatMap, measure: str = "probability", tokens: int = 24) -
         map: What is drawn.
         measure: One of `MEASURES` that the map has.
         tokens: How many columns at most, the last ones.
+
+    Raises:
+        InputError: Another measure, or one that was not read.
     """
+    first = map.lenses[0]
+    has = {name for name in MEASURES if name == "probability" or getattr(first, name) is not None}
+    if measure not in has:
+        raise InputError(f"measure: expected one of {', '.join(m for m in MEASURES if m in has)}, got {measure!r}")
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -57,6 +66,9 @@ def draw_heatmap(map: HeatMap, measure: str = "probability", tokens: int = 24) -
         panel.axhline(len(layers) - 1.5, color="white", lw=2.5)
         names = [_short(map.texts[id]) for id in map.tokens]
         panel.set_xticks(range(n), names, rotation=45, ha="right", size=8, parse_math=False)
+        inks = {place: INKS[s.kind] for s in map.segments if s.kind in INKS for place in range(s.start, s.end)}
+        for place, label in enumerate(panel.get_xticklabels()):
+            label.set_color(inks.get(place, "black"))
         panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         panel.set(ylabel="layer")
         title = panel.set_title(f"{map.title} ({lens.name} lens)" if len(map.lenses) > 1 else map.title, size=9)

@@ -11,6 +11,7 @@ import numpy as np
 from ..store.trajectory import NONE, Trajectories, trajectories
 from .html import framed, millinats, smallest, write_page
 
+SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 FRAME = 760  # pixels of a notebook's output
 PREDICTION, NEXT = "prediction", "next"  # whose rank is shown, where it is no token of one's own
 
@@ -139,13 +140,18 @@ class HeatMap:
         return head, arrays
 
     def to_json(self) -> str:
-        """Every number by its name, a list a layer, for other programs; NaN and infinities do not occur."""
+        """Every number by its name, a list a layer, for other programs; null where one is not finite."""
 
         def rows(values: np.ndarray | None, digits: int | None = None) -> Any:
             if values is None:
                 return None
             shown = values[self.layers]
-            return (shown if digits is None else np.round(shown.astype(float), digits)).tolist()
+            if digits is None:
+                return shown.tolist()
+            exact = np.round(shown.astype(float), digits)
+            whole = exact.astype(object)
+            whole[~np.isfinite(exact)] = None
+            return whole.tolist()
 
         lenses = []
         for lens in self.lenses:
@@ -174,7 +180,7 @@ class HeatMap:
             "segments": [vars(segment) for segment in self.segments],
             "facts": self.facts,
         }
-        return json.dumps(head, ensure_ascii=False) + "\n"
+        return json.dumps(head, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _or_null(layers: np.ndarray) -> list[int | None]:
@@ -182,7 +188,10 @@ def _or_null(layers: np.ndarray) -> list[int | None]:
 
 
 def visible(text: str) -> str:
-    """The text of a token on one line, as maps show it: ends of lines and tabs have signs, and so have mere spaces."""
+    """The text of a token on one line, as maps show it: what cannot be printed has a sign, and mere spaces have.
+
+    A terminal would take control characters of a stranger's text as commands.
+    """
     if text and not text.replace(" ", ""):
         return text.replace(" ", "␣")
-    return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥") or "∅"
+    return "".join(c if c.isprintable() else SIGNS.get(c, "·") for c in text) or "∅"

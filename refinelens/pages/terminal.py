@@ -24,7 +24,7 @@ def print_heatmap(console: Console, map: HeatMap, measure: str = "probability") 
     """
     n_columns = max(1, (console.width - 7) // (CELL + 1))
     for lens in map.lenses:
-        _say(console, f"{map.title}")
+        _say(console, visible(map.title))
         _say(console, f"{lens.name} lens; colour: {SHOWN[measure]}\n", "dim")
         for start in range(0, len(map.tokens), n_columns):
             places = list(range(start, min(start + n_columns, len(map.tokens))))
@@ -53,6 +53,9 @@ def _table(map: HeatMap, lens: LensMap, places: list[int], measure: str) -> list
         if layer == map.n_layers:
             lines.append(_line("", ["─" * CELL for _ in places], "dim"))
     lines.append(_line("token", [_cell(map.texts[map.tokens[place]]) for place in places], "bold"))
+    if map.segments:
+        names = {place: segment.label for segment in map.segments for place in range(segment.start, segment.end)}
+        lines.append(_line("in", [_cell(names.get(place, " ")) for place in places], "dim"))
     return lines
 
 

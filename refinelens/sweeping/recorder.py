@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..config import ORACLE
 from ..machine import now
 from ..store.folder import FolderWriter
 from ..store.layers import LayersFolder
@@ -31,14 +32,17 @@ class _Open:
 
 
 class AccuracySoFar:
-    """How often the first answer token was the model's own prediction, by gold position, of one process."""
+    """How often the first answer token was the model's own prediction, by gold position, of one process.
+
+    Of contexts with other documents, all sizes together.
+    """
 
     def __init__(self):
         self._right: dict[int, list[int]] = {}  # of contexts with documents: right ones and all
 
     def add(self, rows: pa.Table) -> None:
         """Count the contexts of a question."""
-        first = rows.filter(pc.and_(pc.equal(rows["answer_token"], 0), pc.greater_equal(rows["gold_position"], 0)))
+        first = rows.filter(pc.and_(pc.equal(rows["answer_token"], 0), pc.greater(rows["documents"], ORACLE)))
         if not len(first):
             return
         first = first.filter(pc.equal(first["lens"], first["lens"][0]))

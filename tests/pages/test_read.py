@@ -173,3 +173,47 @@ def test_a_notebook_shows_the_map(lens):
     assert "iframe" in lens.read_states(hidden[:, 0])._repr_html_()
     some = lens.read(TEXT, positions=[3, 7, -1]).heat_map()
     assert some.positions == [3, 7, 17] and len(some.tokens) == 3
+
+
+def test_a_run_without_the_plain_lens_has_texts(tmp_path):
+    refinelens.fit("tiny", out=tmp_path / "lens", tokens=2000, device="cpu")
+    path = tmp_path / "run"
+    refinelens.sweep("tiny", out=path, documents=(2,), examples=1, lens=[tmp_path / "lens"], device="cpu")
+    map = read_context(open_run(path), ReadConfig(target="Answer", top_k=2), ())
+    assert [lens.name for lens in map.lenses] == ["lens"] and map.target_is == "'Answer'"
+    assert not any("<id" in map.texts[id] for id in map.tokens)
+
+
+def test_control_characters_do_not_reach_a_terminal(lens):
+    from dataclasses import replace
+
+    map = lens.read(TEXT).heat_map()
+    hostile = replace(map, title="\x1b[31mred", texts={id: "\x1b]0;x\x07" for id in map.texts})
+    assert "\x1b" not in table(hostile) and "\x07" not in table(hostile)
+
+
+def test_part_of_a_reading_keeps_its_tokens_and_targets(lens):
+    whole = lens.read(TEXT, targets="acorn")
+    batch = lens.read([TEXT, TEXT], targets="acorn")
+    part = batch.of(3, 6)
+    assert part.shape == (len(whole), 3) and part.heat_map().positions == [3, 4, 5]
+    assert part.heat_map().tokens == whole.tokens.input_ids[0, 3:6].tolist()
+    assert torch.equal(part.rank, whole.rank[:, 3:6]) and part.heat_map().targets == [int(whole.targets)] * 3
+
+
+def test_a_measure_that_was_not_read_is_refused(lens):
+    with pytest.raises(refinelens.InputError, match="measure: expected one of probability, entropy, kl, got 'rank'"):
+        lens.read(TEXT).plot("rank")
+    with pytest.raises(refinelens.InputError, match="got 'sharpness'"):
+        lens.read(TEXT).plot("sharpness")
+
+
+def test_numbers_that_are_not_finite_are_null(lens):
+    map = lens.read(TEXT, targets="acorn").heat_map()
+    map.lenses[0].logprob[2, 3] = -np.inf
+    assert json.loads(map.to_json())["lenses"][0]["logprob"][2][3] is None
+
+
+def test_another_folder_is_no_text(tmp_path, capsys):
+    assert main(["read", str(tmp_path)]) == 2
+    assert "expected a text or the folder of a run, got another folder" in capsys.readouterr().err

@@ -232,3 +232,42 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert main(["report", str(run.path), "--out", str(out)]) == 2
     assert "--out" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
+
+
+def test_thresholds_lenses_and_targets_are_those_that_are_said(run, tmp_path):
+    """Depth of both runs at one threshold; ranks of different things are not subtracted."""
+    options = dict(documents=(3,), examples=4, device="cpu")
+    refinelens.sweep("tiny", out=tmp_path / "five", top=(5, 2), **options)
+    refinelens.sweep("tiny", out=tmp_path / "own", target="prediction", **options)
+    heads = head_of(report_page([run, open_run(tmp_path / "five"), open_run(tmp_path / "own")])[0])["runs"]
+    assert "refinement depth +0.00 layers (rank <= 1" in heads[1]["compared"][0]
+    assert "through lens plain" in heads[1]["compared"][0] and heads[1]["top"] == 1
+    assert heads[2]["compared"] == ["Ranks are of answer in the one run and of prediction in the other."]
+    (alone,) = head_of(report_page([open_run(tmp_path / "five")])[0])["runs"]
+    assert alone["top"] == 2, "the lowest, also where it is not the first"
+
+
+def test_runs_of_different_tasks_are_not_compared(chromium, run, tmp_path):
+    question = {"question": "What is the password of Alena Ashbury?", "answers": ["acorn"]}
+    question["ctxs"] = [{"title": "", "text": "The password of Alena Ashbury is acorn.", "isgold": True}]
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps(question) + "\n")
+    refinelens.sweep("tiny", task=str(task), out=tmp_path / "other", documents="closed-book", device="cpu")
+    task.unlink()
+    text, _ = report_page([run, open_run(tmp_path / "other")])
+    out = tmp_path / "page.html"
+    out.write_text(text, encoding="utf-8")
+    with opened(chromium, out) as page:
+        assert "share no question" in page.locator("#compare").inner_text()
+        assert page.locator("#compare svg").count() == 0
+
+
+def test_an_unfinished_run_says_so(run, tmp_path):
+    other = tmp_path / "interrupted"
+    shutil.copytree(run.path, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["status"] = "interrupted"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    said = head_of(report_page([open_run(other)])[0])["runs"][0]
+    assert said["cautions"][0] == "This run is not finished: 5 of 5 questions. All numbers are of those."
+    assert "closed-book and 3 documents with every gold position" in said["finding"][0]

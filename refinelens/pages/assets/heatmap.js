@@ -64,7 +64,8 @@ function heatMap(head, arrays, prefix) {
   for (const [keys, what] of HELP) help.append(element("kbd", {}, keys), ` ${what}  `);
   const targetIs = targets ? `target: ${head.target_is}` : "no target: first-correct and settle are of the output's own token";
   const marks = element("p", { class: "faint" }, `${targetIs}. Small numbers: its rank, where another token is best. Outlined: the first layer whose best token is it; outlined ` +
-    "boldly: the layer from which it stays so. What a column shows is predicted to follow its token.");
+    "boldly: the layer from which it stays so (where that layer is shown). What a column shows is predicted to follow its token" +
+    (head.segments.some((s) => s.kind === "generated") ? ": a generated token was written in the column before its own." : "."));
 
   const logProbability = (layer, column) => of("max_logprob")[layer * n + column];
   let largestKl = 1;
@@ -319,7 +320,7 @@ function heatMap(head, arrays, prefix) {
   function look() {
     state.query = search.value.toLowerCase();
     const there = state.query ? hits() : [];
-    found.textContent = state.query ? `${there.length} columns` : "";
+    found.textContent = state.query ? `${there.length} column${there.length === 1 ? "" : "s"}` : "";
     redraw();
   }
 

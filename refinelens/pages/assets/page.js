@@ -46,7 +46,7 @@ function choice(label, values, chosen, change) {
 // The text of a token on one line; of spaces alone as signs, or nothing would be seen.
 function visible(text) {
   if (text && !text.replaceAll(" ", "")) return text.replaceAll(" ", "␣");
-  return text.replaceAll("\n", "⏎").replaceAll("\r", "␍").replaceAll("\t", "⇥") || "∅";
+  return text.replaceAll("\n", "⏎").replaceAll("\r", "␍").replaceAll("\t", "⇥").replace(/\p{C}/gu, "·") || "∅";
 }
 
 function percent(p) {
@@ -59,7 +59,7 @@ function themeButton() {
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
   };
-  return element("button", { id: "theme", type: "button", onclick: turn, title: "light or dark (t)" }, "◐");
+  return element("button", { id: "theme", type: "button", onclick: turn, title: "light or dark" }, "◐");
 }
 
 function facts(values) {
@@ -143,5 +143,5 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
 
 // Colours from dark to light for an ordered set, such as gold positions.
 function ramp(count) {
-  return Array.from({ length: count }, (_, i) => `hsl(${215 + (i / Math.max(1, count - 1)) * 145}, 65%, ${42 + (i % 2) * 10}%)`);
+  return Array.from({ length: count }, (_, i) => { const v = i / Math.max(1, count - 1); return `hsl(${270 - 210 * v}, 60%, ${42 + 10 * v}%)`; });
 }

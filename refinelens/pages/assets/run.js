@@ -7,7 +7,7 @@ function runPage(root, head, arrays) {
   const first = runs[0];
   const tabs = [["finding", "Finding"], ["layers", "Layers"], ["questions", "Questions"], ["tokens", "Tokens"]];
   if (runs.length > 1) tabs.push(["compare", "Runs compared"]);
-  root.append(element("div", { class: "bar" }, element("h1", {}, first.title), themeButton()),
+  root.append(element("h1", {}, first.title), element("div", { class: "bar" }, themeButton()),
     element("nav", { class: "bar", "aria-label": "levels" }, ...tabs.map(([id, name]) => element("a", { href: `#${id}` }, name))));
   root.append(findingLevel(first), layersLevel(first));
   const tokens = tokensLevel(first);
@@ -100,7 +100,7 @@ function analysisParts(run) {
     const own = wanted.filter((l) => at(l, "documents") === size);
     const series = [...new Set(own.map((l) => at(l, "of")))].map((of) => ({ name: of === "lens" ? "gain by the lens" : `cost of ${of}`,
       points: own.filter((l) => at(l, "of") === of).map((l) => [+at(l, "layer"),
-        ...["value", "value_low", "value_high"].map((n) => at(l, n) === "" ? null : +at(l, n))]) }));
+        ...["value", "value_low", "value_high"].map((n) => at(l, n) === "" ? null : +at(l, n)), `n = ${at(l, "questions")}`]) }));
     charts.append(lineChart({ title: `Log-probability of the target by layer, ${condition(+size)}`, x: "layer", y: "nats", series }));
   }
   parts.push(charts);
@@ -214,7 +214,7 @@ function questionsLevel(run, show) {
   filter();
   const best = state.rows.find((row) => run.contexts[run.rows.context[row]].documents > 1) ?? state.rows[0];
   if (best !== undefined) choose(run.rows.context[best], false);
-  return section("questions", "Questions", element("p", { class: "faint" }, `The page holds ${run.sample}. A row is a context: click to see its tokens below, ` +
+  return section("questions", "Questions", element("p", { class: "faint" }, `The page holds ${run.sample}. Depth, first, settle and flips: rank <= ${run.top}. A row is a context: click to see its tokens below, ` +
     "with Shift beside those of another."), bar, element("div", { class: "wide" }, element("div", { class: "sheet" }, heads, scroll)));
 }
 
@@ -230,7 +230,7 @@ function contextView(run, place) {
   const parts = [element("h3", {}, `Question ${context.question}, ${condition(context.documents)}${context.gold < 0 ? "" : `, gold position ${context.gold}`}`)];
   if (question) parts.push(element("p", {}, question.question), element("p", { class: "faint" }, `answers: ${question.answers.join(" | ")}`));
   if (context.generated !== null) parts.push(element("p", {}, "the model writes: ", element("q", {}, context.generated), context.generated_correct ? " (right)" : " (wrong)"));
-  if (context.alias_why) parts.push(element("p", { class: "faint" }, `target: ${context.alias_why} answer`));
+  if (context.alias_why && run.target === "answer") parts.push(element("p", { class: "faint" }, `target: ${context.alias_why} answer`));
   run.lenses.forEach((lens, number) => {
     const rows = run.byContext[place].filter((row) => run.rows.lens[row] === number);
     if (!rows.length) return;
@@ -240,7 +240,7 @@ function contextView(run, place) {
         const rank = run.rank(row, layer) + 1, mark = layer === run.rows.settle[row] ? "settle" : layer === run.rows.first[row] ? "first" : "";
         return [element("td", { class: `best ${rank <= run.top ? "right" : ""} ${mark}` }, visible(run.best(row, layer))), element("td", { class: "number" }, rank.toLocaleString("en"))];
       })));
-    parts.push(element("div", { class: "wide" }, element("table", { class: "grid tokens" }, element("caption", {}, `${lens} lens: best token of each layer before each answer token, and the answer token's rank`),
+    parts.push(element("div", { class: "wide" }, element("table", { class: "grid tokens" }, element("caption", {}, `${lens} lens: best token of each layer before each answer token, and the target's rank; bold: rank <= ${run.top}`),
       element("thead", {}, head), element("tbody", {}, ...lines))));
   });
   parts.push(documentsView(run, context, question));
@@ -265,21 +265,28 @@ function compareLevel(runs) {
   const [a] = runs, parts = [];
   for (const b of runs.slice(1)) {
     const shared = [];
+    if (!b.shared) {
+      parts.push(element("h3", {}, `${b.name} less ${a.name}`), ...b.compared.map((line) => element("p", {}, line)));
+      continue;
+    }
     for (const [key, i] of a.places) {
       const j = b.places.get(key);
       const [own, other] = [a.questions[a.contexts[i].question], j === undefined ? null : b.questions[b.contexts[j].question]];
       if (j === undefined || (own && other && own.question !== other.question)) continue;
-      const [x, y] = [a.byContext[i], b.byContext[j]].map((rows, r) => rows.find((row) => [a, b][r].rows.token[row] === 0 && [a, b][r].rows.lens[row] === 0));
+      const [x, y] = [a.byContext[i], b.byContext[j]].map((rows, r) => rows.find((row) => [a, b][r].rows.token[row] === 0 && [a, b][r].rows.lens[row] === b.lenses[r]));
       if (x !== undefined && y !== undefined) shared.push([i, j, x, y]);
     }
     const depth = (run, row) => run.rows.settle[row] < 0 ? null : run.rows.settle[row] - run.rows.first[row];
     const both = b.compared;
     parts.push(element("h3", {}, `${b.name} less ${a.name}`), ...(both ? both.map((line) => element("p", {}, line)) : []));
-    const median = (values) => { const s = [...values].sort((p, q) => p - q); return s.length ? s[Math.floor(s.length / 2)] : null; };
+    const median = (values) => {
+      const s = [...values].sort((p, q) => p - q), half = s.length >> 1;
+      return !s.length ? null : s.length % 2 ? s[half] : (s[half - 1] + s[half]) / 2;
+    };
     const curve = (run, at) => Array.from({ length: run.layers }, (_, layer) => [layer / run.n_layers, median(shared.map((s) => run.rank(s[at], layer) + 1))]);
-    parts.push(element("div", { class: "charts" }, lineChart({ title: `Rank of the target over ${shared.length} shared contexts, median`, x: "share of the layers", y: "rank (1 is best)",
+    parts.push(element("div", { class: "charts" }, lineChart({ title: `Rank of the target over ${shared.length} shared contexts on this page, median`, x: "share of the layers", y: "rank (1 is best)",
       log: true, upside: true, from: 1, ticks: [0, 0.25, 0.5, 0.75, 1], series: [{ name: a.name, points: curve(a, 2) }, { name: b.name, points: curve(b, 3) }] }),
-    b.agreement.length ? lineChart({ title: "Agreement of the order of contexts by rank, Kendall's tau-b", x: "layer", y: "tau-b", from: 0, to: 1,
+    b.agreement.length ? lineChart({ title: "Agreement of the order of contexts by rank, Kendall's tau-b", x: "layer", y: "tau-b", from: Math.min(0, ...b.agreement.filter((v) => v !== null)), to: 1,
       series: [{ name: `${a.name} and ${b.name}`, points: b.agreement.map((v, layer) => [layer, v]) }] }) : ""));
     const differs = shared.map(([i, , x, y]) => {
       const [p, q] = [depth(a, x), depth(b, y)], right = b.rows.correct[y] - a.rows.correct[x];
