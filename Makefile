@@ -9,11 +9,12 @@ CONSTRAINTS ?= constraints/tested.txt
 PROMPT := Elric Flintfield has granite as badge. Corwen Ashwell has ribbon as badge. Belena Dunmere has oasis as badge. \
 What is the badge of Corwen Ashwell? Answer:
 demo: .venv/.ready
-	@echo "1 of 3: 12 questions, asked with the document that answers at every position of 5 and of 10 documents"
-	$(BIN)/refinelens sweep --model tiny --documents 5,10 --examples 12 --out runs/tiny --overwrite --no-report
+	@echo "1 of 3: 12 questions, asked with the document that answers at every position of 10 documents"
+	$(BIN)/refinelens sweep --model tiny --documents 10 --examples 12 --out runs/tiny --overwrite --no-report
 	@echo "2 of 3: which layers the answers need: every block taken away, one at a time"
 	$(BIN)/refinelens layers runs/tiny --interventions skip --examples 5 --overwrite
 	@echo "3 of 3: pages"
+	rm -f runs/read.html
 	$(BIN)/refinelens report runs/tiny
 	$(BIN)/refinelens read "$(PROMPT)" --model tiny --html runs/read.html
 	@echo
