@@ -132,7 +132,7 @@ def _watch(sweep: Callable[..., Run], page: bool) -> int:
 
 def _write_page(run: Run) -> None:
     """The page of a run that is finished; without it the run is whole all the same."""
-    from .report.page import write_run_page
+    from .run_page import write_run_page
 
     try:
         print(f"\n{write_run_page(run)}")
@@ -211,7 +211,7 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, argv: list[str]) -> int:
-    from .report.page import write_report_page, write_run_page
+    from .run_page import write_report_page, write_run_page
     from .store.frames import check_new_file
     from .store.results import open_run
 

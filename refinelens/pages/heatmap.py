@@ -182,5 +182,7 @@ def _or_null(layers: np.ndarray) -> list[int | None]:
 
 
 def visible(text: str) -> str:
-    """The text of a token on one line, as maps show it: ends of lines and tabs have signs."""
+    """The text of a token on one line, as maps show it: ends of lines and tabs have signs, and so have mere spaces."""
+    if text and not text.replace(" ", ""):
+        return text.replace(" ", "␣")
     return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥") or "∅"

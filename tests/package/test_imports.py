@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "refinelens"
 LINES = ("kernels", "op", "model store", "pages", "lens data", "report", "sweeping fitting bench", "layers")
 ORDER = [line.split() for line in LINES]
 BASE = {"errors", "config", "machine", "progress", "stats", "_C"}  # which any package may import
-COMMANDS = {"api", "cli", "parser", "doctor", "lens_json", "read"}  # which nothing imports
+COMMANDS = {"api", "cli", "parser", "doctor", "lens_json", "read", "run_page"}  # which nothing imports
 
 
 def modules():

@@ -51,8 +51,9 @@ def test_cells_are_those_of_the_reading(chromium, path, reading):
     with opened(chromium, path, width=2200) as page:
         for layer in range(n_layers + 1):
             for place in range(reading.shape[1]):
-                text = visible(reading.text(int(reading.argmax[layer, place])))
-                assert cell(page, layer, place, n_layers).text_content() == text
+                text, rank = reading.text(int(reading.argmax[layer, place])), int(reading.rank[layer, place]) + 1
+                shown = visible(text) + ("" if rank == 1 else str(rank))
+                assert cell(page, layer, place, n_layers).text_content() == shown
 
 
 def test_hover_shows_the_numbers_of_a_cell(chromium, path, reading):
@@ -171,7 +172,7 @@ def test_lenses_switch(chromium, lens, tmp_path):
     with opened(chromium, path, width=2200) as page:
         for number, one in ((0, both[0]), (1, both[1])):
             page.select_option(".bar select >> nth=0", str(number))
-            shown = page.locator("#c3-5").text_content()
+            shown = page.locator("#c3-5").evaluate("cell => cell.firstChild.textContent")
             assert shown == visible(one.text(int(one.argmax[lens.n_layers - 5, 3])))
 
 
@@ -209,9 +210,24 @@ def test_texts_of_strangers_stay_texts(chromium, tmp_path):
     with opened(chromium, path) as page:
         assert page.locator("h1").text_content() == SCRIPT
         for place, text in enumerate(HOSTILE):
-            assert page.locator(f"#c{place}-0").text_content() == text
+            assert page.locator(f"#c{place}-0").text_content() == text, "nothing but the text"
         assert page.locator("main script, main img").count() == 0
         assert page.evaluate("document.querySelectorAll('img').length") == 0
+
+
+def test_it_prints_what_is_in_view_on_white(chromium, path, reading):
+    with opened(chromium, path, color_scheme="dark") as page:
+        page.evaluate("document.querySelector('.map').scrollLeft = 300")
+        before = page.locator("#c5-0").bounding_box()["x"]
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert abs(page.locator("#c5-0").bounding_box()["x"] - before) < 20
+        assert not page.locator(".bar").first.is_visible()
+
+
+def test_mere_spaces_are_seen():
+    assert [visible(text) for text in ("  ", " a", "", "\n", "\t\r")] == ["␣␣", " a", "∅", "⏎", "⇥␍"]
 
 
 def test_a_phone_has_everything(chromium, path):

@@ -12,7 +12,7 @@ from browser import browser, opened
 
 import refinelens
 from refinelens.cli import main
-from refinelens.report.page import report_page, write_report_page
+from refinelens.run_page import report_page, write_report_page
 from refinelens.store.results import open_run
 from refinelens.store.trajectory import choose_tokens
 

@@ -1,6 +1,7 @@
 // The heat map: layers upwards, tokens to the right. Only the columns in view are elements.
 
-const COLUMN = 76, AXIS = 46, ROW = 22;
+const COLUMN = 88, AXIS = 46, ROW = 22;
+const PAPER = 1600; // pixels that a sheet may be wide
 const DEEP = 0.655; // of a colour: there black and white stand out alike, in both themes
 const MEASURES = {
   probability: { name: "probability of the best token", ends: ["0", "1"] },
@@ -43,7 +44,7 @@ function heatMap(head, arrays, prefix) {
   const map = element("div", {
     class: "map", role: "grid", tabindex: "0", "aria-label": "layers by tokens; arrow keys move, Enter pins",
     "aria-rowcount": layers.length, "aria-colcount": n,
-    onscroll: () => requestAnimationFrame(drawColumns), onkeydown: key, onfocus: () => show(),
+    onscroll: () => requestAnimationFrame(() => drawColumns()), onkeydown: key, onfocus: () => show(),
     onmousemove: (event) => point(event, false), onclick: (event) => point(event, true),
   }, inner);
   const found = element("span", { class: "faint", id: "found", "aria-live": "polite" });
@@ -62,7 +63,7 @@ function heatMap(head, arrays, prefix) {
   const help = element("p", { class: "faint help" });
   for (const [keys, what] of HELP) help.append(element("kbd", {}, keys), ` ${what}  `);
   const targetIs = targets ? `target: ${head.target_is}` : "no target: first-correct and settle are of the output's own token";
-  const marks = element("p", { class: "faint" }, `${targetIs}. Outlined: the first layer whose best token is it; outlined ` +
+  const marks = element("p", { class: "faint" }, `${targetIs}. Small numbers: its rank, where another token is best. Outlined: the first layer whose best token is it; outlined ` +
     "boldly: the layer from which it stays so. What a column shows is predicted to follow its token.");
 
   const logProbability = (layer, column) => of("max_logprob")[layer * n + column];
@@ -116,8 +117,7 @@ function heatMap(head, arrays, prefix) {
     show();
   }
 
-  function drawColumns() {
-    const width = map.clientWidth || 1000;
+  function drawColumns(width = map.clientWidth || 1000) {
     const first = Math.max(0, Math.floor((map.scrollLeft - AXIS) / COLUMN) - 3);
     const last = Math.min(n - 1, Math.ceil((map.scrollLeft + width) / COLUMN) + 3);
     for (const [column, made] of drawnColumns) {
@@ -133,6 +133,13 @@ function heatMap(head, arrays, prefix) {
     mark();
   }
 
+  // The target's rank, where it is not the best token: three signs at most.
+  function rankNote(layer, column) {
+    const rank = of("rank") ? of("rank")[layer * n + column] + 1 : 1;
+    if (rank === 1) return null;
+    return element("small", {}, rank < 1000 ? String(rank) : rank < 99500 ? `${Math.round(rank / 1000)}k` : `${(rank / 1e6).toFixed(1)}M`);
+  }
+
   function drawColumn(column) {
     const firstCorrect = of("first")[column], settle = of("settle")[column];
     const cells = state.rows.map((layer, row) => {
@@ -140,7 +147,7 @@ function heatMap(head, arrays, prefix) {
       const classes = ["cell", row ? "" : "output", v > DEEP ? "deep" : "", isHit(token) ? "hit" : "",
         layers[layer] === firstCorrect ? "first" : "", layers[layer] === settle ? "settle" : ""];
       return element("div", { class: classes.filter(Boolean).join(" "), id: `${prefix}c${column}-${row}`, role: "gridcell",
-        "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token));
+        "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token), rankNote(layer, column));
     });
     const token = tokens[column];
     return element("div", { class: "column", style: `left:${AXIS + column * COLUMN}px` },
@@ -323,9 +330,8 @@ function heatMap(head, arrays, prefix) {
     go(later ?? (step > 0 ? there[0] : there.at(-1)), state.row);
   }
 
-  addEventListener("resize", drawColumns);
-  addEventListener("beforeprint", () => { inner.style.marginLeft = `${-map.scrollLeft}px`; });
-  addEventListener("afterprint", () => { inner.style.marginLeft = "0"; });
+  addEventListener("resize", () => drawColumns());
+  addEventListener("beforeprint", () => drawColumns(PAPER));
   return {
     elements: [marks, bar, element("div", { class: "split" }, map, side), help],
     show() {

@@ -43,8 +43,9 @@ function choice(label, values, chosen, change) {
   return element("label", {}, label, element("select", { onchange: (event) => change(event.target.value) }, ...options));
 }
 
-// The text of a token on one line.
+// The text of a token on one line; of spaces alone as signs, or nothing would be seen.
 function visible(text) {
+  if (text && !text.replaceAll(" ", "")) return text.replaceAll(" ", "␣");
   return text.replaceAll("\n", "⏎").replaceAll("\r", "␍").replaceAll("\t", "⇥") || "∅";
 }
 

@@ -18,21 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..config import CLOSED_BOOK, condition_name
-from ..data.generated import GENERATORS, generate_task
-from ..data.questions import Document, Question
-from ..data.tasks import DistractorSource, Task, load_task
-from ..errors import InputError
-from ..pages.html import smallest, write_page
-from ..stats import MEAN, SHARE_CHANGE, mean_estimates, sums_and_counts
-from ..store.files import write_output
-from ..store.process import RunLock
-from ..store.results import LAYERS, PAGE, Run
-from ..store.trajectory import choose_tokens, list_matrix, read_trajectories, trajectories
-from .agreement import compare_runs, share_questions
-from .rows import Report, SummaryRow, counted, format_estimate, lens_names, title
-from .summary import caution_lines, read_report
-from .tables import inverted_u_lines, notes, paired_lines
+from .config import CLOSED_BOOK, condition_name
+from .data.generated import GENERATORS, generate_task
+from .data.questions import Document, Question
+from .data.tasks import DistractorSource, Task, load_task
+from .errors import InputError
+from .pages.html import smallest, write_page
+from .report.agreement import compare_runs, share_questions
+from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
+from .report.summary import caution_lines, read_report
+from .report.tables import inverted_u_lines, notes, paired_lines
+from .stats import MEAN, SHARE_CHANGE, mean_estimates, sums_and_counts
+from .store.files import write_output
+from .store.process import RunLock
+from .store.results import LAYERS, PAGE, Run
+from .store.trajectory import choose_tokens, list_matrix, read_trajectories, trajectories
 
 MOST_CONTEXTS = 2000  # of the levels of questions and tokens
 COLUMNS = [
