@@ -3,14 +3,33 @@ BIN := .venv/bin
 # Or constraints/oldest.txt, or /dev/null for the newest of everything.
 CONSTRAINTS ?= constraints/tested.txt
 
-.PHONY: demo tiny test test-fast test-slow test-triton36 lint docs bench scaling clean
+.PHONY: demo demo-smollm2 tiny test test-fast test-slow test-triton36 lint docs bench scaling clean
 
-# The tiny model of the package over every gold position, in seconds; then fits a lens to a small real model, sweeps that
-# model over the built-in questions and draws the figures of both lenses.
+# The first two minutes: the tiny model of the package over every gold position, its layers, and both pages.
+PROMPT := Elric Flintfield has granite as badge. Corwen Ashwell has ribbon as badge. Belena Dunmere has oasis as badge. \
+What is the badge of Corwen Ashwell? Answer:
 demo: .venv/.ready
-	$(BIN)/refinelens sweep --model tiny --documents 5,10,20 --examples 16 --out runs/tiny --overwrite
+	@echo "1 of 3: 12 questions, asked with the document that answers at every position of 10 documents"
+	$(BIN)/refinelens sweep --model tiny --documents 10 --examples 12 --out runs/tiny --overwrite --no-report
+	@echo "2 of 3: which layers the answers need: every block taken away, one at a time"
+	$(BIN)/refinelens layers runs/tiny --interventions skip --examples 5 --overwrite
+	@echo "3 of 3: pages"
+	rm -f runs/read.html
+	$(BIN)/refinelens report runs/tiny
+	$(BIN)/refinelens read "$(PROMPT)" --model tiny --html runs/read.html
+	@echo
+	@echo "Open in a browser; each is one file, which asks for nothing from a network:"
+	@echo "  $(CURDIR)/runs/tiny/report.html  the run: finding, layers, every question, its tokens and documents"
+	@echo "  $(CURDIR)/runs/read.html  one prompt: the best token of every layer and token, ranks, likeliest tokens"
+	@echo "The tiny model knows one made-up language. A real one, SmolLM2-135M: make demo-smollm2 (5 to 13 minutes)"
+
+# A real model: fits a lens to it, sweeps it over the built-in questions and draws the figures of both lenses.
+demo-smollm2: .venv/.ready
+	@echo "SmolLM2-135M on a CPU: 5 minutes on two fast cores, up to 13 on slow ones; Ctrl-C ends it with what is done kept"
 	$(BIN)/refinelens fit --model smollm2 --tokens 20000 --out runs/linear --overwrite
-	$(BIN)/refinelens sweep --model smollm2 --task builtin --documents 5,10 --examples 12 --generate 8 --lens plain,runs/linear --out runs/demo --overwrite
+	$(BIN)/refinelens sweep --model smollm2 --task builtin --documents 5,10 --examples 12 --generate 8 --lens plain,runs/linear --out runs/smollm2 --overwrite
+	@echo
+	@echo "Open in a browser: $(CURDIR)/runs/smollm2/report.html"
 
 # Trains the tiny model again (minutes of one core) and writes it, with its card, into the package.
 tiny: .venv/.ready

@@ -17,11 +17,16 @@ extension = Pybind11Extension(
     optional=True,
 )
 
-PACKAGES = "bench data data.tiny fitting kernels layers lens model op report store sweeping".split()
+PACKAGES = "bench data data.tiny fitting kernels layers lens model op pages report store sweeping".split()
 
 setup(
     packages=["refinelens", *(f"refinelens.{name}" for name in PACKAGES)],
-    package_data={"refinelens": ["py.typed", "_C.pyi"], "refinelens.data": ["*.jsonl"], "refinelens.data.tiny": ["*"]},
+    package_data={
+        "refinelens": ["py.typed", "_C.pyi"],
+        "refinelens.data": ["*.jsonl"],
+        "refinelens.data.tiny": ["*"],
+        "refinelens.pages": ["assets/*"],
+    },
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
 )

@@ -102,7 +102,7 @@ def _child(log: str, n_questions: str, stop_at: str, *command: str) -> int:
     step, writer = max(1, int(n_questions) // STEPS), csv.writer(open(log, "w", encoding="utf-8", buffering=1))  # noqa: SIM115
     since = []
 
-    def report(stage: str, done: int, total: int, rows: int = 0) -> None:
+    def report(stage: str, done: int, total: int, *so_far: object) -> None:
         now = time.process_time()
         if since and done % step == 0:
             milliseconds = 1000 * (now - since[1]) / (done - since[0])

@@ -82,29 +82,37 @@ NormSpec::Kind norm_kind(const std::string& name) {
 py::tuple run_fused_lens(const py::array& hidden, const py::array& unembedding, const std::string& norm,
                          const OptionalFloats& norm_weight, const OptionalFloats& norm_bias, double norm_eps,
                          const std::optional<Array<int64_t>>& targets, const OptionalFloats& bias, float scale,
-                         float softcap, int n_threads) {
+                         float softcap, int64_t top_k, int n_threads) {
   const Matrix rows = as_matrix(hidden, "hidden"), tokens = as_matrix(unembedding, "unembedding");
   check_product(rows, tokens);
   const NormSpec spec{norm_kind(norm), checked(norm_weight, "norm_weight", rows.columns),
                       checked(norm_bias, "norm_bias", rows.columns), norm_eps};
   if (targets) check_ids(*targets, "targets", "ids", rows.rows, tokens.rows);
+  if (top_k < 0 || top_k > tokens.rows)
+    throw py::value_error("top_k: expected 0 to " + std::to_string(tokens.rows) + ", got " + std::to_string(top_k));
   const LensProblem problem{rows,  spec,    tokens, checked(bias, "bias", tokens.rows),
                             scale, softcap, targets ? targets->data() : nullptr};
   Array<int64_t> argmax(rows.rows), target_rank(targets ? rows.rows : 0);
   Array<float> max_logit(rows.rows), logsumexp(rows.rows), entropy(rows.rows), target_logit(targets ? rows.rows : 0);
+  Array<float> top_z({rows.rows, top_k});
+  Array<int64_t> top_id({rows.rows, top_k});
   const LensStats stats{argmax.mutable_data(),
                         max_logit.mutable_data(),
                         logsumexp.mutable_data(),
                         entropy.mutable_data(),
                         targets ? target_logit.mutable_data() : nullptr,
-                        targets ? target_rank.mutable_data() : nullptr};
+                        targets ? target_rank.mutable_data() : nullptr,
+                        top_k,
+                        top_z.mutable_data(),
+                        top_id.mutable_data()};
   const LensKernels& kernels = lens_kernels(selected_isa());
   {
     py::gil_scoped_release release;
     fused_lens(problem, kernels, n_threads, stats);
   }
-  if (!targets) return py::make_tuple(argmax, max_logit, logsumexp, entropy, py::none(), py::none());
-  return py::make_tuple(argmax, max_logit, logsumexp, entropy, target_logit, target_rank);
+  const py::object no = py::none();
+  return py::make_tuple(argmax, max_logit, logsumexp, entropy, targets ? py::object(target_logit) : no,
+                        targets ? py::object(target_rank) : no, top_z, top_id);
 }
 
 void run_product_only(const py::array& x_hat, const py::array& unembedding, int n_threads) {
@@ -122,9 +130,9 @@ void bind_lens(py::module_& m) {
   m.def("fused_lens", &run_fused_lens, py::arg("hidden"), py::arg("unembedding"), py::arg("norm"),
         py::arg("norm_weight").noconvert().none(true), py::arg("norm_bias").noconvert().none(true), py::arg("norm_eps"),
         py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),
-        py::arg("softcap"), py::arg("n_threads"),
-        "(argmax, max_logit, logsumexp, entropy, target_logit, target_rank) of hidden [rows, d_model] over unembedding "
-        "[vocab_size, d_model], any strides; softcap 0 for none.");
+        py::arg("softcap"), py::arg("top_k"), py::arg("n_threads"),
+        "(argmax, max_logit, logsumexp, entropy, target_logit, target_rank, top_z, top_id) of hidden [rows, d_model] "
+        "over unembedding [vocab_size, d_model], any strides; softcap 0 for none; lists [rows, top_k] of z before it.");
   m.def("product_only", &run_product_only, py::arg("x_hat"), py::arg("unembedding"), py::arg("n_threads"),
         "The matrix product of fused_lens alone; its results are thrown away.");
   m.def("fma_peak", [](double milliseconds) { return fma_peak(lens_kernels(selected_isa()), milliseconds); },

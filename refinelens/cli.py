@@ -87,12 +87,13 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .sweeping.sweep import run_sweep
 
     with _folder_of_its_own(arguments.out, options) as out:
-        return _watch(partial(run_sweep, options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers))
+        given = (options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers)
+        return _watch(partial(run_sweep, *given), not arguments.no_report)
 
 
 def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     path, words = arguments.resume, [word.split("=")[0] for word in argv[1:] if word.startswith("--")]
-    others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers"))]
+    others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers", "--no-report"))]
     if others:
         raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
     from .store.results import open_run
@@ -106,11 +107,12 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
         return 0
     from .sweeping.sweep import resume_sweep
 
-    return _watch(partial(resume_sweep, path, argv=["refinelens", *argv], workers=arguments.workers))
+    sweep = partial(resume_sweep, path, argv=["refinelens", *argv], workers=arguments.workers)
+    return _watch(sweep, not arguments.no_report)
 
 
-def _watch(sweep: Callable[..., Run]) -> int:
-    """Run a sweep with its progress on the terminal, then print its table."""
+def _watch(sweep: Callable[..., Run], page: bool) -> int:
+    """Run a sweep with its progress on the terminal, then print its table and write its page."""
     from .report.tables import print_table
 
     def how_to_resume(run: Run | None) -> str:
@@ -122,8 +124,20 @@ def _watch(sweep: Callable[..., Run]) -> int:
     run, code = _work(partial(sweep, summary=summary.append, warn=_say), how_to_resume)
     if summary:  # a second signal leaves no time for it
         print_table(_console(), summary[-1], in_options)
+        if page and code == 0:
+            _write_page(run)
         _list_files(run.path)
     return code
+
+
+def _write_page(run: Run) -> None:
+    """The page of a run that is finished; without it the run is whole all the same."""
+    from .run_page import write_run_page
+
+    try:
+        print(f"\n{write_run_page(run)}")
+    except (InputError, FaultError) as error:
+        _say(f"no page: {error}")
 
 
 def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -193,6 +207,47 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     options = config_of(arguments, config.ShowConfig)
     show_run(open_run(arguments.folder), _console(), options.top, in_options)
+    return 0
+
+
+def _report(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .run_page import write_report_page, write_run_page
+    from .store.frames import check_new_file
+    from .store.results import open_run
+
+    runs = [open_run(folder) for folder in arguments.folders]
+    if not arguments.out and len(runs) == 1:
+        print(write_run_page(runs[0]))
+        return 0
+    out = Path(arguments.out or "report.html")
+    check_new_file(out)
+    print(f"{out}: {write_report_page(runs, out)}")
+    return 0
+
+
+def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
+    options = config_of(arguments, config.ReadConfig)
+    from .store.frames import check_new_file
+
+    files = {kind: getattr(arguments, kind) for kind in ("html", "png", "json")}
+    for kind, path in files.items():
+        if path is not None:
+            check_new_file(Path(path), kind)
+    from .store.folder import MANIFEST
+    from .store.results import open_run
+
+    if os.path.isfile(os.path.join(arguments.text, MANIFEST)):  # False also for a text too long for a path
+        run = open_run(arguments.text)
+        from .read import read_context, show
+
+        map = read_context(run, options, arguments)
+    elif os.path.isdir(arguments.text):
+        raise InputError(f"{arguments.text}: expected a text or the folder of a run, got another folder")
+    else:
+        from .read import read_text, show
+
+        map = read_text(arguments.text, options, arguments)
+    show(map, options, files, _console())
     return 0
 
 
@@ -271,6 +326,8 @@ COMMANDS = {
     "fit": _fit,
     "show": _show,
     "layers": _layers,
+    "read": _read,
+    "report": _report,
     "export": _export,
     "doctor": _doctor,
     "bench": _bench,

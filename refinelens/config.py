@@ -59,6 +59,11 @@ def _sizes(value: object) -> tuple[int, ...]:
     return tuple(sorted({WORDS[part] if part in WORDS else _number(part) for part in _parts(value)}))
 
 
+def _every(value: object) -> int:
+    """One layer of how many, of ``all``, ``4`` or ``every 4``."""
+    return 1 if value == "all" else _number(value.removeprefix("every").strip() if isinstance(value, str) else value)
+
+
 def _typed(value: object) -> str:
     """As the command line has it, which is how a manifest holds it."""
     return value if isinstance(value, str) else ",".join(map(str, _parts(value)))
@@ -73,6 +78,7 @@ KINDS = {"bool": FLAG, "int": NUMBER, "str": NAME, "tuple[int, ...]": NUMBERS, "
 SIZES = Kind(_sizes, "closed-book, oracle or sizes such as 5,10")
 EDITS = Kind(lambda value: () if value == "none" else NAMES.read(value), f"none or some of {','.join(INTERVENTIONS)}")
 TYPED = Kind(_typed, "a word or a list")
+LAYERS = Kind(_every, "all, or N for one layer of N")
 
 
 def _option(default, help: str, group: str | None = None, kind: Kind | None = None, metavar=None, choices=None):
@@ -314,6 +320,38 @@ class WidgetConfig(Config):
         super().__post_init__()
         for name in ("tokens", "k"):
             _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ReadConfig(Config):
+    """How one text, or one context of a run, is read and shown."""
+
+    model: str = _option("smollm2", "as in sweep; of a run its own")
+    lens: tuple[str, ...] = _option(("plain",), "plain, or folders of lenses; of a run its own", metavar="LENS[,LENS]")
+    target: str = _option(
+        "prediction",
+        "whose rank is shown: prediction, the model's own; next, the token that follows; or a token's text, such as "
+        "' Paris'",
+        metavar="prediction|next|TEXT",
+    )
+    top_k: int = _option(10, "likeliest tokens of every cell")
+    layers: int = _option(1, "all, or every N", kind=LAYERS, metavar="all|N")
+    tokens: int | None = _option(None, "the last N are read (default: all; a terminal shows the last 24)")
+    generate: int = _option(0, "write up to N tokens after the text, greedily, and show them too (default: none)")
+    measure: str = _choice("that a terminal and a picture colour by", None, "probability", "rank")
+    question: int | None = _option(None, "of a run: line of the task file, from 0 (default: the first)", metavar="ID")
+    documents: int | None = _option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
+    gold_position: int | None = _option(None, "of a run: 0-based (default: its first)", metavar="P")
+    device: str = _device()
+    dtype: str = _dtype()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("top_k", "layers"):
+            _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        _expect(self.tokens is None or self.tokens >= 1, "tokens", "1 or more", self.tokens)
+        _expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
 
 
 @dataclass(frozen=True)

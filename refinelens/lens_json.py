@@ -13,12 +13,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .config import ORACLE, WidgetConfig, condition_name
+from .config import WidgetConfig
 from .data.prompts import Context
 from .errors import InputError
 from .lens.files import Lens
@@ -30,9 +29,8 @@ from .op.vocabulary import lens_top_k
 from .report.rows import counted
 from .store.files import write_output
 from .store.results import Run
+from .sweeping.contexts import pick
 from .sweeping.sweep import RunSpec, SweepInputs
-
-Thing = TypeVar("Thing")
 
 DIGITS = 5  # of a probability
 
@@ -49,9 +47,8 @@ def export_lens_json(run: Run, path: Path, choice: WidgetConfig) -> str:
         raise InputError(f"``k``: expected at most the {run.vocab_size} tokens of the vocabulary, got {choice.k}")
     spec = RunSpec(run.path, run.manifest, "export")
     inputs = SweepInputs.load(spec.options, spec)
-    lens = _pick("``lens``", inputs.lenses, lambda lens: lens.name, choice.lens)
-    contexts = _contexts(inputs, choice)
-    context = _pick("``gold_position``", contexts, lambda context: context.gold_position, choice.gold_position)
+    lens = pick("``lens``", inputs.lenses, lambda lens: lens.name, choice.lens)
+    context = inputs.context(choice.question, choice.documents, choice.gold_position)
     tokenizer = inputs.loaded.tokenizer
     data = {
         "meta": {"version": 2, "timestamp": now(), "model": inputs.loaded.name},
@@ -113,31 +110,3 @@ def _names(ids: list[int], text: Callable[[int], str]) -> dict[int, str]:
     texts = {id: text(id) for id in ids}
     count = Counter(texts.values())
     return {id: name if count[name] == 1 else f"{name} #{id}" for id, name in texts.items()}
-
-
-def _contexts(inputs: SweepInputs, choice: WidgetConfig) -> list[Context]:
-    """Those of one question at one size: the size wanted or shown best, the question wanted or the first it has."""
-    questions, sizes = inputs.questions, inputs.options.documents
-    if choice.question is not None:
-        questions = [_pick("``question``", questions, lambda question: question.id, choice.question)]
-    if choice.documents is not None:
-        sizes = [_pick("``documents``", sizes, lambda size: size, choice.documents)]
-    builder = inputs.builder()
-    # The smallest size with other documents is shown best, oracle and closed-book worst.
-    for size in sorted(sizes, key=lambda size: (size <= ORACLE, -size if size <= ORACLE else size)):
-        for question in questions:
-            contexts = [context for context in builder.build(question).contexts if context.n_documents == size]
-            if contexts:
-                return contexts
-    where = "" if choice.documents is None else f" with {condition_name(choice.documents)}"
-    got = "none" if choice.question is None else f"question {choice.question}, which was left out"
-    raise InputError(f"``question``: expected one that the run could ask{where}, got {got}")
-
-
-def _pick(option: str, things: list[Thing], value: Callable[[Thing], object], wanted: object) -> Thing:
-    """The first thing of the wanted value, or the first of all where none is wanted."""
-    found = next((thing for thing in things if wanted is None or value(thing) == wanted), None)
-    if found is None:
-        there = ", ".join(dict.fromkeys(str(value(thing)) for thing in things[:20]))
-        raise InputError(f"{option}: expected one that the run has, such as {there}, got {wanted}")
-    return found

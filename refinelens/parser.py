@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   refinelens show runs/first --top 1,5
   refinelens layers runs/first --interventions skip,attn --examples 10
   refinelens fit --model ./my-model --out lenses/mine
+  refinelens read "The capital of France is" --html france.html
   refinelens doctor --model ./my-model
   refinelens bench --rows 416
 """
@@ -32,6 +33,11 @@ EXAMPLES = """examples:
 FIT_EXAMPLE = """example:
   refinelens fit --model smollm2 --tokens 20000 --out lenses/smollm2
   refinelens sweep --model smollm2 --lens plain,lenses/smollm2
+"""
+READ_EXAMPLES = """examples:
+  refinelens read "The capital of France is"
+  refinelens read "The capital of France is" --target " Paris" --html france.html
+  refinelens read runs/first --question 17 --gold-position 4 --html context.html
 """
 Kind = TypeVar("Kind", bound=config.Config)
 
@@ -64,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = sweep.add_argument_group("the run").add_argument
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--no-report", action="store_true", help="write no page of the run")
     add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
 
     words = {"epilog": FIT_EXAMPLE, "formatter_class": as_written}
@@ -77,6 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("folder", metavar="RUN", help="folder of a run")
     _add_config(show, config.ShowConfig)
 
+    report = add_command("report", help="write the page of a run, or of several to compare")
+    report.add_argument("folders", metavar="RUN", nargs="+", help="a run; with several the page also compares them")
+    report.add_argument("--out", metavar="FILE", help="the page (default: report.html in the run; of several, here)")
+
     layers = add_command(
         "layers",
         help="which layers are essential: by the lens, and by taking them away",
@@ -88,6 +99,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(layers, config.LayersConfig)
     add("--out", metavar="FOLDER", help="folder of the analysis (default: RUN/layers)")
     add("--overwrite", action="store_true", help="replace an analysis that is there")
+
+    read = add_command(
+        "read",
+        help="look at every layer of one text, or of one context of a run",
+        description="The best token of every layer and token, as a table in the terminal, or as a page, a picture or "
+        "numbers in a file.",
+        epilog=READ_EXAMPLES,
+        formatter_class=as_written,
+    )
+    add = read.add_argument
+    add("text", metavar="TEXT|RUN", help="a text, or the folder of a run")
+    _add_config(read, config.ReadConfig)
+    add("--html", metavar="FILE", help="write an interactive page")
+    add("--png", metavar="FILE", help="write a picture of the last tokens")
+    add("--json", metavar="FILE", help="write every number")
 
     export = add_command(
         "export",

@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "common/parallel.hpp"
 
@@ -30,19 +32,32 @@ struct Ranges {
 
 class Accumulators {
  public:
-  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers)
-      : n_rows_(n_rows), floats_(aligned<float>(2 * n_ranges * n_rows_)),
+  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers, int64_t top_k)
+      : n_rows_(n_rows), n_workers_(n_workers), top_k_(top_k), last_(aligned<float>(top_k ? n_workers * n_rows : 0)),
+        top_z_(aligned<float>(n_workers * n_rows * top_k)), top_id_(aligned<int32_t>(n_workers * n_rows * top_k)),
+        floats_(aligned<float>(2 * n_ranges * n_rows_)),
         ints_(aligned<int32_t>(2 * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)),
-        seen_(aligned<float>(n_workers * n_rows_)), n_seen_(n_workers * n_rows_) {}
+        seen_(aligned<float>(n_workers * n_rows_)) {}
 
   RangeState of(int64_t range, int worker = 0) const {
     const int64_t at = 2 * range * n_rows_;
     return {floats_.get() + at,         floats_.get() + at + n_rows_,  ints_.get() + at,
             ints_.get() + at + n_rows_, doubles_.get() + at,           doubles_.get() + at + n_rows_,
-            seen_.get() + worker * n_rows_};
+            seen_.get() + worker * n_rows_, top_of(worker)};
   }
 
-  void reset_seen() const { std::fill_n(seen_.get(), n_seen_, -kInfinity); }
+  TopState top_of(int worker) const {
+    const int64_t first = worker * n_rows_;
+    return {top_k_, last_.get() + (top_k_ ? first : 0), top_z_.get() + first * top_k_, top_id_.get() + first * top_k_};
+  }
+
+  // Before a block of rows: what threads know of them, and have listed.
+  void reset_workers() const {
+    std::fill_n(seen_.get(), n_workers_ * n_rows_, -kInfinity);
+    if (top_k_) std::fill_n(last_.get(), n_workers_ * n_rows_, -kInfinity);
+    std::fill_n(top_z_.get(), n_workers_ * n_rows_ * top_k_, -kInfinity);
+    std::fill_n(top_id_.get(), n_workers_ * n_rows_ * top_k_, std::numeric_limits<int32_t>::max());
+  }
 
   RangeState cleared(int64_t range, int worker) const {
     const RangeState state = of(range, worker);
@@ -53,12 +68,13 @@ class Accumulators {
   }
 
  private:
-  int64_t n_rows_;
+  int64_t n_rows_, n_workers_, top_k_;
+  Aligned<float> last_, top_z_;  // of each worker
+  Aligned<int32_t> top_id_;
   Aligned<float> floats_;
   Aligned<int32_t> ints_;
   Aligned<double> doubles_;
   Aligned<float> seen_;  // [worker][row]
-  int64_t n_seen_;
 };
 
 // Merge the ranges of one row in ascending order and write its statistics.
@@ -91,6 +107,20 @@ void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t 
   if (stats.target_rank) stats.target_rank[out] = rank;
 }
 
+// The best of all threads' lists of one row: the same whatever tokens each thread had.
+void finish_list(const Accumulators& accumulators, int n_workers, int64_t row, const LensStats& stats, int64_t out) {
+  std::vector<std::pair<float, int32_t>> all;
+  for (int worker = 0; worker < n_workers; ++worker) {
+    const TopState top = accumulators.top_of(worker);
+    for (int64_t i = row * top.k; i < (row + 1) * top.k; ++i) all.emplace_back(-top.z[i], top.id[i]);
+  }
+  std::partial_sort(all.begin(), all.begin() + stats.top_k, all.end());
+  for (int64_t i = 0; i < stats.top_k; ++i) {
+    stats.top_z[out * stats.top_k + i] = -all[i].first;
+    stats.top_id[out * stats.top_k + i] = all[i].second;
+  }
+}
+
 class Driver {
  public:
   Driver(const LensProblem& problem, const LensKernels& kernels, int n_threads)
@@ -105,7 +135,8 @@ class Driver {
         scratch_(aligned<float>(scratch_floats_ * std::max(n_threads, 1))) {}
 
   void run(const LensStats* stats) const {
-    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_, std::max(n_threads_, 1));
+    const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_, std::max(n_threads_, 1),
+                                    stats ? stats->top_k : 0);
     for (int64_t first = 0; first < problem_.hidden.rows; first += block_rows_) {
       const PackedRows rows = pack(first);
       scan(rows, stats ? &accumulators : nullptr);
@@ -129,7 +160,7 @@ class Driver {
   }
 
   void scan(const PackedRows& rows, const Accumulators* accumulators) const {
-    if (accumulators) accumulators->reset_seen();
+    if (accumulators) accumulators->reset_workers();
     const double flops = 2.0 * rows.count * d_model_ * problem_.unembedding.rows;
     parallel_for(ranges_.count, useful_threads(flops, n_threads_), [&](int64_t range, int worker) {
       const RangeState state = accumulators ? accumulators->cleared(range, worker) : RangeState{};
@@ -144,6 +175,7 @@ class Driver {
                  [&](int64_t row, int) {
                    finish_row(accumulators, ranges_, row, stats, first + row);
                    if (stats.target_logit) stats.target_logit[first + row] = rows.target_logit[row];
+                   if (stats.top_k) finish_list(accumulators, std::max(n_threads_, 1), row, stats, first + row);
                  });
   }
 

@@ -28,7 +28,7 @@ struct LensProblem {
   const int64_t* targets;  // [rows], or null
 };
 
-// One entry for every hidden row; the last two are null without targets.
+// One entry for every hidden row; those of the target are null without targets.
 struct LensStats {
   int64_t* argmax;
   float* max_logit;
@@ -36,6 +36,9 @@ struct LensStats {
   float* entropy;
   float* target_logit;
   int64_t* target_rank;
+  int64_t top_k;   // 0 for no lists
+  float* top_z;    // [rows, top_k], the largest z, best first, equal ones in the order of tokens
+  int64_t* top_id;
 };
 
 // A block of hidden rows as the product reads it: as few panels of at most `wide_panel` rows as will do, each
@@ -49,6 +52,14 @@ struct PackedRows {
   float* target_logit;
 };
 
+// The largest z of a block of rows among the tokens that one thread has seen, best first.
+struct TopState {
+  int64_t k;    // 0 for no lists
+  float* last;  // [rows], the k-th largest: what lies below it is not listed
+  float* z;     // [rows, k], -inf at first
+  int32_t* id;  // [rows, k]
+};
+
 // Running statistics of a block of rows over a range of the vocabulary, laid out like the rows of PackedRows.
 struct RangeState {
   float* best;       // largest z, -inf at first
@@ -58,6 +69,7 @@ struct RangeState {
   double* total;     // sum of exp(l - peak)
   double* weighted;  // sum of (l - peak) * exp(l - peak)
   float* seen;       // a z that some token of this or another range has, or -inf: below it there is no argmax
+  TopState top;
 };
 
 struct LensKernels {

@@ -78,6 +78,35 @@ inline Ints count_beating(const Lanes& lanes, Ints target, Floats target_z) {
   return count;
 }
 
+// Puts the tokens first, first + 1, ... that belong there into the lists of kLanes rows. Rare once the lists are full:
+// of V tokens in random order about k ln(V / k) come in.
+inline void list_top(const Lanes& lanes, Floats largest, int64_t first, const TopState& top, int64_t row) {
+  const Ints reaches = largest >= load(top.last + row);
+  if (!any(reaches)) return;
+  const int64_t end = top.k - 1;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!reaches[lane]) continue;
+    float* z = top.z + (row + lane) * top.k;
+    int32_t* id = top.id + (row + lane) * top.k;
+    const auto stays_before = [&](int64_t i, float value, int32_t token) {
+      return z[i] > value || (z[i] == value && id[i] < token);  // ranges come to a thread in any order
+    };
+    for (int64_t i = 0; i < lanes.count; ++i) {
+      const float value = lanes.z[i * lanes.stride + lane];
+      const int32_t token = static_cast<int32_t>(first + i);
+      if (!(value >= z[end]) || stays_before(end, value, token)) continue;
+      int64_t at = end;
+      for (; at > 0 && !stays_before(at - 1, value, token); --at) {
+        z[at] = z[at - 1];
+        id[at] = id[at - 1];
+      }
+      z[at] = value;
+      id[at] = token;
+    }
+    top.last[row + lane] = z[end];
+  }
+}
+
 // Fold the tokens first, first + 1, ... of a range that starts at `range` into the statistics of kLanes rows.
 inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float softcap, const RangeState& state,
                          int64_t row, const int32_t* targets, const float* target_z) {
@@ -93,6 +122,7 @@ inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float
     argmax = leads ? lowest_id(lanes, tile_best) + static_cast<int32_t>(first - range) : argmax;
     store(state.seen + row, larger(tile_best, seen));
   }
+  if (state.top.k) list_top(lanes, tile_best, first, state.top, row);
   if (targets)
     *reinterpret_cast<Ints*>(state.rank + row) +=
         needs_comparison(lanes, target, t) ? count_beating(lanes, target, t) : tile.reaching;

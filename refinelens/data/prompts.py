@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..config import NO_POSITION, condition_name
 from ..errors import CannotAskError, InputError
+from ..model.identity import encode
 from .answer_tokens import joint, token_span, tokenise
 from .questions import DEFAULT, QA, Document, Format, Question
 
@@ -258,3 +259,14 @@ def build_context(
         gold_span=token_span(tokens.encoded, start, end),
         covers_before=tokens.covers_before,
     )
+
+
+def find_documents(
+    tokenizer: PreTrainedTokenizerBase, template: Template, question: Question, documents: list[Document]
+) -> list[tuple[int, int] | None]:
+    """Tokens of every document in a question's prompt, end exclusive; None where the tokenizer knows no offsets."""
+    if not documents:
+        return []
+    found = [template.fill(question, documents, place) for place in range(len(documents))]
+    encoded = encode(tokenizer, found[0][0], template.chat is None, template.is_literal(tokenizer))
+    return [token_span(encoded, start, end) for _, start, end in found]

@@ -25,10 +25,11 @@ from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import kl_to_final, lens_top_k
+from ..op.vocabulary import fused_lens_top_k, kl_to_final
 from .files import Lens, load_lens
+from .inputs import spread, targets_of, tokens_of
 from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
-from .reading import LayerReading, spread, targets_of, tokens_of
+from .reading import LayerReading
 from .translators import MODEL_KEYS, Translators, check_made_for
 
 TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
@@ -344,7 +345,8 @@ class LogitLens:
         if logits is not None:
             last = reading.stats.map(lambda value: value[-1])
             check_logits(logits, last, self.head.vocab_size, self.parity.tolerance)
-        return replace(reading, targets=targets, lens=self.name, tokenizer=self.tokenizer)
+        n_vocab = self.head.vocab_size
+        return replace(reading, targets=targets, lens=self.name, tokenizer=self.tokenizer, vocab_size=n_vocab)
 
     def _states_given(self, states: Tensor | Sequence[Tensor], check_last: bool) -> tuple[Tensor, bool]:
         """The states as one tensor, and whether those of the last layer are normed already."""
@@ -402,8 +404,12 @@ class LogitLens:
             heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
         parts = []
         for states, head in heads:
-            stats = fused_lens(states, head, targets=targets, backend=self.backend, check_values=check_values)
-            parts.append(LayerReading(stats, top=lens_top_k(states, head, plan.top_k) if plan.top_k else None))
+            if plan.top_k:
+                stats, top = fused_lens_top_k(states, head, plan.top_k, targets, self.backend, check_values)
+                parts.append(LayerReading(stats, top=top))
+            else:
+                stats = fused_lens(states, head, targets=targets, backend=self.backend, check_values=check_values)
+                parts.append(LayerReading(stats))
         reading = LayerReading.cat(parts, 0)
         if not plan.kl:
             return reading

@@ -1,4 +1,4 @@
-"""What a lens reads: statistics of every layer at chosen positions, and what may be asked for in whose words."""
+"""What a lens reads: statistics of every layer at chosen positions, as numbers, as a frame and as a map to look at."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..kernels.reference import LensStats
-from ..model.identity import text_of
-from ..model.positions import padded
+from ..model.identity import decode, text_of
 from ..op.vocabulary import TopK
+from ..pages.heatmap import NEXT, PREDICTION, HeatMap, LensMap, Segment
+from .inputs import Tokens
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_LAYERS, SHOWN_POSITIONS = 8, 6  # of a reading that is printed
+TITLE_TOKENS = 12  # of a text, the last ones, that name its map
 SHOWN_TEXT = 12  # characters of a token
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What was read: texts with the places that a reading is about."""
-
-    input_ids: Tensor  # [batch, token] int64, shorter texts padded on the right
-    mask: Tensor | None  # [batch, token] int64, 1 for real tokens; None for all ones
-    positions: Tensor  # [batch, n_positions] int64, counted from 0
-    is_batch: bool  # whether a batch was given, and not one text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,6 +44,7 @@ class LayerReading:
     lens: str = "plain"
     tokenizer: PreTrainedTokenizerBase | None = None  # for texts of tokens
     layer: int | None = None  # of a reading of one layer
+    vocab_size: int = 0  # of the model; 0 where it is not known
 
     @property
     def argmax(self) -> Tensor:
@@ -117,7 +112,14 @@ class LayerReading:
 
     def of(self, start: int, end: int) -> LayerReading:
         """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
-        return self.map(lambda value: value[:, 0, start:end])
+        cut = self.map(lambda value: value[:, 0, start:end])
+        targets, tokens = self.targets, self.tokens
+        if targets is not None:
+            targets = targets.expand(self.shape[1:])[0, start:end]
+        if tokens is not None:
+            first = tokens.mask if tokens.mask is None else tokens.mask[:1]
+            tokens = Tokens(tokens.input_ids[:1], first, tokens.positions[:1, start:end], is_batch=False)
+        return replace(cut, targets=targets, tokens=tokens)
 
     def to(self, device: torch.device | str) -> LayerReading:
         """The same reading on another device."""
@@ -173,6 +175,25 @@ class LayerReading:
             frame["target"], frame["target_text"] = targets, [self.text(id) for id in targets]
         return frame
 
+    def heat_map(self, **words: Any) -> HeatMap:
+        """What `to_html` and `plot` show; ``words`` are those of `heat_map`."""
+        return heat_map([self], **words)
+
+    def to_html(self) -> str:
+        """The interactive map as one HTML file, which needs no network: layers by tokens, of a batch its first text."""
+        return self.heat_map().to_html()
+
+    def plot(self, measure: str = "probability", tokens: int = 24) -> Figure:
+        """A matplotlib figure of the last tokens, coloured by ``probability``, ``rank``, ``entropy`` or ``kl``."""
+        from ..pages.figure import draw_heatmap
+
+        return draw_heatmap(self.heat_map(), measure, tokens)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None, so that it shows the text, where there is no map of all layers of one text."""
+        has_map = self.layer is None and self.argmax.dim() in (2, 3) and self.argmax.numel()
+        return self.heat_map()._repr_html_() if has_map else None
+
     def __repr__(self) -> str:
         axes = [name for name in ("layer", "batch", "position") if name != "layer" or self.layer is None]
         axes = axes if len(axes) == len(self.shape) else [name for name in axes if name != "batch"]
@@ -208,144 +229,84 @@ def _cell(text: str) -> str:
     return shown if len(shown) <= SHOWN_TEXT else shown[: SHOWN_TEXT - 1] + "…"
 
 
-def tokens_of(
-    text: object,
-    positions: object,
-    attention_mask: object,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Tokens:
-    """What `LogitLens.read` was given, as ids with the places to read.
+def heat_map(
+    readings: Sequence[LayerReading],
+    *,
+    title: str = "",
+    target_is: str = "as given",
+    every: int = 1,
+    segments: Sequence[Segment] = (),
+    facts: dict[str, str] | None = None,
+) -> HeatMap:
+    """The map of one text, read through one or several lenses; of a batch that of its first text.
 
     Args:
-        text: A string, several, token ids ``[token]`` or ``[batch, token]`` as lists, arrays or tensors, or what a
-            tokenizer returns, a mapping with ``input_ids``.
-        positions: None for all, an integer, integers (``[n_positions]``, or of a batch ``[batch, n_positions]``), a
-            slice or a range; negative ones count from the last token of each text.
-        attention_mask: ``[batch, token]`` as the ids, or None.
-        tokenizer: For strings.
+        readings: Of the same tokens with the same targets, a lens each.
+        title: Of the page; by default the text's last tokens.
+        target_is: What the target is, in words.
+        every: One layer of so many is shown, counted from the output.
+        segments: What belongs together, such as documents.
+        facts: That stand under the map.
 
     Raises:
-        InputError: None of these, strings without a tokenizer, or a position that a text does not have.
+        InputError: A reading of one layer, or of states that have more than one axis of positions.
     """
-    ids, mask, is_batch = _ids_of(text, attention_mask, tokenizer)
-    if mask is None:
-        ends = torch.full((len(ids),), ids.shape[1])
-    else:
-        ends = mask.argmax(1) + mask.sum(1)
-    return Tokens(ids, mask, _positions_of(positions, ids.shape[1], ends, mask is not None), is_batch)
-
-
-def _ids_of(text: Any, mask: object, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, Tensor | None, bool]:
-    if isinstance(text, str) or (isinstance(text, list | tuple) and text and all(isinstance(t, str) for t in text)):
-        if tokenizer is None:
-            raise InputError("tokenizer: expected one for text, got none; LogitLens(model, tokenizer), or pass ids")
-        if mask is not None:
-            raise InputError("attention_mask: expected none beside text, which is padded here")
-        rows = [list(tokenizer(t)["input_ids"]) for t in ([text] if isinstance(text, str) else text)]
-        return *_padded(rows), not isinstance(text, str)
-    if hasattr(text, "keys"):
-        if "input_ids" not in text:
-            raise InputError(f"text: expected a mapping with input_ids, got one with {', '.join(map(str, text))}")
-        mask = text.get("attention_mask") if mask is None else mask
-        text = text["input_ids"]
-    if isinstance(text, list | tuple) and text and all(isinstance(row, list | tuple) for row in text) and mask is None:
-        return *_padded([list(row) for row in text]), True
-    ids = _integers("text", text, "a string, strings, or integer token ids [token] or [batch, token]")
-    if ids.dim() not in (1, 2) or not ids.shape[-1]:
-        raise InputError(f"text: expected ids [token] or [batch, token] with a token or more, got {list(ids.shape)}")
-    is_batch, ids = ids.dim() == 2, ids.reshape(-1, ids.shape[-1])
-    if mask is not None:
-        mask = mask.long() if isinstance(mask, Tensor) else mask  # True and False do in a mask
-        mask = _integers("attention_mask", mask, "ones and zeros")
-        if mask.numel() != ids.numel():
-            raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
-        mask = mask.reshape(ids.shape)
-        mask = None if bool((mask == 1).all()) else mask
-    return ids, mask, is_batch
-
-
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-    if not all(rows):
-        raise InputError("text: expected a token or more in every text, got an empty one")
-    return padded([_integers("text", row, "integer token ids").tolist() for row in rows])
-
-
-def _integers(name: str, value: object, expected: str) -> Tensor:
-    """As int64 on the CPU. A truth value is none: a mask of places would be read as the places 0 and 1."""
-    try:
-        found = torch.as_tensor(value).cpu()
-    except (RuntimeError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{name}: expected {expected}, got {type(value).__name__}") from None
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise InputError(f"{name}: expected {expected}, got {found.dtype}")
-    return found.long()
-
-
-def _positions_of(positions: object, n_tokens: int, ends: Tensor, is_padded: bool) -> Tensor:
-    """Columns of the ids, ``[batch, n_positions]``; negative places count from the end of each row's real tokens."""
-    if positions is None or isinstance(positions, slice):
-        if is_padded:
-            raise InputError(
-                f"positions: expected places that all texts have, got {'none' if positions is None else 'a slice'} for "
-                "texts of several lengths; pass such as -1, or read one text at a time"
-            )
-        positions = range(n_tokens) if positions is None else range(n_tokens)[positions]
-    if isinstance(positions, range):
-        positions = list(positions)
-    places = _integers("positions", positions, "integers, a slice or a range")
-    places = places.reshape(1) if places.dim() == 0 else places
-    places = places.expand(len(ends), -1) if places.dim() == 1 else places
-    if places.dim() != 2 or len(places) != len(ends):
+    first = readings[0]
+    if first.layer is not None or first.argmax.dim() not in (2, 3):
         raise InputError(
-            f"positions: expected shape [n_positions] or [{len(ends)}, n_positions], got {list(places.shape)}"
+            f"reading: expected all layers of one text or several, got shape {list(first.shape)}; read a text again"
         )
-    found = torch.where(places < 0, places + ends[:, None], places)
-    outside = (found < 0) | (found >= n_tokens)
-    if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise InputError(
-            f"positions: expected {-int(ends[row])} to {n_tokens - 1} of {n_tokens} tokens, got "
-            f"{int(places[row, column])}"
-        )
-    return found
+    lenses = [_lens_map(reading) for reading in readings]
+    n = lenses[0].argmax.shape[1]
+    texts: dict[int, str] = {}
+    targets: list[int] | None = None
+    if first.targets is not None:
+        each = first.targets.cpu().expand(first.shape[1:])
+        targets = (each[0] if each.dim() == 2 else each).tolist()
+    ids = {int(id) for lens in lenses for id in np.unique(lens.argmax)} | set(targets or ())
+    ids |= {int(id) for lens in lenses if lens.top_ids is not None for id in np.unique(lens.top_ids)}
+    if first.tokens is not None:
+        places = first.tokens.positions[0]
+        tokens, positions = first.tokens.input_ids[0, places].tolist(), places.tolist()
+        ids |= set(tokens)
+        texts = {id: first.text(id) for id in ids}
+    else:  # states of one's own: a column has no token, but for its number
+        texts = {id: first.text(id) for id in ids}
+        tokens, positions = [-1 - place for place in range(n)], list(range(n))
+        texts |= {-1 - place: str(place) for place in range(n)}
+    if not title and first.tokens is not None:
+        last = tokens[-TITLE_TOKENS:]
+        title = decode(first.tokenizer, last) if first.tokenizer is not None else "".join(map(first.text, last))
+    return HeatMap(
+        *(title.strip() or "a reading", tokens, texts, lenses, first.vocab_size, positions),
+        *(targets, target_is, every, list(segments), facts or {}),
+    )
 
 
-def targets_of(targets: object, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
-    """Target ids from ids or strings; a string is the text of one token, with its space where it has one.
+def _lens_map(reading: LayerReading) -> LensMap:
+    """Numbers of the first text, on the CPU."""
 
-    Raises:
-        InputError: A string that is not one token, or strings without a tokenizer.
+    def numbers(value: Tensor | None) -> np.ndarray | None:
+        if value is None:
+            return None
+        return (value[:, 0] if reading.argmax.dim() == 3 else value).cpu().numpy()
+
+    names = ("argmax", "max_logprob", "entropy", "kl", "rank", "logprob", "top_ids")
+    values = {name: numbers(getattr(reading, name)) for name in names}
+    return LensMap(reading.lens, **values, top_logprobs=numbers(reading.top_logprobs))  # type: ignore[arg-type]
+
+
+def words_of_target(target: str, text: Callable[[int], str], target_id: int | None, ends: bool) -> str:
+    """What a target is, for a reader: the model's own prediction, the text's next token, or a token by name.
+
+    Args:
+        target: As it was asked for.
+        text: Of a token.
+        target_id: Of a token by name.
+        ends: Whether it is known what follows the last token.
     """
-    if targets is None or isinstance(targets, Tensor):
-        return targets
-    if isinstance(targets, str):
-        return torch.tensor(_id_of(targets, tokenizer))
-    if isinstance(targets, list | tuple):
-        rows = [row if isinstance(row, list | tuple) else [row] for row in targets]
-        ids = [[_id_of(t, tokenizer) if isinstance(t, str) else t for t in row] for row in rows]
-        nested = any(isinstance(row, list | tuple) for row in targets)
-        return _integers("targets", ids if nested else [id for (id,) in ids], "token ids or strings")
-    return _integers("targets", targets, "token ids or strings")
-
-
-def _id_of(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is None:
-        raise InputError("tokenizer: expected one for targets that are text, got none; pass token ids")
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(ids) != 1:
-        pieces = ", ".join(repr(text_of(tokenizer, id)) for id in ids)
-        raise InputError(
-            f"targets: expected the text of one token, got {text!r}, which is {len(ids)} ({pieces}); pass one of them, "
-            "often with its space, or an id"
-        )
-    if ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
-        raise InputError(f"targets: expected a token that the tokenizer knows, got {text!r}; pass another, or an id")
-    return ids[0]
-
-
-def spread(targets: Tensor, shape: torch.Size) -> Tensor:
-    """Targets broadcast to every position, ``[N]``."""
-    try:
-        return targets.expand(shape).flatten()
-    except RuntimeError:
-        raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
+    if target == PREDICTION:
+        return "the model's own prediction"
+    if target == NEXT:
+        return "the token that follows" + ("" if ends else " (behind the last one the model's own prediction)")
+    return repr(text(target_id)) if target_id is not None else target

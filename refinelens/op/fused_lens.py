@@ -65,7 +65,7 @@ def fused_lens(
     """
     states, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     shape = states.shape[:-1]
-    flat_targets = None if targets is None else _flatten_targets(targets, states)
+    flat_targets = None if targets is None else flatten_targets(targets, states)
     norm = head.norm
     weight, norm_bias, eps, offset = (norm.weight, norm.bias, norm.eps, norm.offset) if norm else (None, None, 0.0, 0.0)
     out = torch.ops.refinelens.fused_lens(
@@ -88,7 +88,12 @@ def fused_lens(
     return LensStats(**{name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if name not in absent})
 
 
-def _flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
+def flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
+    """Targets broadcast to every row of ``hidden``, ``[N]`` int64.
+
+    Raises:
+        InputError: No integers, or a shape that does not broadcast.
+    """
     try:
         targets = torch.as_tensor(targets, device=hidden.device)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -145,17 +150,15 @@ def _fused_lens_op(
     # Triton reads no id outside the vocabulary, so that one wait for the device tells of ids and results.
     at_once = chosen == "triton"
     if not at_once:
-        _check_targets(targets, unembedding.shape[0])
+        check_targets(targets, unembedding.shape[0])
     run = fused_lens_reference
     if hidden.shape[0]:
         run = backend_function(chosen, chosen_precision, asked=precision == "certified")
     spec = norm_from(norm, norm_weight, norm_bias, norm_eps, norm_offset)
     with torch.no_grad():
         out = run(hidden, LensHead(unembedding, spec, bias, softcap, logit_scale), targets)
-    saturates = spec is None and softcap is not None
-    if (check_values or not at_once) and not values_fit(out, hidden, targets, unembedding.shape[0], saturates):
-        _check_targets(targets, unembedding.shape[0])
-        raise _broken_row(out, hidden, saturates)
+    if check_values or not at_once:
+        check_result(out, hidden, targets, unembedding.shape[0], spec is None and softcap is not None)
     values = dict(out.items())
     if hidden.shape[0] == 0:  # the reference's
         values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
@@ -175,6 +178,17 @@ def _(  # type: ignore[no-untyped-def]
 def _is_capturing(tensor: Tensor) -> bool:
     """A CUDA graph cannot hold a check: it would wait for the device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_result(out: LensStats, hidden: Tensor, targets: Tensor | None, n_vocab: int, saturates: bool) -> None:
+    """Refuse what `values_fit` finds, in words.
+
+    Raises:
+        InputError: Names the first row.
+    """
+    if not values_fit(out, hidden, targets, n_vocab, saturates):
+        check_targets(targets, n_vocab)
+        raise _broken_row(out, hidden, saturates)
 
 
 def values_fit(
@@ -208,7 +222,12 @@ def _broken(out: LensStats, hidden: Tensor, saturates: bool) -> Tensor:
     return broken | ~hidden.isfinite().all(-1) if saturates else broken
 
 
-def _check_targets(targets: Tensor | None, n_vocab: int) -> None:
+def check_targets(targets: Tensor | None, n_vocab: int) -> None:
+    """Refuse an id outside the vocabulary.
+
+    Raises:
+        InputError: Names the first.
+    """
     if targets is None or targets.numel() == 0 or _is_capturing(targets):
         return
     outside = _outside(targets, n_vocab)

@@ -72,7 +72,7 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
 
 def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """`paired_ranks`, and how many rows of each run have no partner."""
-    if not _share_questions(run_a, run_b):
+    if not share_questions(run_a, run_b):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
             "sweep both over one file, or over kv or tiny with one version of refinelens"
@@ -95,7 +95,7 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
     return ranks_a[shared["row_a"].to_numpy()], ranks_b[shared["row_b"].to_numpy()], unpaired
 
 
-def _share_questions(run_a: Run, run_b: Run) -> bool:
+def share_questions(run_a: Run, run_b: Run) -> bool:
     """Whether questions of one number are the same; with one seed they are, where one refinelens generated both."""
     a, b = run_a.manifest, run_b.manifest
     if a["task"].get("sha256") == b["task"].get("sha256"):

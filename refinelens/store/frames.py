@@ -75,16 +75,16 @@ def export_run(run: Run, path: Path, kind: str) -> int:
     return rows
 
 
-def check_new_file(path: Path) -> None:
-    """Refuse to write over a file, or into no folder.
+def check_new_file(path: Path, name: str = "out") -> None:
+    """Refuse to write over a file, or into no folder; ``name`` is that of the parameter.
 
     Raises:
         InputError: Says which.
     """
     if path.exists():
-        raise InputError(f"``out`` {path}: expected a new file, got one that is there; choose another")
+        raise InputError(f"``{name}`` {path}: expected a new file, got one that is there; choose another")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"``out`` {path}: expected a file in a folder that is there")
+        raise InputError(f"``{name}`` {path}: expected a file in a folder that is there")
 
 
 class _JsonLinesWriter:

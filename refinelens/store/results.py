@@ -17,6 +17,7 @@ SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
+PAGE = "report.html"  # the page, which is made on request
 LAYERS = "layers"  # folder of what `refinelens layers` makes of the run
 # What tables and figures read of a manifest: types, objects with entries, lists of one thing or more.
 SHAPE = {
@@ -134,7 +135,7 @@ class Run(Folder):
     SHAPE = SHAPE
     PART = Part
     PARTS = "predictions"
-    DERIVED = DERIVED
+    DERIVED = (*DERIVED, PAGE)
     BESIDE = (LAYERS,)
 
     @property

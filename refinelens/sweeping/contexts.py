@@ -6,22 +6,25 @@ What a reader must know of their texts is said when a sweep begins and kept in i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from ..config import CLOSED_BOOK, SweepConfig, condition_name, gold_positions
-from ..data.prompts import Context, Template, build_context
+from ..config import CLOSED_BOOK, ORACLE, SweepConfig, condition_name, gold_positions
+from ..data.prompts import Context, Template, build_context, find_documents
 from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
 from ..data.tasks import DistractorSource, Task
-from ..errors import CannotAskError
+from ..errors import CannotAskError, InputError
 from ..lens.logit_lens import LogitLens
 from ..lens.runner import ForwardRunner, ModelInput, blamed_on_context
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
 from ..report.rows import counted
+
+Thing = TypeVar("Thing")
 
 NO_ALIAS = Alias(0, "none")  # of a question that is not asked
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
@@ -77,6 +80,55 @@ class QuestionContexts:
     n_replaced: int  # of its own passages that hold an answer; others stand for them
 
 
+def choose_context(
+    builder: ContextBuilder,
+    questions: list[Question],
+    sizes: Sequence[int],
+    question: int | None,
+    documents: int | None,
+    gold_position: int | None,
+) -> Context:
+    """One context to look at.
+
+    Args:
+        builder: What builds contexts.
+        questions: That are there.
+        sizes: Context sizes that are there.
+        question: Its id; None for the first that could be asked at the size.
+        documents: The size; None for the one that shows best, the smallest with other documents.
+        gold_position: None for the first.
+
+    Raises:
+        InputError: There is no such context.
+    """
+    if question is not None:
+        questions = [pick("``question``", questions, lambda question: question.id, question)]
+    if documents is not None:
+        sizes = [pick("``documents``", sizes, lambda size: size, documents)]
+    # Of those without other documents oracle is shown better than closed-book.
+    for size in sorted(sizes, key=lambda size: (size <= ORACLE, -size if size <= ORACLE else size)):
+        for asked in questions:
+            contexts = [context for context in builder.build(asked).contexts if context.n_documents == size]
+            if contexts:
+                return pick("``gold_position``", contexts, lambda context: context.gold_position, gold_position)
+    where = "" if documents is None else f" with {condition_name(documents)}"
+    got = "none" if question is None else f"question {question}, which was left out"
+    raise InputError(f"``question``: expected one that the run could ask{where}, got {got}")
+
+
+def pick(option: str, things: Sequence[Thing], value: Callable[[Thing], object], wanted: object) -> Thing:
+    """The first thing of the wanted value, or the first of all where none is wanted.
+
+    Raises:
+        InputError: There is none; says what there is.
+    """
+    found = next((thing for thing in things if wanted is None or value(thing) == wanted), None)
+    if found is None:
+        there = ", ".join(dict.fromkeys(str(value(thing)) for thing in things[:20]))
+        raise InputError(f"{option}: expected one that the run has, such as {there}, got {wanted}")
+    return found
+
+
 class ContextBuilder:
     """Builds the contexts of questions: always the same for one task, template, model and seed."""
 
@@ -105,6 +157,13 @@ class ContextBuilder:
                 contexts += found
                 n_replaced = self._distractors.replaced(question, max(0, size - 1))  # of the largest size
         return QuestionContexts(alias, contexts, left_out, n_tokens, n_replaced)
+
+    def document_spans(self, context: Context) -> list[tuple[int, int] | None]:
+        """Tokens of every document of a context, end exclusive; None where the tokenizer knows no offsets."""
+        distractors = self._distractors.choose(context.question, context.n_documents - 1) or []
+        place = context.gold_position
+        documents = [*distractors[:place], context.question.gold, *distractors[place:]] if context.n_documents else []
+        return find_documents(self._loaded.tokenizer, self._template, context.question, documents)
 
     def _of_size(self, question: Question, size: int, alias: int) -> list[Context] | str:
         """The contexts, or why there are none."""

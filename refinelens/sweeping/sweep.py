@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
 from ..data.generated import GENERATORS, TINY, generate_task
-from ..data.prompts import FIELD, Chat, Template, load_template, render_chat, template_hash
+from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
 from ..data.tasks import Task, choose_questions, load_task
 from ..errors import InputError, resume_call
@@ -34,9 +34,9 @@ from ..store.files import check_disk
 from ..store.folder import MadeOf, go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
 from ..store.results import SCHEMA_VERSION, QuestionResult, Run
-from .contexts import ContextBuilder, remarks
+from .contexts import ContextBuilder, choose_context, remarks
 from .predict import Predictor, groups_of, questions_together
-from .recorder import RunWriter
+from .recorder import AccuracySoFar, RunWriter
 from .workers import Workers
 
 UNIT = "the current question, then its tables"
@@ -181,6 +181,11 @@ class SweepInputs:
     def builder(self) -> ContextBuilder:
         """What builds contexts."""
         return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
+
+    def context(self, question: int | None, documents: int | None, gold_position: int | None) -> Context:
+        """One context of a run to look at, see `choose_context`."""
+        sizes = self.options.documents
+        return choose_context(self.builder(), self.questions, sizes, question, documents, gold_position)
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
@@ -367,7 +372,7 @@ class _Sweep:
 
     def _ask_missing(self, signals: StopSignals) -> None:
         """Ask every question that has no rows yet, until a signal comes."""
-        writer, missing, rows = self.writer, self.writer.missing(), 0
+        writer, missing, rows, contexts, so_far = self.writer, self.writer.missing(), 0, 0, AccuracySoFar()
         total = writer.done + len(missing)
         self.progress("questions", writer.done, total)
         signals.finish_first()
@@ -376,8 +381,9 @@ class _Sweep:
                 for line in result.warnings:
                     self.warn(line)
                 writer.add(place, result)
-                rows += result.counts["lens_rows"]
-                self.progress("questions", writer.done, total, rows)
+                rows, contexts = rows + result.counts["lens_rows"], contexts + result.counts["contexts"]
+                so_far.add(result.rows)
+                self.progress("questions", writer.done, total, rows, contexts, str(so_far))
 
     def _conclude(self, status: str) -> None:
         self.writer.close(status)

@@ -70,7 +70,7 @@ def test_show_top_equals_a_sweep_with_that_top(sweep, tmp_path, capsys):
     assert main([*sweep, "--answer-tokens", "all"]) == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
     capsys.readouterr()
-    assert main([*sweep[:-1], str(tmp_path / "other"), "--answer-tokens", "all", "--top", "20,9"]) == 0
+    assert main([*sweep[:-1], str(tmp_path / "other"), "--answer-tokens", "all", "--top", "20,9", "--no-report"]) == 0
     swept = capsys.readouterr().out.split(f"\n\n{tmp_path / 'other'}: ")[0]
     show = ["show", str(tmp_path / "run"), "--top", "20,9"]
     code = f"import sys; from refinelens.cli import main; main({show!r}); assert 'torch' not in sys.modules"

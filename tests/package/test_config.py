@@ -16,15 +16,18 @@ from refinelens.parser import build_parser, config_of, known_options
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
-    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers"}),
+    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "show": (config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
+    "read": (config.ReadConfig, {"text", "html", "png", "json"}),
+    "report": (config.Config, {"folders", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
     "doctor": (config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
-REQUIRED = {"fit": ["--out", "lens"], "show": ["run"], "layers": ["run"], "export": ["run", "--out", "file"]}
+REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
+REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
     "report/summary.py": {"--model", "--top", "--out", "--lens"},

@@ -59,7 +59,7 @@ def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tm
 def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, after):
     """Stopped within the questions that share them: those that are finished run again beside the others."""
 
-    def stop(stage, done, total, rows=0):
+    def stop(stage, done, total, *so_far):
         if done == after:
             raise KeyboardInterrupt
 

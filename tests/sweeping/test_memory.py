@@ -49,7 +49,7 @@ from refinelens.report import tables as outputs
 from refinelens.sweeping import sweep
 torch.set_num_threads(1)  # models so small gain nothing from more
 outputs.draw_figures = lambda *drawn: None
-def progress(stage, done, total, rows=0):
+def progress(stage, done, total, *so_far):
     global tables
     tables = max(tables, pyarrow.total_allocated_bytes())
     if done == 0:

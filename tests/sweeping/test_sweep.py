@@ -312,7 +312,7 @@ def test_no_question_can_be_asked_and_the_old_run_stays(options, tmp_path):
 
 
 def test_interrupt_keeps_finished_questions(options, tmp_path):
-    def stop(stage, done, total, rows=0):
+    def stop(stage, done, total, *so_far):
         if done == 2:
             raise KeyboardInterrupt
 
@@ -325,7 +325,7 @@ def test_interrupt_keeps_finished_questions(options, tmp_path):
 
 
 def test_interrupt_before_anything_is_finished(options, tmp_path):
-    def stop(stage, done, total, rows=0):
+    def stop(stage, done, total, *so_far):
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as interrupt:
@@ -402,14 +402,14 @@ def test_two_sweeps_in_one_folder_do_not_mix(options, tmp_path):
     """The second is refused while the first holds the folder; where the lock was removed, the first stops."""
     other = replace(options, seed=7, examples=1)
 
-    def start_another(stage, done, total, rows=0):
+    def start_another(stage, done, total, *so_far):
         if done == 3:
             with pytest.raises(InputError, match="expected a folder that no other process writes, got one held by"):
                 run_sweep(other, tmp_path / "run", overwrite=True)
 
     run_sweep(options, tmp_path / "run", progress=start_another, questions_per_part=2)
 
-    def remove_the_lock(stage, done, total, rows=0):
+    def remove_the_lock(stage, done, total, *so_far):
         if done == 3:
             (tmp_path / "run" / LOCK).unlink()
             run_sweep(other, tmp_path / "run", overwrite=True)
@@ -476,7 +476,7 @@ def test_what_did_not_fit_is_let_go_before_the_next_try(options, tmp_path):
 
 
 def test_any_other_fault_keeps_finished_questions(options, tmp_path):
-    def fault(stage, done, total, rows=0):
+    def fault(stage, done, total, *so_far):
         if done == 4:
             raise RuntimeError("a fault in a driver")
 

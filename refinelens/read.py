@@ -1,0 +1,211 @@
+"""`refinelens read`: every layer of one text, or of one context of a run, as a map to look at."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from .config import ReadConfig
+from .errors import InputError
+from .lens.files import load_lens
+from .lens.inputs import Tokens, targets_of
+from .lens.logit_lens import LogitLens
+from .lens.reading import LayerReading, heat_map, words_of_target
+from .machine import __version__, device_name
+from .model.loading import LoadedModel, load_model
+from .pages.figure import draw_heatmap
+from .pages.heatmap import NEXT, PREDICTION, HeatMap, Segment
+from .pages.terminal import print_heatmap
+from .store.files import write_output
+from .store.results import Run
+from .sweeping.sweep import RunSpec, SweepInputs
+
+SHOWN_TOKENS = 24  # of a terminal
+# Options that a run decides, and those that choose one of its contexts.
+OF_THE_RUN = ("model", "lens", "device", "dtype", "trust_remote_code", "generate")
+OF_A_RUN = ("question", "documents", "gold_position")
+
+
+def read_text(text: str, options: ReadConfig, given: Container[str] = ()) -> HeatMap:
+    """Read a text through every lens, from one forward pass.
+
+    Args:
+        text: What is read.
+        options: How, and how it is shown.
+        given: Names of the options that were given.
+
+    Raises:
+        InputError: No text, options that choose a context of a run, no such model or lens, a target that is not one
+            token, or more tokens than the model has positions.
+    """
+    for name in OF_A_RUN:
+        if name in given:
+            raise InputError(f"``{name}``: expected the folder of a run beside this option, got a text: {text!r}")
+    loaded = load_model(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
+    lens = LogitLens(loaded.model, loaded.tokenizer)
+    lenses = [lens if name == "plain" else lens.with_lens(load_lens(name)) for name in options.lens]
+    ids = list(loaded.tokenizer(text)["input_ids"])
+    if not ids:
+        raise InputError("text: expected a token or more, got none; pass some text")
+    n_prompt = len(ids)
+    if loaded.max_tokens is not None and n_prompt > loaded.max_tokens:
+        raise InputError(
+            f"text: expected at most {loaded.max_tokens} tokens, for which {loaded.name} has positions, got {n_prompt}"
+        )
+    if options.generate:
+        ids = written(lens, loaded, ids, options.generate)
+    segments = [Segment(n_prompt, len(ids), "generated", "generated")] if len(ids) > n_prompt else []
+    title = text if len(text) <= 100 else f"…{text[-99:]}"
+    return map_of(lenses, loaded, ids, options, title, segments, {"command": command_words()})
+
+
+def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMap:
+    """Read one context of a run again, answer included, with its documents marked.
+
+    Args:
+        run: The run, whose model, lenses, device and dtype are taken.
+        options: Which context, and how it is shown.
+        given: Names of the options that were given.
+
+    Raises:
+        InputError: Options that a run decides, no such context, or a model, task or lens that is no longer the run's.
+    """
+    for name in OF_THE_RUN:
+        if name in given:
+            raise InputError(f"``{name}``: expected none beside a run, whose own is used; leave it out")
+    spec = RunSpec(run.path, run.manifest, "read")
+    inputs = SweepInputs.load(spec.options, spec)
+    context = inputs.context(options.question, options.documents, options.gold_position)
+    segments = [
+        Segment(*span, f"document {place}{', gold' if place == context.gold_position else ''}", kind)
+        for place, span in enumerate(inputs.builder().document_spans(context))
+        if span is not None
+        for kind in ["gold" if place == context.gold_position else "document"]
+    ]
+    n_prompt, n_tokens = context.prompt_length, len(context.input_ids)
+    if n_tokens > n_prompt:
+        segments.append(Segment(n_prompt, n_tokens, "answer", "answer"))
+    lens = inputs.logit_lens
+    lens.tokenizer = inputs.loaded.tokenizer  # which the copies below have too
+    lenses = [lens if own.translators is None else lens.with_lens(own) for own in inputs.lenses]
+    facts = {"context": f"{context.where} of {run.path}", "command": command_words()}
+    title = f"{context.question.question} ({context.where})"
+    ids, following = list(context.input_ids), context.answer_ids[-1]
+    return map_of(lenses, inputs.loaded, ids, options, title, segments, facts, following)
+
+
+def map_of(
+    lenses: Sequence[LogitLens],
+    loaded: LoadedModel,
+    ids: list[int],
+    options: ReadConfig,
+    title: str,
+    segments: Sequence[Segment],
+    facts: dict[str, str],
+    following: int | None = None,
+) -> HeatMap:
+    """The map of a text's last tokens: one forward pass, and of each lens one product with the unembedding a statistic.
+
+    Args:
+        lenses: Of one model.
+        loaded: That model.
+        ids: Of the text.
+        options: How it is shown.
+        title: Of the page.
+        segments: What belongs together, by places in ``ids``.
+        facts: That stand under the map, before those of the model.
+        following: The token that follows the text; None where only the model says one.
+    """
+    lens, n = lenses[0], len(ids)
+    first = max(0, n - (options.tokens or n))
+    positions = torch.arange(first, n)
+    hidden = lens.hidden(torch.tensor([ids]), positions)  # [n_layers + 1, 1, token, d_model]
+    targets, target_id = _targets(lens, hidden, [*ids[first + 1 :], following], options.target)
+    shown = Tokens(torch.tensor([ids]), None, positions[None], is_batch=False)
+    readings: list[LayerReading] = []
+    for one in lenses:
+        k = min(options.top_k, one.head.vocab_size)
+        readings.append(replace(one.read_states(hidden[:, 0], targets, top_k=k, check_last=False), tokens=shown))
+    own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
+    words = words_of_target(options.target, readings[0].text, target_id, following is not None)
+    facts = facts | model_facts(loaded, lens)
+    return heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
+
+
+def _targets(
+    lens: LogitLens, hidden: Tensor, next_ids: list[int | None], target: str
+) -> tuple[Tensor, int | None]:
+    """Of every column ``[token]``, and the id of a token of one's own; for an unknown next token the model's own."""
+    if target not in (PREDICTION, NEXT):
+        (one,) = targets_of([target], lens.tokenizer).tolist()  # type: ignore[union-attr]
+        return torch.tensor(one), one
+    own = lens.stats(hidden[-1, 0]).argmax.cpu()
+    if target == PREDICTION:
+        return own, None
+    return torch.tensor([int(own[i]) if id is None else id for i, id in enumerate(next_ids)]), None
+
+
+def written(lens: LogitLens, loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
+    """The text with up to ``limit`` tokens more, always the argmax at the output; an end-of-sequence token ends it."""
+    for number in range(limit):
+        if len(ids) == loaded.max_tokens or (number and ids[-1] in loaded.end_ids):
+            break
+        hidden = lens.hidden(torch.tensor([ids]), torch.tensor([len(ids) - 1]))
+        ids = [*ids, int(lens.stats(hidden[-1, 0, 0]).argmax)]
+    return ids
+
+
+def model_facts(loaded: LoadedModel, lens: LogitLens) -> dict[str, str]:
+    """What a reader needs to trust the numbers."""
+    parity = lens.parity
+    dtype, device = str(lens.head.weight.dtype).removeprefix("torch."), lens.head.weight.device.type
+    return {
+        "model": f"{loaded.name} ({type(loaded.model).__name__}), {lens.n_layers} layers, {lens.head.vocab_size} "
+        f"tokens, {dtype} on {device_name(device)}",
+        "checked": f"at the last layer the lens is the model's own prediction: logits differ by at most "
+        f"{parity.max_difference:.2g}, allowed {parity.tolerance * parity.logit_range:.2g} (of a range of "
+        f"{parity.logit_range:.3g})",
+        "ranks": "exact over the whole vocabulary, 1 is best; of equal logits the lower id comes first",
+        "layers": "0 is the embedding output, i the output of block i, the last one the model's own prediction",
+        "likeliest": "log-probabilities of the lists in steps of 0.001 nats; all else as computed",
+        "made by": f"refinelens {__version__}, torch {torch.__version__}",
+    }
+
+
+def command_words() -> str:
+    """The command that made this, as typed."""
+    import shlex
+
+    return shlex.join(["refinelens", *sys.argv[1:]])
+
+
+def show(map: HeatMap, options: ReadConfig, files: dict[str, str | None], console: Console) -> None:
+    """Write what was asked for, or else print the map.
+
+    Args:
+        map: What was read.
+        options: How it is shown.
+        files: By ``html``, ``png`` and ``json``.
+        console: Where the map is printed where no file is asked for.
+    """
+    asked = {kind: Path(path) for kind, path in files.items() if path is not None}
+    if not asked:
+        print_heatmap(console, map.last(options.tokens or SHOWN_TOKENS), options.measure)
+    for kind, path in asked.items():
+        shown = len(map.tokens)
+        if kind == "png":
+            shown = min(len(map.tokens), options.tokens or SHOWN_TOKENS)
+            figure = draw_heatmap(map, options.measure, shown)
+            write_output(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=150, format="png"))
+        else:
+            text = map.to_html() if kind == "html" else map.to_json()
+            write_output(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        console.print(f"{path}: {shown} tokens x {len(map.layers)} layers", highlight=False, soft_wrap=True)
+
+

@@ -1,0 +1,436 @@
+"""The page of a run, or of several: what was found, layers, questions, tokens, in one file that needs no network.
+
+What the page shows is what the tables have: every statistic comes from `summary`, every sentence from `tables`. Of a
+large run the page holds a sample of questions, which it says; findings and layers are of all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .config import CLOSED_BOOK, ORACLE, condition_name
+from .data.generated import GENERATORS, generate_task
+from .data.questions import Document, Question
+from .data.tasks import DistractorSource, Task, load_task
+from .errors import InputError
+from .pages.html import smallest, write_page
+from .report.agreement import compare_runs, share_questions
+from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
+from .report.summary import caution_lines, read_report
+from .report.tables import inverted_u_lines, notes, paired_lines
+from .stats import MEAN, SHARE_CHANGE, mean_estimates, sums_and_counts
+from .store.files import write_output
+from .store.process import RunLock
+from .store.results import LAYERS, PAGE, Run
+from .store.trajectory import choose_tokens, list_matrix, read_trajectories, trajectories
+
+MOST_CONTEXTS = 2000  # of the levels of questions and tokens
+COLUMNS = [
+    *("question_id", "documents", "gold_position", "answer_token", "lens", "source_id"),
+    *("alias_why", "answer_id", "answer_text", "target_text", "generated", "generated_correct"),
+    *("argmax", "argmax_text", "target_rank", "entropy", "kl"),
+]
+ESTIMATES = ("accuracy", "accuracy_all", "accuracy_generated", "mean_depth", "mean_first_correct", "mean_settle")
+TABLES = {"layers.csv": "by layer", "essential.csv": "essential layers", "early_exit.csv": "early exit"}
+
+
+def write_report_page(runs: list[Run], path: Path) -> str:
+    """Write the page of runs, and say in words what is on it.
+
+    Raises:
+        InputError: A damaged run, or one without rows; a file that cannot be written.
+    """
+    text, words = report_page(runs)
+    write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return words
+
+
+def write_run_page(run: Run) -> str:
+    """Write the page of a run into its folder, while no sweep is at it; says where it lies and what is on it.
+
+    Raises:
+        InputError: A damaged run, one without rows, or one that a sweep writes to.
+        FaultError: No free disk.
+    """
+    path = run.path / PAGE
+    with RunLock(run.path):
+        return f"{path}: {write_report_page([run], path)}"
+
+
+def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[str, str]:
+    """The text of the page, and in words what it holds.
+
+    Args:
+        runs: What it is about; of several it shows the first, and what differs over the questions they share.
+        most_contexts: Of each run, in the levels of questions and tokens.
+    """
+    heads, arrays, words = [], {}, []
+    top = min(runs[0].manifest["arguments"]["top"])
+    sample = None
+    for number, run in enumerate(runs):
+        chosen = _Chosen.of(run, most_contexts, sample)
+        sample = sample or (chosen if chosen.is_sample else None)
+        head, own, said = _run(run, chosen, top)
+        head |= _compared(runs[0], run, top) if number else {}
+        heads.append(head)
+        arrays |= {f"{number}.{name}": array for name, array in own.items()}
+        words.append(said)
+    return write_page("run", heads[0]["title"], {"runs": heads}, arrays), "; ".join(words)
+
+
+def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Head, arrays and words of one run; its levels of questions and tokens say correct of rank 1 to ``top``."""
+    report = read_report(run)
+    found = _Rows(report.lenses, top)
+    profiles = _Profiles()
+    for part in run.parts(COLUMNS):
+        part = choose_tokens(part, "all")
+        profiles.add(choose_tokens(part, report.manifest["arguments"]["answer_tokens"]))
+        found.add(part.filter(pc.is_in(part["question_id"], pa.array(sorted(chosen.questions), pa.int64()))))
+    manifest = report.manifest
+    questions, documents, why = _questions(manifest, chosen.questions)
+    head = {
+        "title": title(manifest),
+        "name": run.path.name,
+        "n_layers": manifest["model"]["n_layers"],
+        "vocab_size": manifest["model"].get("vocab_size") or 0,
+        "lenses": list(report.lenses),
+        "top": top,
+        "tops": list(report.tops),
+        "target": manifest["arguments"]["target"],
+        "positions": manifest["arguments"]["positions"],
+        "finding": _finding(report),
+        "cautions": [*_unfinished(manifest), *caution_lines(report.cautions, manifest)],
+        "notes": [*inverted_u_lines(report), *paired_lines(report), *notes(report), *manifest.get("remarks", [])],
+        "summary": [_summary(row) for row in report.rows],
+        "profiles": profiles.rows(),
+        "analysis": _analysis(run.path / LAYERS),
+        "questions": questions,
+        "documents_why": why,
+        "contexts": found.contexts,
+        "texts": found.texts.names,
+        "sample": chosen.words,
+        "command": f"refinelens read {shlex.quote(str(run.path))}",
+        "facts": _facts(report),
+    }
+    return head, found.arrays() | {"documents": np.frombuffer(documents, np.uint8)}, chosen.words
+
+
+def _compared(a: Run, b: Run, top: int) -> dict:
+    """What differs between two runs over the contexts that both have: sentences, and agreement of ranks by layer.
+
+    Accuracy and depth are those of the first answer token at one threshold, through a lens that both have, or else
+    through the first one of each.
+    """
+    (names_a, target), (names_b, other_target) = (
+        (lens_names(run.manifest), run.manifest["arguments"]["target"]) for run in (a, b)
+    )
+    both = next((name for name in names_a if name in names_b), None)
+    lenses = (both or names_a[0], both or names_b[0])
+    found = {"agreement": [], "shared": False, "lenses": [names_a.index(lenses[0]), names_b.index(lenses[1])]}
+    if not share_questions(a, b):
+        return found | {"compared": ["The runs are of different tasks: they share no question."]}
+    if target != other_target:
+        return found | {"compared": [f"Ranks are of {target} in the one run and of {other_target} in the other."]}
+    own, other = (_examples(run, lens, top) for run, lens in zip((a, b), lenses, strict=True))
+    shared = [key for key in own if key in other]
+    if not shared:
+        return found | {"compared": ["The runs share no context."]}
+    changes = np.asarray([np.subtract(other[key], own[key]) for key in shared])  # [contexts, right and depth]
+    ids, owner = np.unique([key[0] for key in shared], return_inverse=True)
+    sums, counts = sums_and_counts(changes, owner, len(ids))
+    right, depth = mean_estimates(sums, counts, a.manifest["seed"], [SHARE_CHANGE, MEAN])
+    n, settled = counted(len(ids), "question"), int((counts[:, 1] > 0).sum())
+    lines = [
+        f"Over {n} in {counted(len(shared), 'context')} that both have: accuracy "
+        f"{format_estimate(right, 3, interval=True, sign=True)}, refinement depth "
+        f"{format_estimate(depth, 2, interval=True, sign=True)} layers (rank <= {top}; {settled} of them settle in "
+        f"both), through {_lenses_in_words(*lenses)}. Brackets: 95 % intervals over questions."
+    ]
+    try:
+        agreement = [_or_null(value) for value in compare_runs(a, b).layers.tolist()]
+    except InputError as error:
+        return found | {"compared": [*lines, f"No agreement by layer: {error}."], "shared": True}
+    return found | {"compared": lines, "agreement": agreement, "shared": True}
+
+
+def _lenses_in_words(first: str, second: str) -> str:
+    return f"lens {first}" if first == second else f"lens {second} less lens {first}"
+
+
+def _examples(run: Run, lens: str, top: int) -> dict[tuple, tuple[float, float]]:
+    """Whether the first answer token is right, and depth (NaN where censored), by context."""
+    table = choose_tokens(read_trajectories(run, (top,)), "first")
+    table = table.filter(pc.equal(table["lens"], lens))
+    keys = zip(*(table[name].to_pylist() for name in ("question_id", "documents", "gold_position")), strict=True)
+    depth = table["depth"].cast(pa.float64()).fill_null(math.nan).to_pylist()
+    right = table["answer_correct"].to_pylist()
+    return dict(zip(keys, zip(map(float, right), depth, strict=True), strict=True))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The questions whose contexts the page holds."""
+
+    questions: set[int]
+    words: str
+    is_sample: bool = False
+
+    @classmethod
+    def of(cls, run: Run, most: int, others: _Chosen | None = None) -> _Chosen:
+        """All of a run, or a sample; of another run's sample what this one has of it, so that they can be compared."""
+        lenses, sizes = lens_names(run.manifest), dict[int, int]()
+        for part in run.parts(["question_id", "answer_token", "lens"]):
+            first = part.filter(pc.and_(pc.equal(part["answer_token"], 0), pc.equal(part["lens"], lenses[0])))
+            for id, count in zip(*np.unique(first["question_id"].to_numpy(), return_counts=True), strict=True):
+                sizes[int(id)] = sizes.get(int(id), 0) + int(count)
+        n_contexts, ids = sum(sizes.values()), sorted(sizes)
+        if n_contexts <= most:
+            words = f"all {counted(len(ids), 'question')} in {counted(n_contexts, 'context')}"
+            return cls(set(ids), words)
+        each = max(1, math.ceil(n_contexts / len(ids)))
+        places = np.linspace(0, len(ids) - 1, max(1, most // each)).round().astype(int)
+        kept = {ids[place] for place in places} if others is None else others.questions & set(ids)
+        shown = sum(sizes[id] for id in kept)
+        words = f"a sample of {counted(len(kept), 'question')} of {len(ids)}, {shown} of {n_contexts} contexts"
+        return cls(kept, words, is_sample=True)
+
+
+@dataclass
+class _Texts:
+    """Texts that come again and again, by their places."""
+
+    names: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+
+    def of(self, texts: Iterable[str]) -> list[int]:
+        return [self._place(text) for text in texts]
+
+    def _place(self, text: str) -> int:
+        if text not in self.places:
+            self.places[text] = len(self.names)
+            self.names.append(text)
+        return self.places[text]
+
+
+class _Rows:
+    """A row per context, lens and answer token: ranks, best tokens and trajectory."""
+
+    def __init__(self, lenses: tuple[str, ...], top: int):
+        self.texts, self.contexts = _Texts(), []
+        self._lenses, self._top = list(lenses), top
+        self._places: dict[tuple[int, int, int], int] = {}
+        self._columns: dict[str, list[np.ndarray]] = {}
+
+    def add(self, part: pa.Table) -> None:
+        if not len(part):
+            return
+        keys = zip(*(part[name].to_pylist() for name in ("question_id", "documents", "gold_position")), strict=True)
+        context = [self._context(key, part, row) for row, key in enumerate(keys)]
+        ranks = list_matrix(part["target_rank"])
+        found = trajectories(ranks, self._top, axis=-1)
+        names = part["argmax_text"].combine_chunks().flatten().to_pylist()
+        values = {
+            "context": np.asarray(context),
+            "lens": np.asarray([self._lenses.index(name) for name in part["lens"].to_pylist()]),
+            "token": part["answer_token"].to_numpy(),
+            "target": np.asarray(self.texts.of(part["target_text"].to_pylist())),
+            "correct": list_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy(),
+            "rank": ranks,
+            "argmax": np.asarray(self.texts.of(names)).reshape(ranks.shape),
+            "first": found.first_correct,
+            "settle": found.settle,
+            "flips": found.flips,
+        }
+        for name, value in values.items():
+            self._columns.setdefault(name, []).append(value)
+
+    def _context(self, key: tuple[int, int, int], part: pa.Table, row: int) -> int:
+        if key not in self._places:
+            self._places[key] = len(self.contexts)
+            names = ("alias_why", "generated", "generated_correct", "source_id")
+            own = {name: part[name][row].as_py() for name in names}
+            self.contexts.append({"question": key[0], "documents": key[1], "gold": key[2], **own})
+        return self._places[key]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        signed = ("first", "settle", "flips")
+        whole = {name: np.concatenate(values) for name, values in self._columns.items()}
+        return {name: v.astype(np.int32) if name in signed else smallest(v) for name, v in whole.items()}
+
+
+class _Profiles:
+    """By lens, context size and gold position: the median rank, mean KL and mean entropy of every layer."""
+
+    def __init__(self):
+        self._ranks: dict[tuple, list[np.ndarray]] = {}
+        self._sums: dict[tuple, np.ndarray] = {}
+
+    def add(self, part: pa.Table) -> None:
+        values = {name: list_matrix(part[name]) for name in ("target_rank", "kl", "entropy")} if len(part) else {}
+        keys = list(zip(*(part[name].to_pylist() for name in ("lens", "documents", "gold_position")), strict=True))
+        for key in dict.fromkeys(keys):
+            inside = np.asarray([own == key for own in keys])
+            self._ranks.setdefault(key, []).append(values["target_rank"][inside].astype(np.int32))
+            sums = np.stack([values[name][inside].sum(0, dtype=float) for name in ("kl", "entropy")])
+            self._sums[key] = self._sums.get(key, 0.0) + sums
+
+    def rows(self) -> list[dict]:
+        rows = []
+        for key in sorted(self._ranks, key=lambda key: key[1:]):
+            ranks = np.concatenate(self._ranks[key])
+            kl, entropy = self._sums[key] / len(ranks)
+            median = (np.median(ranks, axis=0) + 1).tolist()
+            numbers = {"rank": median, "kl": _rounded(kl), "entropy": _rounded(entropy)}
+            rows.append({"lens": key[0], "documents": key[1], "gold": key[2], "n": len(ranks), **numbers})
+        return rows
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _summary(row: SummaryRow) -> dict:
+    """One gold position: estimates as value, low and high, null where they do not exist."""
+    numbers = {name: [_or_null(v) for v in vars(getattr(row, name)).values()] for name in ESTIMATES}
+    keys = ("lens", "top", "documents", "gold_position", "n", "settled", "left_out")
+    return {name: getattr(row, name) for name in keys} | {"condition": condition_name(row.documents)} | numbers
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _finding(report: Report) -> list[str]:
+    """In sentences: what was asked, how often it was right, and whether depth has an inverted U."""
+    manifest = report.manifest
+    counts, parity = manifest["counts"], manifest["model"]["parity"]
+    lines = [
+        f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
+        f"{manifest['task']['name']}, {_conditions(report)}; {manifest['model']['n_layers']} layers were read through "
+        f"{' and '.join(report.lenses)}."
+    ]
+    for test in report.tests:
+        where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"
+        sides = [side.difference.value for side in (test.first, test.last)]
+        n = min(test.first.questions, test.last.questions)
+        if test.reason:
+            lines.append(f"{where}: {test.reason[0].upper()}{test.reason[1:]} ({counted(n, 'question')}).")
+            continue
+        how = (
+            f"with the document in the middle answers take {sides[0]:+.2f} layers beside first and {sides[1]:+.2f} "
+            f"beside last (p = {test.p:.2g}, {test.p_holm:.2g} after Holm, n = {n})"
+        )
+        verdict = "this supports an inverted U" if test.p_holm < 0.05 else "this shows no inverted U"
+        lines.append(f"{where}: {how}; {verdict}.")
+    allowed = parity["tolerance"] * parity["logit_range"]
+    lines.append(
+        f"Checked before anything was read: at the last layer the lens is the model's own prediction (largest "
+        f"difference of logits {parity['max_difference']:.2g}, allowed {allowed:.2g}). Ranks are exact."
+    )
+    return lines
+
+
+def _conditions(report: Report) -> str:
+    """What contexts there were, in words."""
+    sizes = dict.fromkeys(row.documents for row in report.rows)
+    words = []
+    for size in sizes:
+        at = [str(row.gold_position) for row in report.rows if row.documents == size]
+        positions = list(dict.fromkeys(at))
+        where = "every gold position" if len(positions) == size else f"gold position {', '.join(positions)}"
+        words.append(condition_name(size) + (f" with {where}" if size > ORACLE else ""))
+    return " and ".join(words)
+
+
+def _unfinished(manifest: dict) -> list[str]:
+    if manifest["status"] == "finished":
+        return []
+    counts = manifest["counts"]
+    done = f"{counts.get('done', 0)} of {counted(counts['questions'], 'question')}"
+    return [f"This run is not finished: {done}. All numbers are of those."]
+
+
+def _facts(report: Report) -> dict[str, str]:
+    manifest = report.manifest
+    model, arguments = manifest["model"], manifest["arguments"]
+    argv = manifest.get("argv")
+    return {
+        "command": shlex.join(argv) if argv else "refinelens.sweep, from Python",
+        "model": f"{model['name']}, {model['dtype']} on {model.get('device_name') or model['device']}, weights "
+        f"{str(model.get('weights_sha256'))[:12]}",
+        "task": f"{manifest['task']['name']}, sha256 {str(manifest['task'].get('sha256'))[:12]}",
+        "seed": str(manifest["seed"]),
+        "target": f"{arguments['target']}, tables of the {arguments['answer_tokens']} answer token(s)",
+        "made by": f"refinelens {manifest.get('refinelens_version')}, {manifest.get('started')}",
+        "status": manifest["status"],
+    }
+
+
+def _analysis(folder: Path) -> dict[str, list[list[str]]]:
+    """Tables of an analysis of layers, if one was made, as they stand in its files."""
+    tables = {}
+    for file, name in TABLES.items():
+        if (folder / file).exists():
+            with (folder / file).open(encoding="utf-8", newline="") as lines:
+                tables[name] = list(csv.reader(lines))
+    return tables
+
+
+def _questions(manifest: dict, wanted: set[int]) -> tuple[dict[str, dict], bytes, str]:
+    """Texts of questions, documents as JSON in UTF-8, and why there are none of them.
+
+    A context has the first distractors of its question with the gold document among them, so that a question's largest
+    size says all of it.
+    """
+    try:
+        task = _task(manifest)
+    except (InputError, OSError) as error:
+        return {}, b"[]", " ".join(str(error).split())
+    sizes = [size for size in manifest["arguments"].get("documents", []) if size != CLOSED_BOOK]
+    source = DistractorSource(task, manifest["seed"])
+    places: dict[Document, int] = {}
+    questions = {}
+    for question in (q for q in task.questions if q.id in wanted):
+        distractors = next(_distractors(source, question, sizes), [])
+        held = [places.setdefault(document, len(places)) for document in [question.gold, *distractors]]
+        questions[str(question.id)] = {
+            "question": question.question,
+            "answers": list(question.answers),
+            "gold": held[0],
+            "distractors": held[1:],
+        }
+    texts = [[document.title, document.text] for document in places]
+    return questions, json.dumps(texts, ensure_ascii=False).encode(), ""
+
+
+def _distractors(source: DistractorSource, question: Question, sizes: list[int]) -> Iterator[list[Document]]:
+    """Of the largest size that the question could be asked with."""
+    for size in sorted(sizes, reverse=True):
+        found = source.choose(question, size - 1)
+        if found is not None:
+            yield found
+
+
+def _task(manifest: dict) -> Task:
+    """The task of a run, if it is still there as it was."""
+    arguments, entry = manifest["arguments"], manifest["task"]
+    name = arguments["task"]
+    if name in GENERATORS:
+        task = generate_task(name, arguments["examples"], max(arguments["documents"]), manifest["seed"])
+    else:
+        path = entry.get("path")
+        task = load_task(path if path and Path(path).exists() else name)
+    if task.sha256 != entry.get("sha256"):
+        raise InputError(f"documents are not shown: the task {name} is no longer the one that was asked")
+    return task
