@@ -141,13 +141,14 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
     assert kills >= wanted and len(places) > 2, f"{kills} kills, with so many parts: {places}"
 
 
-# Only the first steps differ in a new folder. One that is overwritten takes about 60, every third of them here; every
+# Only the first steps differ in a new folder. One that is overwritten takes about 60, every eleventh of them here; every
 # step of the same writer, with a model that takes no time, is in `test_run_states.py` and `test_folder.py`.
 @pytest.mark.parametrize(
     "overwrite, steps",
     [
-        (False, range(1, 11)),
-        (True, range(1, 102, 3)),
+        (False, range(1, 11, 3)),
+        (True, range(1, 102, 11)),
+        pytest.param(False, range(1, 11), marks=pytest.mark.slow, id="False-every"),
         pytest.param(True, range(1, 102), marks=pytest.mark.slow, id="True-every"),
     ],
 )
@@ -256,9 +257,9 @@ def test_a_signal_while_a_resume_loads(stopped, capsys):
 def test_a_second_signal_stops_at_once(fork_server, sweep, whole, tmp_path):
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     twice = [(10, signal.SIGINT), (10, signal.SIGTERM)]
-    assert fork_server.run(*sweep, "--out", path, log=log, part=PART, signal_at=twice) == 143
+    assert fork_server.run(*sweep, "--out", path, log=log, part=PART, figures=False, signal_at=twice) == 143
     assert open_run(path).manifest["counts"]["done"] == 8, "nothing more is written"
-    assert fork_server.run("sweep", "--resume", path, log=log) == 0
+    assert fork_server.run("sweep", "--resume", path, log=log, figures=False) == 0
     assert_lacks_nothing(path, whole)
 
 
@@ -320,11 +321,12 @@ def test_a_full_disk(small_disk, options, whole, request, pages):
 
 
 @pytest.mark.medium
-def test_no_write_may_fail_unseen(options, tmp_path):
-    """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_write_may_fail_unseen(options, tmp_path, every):
+    """Every third flush, rename and removal, or every one, fails as on a full disk; needs no right to mount one."""
     small = replace(options, documents=(1,), reuse_prefix="off", examples=3)
     whole, path = run_sweep(small, tmp_path / "whole", questions_per_part=2), tmp_path / "run"
-    for step in range(1, 100):
+    for step in range(1, 100, every):
         try:
             with full_disk_at(step):
                 run_sweep(small, path, questions_per_part=2)
