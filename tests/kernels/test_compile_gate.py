@@ -1,6 +1,6 @@
 """What ships must compile without spills and with tensor cores; read from the machine code, without a GPU.
 
-Every kernel in its common forms, most of them in `make test-slow`; `test_compile_gate_all.py` has every form that can be launched.
+Every kernel in its common forms, most of them slow; `test_compile_gate_all.py` has every form that can be launched.
 """
 
 from dataclasses import replace

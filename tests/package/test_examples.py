@@ -17,15 +17,25 @@ def run_cell(source, names):
     return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 
-@pytest.mark.medium
+def code_of(path):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_as_it_was_run(path):
+    """From top to bottom."""
+    assert [cell["execution_count"] for cell in code_of(path)] == list(range(1, len(code_of(path)) + 1))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.slow if "sweep" in p.stem else [], id=p.stem) for p in NOTEBOOKS]
+)
 def test_every_cell_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     names = {}
-    for number, cell in enumerate(cells, 1):
+    for cell in code_of(path):
         result = run_cell("".join(cell["source"]), names)
-        assert cell["execution_count"] == number, "stored as it was run, from top to bottom"
         assert (result is not None) == any(output["output_type"] == "execute_result" for output in cell["outputs"])
 
 

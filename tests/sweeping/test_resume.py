@@ -141,8 +141,8 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
     assert kills >= wanted and len(places) > 2, f"{kills} kills, with so many parts: {places}"
 
 
-# Only the first steps differ in a new folder. One that is overwritten takes about 60, every eleventh of them here; every
-# step of the same writer, with a model that takes no time, is in `test_run_states.py` and `test_folder.py`.
+# Only the first steps differ in a new folder; one that is overwritten takes about 60. `make test` has a few of them;
+# every step of the same writer, with a model that takes no time, is in `test_run_states.py` and `test_folder.py`.
 @pytest.mark.parametrize(
     "overwrite, steps",
     [
@@ -188,9 +188,9 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
 @pytest.mark.medium
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys):
+def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, request, tmp_path, capsys):
     whole, path = whole[0], tmp_path / state
-    shutil.copytree(whole.path if state == "finished" else stopped.path, path)
+    shutil.copytree(whole.path if state == "finished" else request.getfixturevalue("stopped").path, path)
     part = path / "predictions" / "part-00001.parquet"
     data = bytearray(part.read_bytes())
     place = random.Random(damage + state).randrange(len(data))
@@ -293,9 +293,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-# Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
+# Pages left: none; for some of a part; for a part and not its manifest; for some tables; slow: for some figures.
 @pytest.mark.parametrize(
-    "pages", [0, 2, 4, 10, 30, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 3, 6, 20, 40))]
+    "pages", [0, 2, 4, 10, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 3, 6, 20, 30, 40))]
 )
 @pytest.mark.medium
 def test_a_full_disk(small_disk, options, whole, request, pages):

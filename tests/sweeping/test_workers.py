@@ -180,7 +180,9 @@ def test_a_file_that_a_worker_cannot_use():
         _Worker(SimpleNamespace(pid=7), ours).receive()
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_every_question_finish(fork_server, by_workers, finish, tmp_path, signum, code):
     """Two are asked when it comes, to the workers too; both are there afterwards, and no worker is."""
     pid, log, faults = by_workers(2, "hold-8", "hold-9")
