@@ -1,6 +1,6 @@
 """What ships must compile without spills and with tensor cores; read from the machine code, without a GPU.
 
-Every kernel in its common forms; `test_compile_gate_all.py` has every form that can be launched.
+Every kernel in its common forms, most of them slow; `test_compile_gate_all.py` has every form that can be launched.
 """
 
 from dataclasses import replace
@@ -77,33 +77,31 @@ pytestmark = [
 ]
 
 
-# What has no ceiling is among the forms of `test_compile_gate_all.py`, and takes as long to compile as the rest.
-COUNTED = [name for name, (_, ceiling) in SHIPPED.items() if ceiling]
-FORMS = [name for name in SHIPPED if name not in COUNTED]
+VARIANTS = {name: variant for name, (variant, _) in SHIPPED.items()} | REJECTED
+# The one that is launched most, those with most options, and a variant per reason to reject; all others are slow.
+FEW = ("bf16", "bf16-everything", "bf16-tail-everything", "fp32-everything")
+FEW_REJECTED = ("big tile, element-wise loads", "more stages than shared memory", "no warp group")
 
 
 @pytest.fixture(scope="session")
 def reports():
-    return inspect_all({name: SHIPPED[name][0] for name in COUNTED} | REJECTED)
+    return inspect_all({name: VARIANTS[name] for name in FEW + FEW_REJECTED})
 
 
 @pytest.fixture(scope="session")
-def reports_of_forms():
-    return inspect_all({name: SHIPPED[name][0] for name in FORMS})
+def all_reports():
+    return inspect_all(VARIANTS)
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_shipped_kernel_passes(name, reports):
-    assert_passes(name, reports[name])
+@pytest.fixture
+def report(name, request):
+    return request.getfixturevalue("reports" if name in FEW + FEW_REJECTED else "all_reports")[name]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FORMS)
-def test_shipped_form_passes(name, reports_of_forms):
-    assert_passes(name, reports_of_forms[name])
-
-
-def assert_passes(name, report):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in SHIPPED]
+)
+def test_shipped_kernel_passes(name, report):
     variant, ceiling = SHIPPED[name]
     print(report)
     assert violations(variant, report, ceiling) == []
@@ -116,16 +114,16 @@ def assert_passes(name, report):
     "name, reason",
     [
         ("big tile, element-wise loads", "spills"),
-        ("big tile, half the warps", "spills"),
+        pytest.param("big tile, half the warps", "spills", marks=pytest.mark.slow),
         ("more stages than shared memory", "shared memory, at most 232448"),
         ("no warp group", "products ['HMMA'], expected ['HGMMA']"),
-        ("plain for Ampere", "spills"),
-        ("TMA with half the warps", "spills"),
+        pytest.param("plain for Ampere", "spills", marks=pytest.mark.slow),
+        pytest.param("TMA with half the warps", "spills", marks=pytest.mark.slow),
     ],
 )
-def test_gate_catches(name, reason, reports):
-    print(reports[name])
-    assert any(reason in violation for violation in violations(REJECTED[name], reports[name]))
+def test_gate_catches(name, reason, report):
+    print(report)
+    assert any(reason in violation for violation in violations(REJECTED[name], report))
 
 
 def test_ceiling_catches(reports):
@@ -145,8 +143,9 @@ def test_wrong_targets_and_boxes_are_caught(reports):
     assert gate._box_errors(ttgir) == ["a TMA box of 128x64 fills a tile of 64x64"]
 
 
-def test_targets_and_softcap_cost_instructions(reports):
+@pytest.mark.slow
+def test_targets_and_softcap_cost_instructions(all_reports):
     """The count follows the source: it is read from the loops, not from the size of the kernel."""
     names = ("bf16-no-targets", "bf16", "bf16-no-tma", "bf16-target-apart", "bf16-softcap")
-    bare, ranked, branchless, apart, capped = (reports[name].outside_per_logit for name in names)
+    bare, ranked, branchless, apart, capped = (all_reports[name].outside_per_logit for name in names)
     assert 8 < bare < ranked < branchless < apart < capped < 30

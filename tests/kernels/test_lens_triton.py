@@ -46,8 +46,12 @@ OPTIONS = {
 }
 
 
+# What is multiplied in each dtype, the tests of sizes and of the pinned configurations have.
+OF_EVERY_DTYPE = [pytest.param(*kind.values, id=kind.id, marks=[] if BF16 in kind.values else SLOW) for kind in KINDS]
+
+
 @pytest.mark.medium
-@pytest.mark.parametrize("config, dtype", KINDS)
+@pytest.mark.parametrize("config, dtype", OF_EVERY_DTYPE)
 def test_kinds(config, dtype):
     """Several tiles and an odd rest, with all options."""
     check_kind(config, dtype, 70, OPTIONS)
@@ -55,10 +59,7 @@ def test_kinds(config, dtype):
 
 # How a vocabulary is cut is the same in every dtype.
 @pytest.mark.parametrize("n_vocab, names", [(31, ["plain"]), (32, ["plain"]), (33, ["plain", "bias-softcap"])])
-@pytest.mark.parametrize(
-    "config, dtype",
-    [pytest.param(*kind.values, id=kind.id, marks=[] if BF16 in kind.values else SLOW) for kind in KINDS],
-)
+@pytest.mark.parametrize("config, dtype", OF_EVERY_DTYPE)
 @pytest.mark.medium
 def test_kinds_at_the_border_of_a_tile(config, dtype, n_vocab, names):
     """No whole tile, exactly one, one and one token more."""

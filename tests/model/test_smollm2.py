@@ -30,16 +30,11 @@ def load_once():
         yield loaded
 
 
-def test_parity_and_ranks_on_real_states(load_once):
+def test_parity_and_ranks_on_real_states(states):
     """SmolLM2 has duplicate unembedding rows; the op must agree with whole fp64 logits on its own states."""
-    lens = LogitLens(load_once.model)
+    lens, hidden, targets, exact = states
     assert lens.parity.max_difference <= 1e-4 * lens.parity.logit_range
-    ids = load_once.tokenizer("The capital of France is Paris, and the capital of Italy is", return_tensors="pt")
-    positions = torch.arange(ids["input_ids"].shape[1] - 1)
-    targets = ids["input_ids"][:, 1:]
-    hidden = lens.hidden(ids["input_ids"], positions)
     stats = lens.stats(hidden, targets)
-    exact = type(stats)(*_exact(lens.head, hidden, targets))
     assert torch.equal(stats.argmax, exact.argmax)
     assert (stats.target_rank != exact.target_rank).float().mean() < 0.02
     assert ((stats.target_rank == 0) == (stats.argmax == targets)).all()
@@ -47,12 +42,12 @@ def test_parity_and_ranks_on_real_states(load_once):
 
 @pytest.fixture(scope="module")
 def states(load_once):
-    """Of all layers at 24 positions, what they are to predict, and their statistics in fp64."""
+    """A lens, the states of all layers at 24 positions, what they are to predict, and their statistics in fp64."""
     lens = LogitLens(load_once.model)
     text = "The bridge over the river was built in the year 1873 by an engineer who had never seen the sea before."
     ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :25]
     hidden, targets = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)), ids[:, 1:]
-    return lens.head, hidden, targets, LensStats(*_exact(lens.head, hidden, targets))
+    return lens, hidden, targets, LensStats(*_exact(lens.head, hidden, targets))
 
 
 @pytest.mark.usefixtures("every_core")
@@ -61,7 +56,8 @@ def test_certified_is_fp64_on_real_states(states, monkeypatch, isa):
     """On this many rows; benchmarks/certify.py does more than 10,000."""
     monkeypatch.setenv("REFINELENS_ISA", isa)
     skip_unless_isa_runs()
-    head, hidden, targets, exact = states
+    lens, hidden, targets, exact = states
+    head = lens.head
     stats = fused_lens(hidden, head.weight, head.norm, targets, precision="certified")
     assert torch.equal(stats.argmax, exact.argmax) and torch.equal(stats.target_rank, exact.target_rank)
     assert ((stats.logsumexp - exact.logsumexp).abs() <= stats.logsumexp_bound).all()
@@ -76,14 +72,15 @@ def _exact(head, hidden, targets):
     return [value.view(hidden.shape[:-1]) for _, value in out.items()]
 
 
-def test_builtin_questions(tmp_path):
-    options = SweepConfig(documents=(2,), examples=4, device="cpu")
+@pytest.mark.parametrize("examples", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_builtin_questions(tmp_path, examples):
+    options = SweepConfig(documents=(2,), examples=examples, device="cpu")
     run = run_sweep(options, tmp_path / "run")
     rows = pq.read_table(run.path / "predictions").to_pylist()
-    assert len(rows) >= 8 and all(len(row["argmax"]) == 31 for row in rows)
+    assert len(rows) >= 2 * examples and all(len(row["argmax"]) == 31 for row in rows)
     first = [row for row in rows if row["answer_token"] == 0]
     assert all(row["answer_text"].startswith(" ") for row in first), "the first answer token carries its space"
-    assert sum(row["argmax"][-1] == row["answer_id"] for row in first) >= 4, "it reads answers from documents"
+    assert sum(row["argmax"][-1] == row["answer_id"] for row in first) >= examples, "it reads answers from documents"
 
 
 @pytest.mark.skipif("REFINELENS_NQ" not in os.environ, reason="REFINELENS_NQ names no Natural Questions file")

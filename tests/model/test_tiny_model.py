@@ -58,7 +58,9 @@ def test_the_tokenizer_has_a_token_for_every_word():
         assert tokenizer.unk_token_id not in ids
 
 
-@pytest.mark.parametrize("n_documents, at_least", [(1, 0.97), (5, 0.97), (10, 0.95)])
+@pytest.mark.parametrize(
+    "n_documents, at_least", [(1, 0.97), (5, 0.97), pytest.param(10, 0.95, marks=pytest.mark.slow)]
+)
 def test_it_answers_questions_about_entities_it_never_saw(loaded, n_documents, at_least):
     found = measure(loaded.model, loaded.tokenizer, "test", n_documents, 50 * n_documents)
     assert found.accuracy >= at_least and min(found.by_gold) > 0.85

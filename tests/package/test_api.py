@@ -115,16 +115,25 @@ def test_lines_on_the_way_are_warnings(question_file, tiny_model, tmp_path):
         refinelens.load_run(tmp_path / "run")
 
 
-@pytest.mark.medium
-def test_importing_is_light_and_changes_nothing():
+LIGHT = """
+import logging, sys
+level = logging.getLogger().level, len(logging.getLogger().handlers)
+import refinelens
+assert not {"torch", "transformers", "matplotlib", "pandas"} & set(sys.modules)
+assert (logging.getLogger().level, len(logging.getLogger().handlers)) == level
+"""
+COMPLETE = f"""{LIGHT}
+assert callable(refinelens.sweep) and callable(refinelens.fit)
+import refinelens.sweeping.sweep, refinelens.fitting.fit
+assert callable(refinelens.sweep) and callable(refinelens.fit)
+assert (logging.getLogger().level, len(logging.getLogger().handlers)) == level
+"""
+
+
+@pytest.mark.parametrize("code", [LIGHT, pytest.param(COMPLETE, marks=pytest.mark.slow)], ids=["light", "complete"])
+def test_importing_is_light_and_changes_nothing(code):
+    """Neither of the package, nor of all that its functions need."""
     before = matplotlib.get_backend()
-    code = (
-        "import logging, sys; level = logging.getLogger().level, len(logging.getLogger().handlers); import refinelens; "
-        "assert not {'torch', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules); "
-        "assert callable(refinelens.sweep) and callable(refinelens.fit); import refinelens.sweeping.sweep; "
-        "import refinelens.fitting.fit; assert callable(refinelens.sweep) and callable(refinelens.fit); "
-        "assert (logging.getLogger().level, len(logging.getLogger().handlers)) == level"
-    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert matplotlib.get_backend() == before

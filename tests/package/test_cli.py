@@ -251,11 +251,18 @@ def test_unused_weights_are_said(sweep, tmp_path, capsys):
 
 
 @pytest.mark.medium
-def test_bad_input_in_a_real_process(sweep, monkeypatch):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--documents", "two"], "--documents: expected closed-book, oracle or sizes"),
+        pytest.param(["--examples", "99"], "--examples: expected 1 to 6", marks=pytest.mark.slow),  # loads the model
+    ],
+)
+def test_bad_input_in_a_real_process(sweep, monkeypatch, change, message):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some continuous integrations do
-    done = run(*sweep, "--examples", "99")
+    done = run(*sweep, *change)
     assert done.returncode == 2 and done.stdout == ""
-    assert_one_line(done.stderr, "--examples: expected 1 to 6")
+    assert_one_line(done.stderr, message)
 
 
 def test_a_hub_name_without_network(sweep, capsys):

@@ -176,7 +176,7 @@ class RunStates(RuleBasedStateMachine):
 
 
 TestRunStates = pytest.mark.medium(RunStates.TestCase)
-TestRunStates.settings = settings(max_examples=12, stateful_step_count=8, deadline=None)
+TestRunStates.settings = settings(max_examples=7, stateful_step_count=8, deadline=None)
 
 
 @pytest.mark.slow

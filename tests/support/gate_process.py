@@ -17,9 +17,13 @@ pickle.dump({name: inspect_variant(variant) for name, variant in variants.items(
 
 
 def inspect_all(variants):
-    """Reports of all ``variants``, by their names; every core of the machine compiles a share of them."""
-    names, cores = list(variants), os.cpu_count()
-    shares = [{name: variants[name] for name in names[core::cores]} for core in range(min(cores, len(names)))]
+    """Reports of all ``variants``, by their names; every core of the machine compiles a share of them.
+
+    A process for fewer than eight would take longer to start than to compile them.
+    """
+    names = list(variants)
+    cores = min(os.cpu_count(), -(-len(names) // 8))
+    shares = [{name: variants[name] for name in names[core::cores]} for core in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
         return {name: report for reports in pool.map(_inspect, shares) for name, report in reports.items()}
 

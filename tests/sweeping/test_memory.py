@@ -33,7 +33,7 @@ def growth(name, hidden, unembedding, threads, **how):
         os._exit(0)
     assert os.wait()[1] == 0
 for backend in ("cpp", "reference"):
-    growth(backend, lambda: torch.randn(4096, 16), lambda: torch.randn(50257, 16), 2, backend=backend)
+    growth(backend, lambda: torch.randn(2048, 16), lambda: torch.randn(50257, 16), 2, backend=backend)
 every_12th = lambda: (torch.arange(30_000) % 12 == 0).float()[:, None].repeat(1, 16)
 for name, unembedding in (("all equal", lambda: torch.ones(30_000, 16)), ("most", every_12th)):
     growth(name, lambda: torch.rand(1024, 16), unembedding, 2, precision="certified")
@@ -79,7 +79,7 @@ def op_growth():
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_op_never_holds_rows_by_vocabulary(backend, op_growth):
-    """Whole logits would be 823 MB."""
+    """Whole logits would be 412 MB."""
     assert op_growth[backend][1] < 40_000
 
 
@@ -100,11 +100,12 @@ def peaks(tiny_model, question_file, tmp_path_factory):
         path.write_text("\n".join(question_file.read_text().splitlines() * times))
         return {"model": str(model), "task": str(path), "batch_size": "1", **options}
 
-    sweeps = {"questions": (8, sweep(12)), "every token": (8, sweep(4, positions="all"))}
+    together = {"batch_size": "3", "reuse_prefix": "off"}
+    sweeps = {"questions": (8, sweep(12, **together)), "every token": (8, sweep(4, positions="all"))}
     for n_layer, contexts in ((2, 1), (12, 3)):
         model = save_tiny_model(folder / f"model{n_layer}", vocab_size=60_000, n_layer=n_layer, n_embd=8)
         sweeps[f"{n_layer} layers"] = 8, sweep(1, model, batch_size=str(contexts))
-    sweeps["leak"] = 10**9, sweep(12, batch_size="3", reuse_prefix="off")
+    sweeps["leak"] = 10**9, sweep(12, **together)
     given = [(str(folder / name), *options) for name, options in sweeps.items()]
     return dict(zip(sweeps, printed(SWEEPS, json.dumps(given)), strict=True))
 

@@ -141,13 +141,14 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
     assert kills >= wanted and len(places) > 2, f"{kills} kills, with so many parts: {places}"
 
 
-# Only the first steps differ in a new folder. One that is overwritten takes about 60, every third of them here; every
-# step of the same writer, with a model that takes no time, is in `test_run_states.py` and `test_folder.py`.
+# Only the first steps differ in a new folder; one that is overwritten takes about 60. `make test` has a few of them;
+# every step of the same writer, with a model that takes no time, is in `test_run_states.py` and `test_folder.py`.
 @pytest.mark.parametrize(
     "overwrite, steps",
     [
-        (False, range(1, 11)),
-        (True, range(1, 102, 3)),
+        (False, range(1, 11, 3)),
+        (True, range(1, 102, 11)),
+        pytest.param(False, range(1, 11), marks=pytest.mark.slow, id="False-every"),
         pytest.param(True, range(1, 102), marks=pytest.mark.slow, id="True-every"),
     ],
 )
@@ -187,9 +188,9 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
 @pytest.mark.medium
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "bit flipped", "removed"])
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, stopped, tmp_path, capsys):
+def test_a_damaged_part_is_found_named_and_computed_again(state, damage, whole, request, tmp_path, capsys):
     whole, path = whole[0], tmp_path / state
-    shutil.copytree(whole.path if state == "finished" else stopped.path, path)
+    shutil.copytree(whole.path if state == "finished" else request.getfixturevalue("stopped").path, path)
     part = path / "predictions" / "part-00001.parquet"
     data = bytearray(part.read_bytes())
     place = random.Random(damage + state).randrange(len(data))
@@ -256,9 +257,9 @@ def test_a_signal_while_a_resume_loads(stopped, capsys):
 def test_a_second_signal_stops_at_once(fork_server, sweep, whole, tmp_path):
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     twice = [(10, signal.SIGINT), (10, signal.SIGTERM)]
-    assert fork_server.run(*sweep, "--out", path, log=log, part=PART, signal_at=twice) == 143
+    assert fork_server.run(*sweep, "--out", path, log=log, part=PART, figures=False, signal_at=twice) == 143
     assert open_run(path).manifest["counts"]["done"] == 8, "nothing more is written"
-    assert fork_server.run("sweep", "--resume", path, log=log) == 0
+    assert fork_server.run("sweep", "--resume", path, log=log, figures=False) == 0
     assert_lacks_nothing(path, whole)
 
 
@@ -292,9 +293,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-# Pages left: none; for some of a part; for a part and not its manifest; for some tables; for some figures.
+# Pages left: none; for some of a part; for a part and not its manifest; for some tables; slow: for some figures.
 @pytest.mark.parametrize(
-    "pages", [0, 2, 4, 10, 30, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 3, 6, 20, 40))]
+    "pages", [0, 2, 4, 10, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 3, 6, 20, 30, 40))]
 )
 @pytest.mark.medium
 def test_a_full_disk(small_disk, options, whole, request, pages):
@@ -320,11 +321,12 @@ def test_a_full_disk(small_disk, options, whole, request, pages):
 
 
 @pytest.mark.medium
-def test_no_write_may_fail_unseen(options, tmp_path):
-    """Every flush, rename and removal fails in turn, as on a full disk; needs no right to mount one."""
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_write_may_fail_unseen(options, tmp_path, every):
+    """Every third flush, rename and removal, or every one, fails as on a full disk; needs no right to mount one."""
     small = replace(options, documents=(1,), reuse_prefix="off", examples=3)
     whole, path = run_sweep(small, tmp_path / "whole", questions_per_part=2), tmp_path / "run"
-    for step in range(1, 100):
+    for step in range(1, 100, every):
         try:
             with full_disk_at(step):
                 run_sweep(small, path, questions_per_part=2)

@@ -228,7 +228,7 @@ def test_after_a_fork(way):
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs RLIMIT_AS, and to know what is in use")
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer would end it")
 def test_too_little_memory_for_a_thread_is_an_exception():

@@ -100,9 +100,9 @@ def only_error(log):
     return line
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_equal_to_one_process(tiny_model, task, whole, tmp_path, capfd, threads):
-    """Started as they are for users; the last part is short."""
+    """Started as they are for users; the last part is short. `test_batches.py` has this of workers that are forked."""
     threads(1)  # as the run has that it is compared with
     options = SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
     run_sweep(options, tmp_path / "run", workers=2, warn=pytest.fail, questions_per_part=4)
@@ -115,6 +115,7 @@ def test_a_killed_worker_loses_nothing(fork_server, by_workers, whole, tmp_path)
     pid, log, faults = by_workers(3, "kill-5", "kill-11")
     assert fork_server.wait(pid) == 0
     assert_same(tmp_path / "run", whole)
+    assert open_run(tmp_path / "run").manifest["workers"] == 3
     said = r"refinelens: worker \d+ was ended by SIGKILL; its question goes to another; {} of 3 left"
     for left, line in zip((2, 1), errors_in(log), strict=True):
         assert re.fullmatch(said.format(left), line)
@@ -179,7 +180,9 @@ def test_a_file_that_a_worker_cannot_use():
         _Worker(SimpleNamespace(pid=7), ours).receive()
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_every_question_finish(fork_server, by_workers, finish, tmp_path, signum, code):
     """Two are asked when it comes, to the workers too; both are there afterwards, and no worker is."""
     pid, log, faults = by_workers(2, "hold-8", "hold-9")
