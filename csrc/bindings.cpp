@@ -82,7 +82,7 @@ NormSpec::Kind norm_kind(const std::string& name) {
 py::tuple run_fused_lens(const py::array& hidden, const py::array& unembedding, const std::string& norm,
                          const OptionalFloats& norm_weight, const OptionalFloats& norm_bias, double norm_eps,
                          const std::optional<Array<int64_t>>& targets, const OptionalFloats& bias, float scale,
-                         float softcap, int64_t top_k, int n_threads) {
+                         float softcap, int n_threads, int64_t top_k) {
   const Matrix rows = as_matrix(hidden, "hidden"), tokens = as_matrix(unembedding, "unembedding");
   check_product(rows, tokens);
   const NormSpec spec{norm_kind(norm), checked(norm_weight, "norm_weight", rows.columns),
@@ -130,7 +130,7 @@ void bind_lens(py::module_& m) {
   m.def("fused_lens", &run_fused_lens, py::arg("hidden"), py::arg("unembedding"), py::arg("norm"),
         py::arg("norm_weight").noconvert().none(true), py::arg("norm_bias").noconvert().none(true), py::arg("norm_eps"),
         py::arg("targets").noconvert().none(true), py::arg("bias").noconvert().none(true), py::arg("scale"),
-        py::arg("softcap"), py::arg("top_k"), py::arg("n_threads"),
+        py::arg("softcap"), py::arg("n_threads"), py::arg("top_k") = 0,
         "(argmax, max_logit, logsumexp, entropy, target_logit, target_rank, top_z, top_id) of hidden [rows, d_model] "
         "over unembedding [vocab_size, d_model], any strides; softcap 0 for none; lists [rows, top_k] of z before it.");
   m.def("product_only", &run_product_only, py::arg("x_hat"), py::arg("unembedding"), py::arg("n_threads"),

@@ -21,8 +21,8 @@ def fused_lens(
     bias: Floats | None,
     scale: float,
     softcap: float,
-    top_k: int,
     n_threads: int,
+    top_k: int = 0,
 ) -> tuple[Ids, Floats, Floats, Floats, Floats | None, Ids | None, Floats, Ids]: ...
 def product_only(x_hat: NDArray[Any], unembedding: NDArray[Any], n_threads: int) -> None: ...
 def fma_peak(milliseconds: float) -> float: ...

@@ -66,8 +66,8 @@ def _fp32(hidden: Tensor, head: LensHead, targets: Tensor | None, k: int) -> tup
         None if head.bias is None else _floats(head.bias),
         head.scale,
         head.softcap or 0.0,
-        k,
         torch.get_num_threads(),
+        k,
     )
     stats = LensStats(*(None if values is None else torch.from_numpy(values) for values in out))
     return stats, torch.from_numpy(top_z), torch.from_numpy(top_id)
