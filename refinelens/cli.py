@@ -240,13 +240,13 @@ def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
         run = open_run(arguments.text)
         from .read import read_context, show
 
-        map = read_context(run, options, arguments)
+        map = read_context(run, options, arguments, ["refinelens", *argv])
     elif os.path.isdir(arguments.text):
         raise InputError(f"{arguments.text}: expected a text or the folder of a run, got another folder")
     else:
         from .read import read_text, show
 
-        map = read_text(arguments.text, options, arguments)
+        map = read_text(arguments.text, options, arguments, ["refinelens", *argv])
     show(map, options, files, _console())
     return 0
 

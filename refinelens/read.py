@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Container, Sequence
+import shlex
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .errors import InputError
 from .lens.files import load_lens
 from .lens.inputs import Tokens, targets_of
 from .lens.logit_lens import LogitLens
-from .lens.reading import LayerReading, heat_map, words_of_target
+from .lens.reading import LayerReading, heat_map
 from .machine import __version__, device_name
 from .model.loading import LoadedModel, load_model
 from .pages.figure import draw_heatmap
@@ -32,13 +32,16 @@ OF_THE_RUN = ("model", "lens", "device", "dtype", "trust_remote_code", "generate
 OF_A_RUN = ("question", "documents", "gold_position")
 
 
-def read_text(text: str, options: ReadConfig, given: Container[str] = ()) -> HeatMap:
+def read_text(
+    text: str, options: ReadConfig, given: Container[str] = (), argv: Sequence[str] | None = None
+) -> HeatMap:
     """Read a text through every lens, from one forward pass.
 
     Args:
         text: What is read.
         options: How, and how it is shown.
         given: Names of the options that were given.
+        argv: Command line, for the page.
 
     Raises:
         InputError: No text, options that choose a context of a run, no such model or lens, a target that is not one
@@ -62,16 +65,19 @@ def read_text(text: str, options: ReadConfig, given: Container[str] = ()) -> Hea
         ids = written(lens, loaded, ids, options.generate)
     segments = [Segment(n_prompt, len(ids), "generated", "generated")] if len(ids) > n_prompt else []
     title = text if len(text) <= 100 else f"…{text[-99:]}"
-    return map_of(lenses, loaded, ids, options, title, segments, {"command": command_words()})
+    return map_of(lenses, loaded, ids, options, title, segments, _command(argv))
 
 
-def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMap:
+def read_context(
+    run: Run, options: ReadConfig, given: Container[str] = (), argv: Sequence[str] | None = None
+) -> HeatMap:
     """Read one context of a run again, answer included, with its documents marked.
 
     Args:
         run: The run, whose model, lenses, device and dtype are taken.
         options: Which context, and how it is shown.
         given: Names of the options that were given.
+        argv: Command line, for the page.
 
     Raises:
         InputError: Options that a run decides, no such context, or a model, task or lens that is no longer the run's.
@@ -94,7 +100,7 @@ def read_context(run: Run, options: ReadConfig, given: Container[str]) -> HeatMa
     lens = inputs.logit_lens
     lens.tokenizer = inputs.loaded.tokenizer  # which the copies below have too
     lenses = [lens if own.translators is None else lens.with_lens(own) for own in inputs.lenses]
-    facts = {"context": f"{context.where} of {run.path}", "command": command_words()}
+    facts = {"context": f"{context.where} of {run.path}"} | _command(argv)
     title = f"{context.question.question} ({context.where})"
     ids, following = list(context.input_ids), context.answer_ids[-1]
     return map_of(lenses, inputs.loaded, ids, options, title, segments, facts, following)
@@ -133,7 +139,7 @@ def map_of(
         k = min(options.top_k, one.head.vocab_size)
         readings.append(replace(one.read_states(hidden[:, 0], targets, top_k=k, check_last=False), tokens=shown))
     own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
-    words = words_of_target(options.target, readings[0].text, target_id, following is not None)
+    words = _words_of_target(options.target, readings[0].text, target_id, following is not None)
     facts = facts | model_facts(loaded, lens)
     return heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
 
@@ -178,11 +184,24 @@ def model_facts(loaded: LoadedModel, lens: LogitLens) -> dict[str, str]:
     }
 
 
-def command_words() -> str:
-    """The command that made this, as typed."""
-    import shlex
+def _words_of_target(target: str, text: Callable[[int], str], target_id: int | None, ends: bool) -> str:
+    """What a target is, for a reader: the model's own prediction, the text's next token, or a token by name.
 
-    return shlex.join(["refinelens", *sys.argv[1:]])
+    Args:
+        target: As it was asked for.
+        text: Of a token.
+        target_id: Of a token by name.
+        ends: Whether it is known what follows the last token.
+    """
+    if target == PREDICTION:
+        return "the model's own prediction"
+    if target == NEXT:
+        return "the token that follows" + ("" if ends else " (behind the last one the model's own prediction)")
+    return repr(text(target_id)) if target_id is not None else target
+
+
+def _command(argv: Sequence[str] | None) -> dict[str, str]:
+    return {} if argv is None else {"command": shlex.join(argv)}
 
 
 def show(map: HeatMap, options: ReadConfig, files: dict[str, str | None], console: Console) -> None:

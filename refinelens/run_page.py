@@ -10,8 +10,8 @@ import csv
 import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from .report.agreement import compare_runs, share_questions
 from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
 from .report.tables import inverted_u_lines, notes, paired_lines
-from .stats import MEAN, SHARE_CHANGE, mean_estimates, sums_and_counts
+from .stats import MEAN, SHARE_CHANGE, groups, mean_estimates, sums_and_counts
 from .store.files import write_output
 from .store.process import RunLock
 from .store.results import LAYERS, PAGE, Run
@@ -36,8 +36,8 @@ from .store.trajectory import choose_tokens, list_matrix, read_trajectories, tra
 
 MOST_CONTEXTS = 2000  # of the levels of questions and tokens
 COLUMNS = [
-    *("question_id", "documents", "gold_position", "answer_token", "lens", "source_id"),
-    *("alias_why", "answer_id", "answer_text", "target_text", "generated", "generated_correct"),
+    *("question_id", "documents", "gold_position", "answer_token", "lens"),
+    *("alias_why", "answer_id", "target_text", "generated", "generated_correct"),
     *("argmax", "argmax_text", "target_rank", "entropy", "kl"),
 ]
 ESTIMATES = ("accuracy", "accuracy_all", "accuracy_generated", "mean_depth", "mean_first_correct", "mean_settle")
@@ -92,7 +92,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
     """Head, arrays and words of one run; its levels of questions and tokens say correct of rank 1 to ``top``."""
     report = read_report(run)
     found = _Rows(report.lenses, top)
-    profiles = _Profiles()
+    profiles = _Profiles(report.lenses)
     for part in run.parts(COLUMNS):
         part = choose_tokens(part, "all")
         profiles.add(choose_tokens(part, report.manifest["arguments"]["answer_tokens"]))
@@ -108,7 +108,6 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "top": top,
         "tops": list(report.tops),
         "target": manifest["arguments"]["target"],
-        "positions": manifest["arguments"]["positions"],
         "finding": _finding(report),
         "cautions": [*_unfinished(manifest), *caution_lines(report.cautions, manifest)],
         "notes": [*inverted_u_lines(report), *paired_lines(report), *notes(report), *manifest.get("remarks", [])],
@@ -118,7 +117,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "questions": questions,
         "documents_why": why,
         "contexts": found.contexts,
-        "texts": found.texts.names,
+        "texts": list(found.texts),
         "sample": chosen.words,
         "command": f"refinelens read {shlex.quote(str(run.path))}",
         "facts": _facts(report),
@@ -206,28 +205,12 @@ class _Chosen:
         return cls(kept, words, is_sample=True)
 
 
-@dataclass
-class _Texts:
-    """Texts that come again and again, by their places."""
-
-    names: list[str] = field(default_factory=list)
-    places: dict[str, int] = field(default_factory=dict)
-
-    def of(self, texts: Iterable[str]) -> list[int]:
-        return [self._place(text) for text in texts]
-
-    def _place(self, text: str) -> int:
-        if text not in self.places:
-            self.places[text] = len(self.names)
-            self.names.append(text)
-        return self.places[text]
-
-
 class _Rows:
     """A row per context, lens and answer token: ranks, best tokens and trajectory."""
 
     def __init__(self, lenses: tuple[str, ...], top: int):
-        self.texts, self.contexts = _Texts(), []
+        self.texts: dict[str, int] = {}  # that come again and again, by their places
+        self.contexts: list[dict] = []
         self._lenses, self._top = list(lenses), top
         self._places: dict[tuple[int, int, int], int] = {}
         self._columns: dict[str, list[np.ndarray]] = {}
@@ -244,10 +227,10 @@ class _Rows:
             "context": np.asarray(context),
             "lens": np.asarray([self._lenses.index(name) for name in part["lens"].to_pylist()]),
             "token": part["answer_token"].to_numpy(),
-            "target": np.asarray(self.texts.of(part["target_text"].to_pylist())),
+            "target": np.asarray(self._texts(part["target_text"].to_pylist())),
             "correct": list_matrix(part["argmax"])[:, -1] == part["answer_id"].to_numpy(),
             "rank": ranks,
-            "argmax": np.asarray(self.texts.of(names)).reshape(ranks.shape),
+            "argmax": np.asarray(self._texts(names)).reshape(ranks.shape),
             "first": found.first_correct,
             "settle": found.settle,
             "flips": found.flips,
@@ -255,10 +238,13 @@ class _Rows:
         for name, value in values.items():
             self._columns.setdefault(name, []).append(value)
 
+    def _texts(self, texts: list[str]) -> list[int]:
+        return [self.texts.setdefault(text, len(self.texts)) for text in texts]
+
     def _context(self, key: tuple[int, int, int], part: pa.Table, row: int) -> int:
         if key not in self._places:
             self._places[key] = len(self.contexts)
-            names = ("alias_why", "generated", "generated_correct", "source_id")
+            names = ("alias_why", "generated", "generated_correct")
             own = {name: part[name][row].as_py() for name in names}
             self.contexts.append({"question": key[0], "documents": key[1], "gold": key[2], **own})
         return self._places[key]
@@ -272,15 +258,18 @@ class _Rows:
 class _Profiles:
     """By lens, context size and gold position: the median rank, mean KL and mean entropy of every layer."""
 
-    def __init__(self):
+    def __init__(self, lenses: tuple[str, ...]):
+        self._lenses = list(lenses)
         self._ranks: dict[tuple, list[np.ndarray]] = {}
         self._sums: dict[tuple, np.ndarray] = {}
 
     def add(self, part: pa.Table) -> None:
-        values = {name: list_matrix(part[name]) for name in ("target_rank", "kl", "entropy")} if len(part) else {}
-        keys = list(zip(*(part[name].to_pylist() for name in ("lens", "documents", "gold_position")), strict=True))
-        for key in dict.fromkeys(keys):
-            inside = np.asarray([own == key for own in keys])
+        if not len(part):
+            return
+        values = {name: list_matrix(part[name]) for name in ("target_rank", "kl", "entropy")}
+        lens = np.asarray([self._lenses.index(name) for name in part["lens"].to_pylist()])
+        for *where, inside in groups(lens, part["documents"].to_numpy(), part["gold_position"].to_numpy()):
+            key = tuple(where)
             self._ranks.setdefault(key, []).append(values["target_rank"][inside].astype(np.int32))
             sums = np.stack([values[name][inside].sum(0, dtype=float) for name in ("kl", "entropy")])
             self._sums[key] = self._sums.get(key, 0.0) + sums
@@ -292,7 +281,7 @@ class _Profiles:
             kl, entropy = self._sums[key] / len(ranks)
             median = (np.median(ranks, axis=0) + 1).tolist()
             numbers = {"rank": median, "kl": _rounded(kl), "entropy": _rounded(entropy)}
-            rows.append({"lens": key[0], "documents": key[1], "gold": key[2], "n": len(ranks), **numbers})
+            rows.append({"lens": self._lenses[key[0]], "documents": key[1], "gold": key[2], "n": len(ranks), **numbers})
         return rows
 
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..kernels.reference import LensStats
 from ..model.identity import decode, text_of
 from ..op.vocabulary import TopK
-from ..pages.heatmap import NEXT, PREDICTION, HeatMap, LensMap, Segment
+from ..pages.heatmap import HeatMap, LensMap, Segment
 from .inputs import Tokens
 
 if TYPE_CHECKING:
@@ -294,19 +294,3 @@ def _lens_map(reading: LayerReading) -> LensMap:
     names = ("argmax", "max_logprob", "entropy", "kl", "rank", "logprob", "top_ids")
     values = {name: numbers(getattr(reading, name)) for name in names}
     return LensMap(reading.lens, **values, top_logprobs=numbers(reading.top_logprobs))  # type: ignore[arg-type]
-
-
-def words_of_target(target: str, text: Callable[[int], str], target_id: int | None, ends: bool) -> str:
-    """What a target is, for a reader: the model's own prediction, the text's next token, or a token by name.
-
-    Args:
-        target: As it was asked for.
-        text: Of a token.
-        target_id: Of a token by name.
-        ends: Whether it is known what follows the last token.
-    """
-    if target == PREDICTION:
-        return "the model's own prediction"
-    if target == NEXT:
-        return "the token that follows" + ("" if ends else " (behind the last one the model's own prediction)")
-    return repr(text(target_id)) if target_id is not None else target

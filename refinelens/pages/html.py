@@ -20,7 +20,6 @@ import numpy as np
 ASSETS = Path(__file__).with_name("assets")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 TYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "f4": np.float32}
-CODE = {"heatmap": ["heatmap"], "run": ["heatmap", "run"]}  # of a kind of page, from `ASSETS`
 MILLINATS = 1e-3  # step of log-probabilities of lists
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -48,7 +47,7 @@ def write_page(kind: str, title: str, head: dict[str, Any], arrays: dict[str, np
     """The text of a page.
 
     Args:
-        kind: One of `CODE`.
+        kind: Whose script it has beside ``page.js``: ``heatmap`` or ``run``.
         title: Of the window.
         head: What JSON can hold; the page's code has it as ``head``.
         arrays: Numbers by name, of one of `TYPES`.
@@ -65,7 +64,7 @@ def write_page(kind: str, title: str, head: dict[str, Any], arrays: dict[str, np
         style=_asset("page.css"),
         head=as_json(head | {"arrays": places}),
         data=base64.b64encode(zlib.compress(bytes(block), 9)).decode(),
-        code="".join(_asset(f"{name}.js") for name in ("page", *CODE[kind])) + f"start({kind}Page);\n",
+        code=f"{_asset('page.js')}{_asset(f'{kind}.js')}start({kind}Page);\n",
     )
 
 

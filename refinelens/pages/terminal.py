@@ -15,7 +15,7 @@ SHOWN = {"probability": "probability of the best token", "rank": "rank of the ta
 
 
 def print_heatmap(console: Console, map: HeatMap, measure: str = "probability") -> None:
-    """Print the map of every lens: the best token of each cell, and its measure where no colour can say it.
+    """Print the map of every lens: the best token of each cell, coloured by a measure.
 
     Args:
         console: Where to; of its width as many columns are used as fit, further ones stand in tables below.

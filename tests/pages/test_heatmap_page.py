@@ -5,29 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from browser import browser, opened
+from browser import opened
 
-from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.translators import Translators
-from refinelens.model.loading import load_model
 from refinelens.pages.heatmap import HeatMap, LensMap, Segment, visible
 
 TEXT = "The password of Alena Ashbury is acorn.\nWhat is the password of Alena Ashbury?\nAnswer:"
 SCRIPT = "<script>alert(1)</script>"
 HOSTILE = [SCRIPT, "</script><img src=x onerror=alert(2)>", "<!--", "&lt;b&gt;", "\u2028'\"`", "${alert(3)}"]
 pytestmark = pytest.mark.medium
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def lens():
-    loaded = load_model("tiny", "cpu")
-    return LogitLens(loaded.model, loaded.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ from rich.console import Console
 import refinelens
 from refinelens.cli import main
 from refinelens.config import ReadConfig
-from refinelens.lens.logit_lens import LogitLens
-from refinelens.model.loading import load_model
 from refinelens.pages.heatmap import visible
 from refinelens.pages.terminal import print_heatmap
 from refinelens.read import read_context, read_text
@@ -22,12 +20,6 @@ from refinelens.store.results import open_run
 TEXT = "The password of Alena Ashbury is acorn. What is the password of Alena Ashbury? Answer:"
 TINY = ("--model", "tiny", "--device", "cpu")
 pytestmark = pytest.mark.medium
-
-
-@pytest.fixture(scope="module")
-def lens():
-    loaded = load_model("tiny", "cpu")
-    return LogitLens(loaded.model, loaded.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from browser import browser, opened
+from browser import opened
 
 import refinelens
 from refinelens.cli import main
@@ -18,12 +18,6 @@ from refinelens.store.trajectory import choose_tokens
 
 pytestmark = pytest.mark.medium
 SCRIPT = "<script>alert(1)</script>"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,20 @@ const HELP = [["← → ↑ ↓", "move"], ["Home End PgUp PgDn", "far"], ["Ente
 
 function heatmapPage(root, head, arrays) {
   root.append(element("h1", {}, head.title));
-  const map = heatMap(head, arrays, "");
+  const map = heatMap(head, arrays);
   root.append(...map.elements);
   root.append(element("h2", {}, "What these numbers are"), facts(head.facts));
   map.show();
 }
 
-// A map of one text. `prefix` is that of its arrays' names.
-function heatMap(head, arrays, prefix) {
+// A map of one text.
+function heatMap(head, arrays) {
   const { texts, layers } = head;
-  const tokens = arrays[`${prefix}tokens`], targets = arrays[`${prefix}targets`], n = tokens.length;
-  const of = (name) => arrays[`${prefix}${state.lens}.${name}`];
+  const tokens = arrays.tokens, targets = arrays.targets, n = tokens.length;
+  const of = (name) => arrays[`${state.lens}.${name}`];
   const top = layers.length - 1, vocabulary = Math.max(2, head.vocab_size || 2);
-  const measures = Object.keys(MEASURES).filter((m) => m !== "rank" || `${prefix}0.rank` in arrays)
-    .filter((m) => m !== "kl" || `${prefix}0.kl` in arrays);
+  const measures = Object.keys(MEASURES).filter((m) => m !== "rank" || "0.rank" in arrays)
+    .filter((m) => m !== "kl" || "0.kl" in arrays);
   const state = { lens: 0, measure: measures[0], every: 1, rows: [], column: n - 1, row: 0, pins: [], query: "" };
   const kind = new Array(n).fill("");
   for (const segment of head.segments) kind.fill(segment.kind, segment.start, segment.end);
@@ -147,7 +147,7 @@ function heatMap(head, arrays, prefix) {
       const v = Math.min(1, Math.max(0, strength(layer, column))), token = of("argmax")[layer * n + column];
       const classes = ["cell", row ? "" : "output", v > DEEP ? "deep" : "", isHit(token) ? "hit" : "",
         layers[layer] === firstCorrect ? "first" : "", layers[layer] === settle ? "settle" : ""];
-      return element("div", { class: classes.filter(Boolean).join(" "), id: `${prefix}c${column}-${row}`, role: "gridcell",
+      return element("div", { class: classes.filter(Boolean).join(" "), id: `c${column}-${row}`, role: "gridcell",
         "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token), rankNote(layer, column));
     });
     const token = tokens[column];
@@ -161,7 +161,7 @@ function heatMap(head, arrays, prefix) {
   // Focus and pins, without drawing anything again.
   function mark() {
     for (const old of map.querySelectorAll(".here")) old.classList.remove("here");
-    const here = document.getElementById(`${prefix}c${state.column}-${state.row}`);
+    const here = document.getElementById(`c${state.column}-${state.row}`);
     if (here) { here.classList.add("here"); map.setAttribute("aria-activedescendant", here.id); }
     for (const [column, made] of drawnColumns) {
       made.lastChild.classList.toggle("pinned", state.pins.some((pin) => pin.column === column));

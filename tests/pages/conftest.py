@@ -1,0 +1,19 @@
+"""What tests of pages share: a browser, and a lens of the model in the package."""
+
+import pytest
+from browser import browser
+
+from refinelens.lens.logit_lens import LogitLens
+from refinelens.model.loading import load_model
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def lens():
+    loaded = load_model("tiny", "cpu")
+    return LogitLens(loaded.model, loaded.tokenizer)
