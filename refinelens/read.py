@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import DynamicCache
 
 from .config import ReadConfig
 from .errors import InputError
@@ -24,6 +25,7 @@ from .pages.heatmap import NEXT, PREDICTION, HeatMap, Segment
 from .pages.terminal import print_heatmap
 from .store.files import write_output
 from .store.results import Run
+from .sweeping.generate import Generator, check_cache
 from .sweeping.sweep import RunSpec, SweepInputs
 
 SHOWN_TOKENS = 24  # of a terminal
@@ -159,12 +161,13 @@ def _targets(
 
 def written(lens: LogitLens, loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
     """The text with up to ``limit`` tokens more, always the argmax at the output; an end-of-sequence token ends it."""
-    for number in range(limit):
-        if len(ids) == loaded.max_tokens or (number and ids[-1] in loaded.end_ids):
-            break
-        hidden = lens.hidden(torch.tensor([ids]), torch.tensor([len(ids) - 1]))
-        ids = [*ids, int(lens.stats(hidden[-1, 0, 0]).argmax)]
-    return ids
+    if loaded.max_tokens is not None:
+        limit = min(limit, loaded.max_tokens - len(ids))
+    if limit < 1:
+        return ids
+    generator = Generator.from_model(loaded, lens, limit, one_line=False)
+    (found,) = generator.generate([ids], [0], DynamicCache() if check_cache(lens).used else None)
+    return [*ids, *found.ids]
 
 
 def model_facts(loaded: LoadedModel, lens: LogitLens) -> dict[str, str]:

@@ -21,14 +21,15 @@ class Generation:
     """What a model wrote after a prompt."""
 
     text: str  # its first line, which is what is scored
-    n_tokens: int  # the one that ended it included
+    ids: tuple[int, ...]  # the one that ended it included
 
 
 @dataclass(frozen=True)
 class Generator:
     """Writes after prompts, always the argmax at layer ``n_layers``: no sampling, no penalties, no full logits.
 
-    A text ends with ``limit`` tokens, an end-of-sequence token, its first line, or the model's last position.
+    A text ends with ``limit`` tokens, an end-of-sequence token, its first line unless more are wanted, or the model's
+    last position.
     """
 
     lens: LogitLens
@@ -36,11 +37,12 @@ class Generator:
     limit: int  # tokens
     max_tokens: int | None  # positions that the model has, None if it states no limit
     end_ids: frozenset[int]
+    one_line: bool = True
 
     @classmethod
-    def from_model(cls, loaded: LoadedModel, lens: LogitLens, limit: int) -> Generator:
+    def from_model(cls, loaded: LoadedModel, lens: LogitLens, limit: int, one_line: bool = True) -> Generator:
         """What writes after the prompts of a model."""
-        return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, loaded.end_ids)
+        return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, loaded.end_ids, one_line)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], n_shared: Sequence[int], cache: Cache | None
@@ -71,12 +73,14 @@ class Generator:
             ids = torch.cat([ids, self.lens.stats(hidden[-1]).argmax.cpu()], 1)
             texts = ids[:, n_prompt:].tolist()
             ends = [end or self._end(text, n_prompt) for end, text in zip(ends, texts, strict=True)]
-        return [Generation(first_line(self._decode(text[:end])), end) for text, end in zip(texts, ends, strict=True)]
+        whole = [text[:end] for text, end in zip(texts, ends, strict=True)]
+        return [Generation(first_line(self._decode(text)), tuple(text)) for text in whole]
 
     def _end(self, text: list[int], n_prompt: int) -> int:
         """Number of tokens if the text ends with the last of them, else 0."""
         full = len(text) == self.limit or n_prompt + len(text) - 1 == self.max_tokens
-        return len(text) if full or text[-1] in self.end_ids or "\n" in self._decode(text) else 0
+        ended = full or text[-1] in self.end_ids or (self.one_line and "\n" in self._decode(text))
+        return len(text) if ended else 0
 
     def _decode(self, text: list[int]) -> str:
         written = [token for token in text if token not in self.end_ids]

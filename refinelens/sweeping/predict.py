@@ -263,6 +263,6 @@ class Predictor:
                 "lens_rows": len(self._lenses) * states.hidden[..., 0].numel(),
                 "tokens_computed": len(states.input.ids) - states.n_saved,
                 "tokens_saved": states.n_saved,
-                "tokens_generated": states.written.n_tokens if states.written else 0,
+                "tokens_generated": len(states.written.ids) if states.written else 0,
             }
             yield states.index, (table, counts)

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from rich.console import Console
 import refinelens
 from refinelens.cli import main
 from refinelens.config import ReadConfig
+from refinelens.model.loading import load_model
 from refinelens.pages.heatmap import visible
 from refinelens.pages.terminal import print_heatmap
-from refinelens.read import read_context, read_text
+from refinelens.read import read_context, read_text, written
 from refinelens.store.results import open_run
 
 TEXT = "The password of Alena Ashbury is acorn. What is the password of Alena Ashbury? Answer:"
@@ -71,8 +74,6 @@ def test_colours_are_there_where_a_terminal_has_them(lens):
 
 
 def test_words_of_any_width_keep_the_columns(lens):
-    from dataclasses import replace
-
     map = lens.read(TEXT).heat_map()
     wide = replace(map, texts={id: "東京都庁舎前" for id in map.texts})
     from rich.cells import cell_len
@@ -177,8 +178,6 @@ def test_a_run_without_the_plain_lens_has_texts(tmp_path):
 
 
 def test_control_characters_do_not_reach_a_terminal(lens):
-    from dataclasses import replace
-
     map = lens.read(TEXT).heat_map()
     hostile = replace(map, title="\x1b[31mred", texts={id: "\x1b]0;x\x07" for id in map.texts})
     assert "\x1b" not in table(hostile) and "\x07" not in table(hostile)
@@ -209,3 +208,20 @@ def test_numbers_that_are_not_finite_are_null(lens):
 def test_another_folder_is_no_text(tmp_path, capsys):
     assert main(["read", str(tmp_path)]) == 2
     assert "expected a text or the folder of a run, got another folder" in capsys.readouterr().err
+
+
+def test_writing_goes_on_over_lines_and_stops_at_the_models_last_position(lens):
+    loaded = load_model("tiny", "cpu")
+    ids = list(loaded.tokenizer(TEXT)["input_ids"])
+    wanted = list(ids)
+    for _ in range(12):  # every token from the whole text
+        wanted.append(int(lens.read([wanted], positions=-1).argmax[-1, 0, 0]))
+    tokenizer, second = loaded.tokenizer, wanted[: len(ids) + 2]
+
+    def written_with(max_tokens=None, end_ids=frozenset()):
+        model = SimpleNamespace(tokenizer=tokenizer, max_tokens=max_tokens, end_ids=end_ids)
+        return written(lens, model, ids, 12)
+
+    assert written_with() == wanted
+    assert written_with(max_tokens=len(ids) + 2) == second and written_with(max_tokens=len(ids)) == ids
+    assert written_with(end_ids=frozenset({second[-1]})) == second

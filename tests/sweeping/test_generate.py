@@ -132,7 +132,7 @@ def test_what_an_answer_token_costs_with_a_cache_and_without(logit_lens, loaded,
         for known in (cache, None):
             texts.append(generator.generate([prompt], [n_shared], known))
     assert cache.get_seq_length() == len(text) == 24, "it is copied, not added to"
-    assert texts[0] == texts[1] and texts[0][0].n_tokens == N
+    assert texts[0] == texts[1] and len(texts[0][0].ids) == N
     assert ran == [24, again, 1, 1, 1, 1, 20, 21, 22, 23, 24]
 
 
@@ -191,7 +191,7 @@ class Letters:
 def test_where_a_text_ends(script, limit, positions, text, n_tokens):
     generator = Generator(Scripted(script, None), Letters(), limit, positions, frozenset({1}))
     (found,) = generator.generate([[7] * 10], [10], None)
-    assert (found.text, found.n_tokens) == (text, n_tokens)
+    assert (found.text, len(found.ids)) == (text, n_tokens)
 
 
 def test_ends_are_those_that_model_and_tokenizer_name(tmp_path):
