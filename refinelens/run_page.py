@@ -119,7 +119,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "contexts": found.contexts,
         "texts": list(found.texts),
         "sample": chosen.words,
-        "command": f"refinelens read {shlex.quote(str(run.path))}",
+        "folder": shlex.quote(str(run.path)),
         "facts": _facts(report),
     }
     return head, found.arrays() | {"documents": np.frombuffer(documents, np.uint8)}, chosen.words

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 ASSETS = Path(__file__).with_name("assets")
+SCRIPTS = {"heatmap": ("page", "heatmap"), "run": ("page", "chart", "questions", "run")}  # of a page, in this order
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 TYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "f4": np.float32}
 MILLINATS = 1e-3  # step of log-probabilities of lists
@@ -47,7 +48,7 @@ def write_page(kind: str, title: str, head: dict[str, Any], arrays: dict[str, np
     """The text of a page.
 
     Args:
-        kind: Whose script it has beside ``page.js``: ``heatmap`` or ``run``.
+        kind: One of `SCRIPTS`.
         title: Of the window.
         head: What JSON can hold; the page's code has it as ``head``.
         arrays: Numbers by name, of one of `TYPES`.
@@ -64,7 +65,7 @@ def write_page(kind: str, title: str, head: dict[str, Any], arrays: dict[str, np
         style=_asset("page.css"),
         head=as_json(head | {"arrays": places}),
         data=base64.b64encode(zlib.compress(bytes(block), 9)).decode(),
-        code=f"{_asset('page.js')}{_asset(f'{kind}.js')}start({kind}Page);\n",
+        code="".join(_asset(f"{name}.js") for name in SCRIPTS[kind]) + f"start({kind}Page);\n",
     )
 
 

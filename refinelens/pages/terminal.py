@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
@@ -55,7 +56,10 @@ def _table(map: HeatMap, lens: LensMap, places: list[int], measure: str) -> list
     lines.append(_line("token", [_cell(map.texts[map.tokens[place]]) for place in places], "bold"))
     if map.segments:
         names = {place: segment.label for segment in map.segments for place in range(segment.start, segment.end)}
-        lines.append(_line("in", [_cell(names.get(place, " ")) for place in places], "dim"))
+        owners = groupby(names.get(place, "") for place in places)
+        widths = [(name, len(list(own)) * (CELL + 1) - 1) for name, own in owners]
+        if any(name for name, _ in widths):
+            lines.append(_line("in", [_cell(name, width) if name else " " * width for name, width in widths], "dim"))
     return lines
 
 

@@ -201,15 +201,23 @@ def test_texts_of_strangers_stay_texts(chromium, tmp_path):
         assert page.evaluate("document.querySelectorAll('img').length") == 0
 
 
-def test_it_prints_what_is_in_view_on_white(chromium, path, reading):
+def test_it_prints_all_columns_in_bands_on_white(chromium, path, reading):
+    n = reading.shape[1]
     with opened(chromium, path, color_scheme="dark") as page:
-        page.evaluate("document.querySelector('.map').scrollLeft = 300")
-        before = page.locator("#c5-0").bounding_box()["x"]
         page.emulate_media(media="print")
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-        assert abs(page.locator("#c5-0").bounding_box()["x"] - before) < 20
-        assert not page.locator(".bar").first.is_visible()
+        assert not page.locator(".map").is_visible() and not page.locator(".bar").first.is_visible()
+        columns = page.locator(".band .column").all()
+        assert len(columns) == n
+        for place, column in enumerate(columns):
+            best = [reading.text(int(id)) for id in reading.argmax[:, place].flip(0)]
+            shown = column.locator(".cell").evaluate_all("cells => cells.map(cell => cell.firstChild.textContent)")
+            assert shown == [visible(text) for text in best]
+        right = [column.bounding_box()["x"] + column.bounding_box()["width"] for column in columns]
+        assert max(right) <= 1047 + page.locator(".band").first.bounding_box()["x"]  # of A4 on its side, less margins
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator(".band").count() == 0
 
 
 def test_mere_spaces_are_seen():

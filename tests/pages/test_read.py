@@ -121,7 +121,10 @@ def test_the_command_takes_a_run(run, tmp_path, capsys):
     assert main(["read", str(run.path), "--question", "1", "--gold-position", "1", "--html", str(out)]) == 0
     assert "document 1, gold" in out.read_text()
     assert main(["read", str(run.path), "--gold-position", "1", "--tokens", "4"]) == 0
-    assert "gold position 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "gold position 1" in shown and "in document" not in shown  # the question's last tokens are in none
+    assert main(["read", str(run.path), "--gold-position", "1"]) == 0
+    assert "document 1, gold" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 // The heat map: layers upwards, tokens to the right. Only the columns in view are elements.
 
 const COLUMN = 88, AXIS = 46, ROW = 22;
-const PAPER = 1600; // pixels that a sheet may be wide
+const PAPER = { columns: 11, bands: 16 }; // of a sheet of A4 on its side, and as many bands as are printed
 const DEEP = 0.655; // of a colour: there black and white stand out alike, in both themes
 const MEASURES = {
   probability: { name: "probability of the best token", ends: ["0", "1"] },
@@ -47,25 +47,32 @@ function heatMap(head, arrays) {
     onscroll: () => requestAnimationFrame(() => drawColumns()), onkeydown: key, onfocus: () => show(),
     onmousemove: (event) => point(event, false), onclick: (event) => point(event, true),
   }, inner);
+  const paper = element("div", { class: "paper" });
   const found = element("span", { class: "faint", id: "found", "aria-live": "polite" });
   const search = element("input", { id: "search", type: "search", placeholder: "token", oninput: look,
     onkeydown: (event) => { if (event.key === "Enter") nextHit(event.shiftKey ? -1 : 1); } });
   const legend = element("span", { class: "legend" });
   const steps = [1, 2, 4, 8].filter((step) => step === 1 || step < top);
-  const lensChoice = choice("lens", head.lenses.map((name, i) => [String(i), name]), "0", (v) => { state.lens = +v; redraw(); });
+  const lensChoice = choice("lens", head.lenses.map((name, i) => [String(i), name]), "0",
+    (v) => { state.lens = +v; redraw(); });
   const measureChoice = choice("colour", measures.map((m) => [m, MEASURES[m].name]), state.measure,
     (v) => { state.measure = v; redraw(); });
   const jumps = head.segments.map((s, i) => [String(i), s.label]);
   const bar = element("div", { class: "bar" }, lensChoice, measureChoice,
-    choice("layers", steps.map((s) => [String(s), s === 1 ? "all" : `every ${s}`]), "1", (v) => { state.every = +v; layout(); }),
-    jumps.length ? choice("go to", [["", "…"], ...jumps], "", (v) => { if (v) go(head.segments[+v].start, state.row); }) : null,
+    choice("layers", steps.map((s) => [String(s), s === 1 ? "all" : `every ${s}`]), "1",
+      (v) => { state.every = +v; layout(); }),
+    jumps.length ? choice("go to", [["", "…"], ...jumps], "",
+      (v) => { if (v) go(head.segments[+v].start, state.row); }) : null,
     element("label", {}, "search", search), found, themeButton(), legend);
   const help = element("p", { class: "faint help" });
   for (const [keys, what] of HELP) help.append(element("kbd", {}, keys), ` ${what}  `);
-  const targetIs = targets ? `target: ${head.target_is}` : "no target: first-correct and settle are of the output's own token";
-  const marks = element("p", { class: "faint" }, `${targetIs}. Small numbers: its rank, where another token is best. Outlined: the first layer whose best token is it; outlined ` +
-    "boldly: the layer from which it stays so (where that layer is shown). What a column shows is predicted to follow its token" +
-    (head.segments.some((s) => s.kind === "generated") ? ": a generated token was written in the column before its own." : "."));
+  const targetIs = targets ? `target: ${head.target_is}`
+    : "no target: first-correct and settle are of the output's own token";
+  const isWritten = head.segments.some((s) => s.kind === "generated");
+  const marks = element("p", { class: "faint" }, `${targetIs}. Small numbers: its rank, where another token is best. ` +
+    "Outlined: the first layer whose best token is it; outlined boldly: the layer from which it stays so (where that " +
+    "layer is shown). What a column shows is predicted to follow its token" +
+    (isWritten ? ": a generated token was written in the column before its own." : "."));
 
   const logProbability = (layer, column) => of("max_logprob")[layer * n + column];
   let largestKl = 1;
@@ -99,7 +106,8 @@ function heatMap(head, arrays) {
     if (state.rows.at(-1) !== 0) state.rows.push(0);
     state.row = Math.min(state.row, state.rows.length - 1);
     axis.replaceChildren(element("div", { class: "top" }, targets ? "target" : ""),
-      ...state.rows.map((layer, row) => element("div", { class: row ? "" : "output" }, row ? String(layers[layer]) : "output")),
+      ...state.rows.map((layer, row) =>
+        element("div", { class: row ? "" : "output" }, row ? String(layers[layer]) : "output")),
       element("div", { class: "token" }, "token"));
     inner.style.width = `${AXIS + n * COLUMN}px`;
     redraw();
@@ -118,9 +126,9 @@ function heatMap(head, arrays) {
     show();
   }
 
-  function drawColumns(width = map.clientWidth || 1000) {
+  function drawColumns() {
     const first = Math.max(0, Math.floor((map.scrollLeft - AXIS) / COLUMN) - 3);
-    const last = Math.min(n - 1, Math.ceil((map.scrollLeft + width) / COLUMN) + 3);
+    const last = Math.min(n - 1, Math.ceil((map.scrollLeft + (map.clientWidth || 1000)) / COLUMN) + 3);
     for (const [column, made] of drawnColumns) {
       if (column < first || column > last) { made.remove(); drawnColumns.delete(column); }
     }
@@ -134,11 +142,25 @@ function heatMap(head, arrays) {
     mark();
   }
 
+  // On paper the map goes on in bands below each other: all of it, or of a long text what begins with the view.
+  function drawBands() {
+    const { columns, bands } = PAPER, many = columns * bands, inView = Math.floor(map.scrollLeft / COLUMN);
+    const first = n <= many ? 0 : Math.min(inView, n - many), last = Math.min(n, first + many), made = [];
+    for (let start = first; start < last; start += columns) {
+      const own = Array.from({ length: Math.min(columns, last - start) }, (_, i) => drawColumn(start + i));
+      made.push(element("div", { class: "band" }, axis.cloneNode(true), ...own));
+    }
+    const cut = last - first < n ? `Tokens ${first} to ${last - 1} of ${n}, counted from 0.` : "";
+    paper.replaceChildren(element("p", {}, cut), ...made);
+    for (const cell of paper.querySelectorAll("[id]")) cell.removeAttribute("id"); // theirs are of the map
+  }
+
   // The target's rank, where it is not the best token: three signs at most.
   function rankNote(layer, column) {
     const rank = of("rank") ? of("rank")[layer * n + column] + 1 : 1;
     if (rank === 1) return null;
-    return element("small", {}, rank < 1000 ? String(rank) : rank < 99500 ? `${Math.round(rank / 1000)}k` : `${(rank / 1e6).toFixed(1)}M`);
+    if (rank < 1000) return element("small", {}, String(rank));
+    return element("small", {}, rank < 99500 ? `${Math.round(rank / 1000)}k` : `${(rank / 1e6).toFixed(1)}M`);
   }
 
   function drawColumn(column) {
@@ -150,12 +172,11 @@ function heatMap(head, arrays) {
       return element("div", { class: classes.filter(Boolean).join(" "), id: `c${column}-${row}`, role: "gridcell",
         "data-column": column, "data-row": row, style: `--v:${v.toFixed(3)}` }, text(token), rankNote(layer, column));
     });
-    const token = tokens[column];
+    const token = tokens[column], target = targets ? text(targets[column]) : "";
+    const classes = `token ${kind[column]} ${isHit(token) ? "hit" : ""}`;
     return element("div", { class: "column", style: `left:${AXIS + column * COLUMN}px` },
-      element("div", { class: "top", title: targets ? text(targets[column]) : "" }, targets ? text(targets[column]) : ""),
-      ...cells,
-      element("div", { class: `token ${kind[column]} ${isHit(token) ? "hit" : ""}`, "data-column": column, title: text(token) },
-        text(token)));
+      element("div", { class: "top", title: target }, target), ...cells,
+      element("div", { class: classes, "data-column": column, title: text(token) }, text(token)));
   }
 
   // Focus and pins, without drawing anything again.
@@ -187,9 +208,9 @@ function heatMap(head, arrays) {
     if (of("kl")) rows.push(["KL to output", "", `${of("kl")[i].toFixed(3)} nats`]);
     const [a, b] = [of("first")[column], of("settle")[column]];
     rows.push(["first correct", "", a < 0 ? "never" : `layer ${a}`], ["settles", "", b < 0 ? "never" : `layer ${b}`]);
-    const table = element("table", { class: "numbers" }, ...rows.map(([name, value, number]) =>
-      element("tr", {}, element("td", {}, name), element("td", {}, value), element("td", { class: "number" }, number))));
-    live.replaceChildren(element("h3", {}, where), table);
+    const lines = rows.map(([name, value, number]) => element("tr", {}, element("td", {}, name),
+      element("td", {}, value), element("td", { class: "number" }, number)));
+    live.replaceChildren(element("h3", {}, where), element("table", { class: "numbers" }, ...lines));
     const list = of("top");
     if (!list) return;
     const k = list.shape[2], best = [];
@@ -204,7 +225,8 @@ function heatMap(head, arrays) {
 
   // Ranks over layers of what is pinned, or else of the column in focus.
   function drawChart() {
-    const pins = state.pins.length ? state.pins : [{ column: state.column, token: targets ? targets[state.column] : null }];
+    const here = { column: state.column, token: targets ? targets[state.column] : null };
+    const pins = state.pins.length ? state.pins : [here];
     const ranked = Boolean(of("rank")), width = 318, height = 200, left = 44, right = 8, above = 10, below = 26;
     const xOf = (layer) => left + (layers[layer] / Math.max(1, layers[top])) * (width - left - right);
     const most = ranked ? Math.log10(vocabulary) : 1;
@@ -222,25 +244,30 @@ function heatMap(head, arrays) {
     }
     svg.append(drawn("text", { x: width - right, y: height - 1, "text-anchor": "end" }, "layer"));
     pins.forEach((pin, number) => {
-      const colour = COLOURS[number % COLOURS.length];
-      const value = (layer) => ranked ? of("rank")[layer * n + pin.column] : Math.exp(logProbability(layer, pin.column));
-      line(svg, (layer) => [xOf(layer), yOf(value(layer))], () => true, { stroke: colour, "stroke-width": 2, class: "exact" });
-      if (ranked && pin.token !== null && pin.token !== targets[pin.column]) { // another token: known where it is listed
-        line(svg, (layer) => [xOf(layer), yOf(place(layer, pin.column, pin.token))],
-          (layer) => place(layer, pin.column, pin.token) >= 0, { stroke: colour, "stroke-width": 2, "stroke-dasharray": "3 3" });
+      const { column, token } = pin, colour = COLOURS[number % COLOURS.length];
+      const ink = { stroke: colour, "stroke-width": 2 };
+      const value = (layer) => ranked ? of("rank")[layer * n + column] : Math.exp(logProbability(layer, column));
+      line(svg, (layer) => [xOf(layer), yOf(value(layer))], () => true, { ...ink, class: "exact" });
+      if (ranked && token !== null && token !== targets[column]) { // another token: known where it is listed
+        const own = (layer) => place(layer, column, token);
+        line(svg, (layer) => [xOf(layer), yOf(own(layer))], (layer) => own(layer) >= 0,
+          { ...ink, "stroke-dasharray": "3 3" });
       }
       for (const name of ["first", "settle"]) {
-        const layer = layers.indexOf(of(name)[pin.column]);
+        const layer = layers.indexOf(of(name)[column]);
         if (layer < 0) continue;
         const shape = name === "first" ? { r: 3.5, fill: "none", stroke: colour } : { r: 4, fill: colour };
         svg.append(drawn("circle", { cx: xOf(layer), cy: yOf(value(layer)), ...shape, class: name }));
       }
     });
-    chart.replaceChildren(element("h3", {}, ranked ? "Rank of the target over layers" : "Probability over layers"), svg);
-    pinned.replaceChildren(...state.pins.map((pin, number) => {
-      const shown = pin.token === null ? "" : ` → ${text(pin.token)}`;
-      return element("button", { type: "button", title: "unpin", style: `border-left-color:${COLOURS[number % COLOURS.length]}`,
-        onclick: () => { state.pins.splice(number, 1); show(); } }, `${head.positions[pin.column]} ${text(tokens[pin.column])}${shown}`);
+    const title = ranked ? "Rank of the target over layers" : "Probability over layers";
+    chart.replaceChildren(element("h3", {}, title), svg);
+    pinned.replaceChildren(...state.pins.map(({ column, token }, number) => {
+      const shown = token === null ? "" : ` → ${text(token)}`;
+      const style = `border-left-color:${COLOURS[number % COLOURS.length]}`;
+      const unpin = () => { state.pins.splice(number, 1); show(); };
+      return element("button", { type: "button", title: "unpin", style, onclick: unpin },
+        `${head.positions[column]} ${text(tokens[column])}${shown}`);
     }));
   }
 
@@ -292,7 +319,8 @@ function heatMap(head, arrays) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const { column, row } = state;
     const moves = {
-      ArrowLeft: [column - 1, row], ArrowRight: [column + 1, row], ArrowUp: [column, row - 1], ArrowDown: [column, row + 1],
+      ArrowLeft: [column - 1, row], ArrowRight: [column + 1, row],
+      ArrowUp: [column, row - 1], ArrowDown: [column, row + 1],
       Home: [0, row], End: [n - 1, row], PageUp: [column - 10, row], PageDown: [column + 10, row],
     };
     const next = (values, value) => values[(values.indexOf(value) + 1) % values.length];
@@ -314,7 +342,8 @@ function heatMap(head, arrays) {
   // Columns whose token, or whose best token at a shown layer, holds what is sought.
   function hits() {
     const own = texts.map((_, token) => isHit(token));
-    return [...tokens.keys()].filter((c) => own[tokens[c]] || state.rows.some((layer) => own[of("argmax")[layer * n + c]]));
+    const isThere = (column) => state.rows.some((layer) => own[of("argmax")[layer * n + column]]);
+    return [...tokens.keys()].filter((column) => own[tokens[column]] || isThere(column));
   }
 
   function look() {
@@ -332,9 +361,10 @@ function heatMap(head, arrays) {
   }
 
   addEventListener("resize", () => drawColumns());
-  addEventListener("beforeprint", () => drawColumns(PAPER));
+  addEventListener("beforeprint", drawBands);
+  addEventListener("afterprint", () => paper.replaceChildren());
   return {
-    elements: [marks, bar, element("div", { class: "split" }, map, side), help],
+    elements: [marks, bar, element("div", { class: "split" }, map, paper, side), help],
     show() {
       layout();
       go(n - 1, 0);

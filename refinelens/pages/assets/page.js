@@ -39,8 +39,10 @@ function drawn(tag, attributes = {}, ...children) {
 }
 
 function choice(label, values, chosen, change) {
-  const options = values.map(([value, text]) => element("option", { value, selected: value === chosen ? "" : null }, text));
-  return element("label", {}, label, element("select", { onchange: (event) => change(event.target.value) }, ...options));
+  const options = values.map(([value, text]) =>
+    element("option", { value, selected: value === chosen ? "" : null }, text));
+  const select = element("select", { onchange: (event) => change(event.target.value) }, ...options);
+  return element("label", {}, label, select);
 }
 
 // The text of a token on one line; of spaces alone as signs, or nothing would be seen.
@@ -56,8 +58,8 @@ function percent(p) {
 function themeButton() {
   const root = document.documentElement;
   const turn = () => {
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
+    const chosen = root.dataset.theme, system = matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = (chosen ? chosen === "dark" : system) ? "light" : "dark";
   };
   return element("button", { id: "theme", type: "button", onclick: turn, title: "light or dark" }, "◐");
 }
@@ -65,6 +67,17 @@ function themeButton() {
 function facts(values) {
   const rows = Object.entries(values).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
   return element("dl", { class: "facts" }, ...rows);
+}
+
+// A table of texts. Attributes of a cell come from its row and column, where some are wanted.
+function grid(names, rows, attributes = () => ({}), caption = null) {
+  const isNumber = (j) => rows.length && `${attributes(0, j).class}`.includes("number");
+  const heads = names.map((name, j) => element("th", { class: isNumber(j) ? "number" : null }, name));
+  const lines = rows.map((row, i) => element("tr", {}, ...row.map((value, j) =>
+    element("td", attributes(i, j), String(value)))));
+  return element("div", { class: "wide" }, element("table", { class: "grid" },
+    caption === null ? null : element("caption", {}, caption),
+    element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...lines)));
 }
 
 async function start(page) {
@@ -76,72 +89,4 @@ async function start(page) {
     root.append(element("p", {}, `This page could not be drawn: ${error}. It needs a browser of 2023 or newer.`));
     throw error;
   }
-}
-
-// About five round numbers from low to high.
-function roundNumbers(low, high) {
-  const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find((s) => s * power >= raw) * power;
-  const first = Math.ceil(low / step - 1e-9);
-  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => +((first + i) * step).toPrecision(12));
-}
-
-// Lines over a common x. A series has name, points [[x, y, low, high]], colour and dash; y may be logarithmic, from 1 on.
-function lineChart({ title, x, y, series, log = false, upside = false, from = null, to = null, ticks = null }) {
-  const width = 430, height = 250, left = 52, right = 10, above = 12, below = 36;
-  const points = series.flatMap((s) => s.points).filter((p) => p[1] !== null);
-  const xs = points.map((p) => p[0]), ys = points.flatMap((p) => [p[1], p[2], p[3]]).filter((v) => v !== null && v !== undefined);
-  const figure = element("figure", {}, element("figcaption", {}, title));
-  if (!points.length) {
-    figure.append(element("p", { class: "faint" }, "no value exists"));
-    return figure;
-  }
-  const scale = (v) => log ? Math.log10(Math.max(1, v)) : v;
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  const low = scale(from ?? Math.min(...ys)), least = from === 0 && !log ? 1 : 1e-9;
-  const high = Math.max(scale(to ?? Math.max(...ys)), low + least);
-  const atX = (v) => left + (x1 === x0 ? 0.5 : (v - x0) / (x1 - x0)) * (width - left - right);
-  const share = (v) => (scale(v) - low) / (high - low);
-  const atY = (v) => above + (upside ? share(v) : 1 - share(v)) * (height - above - below);
-  const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  svg.append(drawn("title", {}, title));
-  const values = log ? Array.from({ length: Math.floor(high) + 1 }, (_, i) => 10 ** i).filter((v) => scale(v) >= low)
-    : roundNumbers(low, high);
-  for (const value of values) {
-    svg.append(drawn("line", { class: "grid", x1: left, x2: width - right, y1: atY(value), y2: atY(value) }),
-      drawn("text", { x: left - 5, y: atY(value) + 3, "text-anchor": "end" },
-        log ? value.toLocaleString("en") : String(+value.toPrecision(3))));
-  }
-  const all = ticks ?? [...new Set(xs)].sort((a, b) => a - b), step = Math.ceil(all.length / 11);
-  for (const value of all.filter((_, i) => i % step === 0)) {
-    svg.append(drawn("text", { x: atX(value), y: height - below + 14, "text-anchor": "middle" }, String(value)));
-  }
-  svg.append(drawn("text", { x: (left + width - right) / 2, y: height - 5, "text-anchor": "middle" }, x));
-  svg.append(drawn("text", { x: -(above + height - below) / 2, y: 11, transform: "rotate(-90)", "text-anchor": "middle" }, y));
-  series.forEach((s, number) => {
-    const colour = s.colour ?? COLOURS[number % COLOURS.length], own = s.points.filter((p) => p[1] !== null);
-    const apart = series.length > 1 && series.some((t) => t.points.some((p) => typeof p[2] === "number"));
-    const shift = apart ? (number - (series.length - 1) / 2) * 3 : 0;
-    for (const [px, , a, b] of own) {
-      if (a === null || a === undefined) continue;
-      svg.append(drawn("line", { x1: atX(px) + shift, x2: atX(px) + shift, y1: atY(a), y2: atY(b), stroke: colour,
-        "stroke-width": 1.2, class: "interval" }));
-    }
-    const path = own.map(([px, py], i) => `${i ? "L" : "M"}${(atX(px) + shift).toFixed(1)} ${atY(py).toFixed(1)}`).join("");
-    svg.append(drawn("path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": s.dash ?? "none" }));
-    if (own.length < 40) for (const [px, py, a, b, note] of own) {
-      const dot = drawn("circle", { cx: atX(px) + shift, cy: atY(py), r: 2.6, fill: colour });
-      dot.append(drawn("title", {}, `${s.name}: ${x} ${px}, ${+py.toPrecision(4)}` +
-        (a === null || a === undefined ? "" : ` [${+a.toPrecision(3)}, ${+b.toPrecision(3)}]`) + (note ? `, ${note}` : "")));
-      svg.append(dot);
-    }
-  });
-  const names = element("div", { class: "names" }, ...series.map((s, number) => element("span", {},
-    element("i", { style: `background:${s.colour ?? COLOURS[number % COLOURS.length]}` }), s.name)));
-  figure.append(svg, names);
-  return figure;
-}
-
-// Colours from dark to light for an ordered set, such as gold positions.
-function ramp(count) {
-  return Array.from({ length: count }, (_, i) => { const v = i / Math.max(1, count - 1); return `hsl(${270 - 210 * v}, 60%, ${42 + 10 * v}%)`; });
 }
