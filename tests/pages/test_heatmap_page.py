@@ -9,6 +9,7 @@ from browser import opened
 
 from refinelens.lens.translators import Translators
 from refinelens.pages.heatmap import HeatMap, LensMap, Segment, visible
+from refinelens.pages.html import SCRIPTS, write_page
 
 TEXT = "The password of Alena Ashbury is acorn.\nWhat is the password of Alena Ashbury?\nAnswer:"
 SCRIPT = "<script>alert(1)</script>"
@@ -254,7 +255,6 @@ def test_a_thousand_tokens_are_small_and_smooth(chromium, tmp_path):
         assert page.locator("#c999-0").is_visible() and page.locator(".column").count() < 40
 
 
-def test_own_code_is_small(path):
-    from refinelens.pages.html import ASSETS
-
-    assert sum(file.stat().st_size for file in ASSETS.iterdir()) <= 60_000
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_own_code_is_small(kind):
+    assert 20_000 < len(write_page(kind, "", {}, {}).encode()) <= 60_000
