@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import TRAINING, Config, FitConfig, LayersConfig, SweepConfig, check_idle
+from .config import Config, FitConfig, LayersConfig, SweepConfig, check_objective
 from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .layers.analysis import run_layers
@@ -90,8 +90,7 @@ def fit(
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
     """
     config = _config(FitConfig, model=model, **options)
-    if config.objective != "kl":
-        check_idle(options, TRAINING, "objective='kl'", config.objective)
+    check_objective(options, config.objective)
     with progress_bar(progress) as bar:
         return fit_lens(config, _folder(out), overwrite, None, bar)
 

@@ -156,8 +156,7 @@ def _layers(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     options = config_of(arguments, config.FitConfig)
-    if options.objective != "kl":
-        config.check_idle(arguments, config.TRAINING, "objective='kl'", options.objective)
+    config.check_objective(arguments, options.objective)
     from .fitting.fit import HOW_TO_RESUME, fit_lens
     from .report.tables import print_quality
 

@@ -21,7 +21,8 @@ MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
 NO_POSITION = -1  # of the gold document, where there is none
 WORDS = {"closed-book": CLOSED_BOOK, "oracle": ORACLE}
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
-TRAINING = ("steps", "seed")  # options of the objective kl alone
+OBJECTIVES = ("linear", "kl", "jacobian")
+OF_OBJECTIVE = {"kl": ("steps", "seed"), "jacobian": ("prompts", "prompts_from", "from_layer")}  # options of it alone
 SHORTEST = 16  # tokens of a sequence
 SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one to report on
 PATCH = "patch"
@@ -151,6 +152,17 @@ def check_idle(given: Container[str], names: Iterable[str], owner: str, got: str
             raise InputError(f"``{name}``: expected ``{owner}``, which alone has this option, got {got}")
 
 
+def check_objective(given: Container[str], objective: str) -> None:
+    """Refuse what was given of the options that belong to another objective of a fit.
+
+    Raises:
+        InputError: See `check_idle`.
+    """
+    for owner, names in OF_OBJECTIVE.items():
+        if owner != objective:
+            check_idle(given, names, f"objective='{owner}'", objective)
+
+
 def _expect(fits: object, name: str, expected: str, got: object) -> None:
     if not fits:
         raise InputError(f"``{name}``: expected {expected}, got {got}")
@@ -244,8 +256,16 @@ class FitConfig(Config):
         None, "builtin (Python's own reference), tiny, text or .jsonl[.gz] (default: builtin; tiny for the model tiny)"
     )
     tokens: int = _option(200_000, "read at most, a fifth held out")
-    objective: str = _choice("linear: ridge regression in closed form; kl: trained from there", None, "linear", "kl")
+    objective: str = _choice(
+        "linear: ridge regression in closed form; kl: trained from there; jacobian: the mean derivative of the last "
+        "layer's states",
+        None,
+        *OBJECTIVES,
+    )
     steps: int = _option(150, "of training, for kl alone")
+    prompts: int = _option(100, "of up to 128 tokens that a derivative is averaged over, for jacobian alone")
+    prompts_from: int = _option(0, "which sequence of the text is the first prompt, for jacobian alone", metavar="N")
+    from_layer: int = _option(0, "the lowest that is fitted; those below stay plain; for jacobian alone", metavar="L")
     device: str = _device()
     dtype: str = _dtype()
     seed: int = _option(0, "of the training, for kl alone")
@@ -256,7 +276,10 @@ class FitConfig(Config):
         if self.text is None:
             object.__setattr__(self, "text", default_task(self.model))
         _expect(self.tokens >= SEQUENCES * SHORTEST, "tokens", f"at least {SEQUENCES * SHORTEST}", self.tokens)
-        _expect(self.steps >= 1, "steps", "at least 1", self.steps)
+        for name in ("steps", "prompts"):
+            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("prompts_from", "from_layer"):
+            _expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
 
 

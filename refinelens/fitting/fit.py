@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,21 @@ from ..store.files import check_disk, write_whole
 from ..store.folder import MANIFEST, Folder, MadeOf
 from ..store.process import Interrupted, StopSignals, working_on
 from . import objectives
+from .jacobian import (
+    PROMPT_TOKENS,
+    SKIPPED,
+    JacobianEstimator,
+    Jacobians,
+    as_translators,
+    check_from_layer,
+    valid_positions,
+)
 from .objectives import Statistics, train
 from .quality import measure
 from .text import States, load_text
 
 STATISTICS = "statistics.safetensors"
+JACOBIANS = "jacobians.safetensors"
 CHECKPOINT_SECONDS = 60.0
 REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
 BEGIN_AGAIN = "pass ``overwrite=True`` to begin again"
@@ -43,7 +53,7 @@ class LensFolder(Folder):
     """A lens, which its manifest makes whole; before that, the statistics that a fit goes on from."""
 
     NAME = "a lens"
-    DERIVED = (TENSORS, QUALITY_TABLE, QUALITY_FIGURE, STATISTICS)
+    DERIVED = (TENSORS, QUALITY_TABLE, QUALITY_FIGURE, STATISTICS, JACOBIANS)
     MARKS = (MANIFEST, STATISTICS)
 
 
@@ -60,8 +70,7 @@ class Fitted:
         return load_lens(str(self.path))
 
     def __repr__(self) -> str:
-        model, tokens = self.manifest["model"], self.manifest["tokens"]
-        return f"Lens {self.path}: {self.manifest['kind']} lens of {model['name']}, fitted on {tokens['fit']} tokens"
+        return f"Lens {self.path}: {self.manifest['kind']} lens of {self.manifest['model']['name']}"
 
 
 def fit_lens(
@@ -105,6 +114,8 @@ def fit_lens(
         text = load_text(options.text)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         logit_lens = LogitLens(loaded.model)
+        if options.objective == "jacobian":
+            check_from_layer(logit_lens, options.from_layer)
         statistics_bytes = 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2  # fit, choose; two sums each; fp64
         check_disk(out, 2 * statistics_bytes)
         try:
@@ -137,11 +148,15 @@ class _Fit:
         started, states = time.monotonic(), self.states
         split, text, loaded = states.split, states.text, states.loaded
         self.signals.finish_first()
-        lenses, strengths = self._solve(*self._gather())
+        objective = self.options.objective
+        prompts = self._prompts() if objective == "jacobian" else range(0)
+        statistics = self._gather()
+        jacobians = self._differentiate(prompts) if prompts else None
+        lenses, strengths = self._solve(*statistics, jacobians)
         quality = measure(states.lens, self._sample(split.report), {"plain": None, **lenses})
         manifest = {
             "format_version": FORMAT_VERSION,
-            "kind": self.options.objective,
+            "kind": objective,
             "refinelens_version": __version__,
             "model": model_entry(loaded, states.lens),
             "dtype": loaded.dtype_name,
@@ -156,13 +171,15 @@ class _Fit:
                 "report": quality["plain"].tokens,
             },
             "ridge": strengths,
+            **({} if jacobians is None else {"jacobian": self._jacobian_entry(jacobians)}),
             "quality": {name: asdict(of_lens) for name, of_lens in quality.items()},
             "seconds": round(time.monotonic() - started, 3),
         }
         write_quality(self.path, manifest)
         draw_quality(self.path, manifest)
-        manifest = save_lens(self.path, lenses[self.options.objective], manifest)
-        (self.path / STATISTICS).unlink(missing_ok=True)
+        manifest = save_lens(self.path, lenses[objective], manifest)
+        for file in (STATISTICS, JACOBIANS):
+            (self.path / file).unlink(missing_ok=True)
         return manifest
 
     def _identity(self) -> dict:
@@ -178,82 +195,149 @@ class _Fit:
             "sequences": [len(split.fit), len(split.choose), len(split.report)],
         }
 
-    def _save(self, done: int, fit: Statistics, choose: Statistics) -> None:
-        """Write the statistics of the first ``done`` sequences."""
-        tensors = fit.tensors("fit") | choose.tensors("choose")
-        metadata = {"identity": json.dumps(self._identity()), "done": str(done)}
-        write_whole(self.path / STATISTICS, lambda path: save_file(tensors, path, metadata))
+    def _save(self, file: str, identity: dict, done: int, tensors: dict[str, Tensor]) -> None:
+        """Write the sums of the first ``done`` things."""
+        metadata = {"identity": json.dumps(identity), "done": str(done)}
+        write_whole(self.path / file, lambda path: save_file(tensors, path, metadata))
 
-    def _begun(self) -> tuple[int, Statistics, Statistics]:
-        """(sequences done, statistics to fit, statistics to choose), of a fit that was stopped or of a new one.
+    def _begun(self, file: str, identity: dict, shapes: dict[str, torch.Size]) -> tuple[int, dict[str, Tensor]]:
+        """(things done, their sums), of a fit that was stopped; 0 and none of a new one.
 
         Raises:
             InputError: The file is of another fit (the first difference is named), or damaged, and must not be
                 overwritten.
         """
-        if (self.path / STATISTICS).exists():
-            try:
-                return self._read()
-            except InputError:
-                if not self.overwrite:
-                    raise
-        lens = self.states.lens
-        return 0, *(Statistics.empty(lens.n_layers, lens.d_model, lens.model.device) for _ in range(2))
-
-    def _read(self) -> tuple[int, Statistics, Statistics]:
         try:
-            with safe_open(self.path / STATISTICS, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            there, device = json.loads(metadata["identity"]), self.states.lens.model.device
-            state = [Statistics.from_tensors(tensors, prefix, device) for prefix in ("fit", "choose")]
-            done = int(metadata["done"])
+            return self._read(file, identity, shapes) if (self.path / file).exists() else (0, {})
+        except InputError:
+            if not self.overwrite:
+                raise
+            return 0, {}
+
+    def _read(self, file: str, identity: dict, shapes: dict[str, torch.Size]) -> tuple[int, dict[str, Tensor]]:
+        try:
+            with safe_open(self.path / file, framework="pt") as opened:
+                metadata = opened.metadata()
+                tensors = {key: opened.get_tensor(key) for key in shapes}
+            there, done = json.loads(metadata["identity"]), int(metadata["done"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"``out`` {self.path}: expected a whole {STATISTICS}, got: {error}; {BEGIN_AGAIN}"
-            ) from None
+            raise InputError(f"``out`` {self.path}: expected a whole {file}, got: {error}; {BEGIN_AGAIN}") from None
         made_of = MadeOf(self.path, there, "``out``", "the stopped fit", BEGIN_AGAIN)
-        for key, value in self._identity().items():
+        for key, value in identity.items():
             made_of.require(key, value)
-        return done, *state
+        return done, tensors
 
-    def _gather(self) -> tuple[Statistics, Statistics]:
-        """Statistics of the sequences to fit on and to choose by, kept on disk now and then and when all are read."""
-        split = self.states.split
-        done, fit, choose = self._begun()
-        end, saved, adding = split.choose.stop, time.monotonic(), False
-        self.progress("reading", done, end)
+    def _sum(self, stage: str, things: Iterator[Tensor], add: Callable, save: Callable, done: int, end: int) -> None:
+        """Add up what is left of ``end`` things, kept on disk now and then and when all are there.
+
+        Args:
+            stage: For `progress`.
+            things: From the one numbered ``done`` on.
+            add: Called with a thing's number and the thing.
+            save: Called with how many are done.
+            done: Things that are summed already.
+            end: Number of all.
+        """
+        saved, adding = time.monotonic(), False
+        self.progress(stage, done, end)
         try:
-            for hidden in self.states.of(range(done, end)):
+            for thing in things:
                 adding = True
-                (fit if done in split.fit else choose).add(hidden)
+                add(done, thing)
                 done, adding = done + 1, False
-                self.progress("reading", done, end)
+                self.progress(stage, done, end)
                 if self.signals.received is not None or time.monotonic() - saved > self.checkpoint_seconds:
-                    self._save(done, fit, choose)
+                    save(done)
                     saved = time.monotonic()
                     self.signals.stop_if_received()
         except Interrupted:  # the checkpoint is written, or it was the second signal
             raise
         except KeyboardInterrupt:  # not by our signals: from another thread, or from ``progress``
-            if not adding:  # a sequence that was added by half is in no state to go on from
-                self._save(done, fit, choose)
+            if not adding:  # a thing that was added by half is in no state to go on from
+                save(done)
             raise
-        self._save(done, fit, choose)
+        save(done)
+
+    def _gather(self) -> tuple[Statistics, Statistics]:
+        """Statistics of the sequences to fit on and to choose by."""
+        lens, split, identity = self.states.lens, self.states.split, self._identity()
+        fit, choose = (Statistics.empty(lens.n_layers, lens.d_model, lens.model.device) for _ in range(2))
+        sums = fit.tensors("fit") | choose.tensors("choose")
+        done, found = self._begun(STATISTICS, identity, {name: own.shape for name, own in sums.items()})
+        for name, own in found.items():
+            sums[name].copy_(own)
+        self._sum(
+            *("reading", self.states.of(range(done, split.choose.stop))),
+            lambda number, hidden: (fit if number in split.fit else choose).add(hidden),
+            lambda number: self._save(STATISTICS, identity, number, sums),
+            *(done, split.choose.stop),
+        )
         return fit, choose
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return min(PROMPT_TOKENS, self.states.split.length)
+
+    def _prompts(self) -> range:
+        """The sequences, of those to fit on, whose beginnings are the prompts of a Jacobian lens.
+
+        Raises:
+            InputError: There are not so many, or they are too short.
+        """
+        split, first, count = self.states.split, self.options.prompts_from, self.options.prompts
+        if first + count > len(split.fit):
+            raise InputError(
+                f"``prompts``: expected at most {max(0, len(split.fit) - first)}, one for each sequence of "
+                f"{split.length} tokens to fit on from number {first} on, got {count}; give more ``tokens`` or text"
+            )
+        valid_positions(self._prompt_tokens)
+        return range(first, first + count)
+
+    def _differentiate(self, prompts: range) -> Jacobians:
+        """Sums of the Jacobians of some prompts."""
+        states, n_tokens, from_layer = self.states, self._prompt_tokens, self.options.from_layer
+        estimate = JacobianEstimator(states.lens, from_layer)
+        own = {"from_layer": from_layer, "prompts_from": prompts.start, "prompt_tokens": n_tokens}
+        jacobians, identity = Jacobians.empty(estimate.n_layers, states.lens.d_model), self._identity() | own
+        sums = jacobians.tensors()
+        done, found = self._begun(JACOBIANS, identity, {name: own.shape for name, own in sums.items()})
+        for name, value in found.items():
+            sums[name].copy_(value)
+        self._sum(
+            *("differentiating", (estimate(ids[:n_tokens]) for ids in states.some(prompts[done:]))),
+            lambda number, jacobian: jacobians.add(jacobian),
+            lambda number: self._save(JACOBIANS, identity, number, sums),
+            *(done, max(done, len(prompts))),
+        )
+        return jacobians
+
+    def _jacobian_entry(self, jacobians: Jacobians) -> dict:
+        """What the manifest says of the estimate."""
+        return {
+            "prompts": jacobians.n_prompts,
+            "prompts_from": self.options.prompts_from,
+            "prompt_tokens": self._prompt_tokens,
+            "positions_skipped": SKIPPED,
+            "from_layer": self.options.from_layer,
+            "errors": jacobians.errors(),
+        }
 
     def _stage(self, stage: str, done: int, total: int) -> None:
         """Say how far a stage is that comes after the last checkpoint, or stop there."""
         self.progress(stage, done, total)
         self.signals.stop_if_received()
 
-    def _solve(self, fit: Statistics, choose: Statistics) -> tuple[dict[str, Translators], list[float]]:
+    def _solve(
+        self, fit: Statistics, choose: Statistics, jacobians: Jacobians | None
+    ) -> tuple[dict[str, Translators], list[float]]:
         """The translators of every objective up to the one asked for, as the model needs them; the ridge strengths."""
         self._stage("solving", 0, 1)
         translators, strengths = objectives.solve(fit, choose)
         lenses = {"linear": translators}
         if self.options.objective == "kl":
             lenses["kl"] = self._train(translators, fit)
+        if jacobians is not None:
+            lenses["jacobian"] = as_translators(jacobians.mean(), self.states.lens.n_layers)
         try:
             return {name: self.states.lens.adapted(lens) for name, lens in lenses.items()}, strengths
         except InputError as error:

@@ -193,7 +193,7 @@ class States:
 
     def of(self, which: range) -> Iterator[Tensor]:
         """States ``[n_layers + 1, tokens, d_model]`` of some sequences, one after the other."""
-        for ids in self._some(which):
+        for ids in self.some(which):
             yield self._runner.states(ids, range(1, self._length))
 
     def sample(self, which: range, limit: int) -> Iterator[Tensor]:
@@ -201,10 +201,11 @@ class States:
         per_sequence = self._length - 1
         total = self.split.tokens(which)
         drawn = torch.tensor(sorted(random.Random(0).sample(range(total), min(limit, total))))
-        for index, ids in enumerate(self._some(which)):
+        for index, ids in enumerate(self.some(which)):
             positions = drawn[drawn // per_sequence == index] % per_sequence + 1
             if len(positions):
                 yield self._runner.states(ids, positions.tolist())
 
-    def _some(self, which: range) -> Iterator[list[int]]:
+    def some(self, which: range) -> Iterator[list[int]]:
+        """Token ids of some sequences."""
         return islice(self._sequences(which.stop), which.start, None)

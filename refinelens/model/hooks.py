@@ -65,7 +65,7 @@ def hooked(
 
     Args:
         modules: What is watched.
-        before: Called with module, args and kwargs.
+        before: Called with module, args and kwargs; what it returns, if anything, takes the place of args and kwargs.
         after: Called with module, args, kwargs and output; what it returns, if anything, takes the output's place.
     """
     thread, handles = get_ident(), []
@@ -114,9 +114,10 @@ def run_base(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
+    gradients: bool = False,
     **options: Tensor,
 ) -> None:
-    """Run embeddings, blocks and final norm, but not the unembedding: no logits are made.
+    """Run embeddings, blocks and final norm, but not the unembedding: no logits are made, and no graph but on request.
 
     The model runs in its own dtype, whatever autocast is in force around the call: what was proven is what is run.
     With a cache, ``input_ids`` go on where it ends, and it then holds them too.
@@ -124,7 +125,7 @@ def run_base(
     base = base_of(model)
     name = "cache" if takes(base, "cache") else "past_key_values"  # Transformers renames it, model by model
     past = {} if cache is None else {name: cache}
-    with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+    with torch.set_grad_enabled(gradients), torch.autocast(input_ids.device.type, enabled=False):
         base(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **past, **options)
 
 

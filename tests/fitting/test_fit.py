@@ -166,7 +166,7 @@ def test_no_document_is_read_twice(model, tmp_path):
     assert [piece.split("\n")[1] for piece in found.pieces()] == [passage["text"] for passage in passages]
     loaded = load_model(str(model), "cpu")
     states = States(options(model, path, tokens=1600), found, loaded, LogitLens(loaded.model))
-    fit, report = (list(states._some(role)) for role in (states.split.fit, states.split.report))
+    fit, report = (list(states.some(role)) for role in (states.split.fit, states.split.report))
     grams = [{tuple(ids[i : i + 12]) for ids in role for i in range(len(ids) - 11)} for role in (fit, report)]
     assert len(grams[1]) > 50 and not grams[0] & grams[1]
 
