@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .machine import __version__
 
 if TYPE_CHECKING:
-    from .api import essential_layers, fit, sweep
+    from .api import essential_layers, fit, merge_lenses, sweep
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
     from .lens.files import load_lens
@@ -46,6 +46,7 @@ _PUBLIC = {
     # Experiments.
     "sweep": "api",
     "fit": "api",
+    "merge_lenses": "api",
     "essential_layers": "api",
     "load_run": "store.frames",
     "LoadedRun": "store.frames",
@@ -80,6 +81,7 @@ __all__ = [
     "Trajectories",
     "sweep",
     "fit",
+    "merge_lenses",
     "essential_layers",
     "load_run",
     "LoadedRun",

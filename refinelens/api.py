@@ -7,14 +7,17 @@ command line's words alike. Lines that the command line says on the way are warn
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import Config, FitConfig, LayersConfig, SweepConfig, check_objective
+from .config import FitConfig, LayersConfig, SweepConfig, check_objective
 from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
+from .fitting.merge import merge_lenses as _merge_lenses
 from .layers.analysis import run_layers
+from .options import Config
 from .progress import progress_bar
 from .store.frames import LoadedLayers, LoadedRun
 from .sweeping.sweep import resume_sweep, run_sweep
@@ -79,7 +82,7 @@ def fit(
         overwrite: Replace a lens or a stopped fit that is there.
         progress: Show a bar on a terminal or in a notebook.
         **options: Fields of `refinelens.config.FitConfig`, such as ``text="notes.txt"``, ``tokens=20_000``,
-            ``objective="kl"``.
+            ``objective="kl"`` or ``"jacobian"``, ``prompts=100``.
 
     Returns:
         Fitted: its ``lens`` goes into `LogitLens.with_lens`, its ``path`` into ``sweep(lens=...)``.
@@ -93,6 +96,20 @@ def fit(
     check_objective(options, config.objective)
     with progress_bar(progress) as bar:
         return fit_lens(config, _folder(out), overwrite, None, bar)
+
+
+def merge_lenses(lenses: Sequence[str | Path], *, out: str | Path | None = None, overwrite: bool = False) -> Fitted:
+    """Average Jacobian lenses of one model, fitted to prompts of which none is in two; ``refinelens merge-lenses``.
+
+    Args:
+        lenses: Folders that `fit` made with ``objective="jacobian"``, two or more.
+        out: Folder of the lens, made here.
+        overwrite: Replace a lens that is there.
+
+    Raises:
+        InputError: Other lenses, another model or other layers, or prompts that two have in common.
+    """
+    return _merge_lenses([str(lens) for lens in lenses], _folder(out), overwrite)
 
 
 def essential_layers(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config
 from .errors import FaultError, InputError, resume_call
+from .options import check_idle
 from .parser import build_parser, check_values, config_of, known_options, option_of
 
 if TYPE_CHECKING:
@@ -168,6 +169,14 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     return code
 
 
+def _merge_lenses(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .fitting.merge import merge_lenses
+
+    print(merge_lenses(arguments.folders, arguments.out, arguments.overwrite, ["refinelens", *argv]))
+    _list_files(arguments.out)
+    return 0
+
+
 def _work(work: Callable[..., Any], how_to_resume: Callable[[Any], str]) -> tuple[Any, int]:
     """What some work gives and 0, its progress on the terminal; or what a signal left of it, and its exit code."""
     from .progress import progress_bar
@@ -257,7 +266,7 @@ def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
     run, out = open_run(arguments.folder), Path(arguments.out)
     if arguments.format != "lens-json":
         names = [field.name for field in fields(config.WidgetConfig)]
-        config.check_idle(arguments, names, "format='lens-json'", arguments.format)
+        check_idle(arguments, names, "format='lens-json'", arguments.format)
         print(f"{out}: {export_run(run, out, arguments.format)} rows")
         return 0
     choice = config_of(arguments, config.WidgetConfig)
@@ -323,6 +332,7 @@ def _folder_of_its_own(wanted: str | None, options: config.SweepConfig) -> Itera
 COMMANDS = {
     "sweep": _sweep,
     "fit": _fit,
+    "merge-lenses": _merge_lenses,
     "show": _show,
     "layers": _layers,
     "read": _read,

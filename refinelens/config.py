@@ -8,13 +8,11 @@ Conditions of a question are how many documents its context has and where the go
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Container, Iterable
-from dataclasses import Field, InitVar, dataclass, field, fields
-from operator import index
-from typing import Any
+from collections.abc import Container
+from dataclasses import InitVar, dataclass
 
 from .errors import InputError
+from .options import NAMES, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
 
 CLOSED_BOOK, ORACLE = 0, 1  # no document; the gold document alone
 MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
@@ -31,125 +29,30 @@ MOST_THREADS = 4096
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What an option takes: how a value is read, of the command line or of Python, and what errors call it."""
-
-    read: Callable[[Any], Any]
-    expected: str
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _number(value: object) -> int:
-    return int(value) if isinstance(value, str) else index(value)
-
-
-def _parts(value: object) -> list:
-    """Of ``5,10``, of several values, or of a single one."""
-    if isinstance(value, str):
-        return value.split(",")
-    return list(value) if isinstance(value, Iterable) else [value]
-
-
 def _sizes(value: object) -> tuple[int, ...]:
-    return tuple(sorted({WORDS[part] if part in WORDS else _number(part) for part in _parts(value)}))
+    return tuple(sorted({WORDS[part] if part in WORDS else number_of(part) for part in parts_of(value)}))
 
 
 def _every(value: object) -> int:
     """One layer of how many, of ``all``, ``4`` or ``every 4``."""
-    return 1 if value == "all" else _number(value.removeprefix("every").strip() if isinstance(value, str) else value)
+    return 1 if value == "all" else number_of(value.removeprefix("every").strip() if isinstance(value, str) else value)
 
 
-def _typed(value: object) -> str:
-    """As the command line has it, which is how a manifest holds it."""
-    return value if isinstance(value, str) else ",".join(map(str, _parts(value)))
-
-
-FLAG = Kind(_flag, "True or False")
-NUMBER = Kind(index, "a whole number")
-NAME = Kind(os.fspath, "a name or a path")
-NUMBERS = Kind(lambda value: tuple(map(_number, _parts(value))), "numbers such as 1,5,10")
-NAMES = Kind(lambda value: tuple(map(os.fspath, _parts(value))), "names or paths")
-KINDS = {"bool": FLAG, "int": NUMBER, "str": NAME, "tuple[int, ...]": NUMBERS, "tuple[str, ...]": NAMES}
 SIZES = Kind(_sizes, "closed-book, oracle or sizes such as 5,10")
 EDITS = Kind(lambda value: () if value == "none" else NAMES.read(value), f"none or some of {','.join(INTERVENTIONS)}")
-TYPED = Kind(_typed, "a word or a list")
 LAYERS = Kind(_every, "all, or N for one layer of N")
 
 
-def _option(default, help: str, group: str | None = None, kind: Kind | None = None, metavar=None, choices=None):
-    """A field of a config.
-
-    Args:
-        default: None where it depends on something else.
-        help: For the command line; the default is added to it, unless it speaks of a default itself.
-        group: Heading that it stands under in the command line's help.
-        kind: What it takes, by default what its annotation says.
-        metavar: Its value in the command line's help.
-        choices: The only values, if they are few.
-    """
-    metadata = {"help": help, "group": group, "kind": kind, "metavar": metavar, "choices": choices}
-    return field(default=default, metadata=metadata)
-
-
-def kind_of(option: Field) -> Kind:
-    """What a field of a config takes."""
-    return option.metadata["kind"] or KINDS[option.type.removesuffix(" | None")]
-
-
-def _choice(help: str, group: str | None, *words: str):
-    """One of a few words, by default the first."""
-    return _option(words[0], help, group, choices=words)
-
-
 def _device(help: str = "(default: CUDA if there is one)", group: str | None = None):
-    return _choice(help, group, "auto", "cpu", "cuda")
+    return choice(help, group, "auto", "cpu", "cuda")
 
 
 def _dtype(help: str = "(default: float32 on a CPU, the checkpoint's own on CUDA)", group: str | None = None):
-    return _choice(help, group, *DTYPE_NAMES)
+    return choice(help, group, *DTYPE_NAMES)
 
 
 def _trust(group: str | None = None):
-    return _option(False, "run the code that a model brings (default: refuse it)", group)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of one command: what is given is read by the kind of its field, and None stands for the default."""
-
-    def __post_init__(self):
-        for option in fields(self):
-            name, kind, choices = option.name, kind_of(option), option.metadata["choices"]
-            value = getattr(self, name)
-            value = option.default if value is None else value
-            try:
-                read = None if value is None else kind.read(value)
-            except (TypeError, ValueError):
-                raise InputError(f"``{name}``: expected {kind.expected}, got {value!r}") from None
-            _expect(choices is None or read in choices, name, ", ".join(choices or ()), repr(value))
-            object.__setattr__(self, name, read)
-
-    def arguments(self) -> dict:
-        """The options as a manifest holds them."""
-        values = {option.name: getattr(self, option.name) for option in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def check_idle(given: Container[str], names: Iterable[str], owner: str, got: str) -> None:
-    """Refuse what was given of the options ``names`` that ``owner``, such as ``objective='kl'``, alone has.
-
-    Raises:
-        InputError: Names the first, whose it is, and what was chosen instead.
-    """
-    for name in names:
-        if name in given:
-            raise InputError(f"``{name}``: expected ``{owner}``, which alone has this option, got {got}")
+    return option(False, "run the code that a model brings (default: refuse it)", group)
 
 
 def check_objective(given: Container[str], objective: str) -> None:
@@ -163,66 +66,66 @@ def check_objective(given: Container[str], objective: str) -> None:
             check_idle(given, names, f"objective='{owner}'", objective)
 
 
-def _expect(fits: object, name: str, expected: str, got: object) -> None:
-    if not fits:
-        raise InputError(f"``{name}``: expected {expected}, got {got}")
-
-
 @dataclass(frozen=True)
 class SweepConfig(Config):
     """Everything that decides the numbers of a run, except what the machine decides."""
 
-    model: str = _option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
-    task: str = _option(
+    model: str = option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
+    task: str = option(
         None,
         "builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny or FILE.jsonl[.gz] in a "
         "format of Lost in the Middle (default: builtin; tiny for the model tiny)",
         ASKED,
     )
-    documents: tuple[int, ...] = _option(
+    documents: tuple[int, ...] = option(
         (5, 10),
         "context sizes, the gold document included; also closed-book (no document) and oracle (the gold one alone)",
         ASKED,
         SIZES,
         "N[,N]",
     )
-    gold_positions: str = _option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|P[,P]")
-    examples: int | None = _option(None, "questions drawn by the seed (default: all; of kv and tiny 100)", ASKED)
-    target: str = _choice(
+    gold_positions: str = option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|P[,P]")
+    examples: int | None = option(None, "questions drawn by the seed (default: all; of kv and tiny 100)", ASKED)
+    target: str = choice(
         "whose rank at every layer: the answer's token, or the model's own prediction", READ, "answer", "prediction"
     )
-    positions: str = _choice(
+    positions: str = choice(
         "where it is read: before each answer token, or at every token of the context, with the next one as target",
         READ,
         "answer",
         "all",
     )
-    answer_tokens: str = _choice("that tables and figures are about; the data have all", READ, "first", "all")
-    generate: int = _option(
+    answer_tokens: str = choice("that tables and figures are about; the data have all", READ, "first", "all")
+    generate: int = option(
         0,
         "also write up to N tokens after each prompt, greedily, and score them by best_subspan_em (default: none)",
         READ,
     )
-    top: tuple[int, ...] = _option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
-    lens: tuple[str, ...] = _option(("plain",), "plain, or folders of lenses", READ, metavar="LENS[,LENS]")
-    template: str = _option(
+    top: tuple[int, ...] = option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
+    lens: tuple[str, ...] = option(
+        ("plain",),
+        "plain, folders of lenses, .pt files of Jacobian lenses, or hub:OWNER/NAME/PATH",
+        READ,
+        metavar="LENS[,LENS]",
+    )
+    template: str = option(
         "default",
         "Lost in the Middle's prompt; the one with the question also before the documents; or a text file with "
         "{documents} and {question}",
         ASKED,
         metavar="default|query-aware|FILE",
     )
-    chat: bool = _option(False, "put the prompt into the tokenizer's chat template, as the user's turn", ASKED)
-    alias: str = _choice(
+    chat: bool = option(False, "put the prompt into the tokenizer's chat template, as the user's turn", ASKED)
+    alias: str = choice(
         "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
     )
     device: str = _device(group=RUNS)
     dtype: str = _dtype(group=RUNS)
-    batch_size: str = _option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
-    reuse_prefix: str = _choice(
+    batch_size: str = option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
+    reuse_prefix: str = choice(
         "run documents that contexts share once; auto: on a CPU in float32, if proven", RUNS, "auto", "on", "off"
     )
-    seed: int = _option(0, "of questions, distractors, intervals", ASKED)
+    seed: int = option(0, "of questions, distractors, intervals", ASKED)
     trust_remote_code: bool = _trust(RUNS)
 
     def __post_init__(self):
@@ -230,80 +133,80 @@ class SweepConfig(Config):
         if self.task is None:
             object.__setattr__(self, "task", default_task(self.model))
         sizes, lenses, batch = ",".join(map(str, self.documents)), self.lens, self.batch_size
-        _expect(self.documents and min(self.documents) >= 0, "documents", SIZES.expected, repr(sizes))
-        _expect(max(self.documents) <= MOST_DOCUMENTS, "documents", f"sizes up to {MOST_DOCUMENTS}", sizes)
+        expect(self.documents and min(self.documents) >= 0, "documents", SIZES.expected, repr(sizes))
+        expect(max(self.documents) <= MOST_DOCUMENTS, "documents", f"sizes up to {MOST_DOCUMENTS}", sizes)
         for size in self.documents:
             gold_positions(self.gold_positions, size)
-        _expect(self.seed >= 0, "seed", "0 or more", self.seed)
-        _expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
+        expect(self.seed >= 0, "seed", "0 or more", self.seed)
+        expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
         check_top(self.top)
         distinct = lenses and all(lenses) and len(set(lenses)) == len(lenses)
-        _expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))
+        expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))
         fits = batch == "auto" or (batch.isdecimal() and int(batch) > 0)
-        _expect(fits, "batch_size", "auto or a positive number", repr(batch))
+        expect(fits, "batch_size", "auto or a positive number", repr(batch))
         if self.reuse_prefix == "on":
             on = "reuse_prefix='on'"
-            _expect(self.positions == "answer", on, "``positions='answer'``", "all, which runs every token")
-            _expect(batch in ("auto", "1"), on, "``batch_size`` auto or 1", batch)
+            expect(self.positions == "answer", on, "``positions='answer'``", "all, which runs every token")
+            expect(batch in ("auto", "1"), on, "``batch_size`` auto or 1", batch)
 
 
 @dataclass(frozen=True)
 class FitConfig(Config):
     """Everything that decides the numbers of a lens, except what the machine decides."""
 
-    model: str = _option("smollm2", "as in sweep")
-    text: str = _option(
+    model: str = option("smollm2", "as in sweep")
+    text: str = option(
         None, "builtin (Python's own reference), tiny, text or .jsonl[.gz] (default: builtin; tiny for the model tiny)"
     )
-    tokens: int = _option(200_000, "read at most, a fifth held out")
-    objective: str = _choice(
+    tokens: int = option(200_000, "read at most, a fifth held out")
+    objective: str = choice(
         "linear: ridge regression in closed form; kl: trained from there; jacobian: the mean derivative of the last "
         "layer's states",
         None,
         *OBJECTIVES,
     )
-    steps: int = _option(150, "of training, for kl alone")
-    prompts: int = _option(100, "of up to 128 tokens that a derivative is averaged over, for jacobian alone")
-    prompts_from: int = _option(0, "which sequence of the text is the first prompt, for jacobian alone", metavar="N")
-    from_layer: int = _option(0, "the lowest that is fitted; those below stay plain; for jacobian alone", metavar="L")
+    steps: int = option(150, "of training, for kl alone")
+    prompts: int = option(100, "of up to 128 tokens that a derivative is averaged over, for jacobian alone")
+    prompts_from: int = option(0, "which sequence of the text is the first prompt, for jacobian alone", metavar="N")
+    from_layer: int = option(0, "the lowest that is fitted; those below stay plain; for jacobian alone", metavar="L")
     device: str = _device()
     dtype: str = _dtype()
-    seed: int = _option(0, "of the training, for kl alone")
+    seed: int = option(0, "of the training, for kl alone")
     trust_remote_code: bool = _trust()
 
     def __post_init__(self):
         super().__post_init__()
         if self.text is None:
             object.__setattr__(self, "text", default_task(self.model))
-        _expect(self.tokens >= SEQUENCES * SHORTEST, "tokens", f"at least {SEQUENCES * SHORTEST}", self.tokens)
+        expect(self.tokens >= SEQUENCES * SHORTEST, "tokens", f"at least {SEQUENCES * SHORTEST}", self.tokens)
         for name in ("steps", "prompts"):
-            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("prompts_from", "from_layer"):
-            _expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        _expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
+            expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
 
 
 @dataclass(frozen=True)
 class LayersConfig(Config):
     """What is done to the layers of a run."""
 
-    interventions: tuple[str, ...] = _option(
+    interventions: tuple[str, ...] = option(
         INTERVENTIONS,
         "skip a block, replace what it adds by its mean, silence its attn or mlp, patch the state before the answer "
         "between gold positions; or none, which needs no model",
         kind=EDITS,
         metavar="NAME[,NAME]",
     )
-    at: str = _choice("tokens that are struck", None, "all", "answer")
-    examples: int | None = _option(None, "questions drawn by the run's seed (default: all of the run)")
-    lens: str | None = _option(None, "one of the run's (default: its last)", metavar="NAME")
+    at: str = choice("tokens that are struck", None, "all", "answer")
+    examples: int | None = option(None, "questions drawn by the run's seed (default: all of the run)")
+    lens: str | None = option(None, "one of the run's (default: its last)", metavar="NAME")
 
     def __post_init__(self):
         super().__post_init__()
         names = self.interventions
         known = set(names) <= set(INTERVENTIONS) and len(set(names)) == len(names)
-        _expect(known, "interventions", f"{EDITS.expected}, each once", repr(",".join(names)))
-        _expect(self.examples is None or self.examples >= 1, "examples", "1 or more", self.examples)
+        expect(known, "interventions", f"{EDITS.expected}, each once", repr(",".join(names)))
+        expect(self.examples is None or self.examples >= 1, "examples", "1 or more", self.examples)
 
     @property
     def ablations(self) -> tuple[str, ...]:
@@ -315,7 +218,7 @@ class LayersConfig(Config):
 class ShowConfig(Config):
     """How a run is shown."""
 
-    top: tuple[int, ...] | None = _option(
+    top: tuple[int, ...] | None = option(
         None, "the table at other thresholds, from the ranks the run has", metavar="K[,K]"
     )
 
@@ -324,47 +227,47 @@ class ShowConfig(Config):
 class WidgetConfig(Config):
     """Which context of a run a widget shows, through which lens, and how much of it."""
 
-    question: int | None = _option(
+    question: int | None = option(
         None,
         "line of the task file, from 0 (default: the first that could be asked with so many documents)",
         metavar="ID",
     )
-    documents: int | None = _option(
+    documents: int | None = option(
         None,
         "context size; 0 closed-book, 1 oracle (default: the run's smallest of 2 or more, else oracle, else 0)",
         metavar="N",
     )
-    gold_position: int | None = _option(None, "0-based (default: the run's first)", metavar="P")
-    lens: str | None = _option(None, "plain, or the name of a lens (default: the run's first)", metavar="NAME")
-    tokens: int = _option(32, "at most, the last ones of the context")
-    k: int = _option(5, "most likely tokens of every layer", metavar="K")
+    gold_position: int | None = option(None, "0-based (default: the run's first)", metavar="P")
+    lens: str | None = option(None, "plain, or the name of a lens (default: the run's first)", metavar="NAME")
+    tokens: int = option(32, "at most, the last ones of the context")
+    k: int = option(5, "most likely tokens of every layer", metavar="K")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("tokens", "k"):
-            _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+            expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
 
 
 @dataclass(frozen=True)
 class ReadConfig(Config):
     """How one text, or one context of a run, is read and shown."""
 
-    model: str = _option("smollm2", "as in sweep; of a run its own")
-    lens: tuple[str, ...] = _option(("plain",), "plain, or folders of lenses; of a run its own", metavar="LENS[,LENS]")
-    target: str = _option(
+    model: str = option("smollm2", "as in sweep; of a run its own")
+    lens: tuple[str, ...] = option(("plain",), "as in sweep; of a run its own", metavar="LENS[,LENS]")
+    target: str = option(
         "prediction",
         "whose rank is shown: prediction, the model's own; next, the token that follows; or a token's text, such as "
         "' Paris'",
         metavar="prediction|next|TEXT",
     )
-    top_k: int = _option(10, "likeliest tokens of every cell")
-    layers: int = _option(1, "all, or every N", kind=LAYERS, metavar="all|N")
-    tokens: int | None = _option(None, "the last N are read (default: all; a terminal shows the last 24)")
-    generate: int = _option(0, "write up to N tokens after the text, greedily, and show them too (default: none)")
-    measure: str = _choice("that a terminal and a picture colour by", None, "probability", "rank")
-    question: int | None = _option(None, "of a run: line of the task file, from 0 (default: the first)", metavar="ID")
-    documents: int | None = _option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
-    gold_position: int | None = _option(None, "of a run: 0-based (default: its first)", metavar="P")
+    top_k: int = option(10, "likeliest tokens of every cell")
+    layers: int = option(1, "all, or every N", kind=LAYERS, metavar="all|N")
+    tokens: int | None = option(None, "the last N are read (default: all; a terminal shows the last 24)")
+    generate: int = option(0, "write up to N tokens after the text, greedily, and show them too (default: none)")
+    measure: str = choice("that a terminal and a picture colour by", None, "probability", "rank")
+    question: int | None = option(None, "of a run: line of the task file, from 0 (default: the first)", metavar="ID")
+    documents: int | None = option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
+    gold_position: int | None = option(None, "of a run: 0-based (default: its first)", metavar="P")
     device: str = _device()
     dtype: str = _dtype()
     trust_remote_code: bool = _trust()
@@ -372,16 +275,16 @@ class ReadConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for name in ("top_k", "layers"):
-            _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        _expect(self.tokens is None or self.tokens >= 1, "tokens", "1 or more", self.tokens)
-        _expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
+            expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        expect(self.tokens is None or self.tokens >= 1, "tokens", "1 or more", self.tokens)
+        expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
 
 
 @dataclass(frozen=True)
 class DoctorConfig(Config):
     """The model that is looked at, if there is one."""
 
-    model: str | None = _option(
+    model: str | None = option(
         None, "find the parts of its lens and prove them, as sweep does (default: no model)", metavar="NAME"
     )
     device: str = _device("of the model (default: as in sweep)")
@@ -394,16 +297,16 @@ class BenchConfig(Config):
     """What is measured; None means the device's default, or what the model has."""
 
     device: str = _device()
-    rows: int | None = _option(None, "layers x positions (default: 416, on CUDA 13312)")
-    d_model: int | None = _option(None, "(default: 768)")
-    vocab: int | None = _option(None, "(default: 50257)")
-    model: str | None = _option(
+    rows: int | None = option(None, "layers x positions (default: 416, on CUDA 13312)")
+    d_model: int | None = option(None, "(default: 768)")
+    vocab: int | None = option(None, "(default: 50257)")
+    model: str | None = option(
         None, "its states, norm and unembedding, as in sweep (default: random numbers)", metavar="NAME"
     )
     dtype: str = _dtype("(default: float32, on CUDA bfloat16)")
-    baselines: str = _option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
-    rounds: int = _option(7, "how often all take turns")
-    threads: int = _option(1, "on a CPU; 1 is timed by CPU time")
+    baselines: str = option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
+    rounds: int = option(7, "how often all take turns")
+    threads: int = option(1, "on a CPU; 1 is timed by CPU time")
     trust_remote_code: bool = _trust()
     peers: InitVar[object] = None  # an older name of ``baselines``
 
@@ -413,10 +316,10 @@ class BenchConfig(Config):
         super().__post_init__()
         for name in ("rows", "d_model", "vocab", "rounds", "threads"):
             value = getattr(self, name)
-            _expect(value is None or value >= 1, name, "at least 1", value)
+            expect(value is None or value >= 1, name, "at least 1", value)
             if self.model is not None and value is not None and name in ("d_model", "vocab"):
                 raise InputError(f"``{name}``: expected none beside ``model``, whose own sizes are used; leave it out")
-        _expect(self.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}", self.threads)
+        expect(self.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}", self.threads)
 
 
 def default_task(model: str) -> str:
@@ -452,7 +355,7 @@ def gold_positions(choice: str, n_documents: int) -> list[int]:
         return sorted({0, (n_documents - 1) // 2, n_documents - 1})
     for position in listed:
         fits = 0 <= position < n_documents
-        _expect(fits, "gold_positions", f"0 to {n_documents - 1} with {n_documents} documents", position)
+        expect(fits, "gold_positions", f"0 to {n_documents - 1} with {n_documents} documents", position)
     return sorted(set(listed))
 
 
@@ -468,9 +371,9 @@ def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
     """
     fits = top and len(set(top)) == len(top) and all(1 <= k < 2**31 for k in top)
     shown = repr(",".join(map(str, top)))
-    _expect(fits, "top", f"numbers from 1 to {2**31 - 1} such as 1,5,10, each once", shown)
+    expect(fits, "top", f"numbers from 1 to {2**31 - 1} such as 1,5,10, each once", shown)
     if vocab_size is not None:
-        _expect(max(top) < vocab_size, "top", f"less than the {vocab_size} tokens of the vocabulary", max(top))
+        expect(max(top) < vocab_size, "top", f"less than the {vocab_size} tokens of the vocabulary", max(top))
 
 
 def check_utf8(what: str, text: str) -> None:

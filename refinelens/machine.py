@@ -61,6 +61,19 @@ def package_version(package: str) -> str | None:
         return None
 
 
+def other_packages(made_with: dict[str, str | None]) -> str | None:
+    """Whether a lens was fitted under another major version of what runs the model, in words.
+
+    A new version can compute a model differently without a word, and then the lens is of another model.
+    """
+    here, other = packages(), []
+    for name in ("torch", "transformers"):
+        there, own = made_with.get(name), here[name]
+        if there and own and there.split(".")[0] != own.split(".")[0]:
+            other.append(f"{name} {there} (here {own})")
+    return f"it was fitted under {' and '.join(other)}, which may compute the model otherwise" if other else None
+
+
 def module_command(module: str, *arguments: object) -> list[str]:
     """The command that runs a module; ``-P``, or files in the current folder would shadow the standard library."""
     return [sys.executable, "-P", "-m", module, *map(str, arguments)]

@@ -13,6 +13,7 @@ from typing import TypeVar
 from . import config
 from .errors import InputError
 from .machine import __version__
+from .options import FLAG, NUMBER, Config, kind_of
 
 EXAMPLES = """examples:
   refinelens sweep --model tiny --documents 5,10,20
@@ -30,16 +31,17 @@ EXAMPLES = """examples:
 """
 
 
-FIT_EXAMPLE = """example:
+FIT_EXAMPLE = """examples:
   refinelens fit --model smollm2 --tokens 20000 --out lenses/smollm2
   refinelens sweep --model smollm2 --lens plain,lenses/smollm2
+  refinelens fit --model smollm2 --objective jacobian --prompts 12 --from-layer 24 --out lenses/jacobian
 """
 READ_EXAMPLES = """examples:
   refinelens read "The capital of France is"
   refinelens read "The capital of France is" --target " Paris" --html france.html
   refinelens read runs/first --question 17 --gold-position 4 --html context.html
 """
-Kind = TypeVar("Kind", bound=config.Config)
+Kind = TypeVar("Kind", bound=Config)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,6 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = fit.add_argument
     add("--out", required=True, metavar="LENS", help="folder of the lens; a fit that was stopped there goes on")
     add("--overwrite", action="store_true", help="replace a lens or a stopped fit that is there")
+
+    merge = add_command(
+        "merge-lenses",
+        help="average Jacobian lenses of different prompts",
+        description="Jacobian lenses of one model, fitted to prompts of which none is in two of them, as the one of "
+        "all of them; each counts by its number of prompts.",
+    )
+    merge.add_argument("folders", metavar="LENS", nargs="+", help="two or more that fit --objective jacobian made")
+    merge.add_argument("--out", required=True, metavar="LENS", help="folder of the lens")
+    merge.add_argument("--overwrite", action="store_true", help="replace a lens that is there")
 
     show = add_command("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")
@@ -136,16 +148,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse._ActionsContainer, kind: type[config.Config]) -> None:
+def _add_config(parser: argparse._ActionsContainer, kind: type[Config]) -> None:
     """The options of a config; what is not given stays out of the namespace, so that the config's defaults hold."""
     for field in fields(kind):
-        takes, help, default = config.kind_of(field), field.metadata["help"], field.default
-        if takes is not config.FLAG and default is not None and "(default: " not in help:
+        takes, help, default = kind_of(field), field.metadata["help"], field.default
+        if takes is not FLAG and default is not None and "(default: " not in help:
             help += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
         words = {name: field.metadata[name] for name in ("metavar", "choices")}
-        if takes is config.NUMBER:
+        if takes is NUMBER:
             words |= {"type": int, "metavar": words["metavar"] or "N"}
-        words = {"action": "store_true"} if takes is config.FLAG else words
+        words = {"action": "store_true"} if takes is FLAG else words
         group = _group(parser, field.metadata["group"])
         group.add_argument(option_of(field.name), default=argparse.SUPPRESS, help=help, **words)
 

@@ -70,7 +70,9 @@ class Fitted:
         return load_lens(str(self.path))
 
     def __repr__(self) -> str:
-        return f"Lens {self.path}: {self.manifest['kind']} lens of {self.manifest['model']['name']}"
+        tokens, jacobian = self.manifest.get("tokens"), self.manifest.get("jacobian")
+        of = f"{jacobian['prompts']} prompts" if jacobian else f"{tokens['fit']} tokens"
+        return f"Lens {self.path}: {self.manifest['kind']} lens of {self.manifest['model']['name']}, fitted on {of}"
 
 
 def fit_lens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -121,6 +122,9 @@ class LogitLens:
             lens = Lens("own", lens)
         other = copy(self)
         other.name, other.translators = lens.name, lens.translators and self.adapted(lens.translators)
+        if lens.manifest and other.translators is not None:
+            for note in filter(None, (other.translators.plain_layers(), lens.made_otherwise())):
+                warnings.warn(f"lens {lens.name}: {note}", stacklevel=2)
         return other
 
     @property
@@ -170,6 +174,8 @@ class LogitLens:
         if made_for is not None and not any(made_for is known for known in self._accepted):
             check_made_for(made_for, self.entry, self.head.weight)
             self._accepted.append(made_for)
+        if made_for is not None and "source_layers" in made_for and translators.n_layers < self.n_layers:
+            translators = translators.up_to(self.n_layers)
         device, dtype = self.head.weight.device, self.head.weight.dtype
         if (translators.weight.device, translators.weight.dtype) == (device, dtype):
             return translators
@@ -439,9 +445,11 @@ def fit_to_model(lens: Lens, loaded: LoadedModel, logit_lens: LogitLens) -> Lens
     if lens.translators is None:
         return lens
     try:
-        note = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
+        unknown = check_made_for(lens.manifest["model"], model_entry(loaded, logit_lens), logit_lens.head.weight)
         with memory_for(f"``lens`` {lens.name}"):
-            fitted: dict[str, Any] = {"translators": logit_lens.adapted(lens.translators), "note": note}
+            translators = logit_lens.adapted(lens.translators)
+            notes = [unknown, translators.plain_layers(), lens.made_otherwise()]
+            fitted: dict[str, Any] = {"translators": translators, "note": "; ".join(filter(None, notes)) or None}
             return replace(lens, **fitted)
     except InputError as error:
         raise InputError(f"``lens`` {lens.name}: {error}") from None

@@ -70,6 +70,22 @@ class Translators:
         """Width of the residual stream."""
         return self.weight.shape[2]
 
+    def plain_layers(self) -> str | None:
+        """Which layers below the output stay as they are, in words; None where all have a map."""
+        plain = (~(self.weight.flatten(1).any(1) | self.bias.any(1))).nonzero()[:, 0].tolist()
+        if not plain:
+            return None
+        starts = [layer for layer in plain if layer - 1 not in plain]
+        ends = [layer for layer in plain if layer + 1 not in plain]
+        spans = [f"{a} to {b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True)]
+        return f"it has no map of layer {', '.join(spans)}, read there by the plain logit lens"
+
+    def up_to(self, n_layers: int) -> Translators:
+        """The same maps for a model of more layers, of which the highest stay as they are."""
+        more = n_layers - self.n_layers
+        weight, bias = (torch.cat([own, own.new_zeros(more, *own.shape[1:])]) for own in (self.weight, self.bias))
+        return Translators(weight, bias, self.made_for)
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Translators:
         """The same maps on another device and in another dtype."""
         return Translators(self.weight.to(device, dtype), self.bias.to(device, dtype), self.made_for)
@@ -103,7 +119,7 @@ def check_made_for(made_for: dict[str, Any], here: dict[str, Any], unembedding: 
     The name of the model is not compared: the same model may lie in another folder.
 
     Args:
-        made_for: The ``model`` of the lens's manifest.
+        made_for: The ``model`` of the lens's manifest; of a Jacobian lens as published only width and layers.
         here: The same of the model that is here, by `MODEL_KEYS`.
         unembedding: Of that model.
 
@@ -122,6 +138,11 @@ def check_made_for(made_for: dict[str, Any], here: dict[str, Any], unembedding: 
             what = f"another revision of it{half}"
         there, own = (str(entry[key])[:12] if "sha256" in key else entry[key] for entry in (made_for, here))
         raise _another(made_for, here, f"{what} ({key} {there} there, {own} here)")
+    if layers := made_for.get("source_layers"):
+        if layers[-1] >= here["n_layers"]:
+            got = f"another model (layers up to {layers[-1]} there, below {here['n_layers']} here)"
+            raise _another(made_for, here, got)
+        return "its file names no model; only d_model and layers were compared"
     if "unembed_hash" not in made_for:
         return None
     try:

@@ -131,7 +131,10 @@ class SweepInputs:
             "status": "running",
             "arguments": options.arguments(),
             "folder": working_folder(),  # that relative paths among the arguments start from
-            "remarks": list(remarks(options, template, self.questions, loaded)),
+            "remarks": [
+                *remarks(options, template, self.questions, loaded),
+                *(f"``lens`` {lens.name}: {lens.note}" for lens in self.lenses if lens.note),
+            ],
             "seed": options.seed,
             "model": {
                 "name": loaded.name,

@@ -12,27 +12,31 @@ from refinelens import config
 from refinelens.cli import MARK, in_options
 from refinelens.config import BenchConfig, FitConfig, LayersConfig, SweepConfig, WidgetConfig
 from refinelens.errors import InputError, resume_call
+from refinelens.options import Config
 from refinelens.parser import build_parser, config_of, known_options
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
     "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
     "fit": (FitConfig, {"out", "overwrite"}),
+    "merge-lenses": (Config, {"folders", "out", "overwrite"}),
     "show": (config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
     "read": (config.ReadConfig, {"text", "html", "png", "json"}),
-    "report": (config.Config, {"folders", "out"}),
+    "report": (Config, {"folders", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
     "doctor": (config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
 REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
+REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
     "model/loading.py": PIP,
     "doctor.py": PIP,
+    "lens/published.py": {"--repo-type"},  # of the hub's own command
 }
 LINES = ("report/figures.py", "bench/table.py")  # dashed ones, and rules of tables
 

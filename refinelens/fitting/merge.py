@@ -1,0 +1,110 @@
+"""Jacobian lenses of disjoint prompts, fitted on several machines say, as the one of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..lens.files import FORMAT_VERSION, Lens, load_lens, save_lens
+from ..lens.published import JACOBIAN
+from ..lens.translators import MODEL_KEYS, Translators
+from ..machine import __version__, now, packages
+from ..store.process import working_on
+from .fit import Fitted, LensFolder
+from .jacobian import relative_errors
+
+SAME = ("prompt_tokens", "positions_skipped", "from_layer")  # of all estimates
+
+
+def merge_lenses(
+    folders: Sequence[str], out: str, overwrite: bool = False, argv: list[str] | None = None
+) -> Fitted:
+    """Average Jacobian lenses by their numbers of prompts, and write the folder of the result.
+
+    Args:
+        folders: Two lenses or more that ``fit`` made, of one model, of prompts that none shares with another.
+        out: Folder of the lens, made here.
+        overwrite: Replace a lens that is there.
+        argv: Command line, for the manifest.
+
+    Raises:
+        InputError: Fewer than two, other lenses, other models or layers, or prompts that two have in common.
+    """
+    if len(folders) < 2:
+        raise InputError(f"lenses: expected two or more, got {len(folders)}")
+    lenses = [load_lens(folder) for folder in folders]
+    for lens, path in zip(lenses, folders, strict=True):
+        _check(lenses[0], lens, path)
+    _check_disjoint(lenses, folders)
+    folder = LensFolder(Path(out))
+    folder.check_foreign()
+    with working_on(folder.path, "the lens", lambda: "the same command begins again"):
+        folder.remove_temporary()
+        if folder.exists and not overwrite:
+            raise InputError(
+                f"``out`` {out}: expected a new folder, got a lens; choose another or pass ``overwrite=True``"
+            )
+        counts = [lens.manifest[JACOBIAN]["prompts"] for lens in lenses]
+        weights = [lens.translators.weight.double() for lens in lenses]  # type: ignore[union-attr]
+        mean = sum(count * weight for count, weight in zip(counts, weights, strict=True)) / sum(counts)
+        from_layer = lenses[0].manifest[JACOBIAN]["from_layer"]
+        identity = torch.eye(mean.shape[-1], dtype=torch.float64)
+        errors = relative_errors([weight[from_layer:] + identity for weight in weights], counts)
+        first = lenses[0].manifest
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "kind": JACOBIAN,
+            "refinelens_version": __version__,
+            "model": first["model"],
+            "dtype": first["dtype"],
+            "argv": argv,
+            "packages": first.get("packages") or packages(),
+            "finished": now(),
+            "merged": [part for lens in lenses for part in _parts(lens)],
+            JACOBIAN: first[JACOBIAN] | {"prompts": sum(counts), "prompts_from": None, "errors": errors},
+        }
+        for name in folder.DERIVED:
+            (folder.path / name).unlink(missing_ok=True)
+        translators = Translators(mean.float(), torch.zeros(mean.shape[:2]))
+        return Fitted(folder.path, save_lens(folder.path, translators, manifest))
+
+
+def _check(first: Lens, lens: Lens, path: str) -> None:
+    """Every lens is a Jacobian one of our own, of the first one's model, layers and length of prompts."""
+    own = lens.manifest.get(JACOBIAN)
+    if lens.kind != JACOBIAN or "prompt_tokens" not in own:
+        raise InputError(
+            f"lenses {path}: expected one fitted with ``objective='jacobian'``, got a {lens.kind} lens"
+            + ("" if lens.kind != JACOBIAN else " as published, which does not say what its prompts were")
+        )
+    pairs = [(key, first.manifest["model"][key], lens.manifest["model"][key]) for key in MODEL_KEYS if key != "name"]
+    pairs += [(key, first.manifest[JACOBIAN][key], own[key]) for key in SAME]
+    for key, wanted, got in pairs:
+        if wanted != got:
+            raise InputError(f"lenses {path}: expected {key} {wanted} as the first has it, got {got}")
+
+
+def _parts(lens: Lens) -> list[dict]:
+    """The fits that a lens is made of, with text and prompts."""
+    own = {"name": lens.name, "sha256": lens.sha256, "text": lens.manifest.get("text")}
+    return lens.manifest.get("merged") or [own | lens.manifest[JACOBIAN]]
+
+
+def _check_disjoint(lenses: list[Lens], folders: Sequence[str]) -> None:
+    """No prompt counts twice: of one text, the prompts of two lenses do not meet."""
+    spans = []
+    for lens, path in zip(lenses, folders, strict=True):
+        for part in _parts(lens):
+            start = part["prompts_from"]
+            spans.append((part["text"]["sha256"], range(start, start + part["prompts"]), path))
+    for i, (text, prompts, path) in enumerate(spans):
+        for other, others, place in spans[:i]:
+            if text == other and prompts.start < others.stop and others.start < prompts.stop:
+                shared = range(max(prompts.start, others.start), min(prompts.stop, others.stop))
+                raise InputError(
+                    f"lenses {path}: expected prompts that {place} does not have, got {len(shared)} in common, "
+                    f"from number {shared.start} of the text on; fit them with another ``prompts_from``"
+                )
