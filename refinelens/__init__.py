@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .model.loading import load_model
     from .op.fused_lens import fused_lens
     from .op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap
-    from .op.vocabulary import TopK, kl_to_final, lens_top_k
+    from .op.vocabulary import TopK, jsd_to_final, kl_to_final, lens_top_k
     from .report.agreement import compare_runs
     from .store.frames import LoadedLayers, LoadedRun, load_run
     from .store.trajectory import Trajectories, trajectories
@@ -33,6 +33,7 @@ _PUBLIC = {
     "LayerNorm": "kernels.reference",
     "RMSNorm": "kernels.reference",
     "kl_to_final": "op.vocabulary",
+    "jsd_to_final": "op.vocabulary",
     "lens_top_k": "op.vocabulary",
     "TopK": "op.vocabulary",
     # A model, layer by layer.
@@ -70,6 +71,7 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "kl_to_final",
+    "jsd_to_final",
     "lens_top_k",
     "TopK",
     "load_model",

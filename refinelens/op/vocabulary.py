@@ -1,11 +1,13 @@
-"""What goes over the whole vocabulary besides the lens: KL(final || layer), and the k most likely tokens.
+"""What goes over the whole vocabulary besides the lens: divergences from the output, and the k most likely tokens.
 
-Neither stores logits. On a CPU lists come from the product of the lens itself, at about a twentieth more; in plain
+None stores logits. On a CPU lists come from the product of the lens itself, at about a twentieth more; in plain
 torch they cost a product of their own.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +55,83 @@ def kl_to_final(
     Plain torch on every device, in fp32.
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    _check_stats(hidden, stats)
+    if head.softcap is None:
+        expected = _against_final(hidden, stats, head, last_is_normed, _expected_linear, row_chunk(hidden.device))
+    else:
+        expected = _against_final(hidden, stats, head, last_is_normed, _expected_capped)
+    # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
+    log_p = expected - stats.logsumexp
+    return (log_p[-1] - log_p).clamp(min=0.0)
+
+
+@torch.no_grad()
+def jsd_to_final(
+    hidden: Tensor,
+    stats: LensStats,
+    unembedding: Tensor | nn.Linear | LensHead,
+    norm: Norm | nn.Module = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    *,
+    last_is_normed: bool = False,
+) -> Tensor:
+    """Jensen-Shannon divergence between every layer's prediction and the last layer's, in nats: 0 to ln 2.
+
+    ``JSD = (KL(p || m) + KL(q || m)) / 2`` of a layer's p and the final q, with ``m = (p + q) / 2``: symmetric, and
+    finite where one of them is 0. The logits of every layer are formed once more, beside those of the last one, a chunk
+    of the vocabulary at a time: a product like that of the lens.
+
+    Args:
+        hidden: As in `kl_to_final`, and so all others.
+
+    Returns:
+        ``[n_layers + 1, ...]`` fp32; the last layer's is 0.
+
+    Raises:
+        InputError: As `kl_to_final`.
+
+    Plain torch on every device, in fp32.
+    """
+    hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
+    _check_stats(hidden, stats)
+    found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon).clamp(0.0, math.log(2.0))
+    found[-1] = 0.0
+    return found
+
+
+def _check_stats(hidden: Tensor, stats: LensStats) -> None:
+    """Raises InputError where there are no layers, or statistics of other rows."""
     if hidden.dim() < 2 or hidden.shape[0] == 0 or stats.logsumexp.shape != hidden.shape[:-1]:
         raise InputError(
             f"hidden and stats: expected hidden [n_layers + 1, ..., d_model] and its own statistics, got "
             f"{list(hidden.shape)} and statistics of {list(stats.logsumexp.shape)}"
         )
+
+
+def _against_final(
+    hidden: Tensor,
+    stats: LensStats,
+    head: LensHead,
+    last_is_normed: bool,
+    sum_of: Callable[[Tensor, Tensor, LensHead], Tensor],
+    rows: int | None = None,
+) -> Tensor:
+    """A sum over the vocabulary for every layer beside the last one, fp32 ``[n_layers + 1, ...]``.
+
+    Args:
+        hidden: ``[n_layers + 1, ..., d_model]``.
+        stats: Its statistics.
+        head: Of the lens.
+        last_is_normed: See `kl_to_final`.
+        sum_of: Called with normed rows ``[n_layers + 1, n, d_model]``, their logsumexps ``[n_layers + 1, n]`` and the
+            head; gives ``[n_layers + 1, n]``.
+        rows: At a time; by default as many as keep the logits of all layers to a chunk.
+    """
     states = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-    final_logsumexp = stats.logsumexp[-1].reshape(-1, 1)
-    if head.softcap is None:
-        rows, expect = row_chunk(hidden.device), _expected_linear
-    else:
-        rows, expect = max(1, row_chunk(hidden.device) // len(hidden)), _expected_capped
+    logsumexp = stats.logsumexp.reshape(len(hidden), -1)
+    rows = max(1, row_chunk(hidden.device) // len(hidden)) if rows is None else rows
 
     def normed(block: Tensor) -> Tensor:
         if not last_is_normed:
@@ -71,17 +139,16 @@ def kl_to_final(
         return torch.cat([apply_norm(block[:-1], head.norm), apply_norm(block[-1:], None)])
 
     with torch.autocast(hidden.device.type, enabled=False):  # the products are fp32
-        expected = [
-            expect(normed(block), lse, head)
-            for block, lse in zip(states.split(rows, dim=1), final_logsumexp.split(rows), strict=True)
+        found = [
+            sum_of(normed(block), own, head)
+            for block, own in zip(states.split(rows, dim=1), logsumexp.split(rows, dim=1), strict=True)
         ]
-    # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
-    log_p = torch.cat(expected, 1).view_as(stats.logsumexp) - stats.logsumexp
-    return (log_p[-1] - log_p).clamp(min=0.0)
+    return torch.cat(found, 1).view_as(stats.logsumexp)
 
 
-def _expected_linear(x_hat: Tensor, final_logsumexp: Tensor, head: LensHead) -> Tensor:
+def _expected_linear(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
+    final_logsumexp = logsumexp[-1, :, None]
     mean_weights = torch.zeros_like(x_hat[-1])
     mass, mean_bias = x_hat.new_zeros(2, *final_logsumexp.shape)
     for first, weights, z in z_chunks(x_hat[-1], head):
@@ -96,16 +163,33 @@ def _expected_linear(x_hat: Tensor, final_logsumexp: Tensor, head: LensHead) -> 
     return head.scale * expected
 
 
-def _expected_capped(x_hat: Tensor, final_logsumexp: Tensor, head: LensHead) -> Tensor:
+def _expected_capped(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
     """The same with a softcap, from the logits of every layer and of the last one, side by side."""
-    n_layers, n_rows, _ = x_hat.shape
-    expected, mass = x_hat.new_zeros(n_layers, n_rows), x_hat.new_zeros(n_rows)
-    for _, _, z in z_chunks(x_hat.flatten(0, 1), head):
-        logits = soft_cap(z, head.softcap).view(n_layers, n_rows, z.shape[-1])
-        p = (logits[-1] - final_logsumexp).exp()
+    expected, mass = torch.zeros_like(logsumexp), torch.zeros_like(logsumexp[-1])
+    for logits in _logits_of_layers(x_hat, head):
+        p = (logits[-1] - logsumexp[-1, :, None]).exp()
         expected += torch.einsum("lnv,nv->ln", logits, p)
         mass += p.sum(-1)
     return expected / mass
+
+
+def _jensen_shannon(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
+    """``[n_layers + 1, N]``; a token that neither can be adds nothing."""
+    found, smallest = torch.zeros_like(logsumexp), torch.finfo(torch.float32).tiny
+    for logits in _logits_of_layers(x_hat, head):
+        p = logits.sub_(logsumexp[..., None]).exp_()  # [n_layers + 1, N, chunk]
+        for layer, own in enumerate(p):
+            mean = ((own + p[-1]) / 2).clamp_(min=smallest)
+            found[layer] += (torch.xlogy(own, own / mean) + torch.xlogy(p[-1], p[-1] / mean)).sum(-1) / 2
+    return found
+
+
+def _logits_of_layers(x_hat: Tensor, head: LensHead) -> Iterator[Tensor]:
+    """Logits of normed rows of all layers, ``[n_layers + 1, N, chunk]``, a chunk of the vocabulary at a time."""
+    n_layers, n_rows, _ = x_hat.shape
+    for _, _, z in z_chunks(x_hat.flatten(0, 1), head):
+        logits = z if head.softcap is None else soft_cap(z, head.softcap)
+        yield logits.view(n_layers, n_rows, z.shape[-1])
 
 
 @dataclass(frozen=True)
