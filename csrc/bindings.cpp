@@ -37,12 +37,17 @@ void check_length(const py::array& a, const std::string& name, py::ssize_t expec
 }
 
 // `what` are the numbers in the array.
+void check_below(const Array<int64_t>& ids, const std::string& name, const char* what, int64_t end) {
+  const int64_t* values = ids.data();
+  for (py::ssize_t i = 0; i < ids.size(); ++i)
+    if (values[i] < 0 || values[i] >= end)
+      throw py::value_error(name + ": expected " + what + " below " + std::to_string(end) + ", got " +
+                            std::to_string(values[i]));
+}
+
 void check_ids(const Array<int64_t>& ids, const std::string& name, const char* what, py::ssize_t length, int64_t end) {
   check_length(ids, name, length);
-  for (py::ssize_t i = 0; i < length; ++i)
-    if (ids.at(i) < 0 || ids.at(i) >= end)
-      throw py::value_error(name + ": expected " + what + " below " + std::to_string(end) + ", got " +
-                            std::to_string(ids.at(i)));
+  check_below(ids, name, what, end);
 }
 
 // The dtype tells the elements: float32, float16, or uint16 for the bits of bf16, which numpy does not have.
@@ -77,6 +82,12 @@ NormSpec::Kind norm_kind(const std::string& name) {
   if (name == "layer") return NormSpec::layer;
   if (name == "rms") return NormSpec::rms;
   throw py::value_error("norm: expected none, layer or rms, got " + name);
+}
+
+void check_targets(const Array<int64_t>& targets, py::ssize_t rows, int64_t vocab_size) {
+  if (targets.ndim() != 2 || targets.shape(0) != rows)
+    throw py::value_error("targets: expected shape (" + std::to_string(rows) + ", n), got " + shape_text(targets));
+  check_below(targets, "targets", "ids", vocab_size);
 }
 
 py::tuple run_fused_lens(const py::array& hidden, const py::array& unembedding, const std::string& norm,

@@ -159,7 +159,7 @@ def _fit(arguments: argparse.Namespace, argv: list[str]) -> int:
     options = config_of(arguments, config.FitConfig)
     config.check_objective(arguments, options.objective)
     from .fitting.fit import HOW_TO_RESUME, fit_lens
-    from .report.tables import print_quality
+    from .report.quality import print_quality
 
     given = (options, arguments.out, arguments.overwrite, ["refinelens", *argv])
     fitted, code = _work(partial(fit_lens, *given), lambda _: HOW_TO_RESUME)

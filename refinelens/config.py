@@ -26,11 +26,20 @@ SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one 
 PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
+MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
 
 def _sizes(value: object) -> tuple[int, ...]:
     return tuple(sorted({WORDS[part] if part in WORDS else number_of(part) for part in parts_of(value)}))
+
+
+def _measures(value: object) -> tuple[str, ...]:
+    """In their own order, so that runs of the same ones are alike."""
+    names = parts_of(value)
+    if len(set(names)) != len(names) or not set(names) <= set(MEASURES):
+        raise ValueError
+    return tuple(name for name in MEASURES if name in names)
 
 
 def _every(value: object) -> int:
@@ -40,6 +49,7 @@ def _every(value: object) -> int:
 
 SIZES = Kind(_sizes, "closed-book, oracle or sizes such as 5,10")
 EDITS = Kind(lambda value: () if value == "none" else NAMES.read(value), f"none or some of {','.join(INTERVENTIONS)}")
+MEASURED = Kind(_measures, f"some of {','.join(MEASURES)}, each once")
 LAYERS = Kind(_every, "all, or N for one layer of N")
 
 
@@ -100,6 +110,14 @@ class SweepConfig(Config):
         0,
         "also write up to N tokens after each prompt, greedily, and score them by best_subspan_em (default: none)",
         READ,
+    )
+    measures: tuple[str, ...] = option(
+        (),
+        "also store of every layer: jsd, the Jensen-Shannon divergence from the output; top5, the share of its five "
+        "likeliest tokens that are the output's (default: none)",
+        READ,
+        MEASURED,
+        "NAME[,NAME]",
     )
     top: tuple[int, ...] = option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
     lens: tuple[str, ...] = option(

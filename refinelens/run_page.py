@@ -28,7 +28,7 @@ from .report.agreement import compare_runs, share_questions
 from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
 from .report.tables import inverted_u_lines, notes, paired_lines
-from .stats import MEAN, SHARE_CHANGE, groups, mean_estimates, sums_and_counts
+from .stats import MEAN, SHARE_CHANGE, Estimate, groups, mean_estimates, sums_and_counts
 from .store.files import write_output
 from .store.process import RunLock
 from .store.results import LAYERS, PAGE, Run
@@ -92,8 +92,8 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
     """Head, arrays and words of one run; its levels of questions and tokens say correct of rank 1 to ``top``."""
     report = read_report(run)
     found = _Rows(report.lenses, top)
-    profiles = _Profiles(report.lenses)
-    for part in run.parts(COLUMNS):
+    profiles = _Profiles(report.lenses, run.measures)
+    for part in run.parts([*COLUMNS, *run.measures]):
         part = choose_tokens(part, "all")
         profiles.add(choose_tokens(part, report.manifest["arguments"]["answer_tokens"]))
         found.add(part.filter(pc.is_in(part["question_id"], pa.array(sorted(chosen.questions), pa.int64()))))
@@ -113,6 +113,11 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "notes": [*inverted_u_lines(report), *paired_lines(report), *notes(report), *manifest.get("remarks", [])],
         "summary": [_summary(row) for row in report.rows],
         "profiles": profiles.rows(),
+        "measures": list(run.measures),
+        "settling": [
+            vars(row) | {name: _triple(getattr(row, name)) for name in ("mean_settle_jsd", "deep_thinking")}
+            for row in report.settling
+        ],
         "analysis": _analysis(run.path / LAYERS),
         "questions": questions,
         "documents_why": why,
@@ -256,31 +261,30 @@ class _Rows:
 
 
 class _Profiles:
-    """By lens, context size and gold position: the median rank, mean KL and mean entropy of every layer."""
+    """By lens, context size and gold position: median rank, and means of KL, entropy and measures, of every layer."""
 
-    def __init__(self, lenses: tuple[str, ...]):
-        self._lenses = list(lenses)
+    def __init__(self, lenses: tuple[str, ...], measures: tuple[str, ...]):
+        self._lenses, self._means = list(lenses), ("kl", "entropy", *measures)
         self._ranks: dict[tuple, list[np.ndarray]] = {}
         self._sums: dict[tuple, np.ndarray] = {}
 
     def add(self, part: pa.Table) -> None:
         if not len(part):
             return
-        values = {name: list_matrix(part[name]) for name in ("target_rank", "kl", "entropy")}
+        values = {name: list_matrix(part[name]) for name in ("target_rank", *self._means)}
         lens = np.asarray([self._lenses.index(name) for name in part["lens"].to_pylist()])
         for *where, inside in groups(lens, part["documents"].to_numpy(), part["gold_position"].to_numpy()):
             key = tuple(where)
             self._ranks.setdefault(key, []).append(values["target_rank"][inside].astype(np.int32))
-            sums = np.stack([values[name][inside].sum(0, dtype=float) for name in ("kl", "entropy")])
+            sums = np.stack([values[name][inside].sum(0, dtype=float) for name in self._means])
             self._sums[key] = self._sums.get(key, 0.0) + sums
 
     def rows(self) -> list[dict]:
         rows = []
         for key in sorted(self._ranks, key=lambda key: key[1:]):
             ranks = np.concatenate(self._ranks[key])
-            kl, entropy = self._sums[key] / len(ranks)
-            median = (np.median(ranks, axis=0) + 1).tolist()
-            numbers = {"rank": median, "kl": _rounded(kl), "entropy": _rounded(entropy)}
+            means = zip(self._means, map(_rounded, self._sums[key] / len(ranks)), strict=True)
+            numbers = {"rank": (np.median(ranks, axis=0) + 1).tolist(), **dict(means)}
             rows.append({"lens": self._lenses[key[0]], "documents": key[1], "gold": key[2], "n": len(ranks), **numbers})
         return rows
 
@@ -291,9 +295,13 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def _summary(row: SummaryRow) -> dict:
     """One gold position: estimates as value, low and high, null where they do not exist."""
-    numbers = {name: [_or_null(v) for v in vars(getattr(row, name)).values()] for name in ESTIMATES}
+    numbers = {name: _triple(getattr(row, name)) for name in ESTIMATES}
     keys = ("lens", "top", "documents", "gold_position", "n", "settled", "left_out")
     return {name: getattr(row, name) for name in keys} | {"condition": condition_name(row.documents)} | numbers
+
+
+def _triple(estimate: Estimate) -> list[float | None]:
+    return [_or_null(value) for value in vars(estimate).values()]
 
 
 def _or_null(value: float) -> float | None:

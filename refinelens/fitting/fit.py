@@ -23,7 +23,7 @@ from ..machine import __version__, now, packages
 from ..model.loading import is_out_of_memory, load_model
 from ..progress import Progress, unseen
 from ..report.figures import QUALITY_FIGURE, draw_quality
-from ..report.tables import QUALITY_TABLE, write_quality
+from ..report.quality import QUALITY_TABLE, write_quality
 from ..store.files import check_disk, write_whole
 from ..store.folder import MANIFEST, Folder, MadeOf
 from ..store.process import Interrupted, StopSignals, working_on

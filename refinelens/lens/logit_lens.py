@@ -391,7 +391,7 @@ class LogitLens:
     def _read_blocks(self, states: Tensor, targets: Tensor | None, plan: _Plan, check_values: bool) -> LayerReading:
         """`read_states` of states ``[n_layers + 1, N, d_model]``, block by block."""
         n, translators = states.shape[1], plan.translators
-        step = n if translators is None else _rows_at_a_time(states)
+        step = n if translators is None else rows_at_a_time(states)
         blocks = []
         for start in range(0, max(1, n), max(1, step)):
             block, own = states[:, start : start + step], None if targets is None else targets[start : start + step]
@@ -422,7 +422,7 @@ class LogitLens:
         return replace(reading, kl=kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed))
 
 
-def _rows_at_a_time(states: Tensor) -> int:
+def rows_at_a_time(states: Tensor) -> int:
     """Positions whose translated states are held at a time."""
     n_layers, n, d_model = states.shape
     most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES

@@ -7,12 +7,12 @@ computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..stats import Estimate, PairedTest
+from ..stats import NO_ESTIMATE, Estimate, PairedTest
 
 # Names of statistics of a layer that more than one module looks for.
 LENS = "lens"  # what a statistic is of, where it is no intervention
@@ -114,6 +114,33 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
+class MeasuredLayer:
+    """One lens, context size, gold position and layer: means over the answer tokens that tables are about."""
+
+    lens: str
+    documents: int
+    gold_position: int
+    layer: int
+    questions: int
+    entropy: Estimate  # nats
+    kl: Estimate  # nats, KL(final || layer)
+    jsd: Estimate = NO_ESTIMATE  # nats, Jensen-Shannon divergence from the output; none where it was not measured
+    top5: Estimate = NO_ESTIMATE  # share of the five likeliest tokens that are the output's
+
+
+@dataclass(frozen=True)
+class SettlingRow:
+    """One lens, context size and gold position: where the prediction settles by its divergence from the output."""
+
+    lens: str
+    documents: int
+    gold_position: int
+    questions: int
+    mean_settle_jsd: Estimate  # layer from which the divergence stays low
+    deep_thinking: Estimate  # share of tokens for which that layer is among the last
+
+
+@dataclass(frozen=True)
 class Report:
     """What the tables and figures of a run say of its chosen answer tokens."""
 
@@ -122,6 +149,8 @@ class Report:
     differences: list[PairedDifference]
     tests: list[InvertedU]
     cautions: Cautions
+    measured: list[MeasuredLayer] = field(default_factory=list)  # none of a run that was asked for no measures
+    settling: list[SettlingRow] = field(default_factory=list)
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:
@@ -130,6 +159,8 @@ class Report:
             "summary.csv": (SummaryRow, self.rows),
             "paired.csv": (PairedDifference, self.differences),
             "inverted_u.csv": (InvertedU, self.tests),
+            **({"measures.csv": (MeasuredLayer, self.measured)} if self.measured else {}),
+            **({"settling.csv": (SettlingRow, self.settling)} if self.settling else {}),
         }
 
     @property

@@ -20,7 +20,7 @@ from ..stats import FEW_QUESTIONS, Estimate, PairedTest
 from ..store.files import write_cells
 from ..store.layers import DESTROY, RESTORE
 from ..store.process import RunLock
-from ..store.results import DERIVED, Run
+from ..store.results import Run
 from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
 from .rows import (
@@ -73,11 +73,9 @@ LENS_COLUMNS = {  # statistics of the lens by layer
     "entropy_drop": "entropy",
     "exit_accuracy": "exit",
 }
-QUALITY_TABLE = "quality.csv"
-MEASURES = {"variance_explained": ("var.", "{:.2f}"), "kl": ("KL", "{:.3f}"), "top1": ("top-1", "{:.2f}")}
 
 
-def _table(headings: list[str], vertical: str = "top") -> Table:
+def new_table(headings: list[str], vertical: str = "top") -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in headings:
         folded = {"overflow": "fold", "max_width": LENS_WIDTH} if heading == "lens" else None
@@ -85,7 +83,7 @@ def _table(headings: list[str], vertical: str = "top") -> Table:
     return table
 
 
-def _print(console: Console, lines: list[str], style: str | None = None) -> None:
+def print_lines(console: Console, lines: list[str], style: str | None = None) -> None:
     """Lines as they stand, however long."""
     for line in lines:
         console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
@@ -100,10 +98,10 @@ def print_table(console: Console, report: Report, in_words: Callable[[str], str]
         in_words: Puts the parameters that a line names, see `refinelens.errors`, as its reader knows them.
     """
     console.width = max(console.width, WIDTH)  # a pipe reports 80
-    _print(console, [f"{title(report.manifest)}: refinement by gold position\n"])
+    print_lines(console, [f"{title(report.manifest)}: refinement by gold position\n"])
     shown = {"lens": len(report.lenses) > 1, "top": len(report.tops) > 1, "gen.": report.has_generations}
     columns = {heading: column for heading, column in COLUMNS.items() if shown.get(heading, True)}
-    table = _table([*columns])
+    table = new_table([*columns])
     for row, after in zip(report.rows, [*report.rows[1:], None], strict=True):
         section = (row.lens, row.top, row.documents)
         end = after is None or section != (after.lens, after.top, after.documents)
@@ -111,7 +109,7 @@ def print_table(console: Console, report: Report, in_words: Callable[[str], str]
     console.print(table)
     lines = [*notes(report), *paired_lines(report), *inverted_u_lines(report)]
     lines += caution_lines(report.cautions, report.manifest)
-    _print(console, [in_words(line) for line in lines], "dim")
+    print_lines(console, [in_words(line) for line in lines], "dim")
 
 
 def _cell(row: SummaryRow, field: str, digits: int = 0, interval: bool = False) -> str:
@@ -248,10 +246,10 @@ def print_layers(console: Console, report: LayersReport) -> None:
         part = report.of_size(documents)
         questions = max(row.questions for row in part.statistics if row.gold_position is EVERY_POSITION)
         size, lens = condition_name(documents), report.manifest["lens"]
-        _print(console, [f"{title(report.run)}: {size}, {counted(questions, 'question')}, {lens} lens\n"])
+        print_lines(console, [f"{title(report.run)}: {size}, {counted(questions, 'question')}, {lens} lens\n"])
         console.print(_layers_table(part))
-        _print(console, [*_lines(part), ""])
-    _print(console, _layers_notes(report), "dim")
+        print_lines(console, [*_lines(part), ""])
+    print_lines(console, _layers_notes(report), "dim")
 
 
 def _layers_table(report: LayersReport) -> Table:
@@ -261,7 +259,7 @@ def _layers_table(report: LayersReport) -> Table:
         if row.gold_position is EVERY_POSITION
     }
     starred = {(row.intervention, layer) for row in report.essentials for layer in (*row.both, *row.intervention_only)}
-    table = _table(["layer", *LENS_COLUMNS.values(), *report.ablations])
+    table = new_table(["layer", *LENS_COLUMNS.values(), *report.ablations])
     for layer in range(report.n_layers + 1):
         cells = [format_estimate(values[LENS, name, layer], 2, interval=name == GAIN) for name in LENS_COLUMNS]
         for name in report.ablations:
@@ -355,53 +353,6 @@ def _layers_notes(report: LayersReport) -> list[str]:
     ]
 
 
-def print_quality(console: Console, manifest: dict) -> None:
-    """Print how well a lens that was fitted reads held-out text and, under it, what the numbers are."""
-    console.width = max(console.width, WIDTH)  # a pipe reports 80
-    quality, tokens = manifest["quality"], manifest["tokens"]
-    headings = [f"{lens}\n{heading}" for heading, _ in MEASURES.values() for lens in quality]
-    errors = _jacobian_errors(manifest)
-    table = _table(["layer", "ridge", *headings, *(["error"] if errors else [])], vertical="bottom")
-    for layer, strength in enumerate([*manifest["ridge"], None]):
-        cells = [form.format(quality[lens][name][layer]) for name, (_, form) in MEASURES.items() for lens in quality]
-        cells += [] if not errors else ["" if errors[layer] is None else f"{errors[layer]:.2f}"]
-        table.add_row(str(layer), "" if strength is None else f"{strength:.0e}", *cells)
-    console.print(table)
-    jacobian = manifest.get("jacobian")
-    lines = [] if jacobian is None else [
-        f"jacobian: the mean over {counted(jacobian['prompts'], 'prompt')} of {jacobian['prompt_tokens']} tokens, "
-        f"less the first {jacobian['positions_skipped']} and the last; layers from {jacobian['from_layer']} on, those "
-        "below are read plain. error: of that mean as a share of its size, by comparing every other prompt."
-    ]  # fmt: skip
-    lines += [
-        "ridge: strength as a share of the states' mean variance. var.: share explained of the output's residual "
-        "stream. KL: KL(final || layer) in nats, final the model's own prediction. top-1: share of tokens with the "
-        "model's own argmax.",
-        f"Fitted on {counted(tokens['fit'], 'token')} of the text {manifest['text']['name']}, strength chosen on "
-        f"{tokens['choose']}, all numbers from {tokens['report']} others, in {manifest['seconds']:.0f} s.",
-    ]
-    _print(console, lines)
-
-
-def _jacobian_errors(manifest: dict) -> list[float | None]:
-    """By layer, the output included; None where a layer has no matrix, no list where there is no error."""
-    found = manifest.get("jacobian") or {"errors": None}
-    return [*[None] * found["from_layer"], *found["errors"], None] if found["errors"] else []
-
-
-def write_quality(folder: Path, manifest: dict) -> None:
-    """Write ``quality.csv``: one line per layer, every measure of every lens."""
-    quality = manifest["quality"]
-    both = [(lens, name) for lens in quality for name in MEASURES]
-    errors = _jacobian_errors(manifest)
-    own = ["jacobian_error"] if errors else []
-    lines: list[list] = [["layer", "ridge", *(f"{lens}_{name}" for lens, name in both), *own]]
-    for layer, strength in enumerate([*manifest["ridge"], ""]):
-        error = [] if not errors else ["" if errors[layer] is None else f"{errors[layer]:.6g}"]
-        lines.append([layer, strength, *(f"{quality[lens][name][layer]:.6g}" for lens, name in both), *error])
-    write_cells(folder / QUALITY_TABLE, lines)
-
-
 def write_outputs(run: Run, report: Report) -> None:
     """Write trajectories, tables and figures of a run."""
     run.write_trajectories(trajectory_tables(run, report.tops))
@@ -425,7 +376,7 @@ def show_run(
     if tops is not None:
         check_top(tops, run.vocab_size)
     report = read_report(run, tops)
-    if tops is None and not all((run.path / name).exists() for name in DERIVED):
+    if tops is None and not all((run.path / name).exists() for name in run.derived):
         with suppress(OSError, InputError, FaultError), RunLock(run.path):
             write_outputs(run, report)
     print_table(console, report, in_words)

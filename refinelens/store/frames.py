@@ -19,34 +19,35 @@ import pyarrow.parquet as pq
 from ..errors import InputError
 from .files import write_output
 from .layers import ROWS, LayersFolder
-from .results import LAYERS, PREDICTIONS, TRAJECTORIES, Run, open_run
+from .results import LAYERS, TRAJECTORIES, Run, open_run, predictions_schema
 from .trajectory import trajectory_tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LISTS = [field.name for field in PREDICTIONS if pa.types.is_list(field.type)]
-SCALARS = [field.name for field in PREDICTIONS if field.name not in LISTS]
-LONG = pa.schema(
-    [
-        *(PREDICTIONS.field(name) for name in SCALARS),
-        ("layer", pa.int32()),  # 0 .. n_layers
-        *((name, PREDICTIONS.field(name).type.value_type) for name in LISTS),
-    ]
-)
+
+
+def long_schema(run: Run) -> pa.Schema:
+    """Columns of `long_tables`: those of the predictions, ``layer`` (0 .. n_layers) behind those that layers share."""
+    whole = predictions_schema(run.measures)
+    shared = [field for field in whole if not pa.types.is_list(field.type)]
+    lists = [(field.name, field.type.value_type) for field in whole if pa.types.is_list(field.type)]
+    return pa.schema([*shared, ("layer", pa.int32()), *lists])
 
 
 def long_tables(run: Run) -> Iterator[pa.Table]:
-    """The predictions part by part with a row for every layer; columns as in `LONG`."""
-    for part in run.parts(PREDICTIONS.names):
+    """The predictions part by part with a row for every layer; columns as in `long_schema`."""
+    whole, long = predictions_schema(run.measures), long_schema(run)
+    lists = [field.name for field in whole if pa.types.is_list(field.type)]
+    for part in run.parts(whole.names):
         if not len(part):
             continue
-        lengths = pc.list_value_length(part[LISTS[0]].combine_chunks()).to_numpy()
+        lengths = pc.list_value_length(part[lists[0]].combine_chunks()).to_numpy()
         layers = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        rows = np.repeat(np.arange(len(part)), lengths)
-        columns = {name: part[name].combine_chunks().take(pa.array(rows)) for name in SCALARS}
-        columns |= {"layer": layers} | {name: part[name].combine_chunks().flatten() for name in LISTS}
-        yield pa.table([columns[name] for name in LONG.names], LONG.names).cast(LONG)
+        rows = pa.array(np.repeat(np.arange(len(part)), lengths))
+        columns = {name: part[name].combine_chunks().take(rows) for name in whole.names if name not in lists}
+        columns |= {"layer": layers} | {name: part[name].combine_chunks().flatten() for name in lists}
+        yield pa.table([columns[name] for name in long.names], long.names).cast(long)
 
 
 def export_run(run: Run, path: Path, kind: str) -> int:
@@ -62,11 +63,11 @@ def export_run(run: Run, path: Path, kind: str) -> int:
         FaultError: No free disk.
     """
     check_new_file(path)
-    rows = 0
+    rows, schema = 0, long_schema(run)
 
     def write(temporary: Path) -> None:
         nonlocal rows
-        with WRITERS[kind](temporary) as writer:
+        with WRITERS[kind](temporary, schema) as writer:
             for table in long_tables(run):
                 writer.write_table(table)
                 rows += len(table)
@@ -90,7 +91,7 @@ def check_new_file(path: Path, name: str = "out") -> None:
 class _JsonLinesWriter:
     """Writes a line of JSON per row, as pyarrow's writers write other formats."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, schema: pa.Schema):
         self._file = path.open("w", encoding="utf-8")
 
     def __enter__(self) -> _JsonLinesWriter:
@@ -105,9 +106,9 @@ class _JsonLinesWriter:
 
 
 WRITERS: dict[str, Any] = {
-    "csv": partial(pyarrow.csv.CSVWriter, schema=LONG),
+    "csv": pyarrow.csv.CSVWriter,
     "jsonl": _JsonLinesWriter,
-    "parquet": partial(pq.ParquetWriter, schema=LONG, compression="zstd"),
+    "parquet": partial(pq.ParquetWriter, compression="zstd"),
 }
 
 
@@ -134,12 +135,13 @@ class LoadedRun:
     @property
     def predictions(self) -> pd.DataFrame:
         """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
-        return _frame(self.run.parts(PREDICTIONS.names), PREDICTIONS)
+        schema = predictions_schema(self.run.measures)
+        return _frame(self.run.parts(schema.names), schema)
 
     @property
     def layers(self) -> pd.DataFrame:
         """The predictions with a row for every layer, as `refinelens export` writes them."""
-        return _frame(long_tables(self.run), LONG)
+        return _frame(long_tables(self.run), long_schema(self.run))
 
     @property
     def interventions(self) -> pd.DataFrame:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..config import JSD, TOP5
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
 
 SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
+MEASURE_TABLES = ("measures.csv", "settling.csv")  # of runs that were asked for measures
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 PAGE = "report.html"  # the page, which is made on request
@@ -73,6 +75,17 @@ PREDICTIONS = pa.schema(
         ("kl", pa.list_(pa.float32())),  # nats, KL(p_final || p_layer)
     ]
 )
+MEASURED = {  # further columns, of runs that were asked for them
+    JSD: pa.list_(pa.float32()),  # nats, Jensen-Shannon divergence from the output
+    TOP5: pa.list_(pa.float32()),  # share of the five likeliest tokens that are the output's
+}
+
+
+def predictions_schema(measures: Iterable[str]) -> pa.Schema:
+    """`PREDICTIONS`, and a column for each of some measures."""
+    return pa.schema([*PREDICTIONS, *((name, MEASURED[name]) for name in measures)])
+
+
 # One row per prediction and threshold.
 TRAJECTORIES = pa.schema(
     [
@@ -135,7 +148,7 @@ class Run(Folder):
     SHAPE = SHAPE
     PART = Part
     PARTS = "predictions"
-    DERIVED = (*DERIVED, PAGE)
+    DERIVED = (*DERIVED, *MEASURE_TABLES, PAGE)
     BESIDE = (LAYERS,)
 
     @property
@@ -143,6 +156,17 @@ class Run(Folder):
         """Tokens of the model, None where the manifest does not say."""
         size = self.manifest["model"].get("vocab_size")
         return size if type(size) is int else None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What was measured of every layer beside what always is."""
+        return tuple(self.manifest["arguments"].get("measures", ()))
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Tables and figures that are written from its predictions."""
+        measured, settling = MEASURE_TABLES
+        return (*DERIVED, *([measured] if self.measures else []), *([settling] if JSD in self.measures else []))
 
     @property
     def is_finished(self) -> bool:
@@ -210,7 +234,8 @@ def open_run(path: str | Path) -> Run:
 
 def write_rows(rows: list[pa.Table], path: Path) -> None:
     """Write predictions as Parquet: the same bytes however the rows are divided, and whether or not they were read."""
-    whole = pa.concat_tables(table.cast(PREDICTIONS) for table in rows)  # Parquet renames the items of lists
+    schema = predictions_schema(name for name in MEASURED if name in rows[0].column_names)
+    whole = pa.concat_tables(table.cast(schema) for table in rows)  # Parquet renames the items of lists
     pq.write_table(whole.combine_chunks(), path, compression="zstd")
 
 

@@ -20,12 +20,13 @@ from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
+from ..lens.measures import measures_of
 from ..lens.prefix import choose_reuse
 from ..lens.reading import LayerReading
 from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
 from ..model.identity import text_of
 from ..model.loading import LoadedModel
-from ..store.results import NO_ANSWER_TOKEN, PREDICTIONS, QuestionResult
+from ..store.results import NO_ANSWER_TOKEN, PREDICTIONS, QuestionResult, predictions_schema
 from .contexts import ContextBuilder
 from .generate import Generation, Generator, check_cache
 
@@ -67,9 +68,21 @@ class AskedContext(ModelInput):
     next_ids: tuple[int, ...]  # the token that follows each position
 
 
+@dataclass(frozen=True)
+class Read:
+    """What one lens reads of a context, fields ``[n_layers + 1, n_positions]`` on the CPU."""
+
+    reading: LayerReading
+    measures: dict[str, Tensor]  # by name
+
+
 def read_contexts(
-    ran: Sequence[ModelStates], logit_lens: LogitLens, lenses: Sequence[Lens], target: str
-) -> Iterator[tuple[Tensor, dict[str, LayerReading]]]:
+    ran: Sequence[ModelStates],
+    logit_lens: LogitLens,
+    lenses: Sequence[Lens],
+    target: str,
+    measures: Sequence[str] = (),
+) -> Iterator[tuple[Tensor, dict[str, Read]]]:
     """Read every layer of several contexts through every lens.
 
     The unembedding is fetched once for all of them: with a context at a time, that would be most of the work.
@@ -79,10 +92,10 @@ def read_contexts(
         logit_lens: Of their model.
         lenses: What to read them through.
         target: ``answer``, the token that follows, or ``prediction``, the model's own.
+        measures: Further ones, see `measures_of`.
 
     Returns:
-        Of each context, on the CPU: target ids ``[n_positions]`` int64, and by the name of each lens what it reads,
-        fields ``[n_layers + 1, n_positions]``.
+        Of each context, on the CPU: target ids ``[n_positions]`` int64, and by the name of each lens what it reads.
 
     Raises:
         InputError: States that are not finite, of any of them.
@@ -92,36 +105,41 @@ def read_contexts(
         targets = logit_lens.stats(hidden[-1]).argmax
     else:
         targets = torch.tensor([[id for one in ran for id in one.input.next_ids]], device=hidden.device)
-    readings = {
-        lens.name: logit_lens.read_states(hidden, targets, lens.translators, check_last=False).to("cpu")
-        for lens in lenses
-    }
+    read = {}
+    for lens in lenses:
+        reading = logit_lens.read_states(hidden, targets, lens.translators, check_last=False)
+        measured = measures_of(logit_lens, hidden, reading, lens.translators, measures)
+        read[lens.name] = Read(reading.to("cpu"), measured)
     targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
     for start, end in pairwise(ends):
-        yield targets[start:end], {name: reading.of(start, end) for name, reading in readings.items()}
+        yield targets[start:end], {
+            name: Read(whole.reading.of(start, end), {k: v[:, 0, start:end] for k, v in whole.measures.items()})
+            for name, whole in read.items()
+        }
 
 
 def prediction_table(
-    ran: ModelStates, target_ids: Tensor, readings: dict[str, LayerReading], text: Callable[[int], str]
+    ran: ModelStates, target_ids: Tensor, read: dict[str, Read], text: Callable[[int], str]
 ) -> pa.Table:
-    """Rows of `PREDICTIONS` of one context, lens by lens, one per position.
+    """Predictions of one context, lens by lens, a row per position.
 
     Args:
         ran: What came of its `AskedContext`.
-        target_ids: Of `read_contexts`, as are readings.
-        readings: By the names of the lenses.
+        target_ids: Of `read_contexts`.
+        read: By the names of the lenses.
         text: Gives the text of a token id.
     """
     shared = _shared_columns(ran, target_ids.numpy(), text)
-    return pa.concat_tables([_table(shared, lens, reading, text) for lens, reading in readings.items()])
+    return pa.concat_tables([_table(shared, lens, own, text) for lens, own in read.items()])
 
 
-def _table(shared: dict, lens: str, reading: LayerReading, text: Callable[[int], str]) -> pa.Table:
-    lists = {name: getattr(reading.stats, name).T.numpy() for name in STATISTICS} | {"kl": reading.kl.T.numpy()}
+def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str]) -> pa.Table:
+    tensors = {name: getattr(read.reading.stats, name) for name in STATISTICS} | {"kl": read.reading.kl}
+    lists = {name: value.T.numpy() for name, value in (tensors | read.measures).items()}
     lists["argmax_text"] = _texts(lists["argmax"], text)
-    n = len(lists["kl"])
+    n, schema = len(lists["kl"]), predictions_schema(read.measures)
     columns = shared | {"lens": pa.array([lens] * n)} | {name: _lists(values) for name, values in lists.items()}
-    return pa.table([columns[name] for name in PREDICTIONS.names], PREDICTIONS.names).cast(PREDICTIONS)
+    return pa.table([columns[name] for name in schema.names], schema.names).cast(schema)
 
 
 def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str]) -> dict:
@@ -218,7 +236,8 @@ class Predictor:
                 counts.update(passages_replaced=one.n_replaced, tokens_computed=one.n_tokens)
                 for _, of_context in own:
                     counts.update(of_context)
-                table = pa.concat_tables([PREDICTIONS.empty_table(), *(table for table, _ in own)])
+                empty = predictions_schema(self._options.measures).empty_table()
+                table = pa.concat_tables([empty, *(table for table, _ in own)])
                 results.append(QuestionResult(table, dict(counts), one.left_out, notes, tuple(warnings)))
                 warnings = []
         return results
@@ -252,7 +271,8 @@ class Predictor:
         """Read contexts that were run, together unless something is wrong with one of them."""
 
         def rows(ran: list[ModelStates]) -> list[pa.Table]:
-            read = read_contexts(ran, self._logit_lens, self._lenses, self._options.target)
+            options = self._options
+            read = read_contexts(ran, self._logit_lens, self._lenses, options.target, options.measures)
             return [prediction_table(one, *of_one, self._text) for one, of_one in zip(ran, read, strict=True)]
 
         tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]

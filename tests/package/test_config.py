@@ -74,7 +74,7 @@ def test_defaults_are_those_of_the_config(command):
 def test_the_command_line_and_python_give_the_same():
     typed = (
         "sweep --model tiny --documents 10,closed-book --gold-positions 0,4 --examples 8 --top 5,1 --lens plain,x "
-        "--chat --batch-size 2"
+        "--chat --batch-size 2 --measures top5,jsd"
     )
     given = config_of(build_parser().parse_args(typed.split()), SweepConfig)
     options = SweepConfig(
@@ -86,6 +86,7 @@ def test_the_command_line_and_python_give_the_same():
         lens=["plain", Path("x")],
         chat=True,
         batch_size=2,
+        measures=["jsd", "top5"],
     )
     assert given == options
     assert options.arguments() == {
@@ -98,6 +99,7 @@ def test_the_command_line_and_python_give_the_same():
         "positions": "answer",
         "answer_tokens": "first",
         "generate": 0,
+        "measures": ["jsd", "top5"],
         "top": [5, 1],
         "lens": ["plain", "x"],
         "template": "default",

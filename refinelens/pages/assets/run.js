@@ -1,5 +1,10 @@
 // The page of a run: finding, layers, questions, tokens; of several runs also what differs between them.
 
+const MEASURED = {
+  jsd: { title: "Jensen-Shannon divergence from the output, mean", y: "nats" },
+  top5: { title: "Five likeliest tokens that are the output's, mean", y: "share", to: 1 },
+};
+
 function runPage(root, head, arrays) {
   const runs = head.runs.map((run, number) => readRun(run, arrays, `${number}.`)), first = runs[0];
   const tabs = [["finding", "Finding"], ["layers", "Layers"], ["questions", "Questions"], ["tokens", "Tokens"]];
@@ -61,8 +66,6 @@ function findingLevel(run) {
       lineChart({ title: "Refinement depth, over settled examples", x: "gold position", y: "layers", series: depth,
         from: 0 }));
   }
-  const estimate = ([value, low, high], digits) => value === null ? "-"
-    : value.toFixed(digits) + (low === null ? "" : ` [${low.toFixed(digits)}, ${high.toFixed(digits)}]`);
   const names = ["lens", "rank <=", "context", "gold", "questions", "right", "settled", "depth", "first correct",
     "settle"];
   const rows = run.summary.map((r) => [r.lens, r.top, r.condition, r.gold_position < 0 ? "-" : r.gold_position, r.n,
@@ -73,6 +76,11 @@ function findingLevel(run) {
     grid(names, rows, (i, column) => ({ class: column > 2 ? "number" : null })),
     element("details", {}, element("summary", {}, "Definitions, tests and checks"),
       ...run.notes.map((line) => element("p", { class: "faint" }, line))));
+}
+
+function estimate([value, low, high], digits) {
+  if (value === null) return "-";
+  return value.toFixed(digits) + (low === null ? "" : ` [${low.toFixed(digits)}, ${high.toFixed(digits)}]`);
 }
 
 // Lists of what has the same key, in the order in which keys come up.
@@ -96,14 +104,25 @@ function layersLevel(run) {
       lineChart({ title: "Rank of the target, median", x: "layer", y: "rank (1 is best)", series: series("rank"),
         log: true, upside: true, from: 1 }),
       lineChart({ title: "KL(output || layer), mean", x: "layer", y: "nats", series: series("kl"), from: 0 }),
-      lineChart({ title: "Entropy, mean", x: "layer", y: "nats", series: series("entropy"), from: 0 }));
+      lineChart({ title: "Entropy, mean", x: "layer", y: "nats", series: series("entropy"), from: 0 }),
+      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name), from: 0 })));
   }
   draw();
   const bar = element("div", { class: "bar" },
     choice("lens", run.lenses.map((l) => [l, l]), state.lens, (v) => { state.lens = v; draw(); }),
     choice("context", sizes.map((s) => [String(s), condition(s)]), String(state.documents),
       (v) => { state.documents = +v; draw(); }));
-  return section("layers", "Layers", bar, charts, ...analysisParts(run));
+  return section("layers", "Layers", bar, charts, ...settlingParts(run), ...analysisParts(run));
+}
+
+// Where predictions settle by their divergence from the output.
+function settlingParts(run) {
+  if (!run.settling.length) return [];
+  const rows = run.settling.map((r) => [r.lens, condition(r.documents), r.gold_position < 0 ? "-" : r.gold_position,
+    r.questions, estimate(r.mean_settle_jsd, 1), estimate(r.deep_thinking, 2)]);
+  return [element("h3", {}, "Settling by divergence"),
+    grid(["lens", "context", "gold", "questions", "settles at layer", "share that settles late"], rows,
+      (i, column) => ({ class: column > 1 ? "number" : null }))];
 }
 
 // Of an analysis of layers, from its own tables.

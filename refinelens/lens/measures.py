@@ -1,0 +1,55 @@
+"""What is measured of every layer's prediction beside its statistics, where it is asked for.
+
+``jsd``: Jensen-Shannon divergence from the output (arXiv 2602.13517 measures settling by it). ``top5``: share of the
+five likeliest tokens that are among the output's five likeliest (arXiv 2505.13898). Each is a product of its own over
+the vocabulary, a block of positions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import JSD, TOP5
+from ..op.vocabulary import jsd_to_final, lens_top_k
+from .logit_lens import LogitLens, rows_at_a_time
+from .reading import LayerReading
+from .translators import Translators
+
+LISTED = 5  # tokens that overlap
+
+
+def measures_of(
+    lens: LogitLens, hidden: Tensor, reading: LayerReading, translators: Translators | None, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Measures by name, fp32 ``[n_layers + 1, ...]`` on the CPU.
+
+    Args:
+        lens: Of the model.
+        hidden: ``[n_layers + 1, ..., d_model]``, the residual stream.
+        reading: What was read of it through ``translators``.
+        translators: On the model's device and in its dtype; None for the plain lens.
+        names: Of `config.MEASURES`.
+    """
+    if not names:
+        return {}
+    states = hidden.reshape(len(hidden), -1, hidden.shape[-1]).to(lens.head.weight.device)
+    step = rows_at_a_time(states)
+    stats = reading.stats.map(lambda value: value.reshape(len(hidden), -1).to(states.device))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for start in range(0, states.shape[1], step):
+        block = states[:, start : start + step]
+        block = block if translators is None else translators(block)
+        if JSD in found:
+            own = stats.map(lambda value, start=start: value[:, start : start + step])
+            found[JSD].append(jsd_to_final(block, own, lens.head).cpu())
+        if TOP5 in found:
+            found[TOP5].append(overlap_with_last(lens_top_k(block, lens.head, LISTED).ids).cpu())
+    return {name: torch.cat(parts, 1).view(hidden.shape[:-1]) for name, parts in found.items()}
+
+
+def overlap_with_last(ids: Tensor) -> Tensor:
+    """Of lists ``[n_layers + 1, N, k]`` the share of tokens that the last one has too, fp32 ``[n_layers + 1, N]``."""
+    return (ids[..., None] == ids[-1, :, None, :]).any(-1).float().mean(-1)
