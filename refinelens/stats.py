@@ -188,9 +188,11 @@ def _tail(questions: int) -> float:
 def _draws(n_questions: int, seed: int) -> np.ndarray:
     """``[RESAMPLES, n_questions]``: how often each resample has each question."""
     generator = np.random.default_rng(seed)
-    draws = np.empty((RESAMPLES, n_questions), dtype=np.uint16)
-    for row in draws:
-        row[:] = np.bincount(generator.integers(0, n_questions, n_questions), minlength=n_questions)
+    draws, step = np.empty((RESAMPLES, n_questions), dtype=np.uint16), max(1, DRAWN_VALUES // n_questions)
+    for start in range(0, RESAMPLES, step):
+        block = draws[start : start + step]
+        drawn = generator.integers(0, n_questions, block.shape) + n_questions * np.arange(len(block))[:, None]
+        block[:] = np.bincount(drawn.ravel(), minlength=block.size).reshape(block.shape)
     return draws
 
 

@@ -4,6 +4,7 @@ What is slow to make has session scope also where one file alone needs it: a pro
 come back to it.
 """
 
+import json
 import os
 import signal
 from contextlib import contextmanager
@@ -12,23 +13,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import json
-
 import pytest
 
 from lanes import pytest_runtest_call, pytest_terminal_summary  # noqa: F401 - what is measured of every test
 
-CORES = torch.get_num_threads()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there is such a process per core already, and threads of all would wait for each other
-
 # A shell starts what it runs in the background deaf to Ctrl-C, and processes that tests start would be so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """What must be so before a test is read. A process that hands tests out to others reads none: it needs no torch."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if not is_worker and config.getoption("dist", "no") != "no":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    config.cores = torch.get_num_threads()
+    if is_worker:
+        torch.set_num_threads(1)  # there is such a process per core, and threads of all would wait for each other
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -45,10 +49,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module")
-def every_core():
+def every_core(pytestconfig):
     """For what is about the op, which starts as many threads as torch has."""
+    import torch
+
     before = torch.get_num_threads()
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(pytestconfig.cores)
     yield
     torch.set_num_threads(before)
 
@@ -87,27 +93,31 @@ def fork_server(tiny_model, question_file, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def drawing():
-    """Figures are made but not drawn, which takes longer than all else, but for those made ``with drawing():``."""
+    """Reports' figures get no panels, none is drawn, which takes longer than all else, but for ``with drawing():``."""
     try:
         from matplotlib.figure import Figure
     except ImportError:  # the tests of the kernels alone do without
         yield None
         return
-    from faults import save_stand_in
+    from faults import panels_stand_in, save_stand_in
 
-    own = Figure.savefig
+    own = Figure.savefig, Figure.subplots
+    stand_ins = save_stand_in, panels_stand_in(Figure.subplots)
+
+    def use(functions):
+        Figure.savefig, Figure.subplots = functions
 
     @contextmanager
     def draw():
-        Figure.savefig = own
+        use(own)
         try:
             yield
         finally:
-            Figure.savefig = save_stand_in
+            use(stand_ins)
 
-    Figure.savefig = save_stand_in
+    use(stand_ins)
     yield draw
-    Figure.savefig = own
+    use(own)
 
 
 @pytest.fixture

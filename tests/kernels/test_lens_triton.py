@@ -118,10 +118,17 @@ def test_options(options, with_targets):
     assert left_open == 0
 
 
+# By the number of rows the tiles of every dtype differ, but not how they are cut.
 @pytest.mark.medium
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d_model", [64, 65], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("n_rows", [3, 17, 65])
+@pytest.mark.parametrize(
+    "n_rows, dtype",
+    [
+        pytest.param(n_rows, dtype, marks=[] if n_rows == 17 or dtype == BF16 else SLOW)
+        for n_rows in (3, 17, 65)
+        for dtype in DTYPES
+    ],
+)
 def test_pinned_configuration(n_rows, d_model, dtype):
     hidden, unembedding, targets = operands(n_rows, d_model, 257, dtype)
     assert is_aligned(unembedding) == (d_model == 64)

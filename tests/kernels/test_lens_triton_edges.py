@@ -35,13 +35,20 @@ def poisoned_buffers(monkeypatch):
 
 
 # Every kind with one split and with more than there are tiles, which is the same in every dtype.
-@pytest.mark.parametrize("same_bits", [True, False])
 @pytest.mark.parametrize(
-    "config, dtype, splits",
+    "config, dtype, splits, same_bits",
     [
-        *((config, BF16, splits) for config in (SMALL, FEW_ROWS, TMA) for splits in (1, 5)),
-        *((SMALL, dtype, 5) for dtype in DTYPES if dtype != BF16),
-        *(pytest.param(SMALL, dtype, 1, marks=pytest.mark.slow) for dtype in DTYPES if dtype != BF16),
+        *((config, BF16, 5, same_bits) for config in (SMALL, FEW_ROWS, TMA) for same_bits in (True, False)),
+        *((config, BF16, 1, True) for config in (SMALL, FEW_ROWS, TMA)),
+        *((SMALL, dtype, 5, True) for dtype in DTYPES if dtype != BF16),
+        *(pytest.param(config, BF16, 1, False, marks=pytest.mark.slow) for config in (SMALL, FEW_ROWS, TMA)),
+        *(pytest.param(SMALL, dtype, 5, False, marks=pytest.mark.slow) for dtype in DTYPES if dtype != BF16),
+        *(
+            pytest.param(SMALL, dtype, 1, same_bits, marks=pytest.mark.slow)
+            for dtype in DTYPES
+            for same_bits in (True, False)
+            if dtype != BF16
+        ),
     ],
 )
 @pytest.mark.medium

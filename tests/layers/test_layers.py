@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from families import CASES, VOCAB, build
+from families import BY_BLOCK, CASES, VOCAB, build, others_slow
 from refinelens import LogitLens
 from refinelens.doctor import model_findings
 from refinelens.errors import UnsupportedModelError
@@ -52,7 +52,7 @@ def assert_no_hooks(model):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", others_slow(CASES, BY_BLOCK))
 def test_a_restart_is_the_run(name):
     """From every block on, and with keys and values held; bit for bit where the whole context is run again."""
     lens = lens_of(build(name))
@@ -79,7 +79,7 @@ def test_doctor_says_what_can_be_intervened_on(name, halves):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("tokens", [EVERY, LAST], ids=["all", "answer"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", others_slow(CASES, BY_BLOCK))
 def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
     """The model itself runs whole, with a hook that gives a block's input as its output."""
     lens = lens_of(build(name))
@@ -99,7 +99,7 @@ def test_a_skip_is_the_model_with_that_block_hooked(name, tokens):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", sorted(set(CASES) - POST_NORM))
+@pytest.mark.parametrize("name", others_slow(sorted(set(CASES) - POST_NORM), BY_BLOCK))
 def test_halves_leave_what_the_other_half_adds(name):
     """Attention and feed-forward part zero-ablated together are a skip; each alone is neither that nor nothing."""
     lens = lens_of(build(name))
@@ -210,7 +210,7 @@ def test_means_survive_the_disk(tmp_path):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", sorted(set(CASES) - ONE_BY_ONE))
+@pytest.mark.parametrize("name", others_slow(sorted(set(CASES) - ONE_BY_ONE), BY_BLOCK))
 def test_held_keys_and_values_are_the_whole_context(name):
     """At the last token alone or whole, all runs of the scan at a time, against every one by itself."""
     lens = lens_of(build(name))

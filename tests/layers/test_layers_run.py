@@ -64,6 +64,17 @@ def finished(swept, drawing):
         return run_layers(swept.path, LayersConfig())
 
 
+SMALL = LayersConfig(("skip", "mean"), examples=4)
+
+
+@pytest.fixture(scope="session")
+def small(swept, tmp_path_factory):
+    """An analysis for faults to befall: four questions, the means and a way that needs none."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    shutil.copytree(swept.path, folder, ignore=shutil.ignore_patterns("layers"))
+    return run_layers(folder, SMALL)
+
+
 @pytest.fixture
 def run(swept, tmp_path):
     """A copy to do damage to."""
@@ -225,19 +236,19 @@ def test_fewer_runs_at_a_time_once_memory_ran_out(run):
 @pytest.mark.parametrize(
     "stage, before, kept, signum", [("questions", 2, 3, signal.SIGINT), ("means", 0, 0, signal.SIGTERM)]
 )
-def test_interrupted_and_gone_on_with(finished, run, stage, before, kept, signum):
+def test_interrupted_and_gone_on_with(small, run, stage, before, kept, signum):
     def stop(*now):
         if now[:2] == (stage, before):
             os.kill(os.getpid(), signum)
 
     with pytest.raises(Interrupted) as stopped:
-        run_layers(run.path, LayersConfig(), progress=stop)
+        run_layers(run.path, SMALL, progress=stop)
     assert stopped.value.signum == signum
     manifest = json.loads((run.path / "layers" / "manifest.json").read_text())
     assert len(manifest["parts"]) == kept and not (run.path / "layers" / ROWS).exists()
-    folder, report = run_layers(run.path, LayersConfig())
-    assert (folder.path / ROWS).read_bytes() == (finished[0].path / ROWS).read_bytes()
-    assert (folder.path / "layers.csv").read_bytes() == (finished[0].path / "layers.csv").read_bytes()
+    folder, report = run_layers(run.path, SMALL)
+    assert (folder.path / ROWS).read_bytes() == (small[0].path / ROWS).read_bytes()
+    assert (folder.path / "layers.csv").read_bytes() == (small[0].path / "layers.csv").read_bytes()
     assert len(report.manifest["resumed"]) == 1
 
 
@@ -252,7 +263,7 @@ def test_a_second_signal_ends_it_at_once(run):
     assert len(json.loads((run.path / "layers" / "manifest.json").read_text())["parts"]) == 1
 
 
-def test_a_fault_names_the_question_and_keeps_the_others(finished, run):
+def test_a_fault_names_the_question_and_keeps_the_others(small, run):
     asked = [-1]
 
     def at_question(number, act):
@@ -263,39 +274,39 @@ def test_a_fault_names_the_question_and_keeps_the_others(finished, run):
 
     said = "question 1: ZeroDivisionError: .*; the same command goes on"
     with at_question(1, lambda: 1 / 0), pytest.raises(FaultError, match=said):
-        run_layers(run.path, LayersConfig(), progress=progress)
+        run_layers(run.path, SMALL, progress=progress)
     said = "question 0: FileNotFoundError: .*; the same command without ``overwrite=True`` goes on"
     with at_question(0, lambda: open("/nowhere/weights")), pytest.raises(FaultError, match=said):
-        run_layers(run.path, LayersConfig(), overwrite=True, progress=progress)
-    folder, _ = run_layers(run.path, LayersConfig())
-    assert rows_of(folder).equals(rows_of(finished[0]))
+        run_layers(run.path, SMALL, overwrite=True, progress=progress)
+    folder, _ = run_layers(run.path, SMALL)
+    assert rows_of(folder).equals(rows_of(small[0]))
 
 
 @pytest.mark.parametrize("file", [f"{PARTS}/part-00002.parquet", MEANS, ROWS])
 @pytest.mark.parametrize("damage", ["flipped", "absent"])
-def test_damaged_files_are_made_again(finished, run, file, damage):
-    shutil.copytree(finished[0].path, run.path / "layers")
+def test_damaged_files_are_made_again(small, run, file, damage):
+    shutil.copytree(small[0].path, run.path / "layers")
     path, heard = run.path / "layers" / file, []
     whole = path.read_bytes()
     path.unlink() if damage == "absent" else path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    folder, _ = run_layers(run.path, LayersConfig(), warn=heard.append)
-    assert rows_of(folder).equals(rows_of(finished[0]))
+    folder, _ = run_layers(run.path, SMALL, warn=heard.append)
+    assert rows_of(folder).equals(rows_of(small[0]))
     assert [file.split("/")[1] in line for line in heard] == ([True] if "part" in file else [])
 
 
-def test_a_full_disk_and_a_part_that_no_manifest_names(finished, run):
+def test_a_full_disk_and_a_part_that_no_manifest_names(small, run):
     def full(number, path):
         if path and path.endswith("part-00002.parquet"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with faulty_disk(full), pytest.raises(FaultError, match="no free disk left"):
-        run_layers(run.path, LayersConfig())
+        run_layers(run.path, SMALL)
     path = run.path / "layers" / "manifest.json"
     manifest = json.loads(path.read_text())
     assert len(manifest["parts"]) == 2
     path.write_text(json.dumps(manifest | {"parts": manifest["parts"][:1]}))  # killed before it was written
-    folder, _ = run_layers(run.path, LayersConfig())
-    assert rows_of(folder).equals(rows_of(finished[0]))
+    folder, _ = run_layers(run.path, SMALL)
+    assert rows_of(folder).equals(rows_of(small[0]))
 
 
 def test_finished_already_needs_no_model(finished, run, no_model):

@@ -306,6 +306,7 @@ def test_a_figure_of_many_gold_positions_and_of_the_lens_alone(tmp_path, half):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("peak", [3.0, 12.0], ids=["linear", "logarithmic"])
 @pytest.mark.parametrize("half", [0.0, 0.5, math.nan])
 def test_every_marker_is_whole(peak, half):
@@ -323,6 +324,7 @@ def test_every_marker_is_whole(peak, half):
 
 
 @pytest.mark.medium
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.filterwarnings("error")
 def test_a_gold_position_looks_the_same_at_every_context_size():
     asked = {0: [-1], 3: [0, 1, 2], 5: [0, 2, 4]}

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from transformers import DynamicCache
 
-from families import CASES, GROUPED, ROPE, TOKENS, VOCAB, build
+from families import FAMILIES, GROUPED, ROPE, TOKENS, VOCAB, build
 from faults import at_pass
 from refinelens import LogitLens
 from refinelens.config import SweepConfig
@@ -21,7 +21,6 @@ from refinelens.model.loading import LoadedModel
 from refinelens.sweeping.sweep import run_sweep
 from tiny import shake
 
-FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
 WINDOWS = ["mistral", "gemma2", "gemma3", "gpt_oss", "phi3-tied", "starcoder2-no-bias", "gpt_neo", "falcon-alibi"]
 EXACT = dict.fromkeys([*FAMILIES, *WINDOWS])
 

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from families import CASES, SIZES, VOCAB, build, save
+from families import CASES, FAMILIES, SIZES, VOCAB, build, save
 from refinelens import LayerNorm, LogitLens, RMSNorm
 from refinelens.bench.problem import make_problem
 from refinelens.config import BenchConfig, SweepConfig
@@ -19,8 +19,6 @@ from refinelens.model.head import find_blocks, find_head
 from refinelens.model.loading import LoadedModel, load_model
 from refinelens.sweeping.sweep import run_sweep
 from tiny import tiny_gpt2
-
-FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,8 +59,14 @@ def assert_found(lens, case, model):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype, name",
+    [
+        *((torch.bfloat16, name) for name in CASES),
+        *((torch.float16, name) for name in FAMILIES),
+        *(pytest.param(torch.float16, name, marks=pytest.mark.slow) for name in CASES if name not in FAMILIES),
+    ],
+)
 def test_parity_in_half_precision(name, dtype):
     lens = LogitLens(build(name).to(dtype))
     assert lens.parity.passed and describe_norm(lens.head.norm) == CASES[name].norm

@@ -42,10 +42,10 @@ def test_parity_and_ranks_on_real_states(states):
 
 @pytest.fixture(scope="module")
 def states(load_once):
-    """A lens, the states of all layers at 24 positions, what they are to predict, and their statistics in fp64."""
+    """A lens, the states of all layers at 11 positions, what they are to predict, and their statistics in fp64."""
     lens = LogitLens(load_once.model)
     text = "The bridge over the river was built in the year 1873 by an engineer who had never seen the sea before."
-    ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :25]
+    ids = load_once.tokenizer(text, return_tensors="pt")["input_ids"][:, :12]
     hidden, targets = lens.hidden(ids[:, :-1], torch.arange(ids.shape[1] - 1)), ids[:, 1:]
     return lens, hidden, targets, LensStats(*_exact(lens.head, hidden, targets))
 
@@ -72,7 +72,7 @@ def _exact(head, hidden, targets):
     return [value.view(hidden.shape[:-1]) for _, value in out.items()]
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_builtin_questions(tmp_path, examples):
     options = SweepConfig(documents=(2,), examples=examples, device="cpu")
     run = run_sweep(options, tmp_path / "run")

@@ -147,11 +147,11 @@ def test_words_that_it_does_not_know_are_one_line(tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="session")
-def fitted(tmp_path_factory):
-    """The folder of a lens fitted to the model's own text."""
+@pytest.fixture(scope="session", params=[5_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def fitted(request, tmp_path_factory):
+    """The folder of a lens fitted to so many tokens of the model's own text."""
     folder = tmp_path_factory.mktemp("fitted") / "lens"
-    fit_lens(FitConfig(model="tiny", text="tiny", tokens=20_000, device="cpu"), str(folder))
+    fit_lens(FitConfig(model="tiny", text="tiny", tokens=request.param, device="cpu"), str(folder))
     return folder
 
 
@@ -170,10 +170,10 @@ def test_a_fitted_lens_reads_more_of_trained_states(fitted, tmp_path):
         assert one["target_rank"][-1] == other["target_rank"][-1] == 0
 
 
-@pytest.fixture(scope="session")
-def layers(tmp_path_factory):
-    """Mean statistics over the layers, from 0 or from 1, by what was done and their names."""
-    options = SweepConfig("tiny", "tiny", (5,), examples=4, device="cpu")
+@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def layers(request, tmp_path_factory):
+    """Of so many questions mean statistics over the layers, from 0 or from 1, by what was done and their names."""
+    options = SweepConfig("tiny", "tiny", (5,), examples=request.param, device="cpu")
     run = run_sweep(options, tmp_path_factory.mktemp("layers") / "run")
     folder, report = run_layers(run.path, LayersConfig(("skip", "mean", "attn")))
     assert report.largest_difference < 1e-4 and report.manifest["status"] == "finished"

@@ -24,7 +24,7 @@ from tiny import byte_tokenizer, save_tiny_model
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     model = save_tiny_model(folder / "model", tokenizer=byte_tokenizer(), n_positions=4096)
-    given = ["--model", str(model), "--documents", "2", "--examples", "10", "--top", "1,5", "--generate", "3"]
+    given = ["--model", str(model), "--documents", "2", "--examples", "5", "--top", "1,5", "--generate", "3"]
     assert main(["sweep", *given, "--out", str(folder / "run")]) == 0
     return open_run(folder / "run")
 

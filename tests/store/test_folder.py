@@ -96,15 +96,16 @@ def assert_same(path, whole):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_before_every_step(tmp_path, overwrite):
+def test_killed_before_every_step(tmp_path, overwrite, every):
     """And gone on with: what is overwritten is there, or the new one is; and nothing of the old one is left at last.
 
-    Of what is overwritten only what can be made again of the rest may be gone.
+    All steps are slow, every fifth is not. Of what is overwritten only what can be made of the rest may be gone.
     """
     whole, old, path = add_up(tmp_path / "whole").path, tmp_path / "old", tmp_path / "sum"
     add_up(old, new("other", numbers=PARTS + 2))
-    for step in range(1, 100):
+    for step in range(1, 100, every):
         if overwrite:
             shutil.copytree(old, path)
         code = killed(lambda: add_up(path, new(), overwrite), step)

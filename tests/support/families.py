@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import transformers as tf
 
@@ -170,6 +171,16 @@ CASES = {
         "gpt-oss", lambda: tf.GptOssConfig(**GPT_OSS, rope_parameters=ROPE, attention_bias=False), RMS, tied=False
     ),
 }
+
+
+FAMILIES = list({case.family: name for name, case in reversed(CASES.items())}.values())  # the first case of each
+# And of options those by which blocks run otherwise; by the rest the head differs, or what is in a block.
+BY_BLOCK = {*FAMILIES, "opt-projection", "opt-350m", "opt-no-norm", "bloom-post", "falcon-new", "gpt_neox-sequential"}
+
+
+def others_slow(names, fast):
+    """Parameters of a test: all ``names``, of which those that are not ``fast`` are slow."""
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
 def build(name):

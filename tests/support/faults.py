@@ -1,8 +1,8 @@
 """What befalls a disk, a model that runs, and sweeps in processes of their own that can be killed.
 
-Such processes are forked from one that has done such a sweep already. `ForkServer` starts that process. It reads a
-request per line, JSON, and answers each with a number: ``{"start": {...}}`` with the pid of a new child, which runs the
-command line as `_child` says, and ``{"wait": pid}`` with its exit status, negative for a signal.
+Such processes, which draw no figures, are forked from one that has done such a sweep already. `ForkServer` starts that
+process. It reads a request per line, JSON, and answers each with a number: ``{"start": {...}}`` with the pid of a new
+child, which runs the command line as `_child` says, and ``{"wait": pid}`` with its exit status, negative for a signal.
 """
 
 import errno
@@ -139,6 +139,50 @@ def save_stand_in(figure, path, **options):
     Path(path).write_bytes(b"figure")
 
 
+class NoPanel:
+    """In place of the axes of matplotlib: takes whatever is plotted, and has nothing."""
+
+    lines = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *given, **options):
+        return self
+
+    def __getitem__(self, key):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+    def get_ylim(self):
+        return 0.0, 1.0
+
+    def get_legend_handles_labels(self):
+        return [], []
+
+
+def panels_stand_in(own):
+    """In place of `Figure.subplots`, which is ``own`` and takes a third of a tiny sweep.
+
+    A figure of a report gets `NoPanel` ``[rows, columns]``; others, which few tests make, get what they ask for.
+    """
+    import numpy as np
+
+    def subplots(figure, *shape, **options):
+        if sys._getframe(1).f_globals["__name__"] != "refinelens.report.figures":
+            return own(figure, *shape, **options)
+        panels = np.empty(shape, dtype=object)
+        for place in np.ndindex(shape):
+            panels[place] = NoPanel()
+        return panels
+
+    return subplots
+
+
 def errors_in(log):
     """The lines in which a child of the fork_server said what went wrong."""
     return [line for line in log.read_text().splitlines() if line.startswith("refinelens: ")]
@@ -161,7 +205,6 @@ def _child(
     signal_at=(),
     hold_at=None,
     workers_meet=None,
-    figures=True,
 ):
     """Run the command line with a fault and exit with its code; a signal that it has noted it tells by ``LOG.heard``.
 
@@ -175,10 +218,7 @@ def _child(
         signal_at: ``(question, signal)`` pairs: signals that arrive while a question, counted from 1, is asked.
         hold_at: Question, counted from 1, that is not asked before the file ``LOG.go`` is there.
         workers_meet: Folder of `faulty_worker` for the workers of the sweep, which are forked too.
-        figures: Whether to draw them, rather than `save_stand_in`.
     """
-    from matplotlib.figure import Figure
-
     from refinelens import cli
     from refinelens.store.process import StopSignals
     from refinelens.sweeping import sweep, workers
@@ -188,8 +228,6 @@ def _child(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sweep.run_sweep = partial(sweep.run_sweep, questions_per_part=part)
-    if not figures:
-        Figure.savefig = save_stand_in
     if workers_meet:
         workers.start_process = partial(_fork_worker, Path(workers_meet))
     build, asked, take = ContextBuilder.build, [0], StopSignals._take
@@ -263,10 +301,12 @@ def _fork(work):
 
 def _serve(*arguments):
     import torch
+    from matplotlib.figure import Figure
 
     from refinelens import cli
     from refinelens.sweeping import sweep
 
+    Figure.savefig, Figure.subplots = save_stand_in, panels_stand_in(Figure.subplots)
     torch.set_num_threads(1)  # threads do not survive a fork
     load, loaded = sweep.load_model, {}
     sweep.load_model = lambda *model: loaded.setdefault(model, load(*model))

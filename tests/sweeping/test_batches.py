@@ -104,7 +104,7 @@ def test_workers_have_the_same_batches(fork_server, options, tmp_path, faults):
         out, log = tmp_path / str(count), tmp_path / f"log{count}"
         given = {"workers_meet": str(folder)} if count > 1 else {}
         arguments = [*command, "--workers", count, "--out", out]
-        assert fork_server.run(*arguments, log=log, part=4, figures=False, **given) == 0, log.read_text()
+        assert fork_server.run(*arguments, log=log, part=4, **given) == 0, log.read_text()
         runs[count] = open_run(out)
     assert_same_bits(runs[2], runs[1])
     assert runs[2].manifest["parts"] == runs[1].manifest["parts"]

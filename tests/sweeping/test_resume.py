@@ -63,7 +63,7 @@ def whole(fork_server, sweep, tmp_path_factory):
     """A run that nothing befell, and the seconds it took."""
     folder = tmp_path_factory.mktemp("whole")
     start = time.monotonic()
-    assert fork_server.run(*sweep, "--out", folder / "run", log=folder / "log", part=PART, figures=False) == 0
+    assert fork_server.run(*sweep, "--out", folder / "run", log=folder / "log", part=PART) == 0
     seconds = time.monotonic() - start
     run = open_run(folder / "run")
     assert run.manifest["counts"]["left_out"] == {
@@ -77,7 +77,7 @@ def whole(fork_server, sweep, tmp_path_factory):
 def stopped(fork_server, sweep, tmp_path):
     """A run that SIGTERM stopped in its tenth question: two whole parts, and one of two questions of four."""
     out = ["--out", tmp_path / "run"]
-    fault = {"part": PART, "figures": False, "signal_at": [(10, signal.SIGTERM)]}
+    fault = {"part": PART, "signal_at": [(10, signal.SIGTERM)]}
     assert fork_server.run(*sweep, *out, log=tmp_path / "log", **fault) == 143
     return open_run(tmp_path / "run")
 
@@ -119,8 +119,8 @@ def one_line(error):
     return error
 
 
-@pytest.mark.parametrize("wanted", [8, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
+@pytest.mark.parametrize("wanted, different", [(4, 2), pytest.param(40, 3, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted, different):
     """Killed random times after random questions, and so are resumes of killed ones; then resumed to the end."""
     whole, seconds = whole
     moments, kills, places = random.Random(0), 0, set()
@@ -129,17 +129,17 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
         for _ in range(2):
             command = ["sweep", "--resume"] if (path / MANIFEST).exists() else [*sweep, "--out"]
             moment = moments.randint(0, 12), max(1e-6, moments.uniform(0, 0.2) * seconds)
-            if fork_server.run(*command, path, log=log, part=PART, figures=False, kill_after=moment) != -signal.SIGALRM:
+            if fork_server.run(*command, path, log=log, part=PART, kill_after=moment) != -signal.SIGALRM:
                 break
             kills += 1
             places.add(len(open_run(path).manifest["parts"]) if (path / MANIFEST).exists() else None)
         command = ["sweep", "--resume"] if (path / MANIFEST).exists() else [*sweep, "--out"]
-        assert fork_server.run(*command, path, log=log, part=PART, figures=False) == 0, log.read_text()
+        assert fork_server.run(*command, path, log=log, part=PART) == 0, log.read_text()
         assert_lacks_nothing(path, whole)
         shutil.rmtree(path)
         if kills >= wanted:
             break
-    assert kills >= wanted and len(places) > 2, f"{kills} kills, with so many parts: {places}"
+    assert kills >= wanted and len(places) >= different, f"{kills} kills, with so many parts: {places}"
 
 
 # Only the first steps differ in a new folder; one that is overwritten takes about 60. `make test` has a few of them;
@@ -148,7 +148,7 @@ def test_killed_at_random_moments(fork_server, sweep, whole, tmp_path, wanted):
     "overwrite, steps",
     [
         (False, range(1, 11, 3)),
-        (True, range(1, 102, 11)),
+        (True, range(1, 102, 17)),
         pytest.param(False, range(1, 11), marks=pytest.mark.slow, id="False-every"),
         pytest.param(True, range(1, 102), marks=pytest.mark.slow, id="True-every"),
     ],
@@ -159,7 +159,7 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
     small = [*sweep, "--documents", "1", "--reuse-prefix", "off", "--examples", "3"]
     log, path, old, whole = (tmp_path / name for name in ("log", "run", "old", "whole"))
     for out, seed in ((old, "1"), (whole, "0")):
-        assert fork_server.run(*small, "--seed", seed, "--out", out, log=log, part=1, figures=False) == 0
+        assert fork_server.run(*small, "--seed", seed, "--out", out, log=log, part=1) == 0
     old, whole = open_run(old), open_run(whole)
     analysis = write_analysis(old.path / LAYERS, old.manifest["run_id"])
     for step in steps:
@@ -167,7 +167,7 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
         if overwrite:
             shutil.copytree(old.path, path)
             command.append("--overwrite")
-        status = fork_server.run(*command, log=log, part=2, kill_at_step=step, figures=False)
+        status = fork_server.run(*command, log=log, part=2, kill_at_step=step)
         if status == 0:
             assert not (path / LAYERS).exists()
             break
@@ -176,7 +176,7 @@ def test_killed_before_every_step_on_the_disk(fork_server, sweep, tmp_path, over
             assert rows_of(open_run(path)) == rows_of(old)
             assert files_in(path / LAYERS) == analysis
         elif (path / MANIFEST).exists():
-            assert fork_server.run("sweep", "--resume", path, log=log, figures=False) == 0, log.read_text()
+            assert fork_server.run("sweep", "--resume", path, log=log) == 0, log.read_text()
             assert not (path / LAYERS).exists()
             assert rows_of(open_run(path)) == rows_of(whole)
             assert open_run(path).manifest["counts"] == whole.manifest["counts"]
@@ -233,7 +233,7 @@ def test_a_signal_lets_the_question_finish(fork_server, sweep, whole, tmp_path, 
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     for done, command in ((10, [*sweep, "--out"]), (11, ["sweep", "--resume"]), (12, ["sweep", "--resume"])):
         at = 10 if done == 10 else 1
-        assert fork_server.run(*command, path, log=log, part=PART, figures=False, signal_at=[(at, signum)]) == code
+        assert fork_server.run(*command, path, log=log, part=PART, signal_at=[(at, signum)]) == code
         assert f"interrupted; the finished questions stay readable, refinelens sweep --resume {path}" in log.read_text()
         run = open_run(path)
         assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == done
@@ -258,9 +258,9 @@ def test_a_signal_while_a_resume_loads(stopped, capsys):
 def test_a_second_signal_stops_at_once(fork_server, sweep, whole, tmp_path):
     whole, path, log = whole[0], tmp_path / "run", tmp_path / "log"
     twice = [(10, signal.SIGINT), (10, signal.SIGTERM)]
-    assert fork_server.run(*sweep, "--out", path, log=log, part=PART, figures=False, signal_at=twice) == 143
+    assert fork_server.run(*sweep, "--out", path, log=log, part=PART, signal_at=twice) == 143
     assert open_run(path).manifest["counts"]["done"] == 8, "nothing more is written"
-    assert fork_server.run("sweep", "--resume", path, log=log, figures=False) == 0
+    assert fork_server.run("sweep", "--resume", path, log=log) == 0
     assert_lacks_nothing(path, whole)
 
 
@@ -322,9 +322,9 @@ def test_a_full_disk(small_disk, options, whole, request, pages):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_write_may_fail_unseen(options, tmp_path, every):
-    """Every third flush, rename and removal, or every one, fails as on a full disk; needs no right to mount one."""
+    """Every seventh flush, rename and removal, or every one, fails as on a full disk; needs no right to mount one."""
     small = replace(options, documents=(1,), reuse_prefix="off", examples=3)
     whole, path = run_sweep(small, tmp_path / "whole", questions_per_part=2), tmp_path / "run"
     for step in range(1, 100, every):

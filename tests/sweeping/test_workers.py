@@ -22,7 +22,7 @@ from refinelens.sweeping.sweep import RunSpec, run_sweep
 from refinelens.sweeping.workers import Workers, _Worker
 
 HAS_PROC = Path("/proc/self/stat").exists()
-FAULT_FREE = {"part": 4, "figures": False}
+FAULT_FREE = {"part": 4}
 
 
 @pytest.fixture(scope="module")
