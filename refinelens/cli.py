@@ -97,7 +97,7 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers", "--no-report"))]
     if others:
         raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
-    from .store.results import open_run
+    from .store.results import PAGE, open_run
 
     run = open_run(path)
     if run.is_finished:
@@ -105,6 +105,8 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
 
         print(f"{path}: finished already\n")
         show_run(run, _console(), in_words=in_options)
+        if not arguments.no_report and not (run.path / PAGE).exists():  # killed while it was written
+            _write_page(run)
         return 0
     from .sweeping.sweep import resume_sweep
 
