@@ -128,7 +128,6 @@ def _absent(targets: Tensor | int | None, precision: str) -> set[str]:
     return absent if precision == "certified" else absent | {"logsumexp_bound", "fell_back"}
 
 
-@torch.library.custom_op("refinelens::fused_lens", mutates_args=())
 def _fused_lens_op(
     hidden: Tensor,
     unembedding: Tensor,
@@ -166,7 +165,13 @@ def _fused_lens_op(
     return tuple((values | empty)[name] for name in _OUTPUTS)  # type: ignore[return-value]
 
 
-@_fused_lens_op.register_fake
+# As `torch.library.custom_op` would, but for its wrappers, which import torch._dynamo (a second) at the first call.
+_LIBRARY = torch.library.Library("refinelens", "FRAGMENT")
+_LIBRARY.define(f"fused_lens{torch.library.infer_schema(_fused_lens_op, mutates_args=())}")
+_LIBRARY.impl("fused_lens", _fused_lens_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("refinelens::fused_lens")
 def _(  # type: ignore[no-untyped-def]
     hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
     backend, precision="auto", check_values=True,
