@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .api import essential_layers, fit, merge_lenses, sweep
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
+    from .layers.sublayers import SublayerReading, read_sublayers
     from .lens.files import load_lens
     from .lens.logit_lens import LogitLens
     from .lens.reading import LayerReading
@@ -42,6 +43,8 @@ _PUBLIC = {
     "LayerReading": "lens.reading",
     "Translators": "lens.translators",
     "load_lens": "lens.files",
+    "read_sublayers": "layers.sublayers",
+    "SublayerReading": "layers.sublayers",
     "trajectories": "store.trajectory",
     "Trajectories": "store.trajectory",
     # Experiments.
@@ -79,6 +82,8 @@ __all__ = [
     "LayerReading",
     "Translators",
     "load_lens",
+    "read_sublayers",
+    "SublayerReading",
     "trajectories",
     "Trajectories",
     "sweep",

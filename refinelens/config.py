@@ -26,6 +26,7 @@ SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one 
 PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
+POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
@@ -280,6 +281,12 @@ class ReadConfig(Config):
     )
     top_k: int = option(10, "likeliest tokens of every cell")
     layers: int = option(1, "all, or every N", kind=LAYERS, metavar="all|N")
+    points: str = choice(
+        "post: the stream behind every block; mid: behind its attention; all: both. With mid and all a page also has "
+        "what attention and feed-forward part add to the target's logit",
+        None,
+        *POINTS,
+    )
     tokens: int | None = option(None, "the last N are read (default: all; a terminal shows the last 24)")
     generate: int = option(0, "write up to N tokens after the text, greedily, and show them too (default: none)")
     measure: str = choice("that a terminal and a picture colour by", None, "probability", "rank")

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache
 
-from .config import ReadConfig
+from .config import MID, POST, ReadConfig
 from .errors import InputError
+from .layers.sublayers import HALVES, read_sublayers, with_embedding
 from .lens.files import load_lens
 from .lens.inputs import Tokens, targets_of
 from .lens.logit_lens import LogitLens
@@ -29,6 +30,12 @@ from .sweeping.generate import Generator, check_cache
 from .sweeping.sweep import RunSpec, SweepInputs
 
 SHOWN_TOKENS = 24  # of a terminal
+INSIDE = {
+    "behind attention": "layer l is the stream between the attention and the feed-forward part of block l + 1; the "
+    "last one the output",
+    "adds": "to the target's logit, through the final norm as it is at the output; over all layers the parts and a "
+    "constant of biases sum up to the logit, which was checked",
+}
 # Options that a run decides, and those that choose one of its contexts.
 OF_THE_RUN = ("model", "lens", "device", "dtype", "trust_remote_code", "generate")
 OF_A_RUN = ("question", "documents", "gold_position")
@@ -67,7 +74,7 @@ def read_text(
         ids = written(lens, loaded, ids, options.generate)
     segments = [Segment(n_prompt, len(ids), "generated", "generated")] if len(ids) > n_prompt else []
     title = text if len(text) <= 100 else f"…{text[-99:]}"
-    return map_of(lenses, loaded, ids, options, title, segments, _command(argv))
+    return map_of(lens, lenses, loaded, ids, options, title, segments, _command(argv))
 
 
 def read_context(
@@ -105,10 +112,11 @@ def read_context(
     facts = {"context": f"{context.where} of {run.path}"} | _command(argv)
     title = f"{context.question.question} ({context.where})"
     ids, following = list(context.input_ids), context.answer_ids[-1]
-    return map_of(lenses, inputs.loaded, ids, options, title, segments, facts, following)
+    return map_of(lens, lenses, inputs.loaded, ids, options, title, segments, facts, following)
 
 
 def map_of(
+    plain: LogitLens,
     lenses: Sequence[LogitLens],
     loaded: LoadedModel,
     ids: list[int],
@@ -121,7 +129,8 @@ def map_of(
     """The map of a text's last tokens: one forward pass, and of each lens one product with the unembedding a statistic.
 
     Args:
-        lenses: Of one model.
+        plain: The plain lens of the model.
+        lenses: What it is read through.
         loaded: That model.
         ids: Of the text.
         options: How it is shown.
@@ -130,20 +139,27 @@ def map_of(
         facts: That stand under the map, before those of the model.
         following: The token that follows the text; None where only the model says one.
     """
-    lens, n = lenses[0], len(ids)
+    lens, n = plain, len(ids)
     first = max(0, n - (options.tokens or n))
     positions = torch.arange(first, n)
     hidden = lens.hidden(torch.tensor([ids]), positions)  # [n_layers + 1, 1, token, d_model]
     targets, target_id = _targets(lens, hidden, [*ids[first + 1 :], following], options.target)
     shown = Tokens(torch.tensor([ids]), None, positions[None], is_batch=False)
     readings: list[LayerReading] = []
-    for one in lenses:
+    for one in lenses if options.points != MID else ():
         k = min(options.top_k, one.head.vocab_size)
         readings.append(replace(one.read_states(hidden[:, 0], targets, top_k=k, check_last=False), tokens=shown))
+    added = {}
+    if options.points != POST:
+        k = min(options.top_k, lens.head.vocab_size)
+        inside = read_sublayers(lens, ids, targets, range(first, n), top_k=k)
+        readings.append(inside.mid)
+        added = {half: with_embedding(inside, half) for half in HALVES}
     own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
     words = _words_of_target(options.target, readings[0].text, target_id, following is not None)
-    facts = facts | model_facts(loaded, lens)
-    return heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
+    facts = facts | model_facts(loaded, lens) | (INSIDE if options.points != POST else {})
+    found = heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
+    return replace(found, lenses=[replace(one, **added) for one in found.lenses])
 
 
 def _targets(

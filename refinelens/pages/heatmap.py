@@ -29,6 +29,10 @@ class LensMap:
     logprob: np.ndarray | None = None  # fp32 nats, of the target
     top_ids: np.ndarray | None = None  # int64 [n_layers + 1, token, k], best first
     top_logprobs: np.ndarray | None = None  # fp32 nats
+    # What attention and feed-forward part of the block below each layer add to the target's logit, fp32; layer 0: what
+    # the embedding adds, and 0.
+    attn: np.ndarray | None = None
+    mlp: np.ndarray | None = None
 
     @property
     def trajectory(self) -> Trajectories:
@@ -116,7 +120,7 @@ class HeatMap:
                 "first": found.first_correct.astype(np.int32),
                 "settle": found.settle.astype(np.int32),
             }
-            for name in ("kl", "logprob"):
+            for name in ("kl", "logprob", "attn", "mlp"):
                 if (value := getattr(lens, name)) is not None:
                     own[name] = value[layers].astype(np.float32)
             if lens.rank is not None:
@@ -162,7 +166,7 @@ class HeatMap:
                     **{name: rows(getattr(lens, name)) for name in ("argmax", "rank", "top_ids")},
                     **{
                         name: rows(getattr(lens, name), 6)
-                        for name in ("max_logprob", "entropy", "kl", "logprob", "top_logprobs")
+                        for name in ("max_logprob", "entropy", "kl", "logprob", "top_logprobs", "attn", "mlp")
                     },
                     "first_correct": _or_null(found.first_correct),
                     "settle": _or_null(found.settle),

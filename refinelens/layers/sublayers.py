@@ -1,0 +1,181 @@
+"""The two halves of every block: what attention and feed-forward part add, and the residual stream between them.
+
+What a part adds is found by what it does: a block whose feed-forward part is zero-ablated puts out the stream behind
+its attention, ``resid_mid``; what the whole block puts out beyond that is the feed-forward part's. So norms behind a
+part, multipliers and parallel parts are in it, whatever the model; of parallel parts (GPT-J, GPT-NeoX) attention counts
+first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedModelError
+from ..kernels.reference import LayerNorm, LensHead, apply_norm
+from ..lens.inputs import Tokens, targets_of, tokens_of
+from ..lens.logit_lens import LogitLens
+from ..lens.reading import LayerReading
+from .blocks import ActivationCache, check_replay, zero_ablated
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HALVES = ("attn", "mlp")
+MID = "plain, behind attention"  # name of the lens that reads resid_mid
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SublayerReading:
+    """What happens inside the blocks; fields ``[n_layers, position]`` fp32, row i of block i + 1, but for those named.
+
+    The direct logit attribution of a part is what it adds to the target's logit through the final norm, whose scale is
+    taken as it is at the output (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"): the parts of
+    a sum, ``embedding + attn + mlp + constant = logit`` over all layers, checked. Logits are before a softcap.
+    """
+
+    mid: LayerReading  # resid_mid through the plain lens; [n_layers + 1, position], its last row the output
+    attn: Tensor  # nats, direct logit attribution of what attention adds
+    mlp: Tensor
+    embedding: Tensor  # [position], of the embedding output
+    constant: Tensor  # [position], of biases of norm and unembedding
+    logit: Tensor  # [position], of the target at the output
+    attn_cosine: Tensor  # cosine of what attention adds and the stream before it
+    mlp_cosine: Tensor
+    attn_size: Tensor  # norm of what attention adds, as a share of that of the stream before it
+    mlp_size: Tensor
+    targets: Tensor  # int64 [position]
+    tokens: Tokens
+
+    def __repr__(self) -> str:
+        n_layers, n = self.attn.shape
+        return f"SublayerReading: {n_layers} blocks, {n} positions; {', '.join(f.name for f in fields(self))}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per block and position, with ``resid_mid``'s best token, rank and log-probability.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        frame = self.mid.map(lambda value: value[:-1]).to_frame()
+        frame["layer"] += 1
+        names = [f"{half}{end}" for half in HALVES for end in ("", "_cosine", "_size")]
+        for name in names:
+            frame[name] = getattr(self, name).flatten().numpy()
+        return frame
+
+
+@torch.no_grad()
+def read_sublayers(
+    lens: LogitLens, text: object, targets: object = None, positions: object = None, *, top_k: int = 5
+) -> SublayerReading:
+    """Run a text once, and every block of it once more without its feed-forward part.
+
+    Args:
+        lens: Of the model; the stream between the parts is read by its plain form.
+        text: One text, as in `LogitLens.read`.
+        targets: Token ids or strings of one token each, broadcastable to ``[position]``; None for the model's own
+            prediction at each.
+        positions: As in `LogitLens.read`.
+        top_k: How many of the likeliest tokens to list; 0 for none.
+
+    Raises:
+        InputError: Input that does not fit, more than one text, or a lens with translators, which were made for the
+            stream behind whole blocks.
+        UnsupportedModelError: Blocks that cannot be run by themselves, or whose parts were not found.
+    """
+    if lens.translators is not None:
+        raise InputError(f"lens: expected the plain lens, got {lens.name}, which was made for whole blocks")
+    tokens = tokens_of(text, positions, None, lens.tokenizer)
+    if len(tokens.input_ids) != 1:
+        raise InputError(f"text: expected one text, got {len(tokens.input_ids)}")
+    sublayers = check_replay(lens).sublayers
+    missing = [index + 1 for index, found in enumerate(sublayers) if found is None]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(lens.model).__name__}: expected attention and feed-forward part in every block, found none such in "
+            f"block {', '.join(map(str, missing[:5]))}{' ...' if len(missing) > 5 else ''}"
+        )
+    with lens.undisturbed():
+        run = ActivationCache.record(lens, tokens.input_ids)
+        between = []
+        for index, own in enumerate(sublayers):
+            with zero_ablated(own["mlp"], slice(None)):  # type: ignore[index]
+                between.append(run.block(index, run.states[index]))
+    places = tokens.positions[0].to(run.states[0].device)
+    post, mid = (torch.stack(states)[:, 0, places] for states in (run.states, between))  # [.., position, d_model]
+    ids = targets_of(targets, lens.tokenizer)
+    last = lens.stats(post[-1], None if ids is None else torch.as_tensor(ids, device=post.device))
+    chosen = last.argmax if ids is None else torch.as_tensor(ids, device=post.device).expand(len(places))
+    reading = lens.read_states(torch.cat([mid, post[-1:]]), chosen, kl=True, top_k=top_k, check_last=False)
+    shown = replace(reading, tokens=replace(tokens, is_batch=False), lens=MID).to("cpu")
+    added = {"attn": mid - post[:-1], "mlp": post[1:] - mid}
+    before = {"attn": post[:-1], "mlp": mid}
+    parts, constant = attribute(torch.cat([post[:1], *added.values()]), post[-1], chosen, lens.head)
+    n_layers = lens.n_layers
+    logit = constant + parts.sum(0)
+    check_sum(lens, post[-1], chosen, logit)
+    numbers = {"embedding": parts[0], "attn": parts[1 : n_layers + 1], "mlp": parts[n_layers + 1 :]}
+    for half in HALVES:
+        what, stream = added[half].float(), before[half].float()
+        numbers[f"{half}_cosine"] = torch.nn.functional.cosine_similarity(what, stream, -1)
+        numbers[f"{half}_size"] = what.norm(dim=-1) / stream.norm(dim=-1)
+    numbers |= {"constant": constant, "logit": logit}
+    on_cpu = {name: value.float().cpu() for name, value in numbers.items()}
+    return SublayerReading(mid=shown, **on_cpu, targets=chosen.cpu(), tokens=shown.tokens)  # type: ignore[arg-type]
+
+
+def with_embedding(inside: SublayerReading, half: str) -> np.ndarray:
+    """Attributions of one half by the layer that its block puts out, ``[n_layers + 1, position]``.
+
+    Row 0 has what the embedding adds, where the half is attention, or else 0.
+    """
+    first = inside.embedding if half == HALVES[0] else torch.zeros_like(inside.embedding)
+    return torch.cat([first[None], getattr(inside, half)]).numpy()
+
+
+def attribute(parts: Tensor, final: Tensor, targets: Tensor, head: LensHead) -> tuple[Tensor, Tensor]:
+    """Direct logit attribution of the summands of a final state, fp64 ``[part, position]``; ``[position]`` of biases.
+
+    Args:
+        parts: ``[part, position, d_model]``, which add up to ``final``.
+        final: ``[position, d_model]``, the residual stream at the output.
+        targets: ``[position]`` int64.
+        head: Of the lens.
+    """
+    parts, x, norm = parts.double(), final.double(), head.norm
+    weight = head.weight[targets].double()  # [position, d_embed]
+    if head.projection is not None:
+        weight = weight @ head.projection.double()
+    constant = 0.0 if head.bias is None else head.bias[targets].double()
+    if norm is not None:
+        if norm.bias is not None:
+            constant = constant + (weight * norm.bias.double()).sum(-1)
+        if isinstance(norm, LayerNorm):
+            x, parts = (states - states.mean(-1, keepdim=True) for states in (x, parts))
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+        weight = weight * scale if norm.weight is None else weight * scale * (norm.weight.double() + norm.offset)
+    found = head.scale * (parts * weight).sum(-1)
+    return found, torch.zeros_like(found[0]) + head.scale * constant
+
+
+def check_sum(lens: LogitLens, final: Tensor, targets: Tensor, total: Tensor) -> None:
+    """Hold the sum of all attributions against the target's logit, computed whole.
+
+    Raises:
+        UnsupportedModelError: They differ by more than the parity gate allows.
+    """
+    head = lens.head
+    x = apply_norm(final, head.norm, torch.float64)
+    x = x if head.projection is None else x @ head.projection.double().T
+    logit = (x * head.weight[targets].double()).sum(-1) + (0.0 if head.bias is None else head.bias[targets].double())
+    largest, allowed = float((head.scale * logit - total).abs().max()), lens.parity.tolerance * lens.parity.logit_range
+    if largest > allowed:
+        raise UnsupportedModelError(
+            f"{type(lens.model).__name__}: expected what its parts add to sum up to the logit, got a difference of "
+            f"{largest:.2g}, allowed {allowed:.2g}"
+        )
