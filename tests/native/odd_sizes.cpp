@@ -71,20 +71,21 @@ std::vector<double> reference_logits(const Case& c, const Operand& hidden, const
 
 bool agrees(const Case& c, int threads, std::mt19937& random) {
   const Operand hidden(c.rows, c.d_model, c.element, random), unembedding(c.vocab, c.d_model, c.element, random);
-  std::vector<float> bias(c.vocab), max_logit(c.rows), logsumexp(c.rows), entropy(c.rows), target_logit(c.rows);
-  std::vector<int64_t> targets(c.rows), argmax(c.rows), rank(c.rows);
+  const int64_t n = c.targets ? 3 : 0;  // targets of a row
+  std::vector<float> bias(c.vocab), max_logit(c.rows), logsumexp(c.rows), entropy(c.rows), target_logit(c.rows * n);
+  std::vector<int64_t> targets(c.rows * n), argmax(c.rows), rank(c.rows * n);
   for (float& b : bias) b = static_cast<float>(random() % 64) / 64;
+  for (int64_t& t : targets) t = random() % c.vocab;
   std::vector<std::vector<double>> reference;
   for (int64_t r = 0; r < c.rows; ++r) {
     reference.push_back(reference_logits(c, hidden, unembedding, bias, r));
     const auto& logits = reference.back();
-    targets[r] = r % 2 ? random() % c.vocab : std::max_element(logits.begin(), logits.end()) - logits.begin();
+    if (n && r % 2) targets[r * n + r % n] = std::max_element(logits.begin(), logits.end()) - logits.begin();
   }
   const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
-                            c.bias ? bias.data() : nullptr, 1.0f, c.softcap, c.targets ? targets.data() : nullptr};
+                            c.bias ? bias.data() : nullptr, 1.0f, c.softcap, targets.data(), n};
   fused_lens(problem, lens_kernels(selected_isa()), threads,
-             {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(),
-              c.targets ? target_logit.data() : nullptr, c.targets ? rank.data() : nullptr});
+             {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(), target_logit.data(), rank.data()});
   bool good = true;
   for (int64_t r = 0; r < c.rows; ++r) {
     const std::vector<double>& logits = reference[r];
@@ -95,11 +96,13 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
     good &= std::fabs(max_logit[r] - peak) < slack && logits[argmax[r]] > peak - slack;
     good &= std::fabs(logsumexp[r] - (peak + std::log(sum))) < slack;
     good &= std::fabs(entropy[r] - (std::log(sum) - weighted / sum)) < slack;
-    if (!c.targets) continue;
-    good &= (rank[r] == 0) == (argmax[r] == targets[r]);
-    int64_t above = 0, near = 0;
-    for (double l : logits) above += l > logits[targets[r]] + slack, near += std::fabs(l - logits[targets[r]]) <= slack;
-    good &= std::fabs(target_logit[r] - logits[targets[r]]) < slack && rank[r] >= above && rank[r] < above + near;
+    for (int64_t i = r * n; i < (r + 1) * n; ++i) {
+      const double own = logits[targets[i]];
+      good &= (rank[i] == 0) == (argmax[r] == targets[i]);
+      int64_t above = 0, near = 0;
+      for (double l : logits) above += l > own + slack, near += std::fabs(l - own) <= slack;
+      good &= std::fabs(target_logit[i] - own) < slack && rank[i] >= above && rank[i] < above + near;
+    }
   }
   if (!good)
     std::printf("differs: rows %ld d_model %ld vocab %ld element %d norm %d threads %d\n", long(c.rows),
@@ -152,7 +155,7 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "overread") {
     const Operand hidden(3, 33, Element::fp32, random, 1), unembedding(40, 33, Element::fp32, random);
     const LensProblem problem{hidden.matrix, {NormSpec::none, nullptr, nullptr, 0}, unembedding.matrix,
-                              nullptr, 1.0f, 0.0f, nullptr};
+                              nullptr, 1.0f, 0.0f, nullptr, 0};
     int64_t argmax[3];
     float numbers[9];
     fused_lens(problem, lens_kernels(selected_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
