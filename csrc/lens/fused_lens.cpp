@@ -32,18 +32,19 @@ struct Ranges {
 
 class Accumulators {
  public:
-  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers, int64_t top_k)
-      : n_rows_(n_rows), n_workers_(n_workers), top_k_(top_k), last_(aligned<float>(top_k ? n_workers * n_rows : 0)),
-        top_z_(aligned<float>(n_workers * n_rows * top_k)), top_id_(aligned<int32_t>(n_workers * n_rows * top_k)),
-        floats_(aligned<float>(2 * n_ranges * n_rows_)),
-        ints_(aligned<int32_t>(2 * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)),
+  Accumulators(int64_t n_ranges, int64_t n_rows, int n_workers, int64_t n_targets, int64_t top_k)
+      : n_rows_(n_rows), n_workers_(n_workers), n_ints_(1 + n_targets), top_k_(top_k),
+        last_(aligned<float>(top_k ? n_workers * n_rows : 0)), top_z_(aligned<float>(n_workers * n_rows * top_k)),
+        top_id_(aligned<int32_t>(n_workers * n_rows * top_k)), floats_(aligned<float>(2 * n_ranges * n_rows_)),
+        ints_(aligned<int32_t>(n_ints_ * n_ranges * n_rows_)), doubles_(aligned<double>(2 * n_ranges * n_rows_)),
         seen_(aligned<float>(n_workers * n_rows_)) {}
 
   RangeState of(int64_t range, int worker = 0) const {
-    const int64_t at = 2 * range * n_rows_;
-    return {floats_.get() + at,         floats_.get() + at + n_rows_,  ints_.get() + at,
-            ints_.get() + at + n_rows_, doubles_.get() + at,           doubles_.get() + at + n_rows_,
-            seen_.get() + worker * n_rows_, top_of(worker)};
+    float* floats = floats_.get() + 2 * range * n_rows_;
+    int32_t* ints = ints_.get() + n_ints_ * range * n_rows_;
+    double* doubles = doubles_.get() + 2 * range * n_rows_;
+    return {floats,  floats + n_rows_,  ints, ints + n_rows_,
+            doubles, doubles + n_rows_, seen_.get() + worker * n_rows_, top_of(worker)};
   }
 
   TopState top_of(int worker) const {
@@ -62,13 +63,13 @@ class Accumulators {
   RangeState cleared(int64_t range, int worker) const {
     const RangeState state = of(range, worker);
     std::fill_n(state.best, 2 * n_rows_, -kInfinity);
-    std::fill_n(state.argmax, 2 * n_rows_, 0);
+    std::fill_n(state.argmax, n_ints_ * n_rows_, 0);
     std::fill_n(state.total, 2 * n_rows_, 0.0);
     return state;
   }
 
  private:
-  int64_t n_rows_, n_workers_, top_k_;
+  int64_t n_rows_, n_workers_, n_ints_, top_k_;
   Aligned<float> last_, top_z_;  // of each worker
   Aligned<int32_t> top_id_;
   Aligned<float> floats_;
@@ -81,7 +82,7 @@ class Accumulators {
 void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t row, const LensStats& stats,
                 int64_t out) {
   float best = -kInfinity, peak = -kInfinity;
-  int64_t argmax = 0, rank = 0;
+  int64_t argmax = 0;
   for (int64_t i = 0; i < ranges.count; ++i) {
     const RangeState state = accumulators.of(i);
     peak = std::max(peak, state.peak[row]);  // a softcap leaves one where all z are -inf
@@ -89,7 +90,6 @@ void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t 
       best = state.best[row];
       argmax = ranges.start(i) + state.argmax[row];
     }
-    rank += state.rank[row];
   }
   double total = 0.0, weighted = 0.0;
   for (int64_t i = 0; i < ranges.count; ++i) {
@@ -104,7 +104,18 @@ void finish_row(const Accumulators& accumulators, const Ranges& ranges, int64_t 
   stats.max_logit[out] = peak;
   stats.logsumexp[out] = static_cast<float>(peak + std::log(total));
   stats.entropy[out] = static_cast<float>(std::log(total) - weighted / total);
-  if (stats.target_rank) stats.target_rank[out] = rank;
+}
+
+// The same of its targets.
+void finish_targets(const Accumulators& accumulators, const Ranges& ranges, const PackedTargets& targets, int64_t row,
+                    const LensStats& stats, int64_t out) {
+  for (int64_t i = 0; i < targets.count; ++i) {
+    const int64_t from = i * targets.stride + row, to = out * targets.count + i;
+    int64_t rank = 0;
+    for (int64_t range = 0; range < ranges.count; ++range) rank += accumulators.of(range).rank[from];
+    stats.target_rank[to] = rank;
+    stats.target_logit[to] = targets.logit[from];
+  }
 }
 
 // The best of all threads' lists of one row: the same whatever tokens each thread had.
@@ -130,13 +141,14 @@ class Driver {
                              std::max<int64_t>(kPackedBytes / (4 * d_model_) / kernels.wide_panel, 1) *
                                  kernels.wide_panel)),
         scratch_floats_(kernels.scratch_floats(d_model_)), panels_(aligned<float>(block_rows_ * d_model_)),
-        targets_(aligned<int32_t>(block_rows_)), target_z_(aligned<float>(block_rows_)),
-        target_logit_(aligned<float>(block_rows_)),
+        target_ids_(aligned<int32_t>(problem.n_targets * block_rows_)),
+        target_z_(aligned<float>(problem.n_targets * block_rows_)),
+        target_logit_(aligned<float>(problem.n_targets * block_rows_)),
         scratch_(aligned<float>(scratch_floats_ * std::max(n_threads, 1))) {}
 
   void run(const LensStats* stats) const {
     const Accumulators accumulators(stats ? ranges_.count : 0, block_rows_, std::max(n_threads_, 1),
-                                    stats ? stats->top_k : 0);
+                                    problem_.n_targets, stats ? stats->top_k : 0);
     for (int64_t first = 0; first < problem_.hidden.rows; first += block_rows_) {
       const PackedRows rows = pack(first);
       scan(rows, stats ? &accumulators : nullptr);
@@ -148,8 +160,9 @@ class Driver {
   float* scratch(int worker) const { return scratch_.get() + worker * scratch_floats_; }
 
   PackedRows pack(int64_t first_row) const {
-    const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first_row), panels_.get(), targets_.get(),
-                          target_z_.get(), target_logit_.get()};
+    const PackedTargets targets{problem_.n_targets, block_rows_, target_ids_.get(), target_z_.get(),
+                                target_logit_.get()};
+    const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first_row), panels_.get(), targets};
     const int64_t n_panels = (rows.count + kernels_.wide_panel - 1) / kernels_.wide_panel;
     constexpr double kFlopsPerElement = 64;  // what packing takes compared with multiplying
     parallel_for(n_panels, useful_threads(kFlopsPerElement * rows.count * d_model_, n_threads_),
@@ -174,7 +187,7 @@ class Driver {
     parallel_for(rows.count, useful_threads(kFlopsPerRange * rows.count * ranges_.count, n_threads_),
                  [&](int64_t row, int) {
                    finish_row(accumulators, ranges_, row, stats, first + row);
-                   if (stats.target_logit) stats.target_logit[first + row] = rows.target_logit[row];
+                   finish_targets(accumulators, ranges_, rows.targets, row, stats, first + row);
                    if (stats.top_k) finish_list(accumulators, std::max(n_threads_, 1), row, stats, first + row);
                  });
   }
@@ -186,7 +199,7 @@ class Driver {
   const Ranges ranges_;
   const int64_t block_rows_, scratch_floats_;
   const Aligned<float> panels_;
-  const Aligned<int32_t> targets_;
+  const Aligned<int32_t> target_ids_;
   const Aligned<float> target_z_, target_logit_, scratch_;
 };
 

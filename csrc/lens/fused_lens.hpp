@@ -25,31 +25,44 @@ struct LensProblem {
   const float* bias;   // [vocab_size], or null
   float scale;
   float softcap;
-  const int64_t* targets;  // [rows], or null
+  const int64_t* targets;  // [rows, n_targets], or null
+  int64_t n_targets;       // of a row, 0 for none
 };
 
-// One entry for every hidden row; those of the target are null without targets.
+// One entry for every hidden row, but for targets and lists.
 struct LensStats {
   int64_t* argmax;
   float* max_logit;
   float* logsumexp;
   float* entropy;
-  float* target_logit;
+  float* target_logit;  // [rows, n_targets], and so the next
   int64_t* target_rank;
   int64_t top_k;   // 0 for no lists
   float* top_z;    // [rows, top_k], the largest z, best first, equal ones in the order of tokens
   int64_t* top_id;
 };
 
+// The targets of a block of hidden rows, each array [count][stride]: of every target an entry for every row of the
+// panels. The rows that fill up the last vector have token -1.
+struct PackedTargets {
+  int64_t count;  // of a row, 0 for none
+  int64_t stride;
+  int32_t* token;
+  float* z;
+  float* logit;
+
+  PackedTargets at(int64_t target, int64_t row) const {
+    const int64_t first = target * stride + row;
+    return {count - target, stride, token + first, z + first, logit + first};
+  }
+};
+
 // A block of hidden rows as the product reads it: as few panels of at most `wide_panel` rows as will do, each
-// [d_model][rows]. The other arrays have an entry for every row of the panels; the rows that fill up the last vector
-// have target -1.
+// [d_model][rows].
 struct PackedRows {
   int64_t count;
   float* panels;
-  int32_t* targets;
-  float* target_z;
-  float* target_logit;
+  PackedTargets targets;
 };
 
 // The largest z of a block of rows among the tokens that one thread has seen, best first.
@@ -65,7 +78,7 @@ struct RangeState {
   float* best;       // largest z, -inf at first
   float* peak;       // the logit of `best`; the sums below are relative to it
   int32_t* argmax;   // lowest id that has `best`, counted from the start of the range; any where `seen` is larger
-  int32_t* rank;     // tokens that beat the target
+  int32_t* rank;     // [n_targets][rows], tokens that beat the target; as far apart as those of PackedTargets
   double* total;     // sum of exp(l - peak)
   double* weighted;  // sum of (l - peak) * exp(l - peak)
   float* seen;       // a z that some token of this or another range has, or -inf: below it there is no argmax

@@ -23,20 +23,17 @@ inline void for_tokens(int64_t count, F f) {
   for (; token < count; ++token) f(token, 0);
 }
 
-struct MaxAndCount {
-  Floats largest;
-  Ints reaching;  // how many tokens have at least `bound`
-};
-
-inline MaxAndCount max_and_count(const Lanes& lanes, Floats bound) {
+inline Floats largest_of(const Lanes& lanes) {
   Floats best[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
+  for_tokens(lanes.count, [&](int64_t token, int i) { best[i] = larger(lanes.at(token), best[i]); });
+  return larger(best[0], best[1]);
+}
+
+// How many tokens have at least `bound`.
+inline Ints count_reaching(const Lanes& lanes, Floats bound) {
   Ints count[2] = {};
-  for_tokens(lanes.count, [&](int64_t token, int i) {
-    const Floats z = lanes.at(token);
-    best[i] = larger(z, best[i]);
-    count[i] = z >= bound ? count[i] + 1 : count[i];
-  });
-  return {larger(best[0], best[1]), count[0] + count[1]};
+  for_tokens(lanes.count, [&](int64_t token, int i) { count[i] = lanes.at(token) >= bound ? count[i] + 1 : count[i]; });
+  return count[0] + count[1];
 }
 
 // The lowest token, counted from the first, that has the value `best`.
@@ -78,6 +75,18 @@ inline Ints count_beating(const Lanes& lanes, Ints target, Floats target_z) {
   return count;
 }
 
+// Adds to the rank of every target of kLanes rows how many of the tokens first, first + 1, ... beat it.
+inline void count_ranks(const Lanes& lanes, int64_t first, const PackedTargets& targets, int32_t* rank) {
+  for (int64_t i = 0; i < targets.count; ++i) {
+    const PackedTargets own = targets.at(i, 0);
+    const Ints target = *reinterpret_cast<const Ints*>(own.token) - static_cast<int32_t>(first);
+    const Floats z = load(own.z);
+    *reinterpret_cast<Ints*>(rank + i * targets.stride) += needs_comparison(lanes, target, z)
+                                                               ? count_beating(lanes, target, z)
+                                                               : count_reaching(lanes, bound_of(lanes, target, z));
+  }
+}
+
 // Puts the tokens first, first + 1, ... that belong there into the lists of kLanes rows. Rare once the lists are full:
 // of V tokens in random order about k ln(V / k) come in.
 inline void list_top(const Lanes& lanes, Floats largest, int64_t first, const TopState& top, int64_t row) {
@@ -109,11 +118,8 @@ inline void list_top(const Lanes& lanes, Floats largest, int64_t first, const To
 
 // Fold the tokens first, first + 1, ... of a range that starts at `range` into the statistics of kLanes rows.
 inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float softcap, const RangeState& state,
-                         int64_t row, const int32_t* targets, const float* target_z) {
-  const Ints target = targets ? *reinterpret_cast<const Ints*>(targets) - static_cast<int32_t>(first) : Ints{};
-  const Floats t = targets ? load(target_z) : Floats{};
-  const MaxAndCount tile = max_and_count(lanes, bound_of(lanes, target, t));
-  const Floats tile_best = tile.largest, old_best = load(state.best + row), seen = load(state.seen + row);
+                         int64_t row, const PackedTargets& targets) {
+  const Floats tile_best = largest_of(lanes), old_best = load(state.best + row), seen = load(state.seen + row);
   // What lies below a z seen in another range is not the argmax, and need not be found: so this is rare.
   const Ints leads = (tile_best > old_best) & (tile_best >= seen);
   store(state.best + row, larger(tile_best, old_best));
@@ -123,9 +129,7 @@ inline void reduce_lanes(const Lanes& lanes, int64_t first, int64_t range, float
     store(state.seen + row, larger(tile_best, seen));
   }
   if (state.top.k) list_top(lanes, tile_best, first, state.top, row);
-  if (targets)
-    *reinterpret_cast<Ints*>(state.rank + row) +=
-        needs_comparison(lanes, target, t) ? count_beating(lanes, target, t) : tile.reaching;
+  count_ranks(lanes, first, targets, state.rank + row);
 
   const Floats old_peak = load(state.peak + row);
   store(state.peak + row, load(state.best + row));

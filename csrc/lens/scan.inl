@@ -64,27 +64,26 @@ inline void multiply(const Panel& panel, Group group, int64_t begin, int64_t dep
   });
 }
 
-// The targets' z: their tokens are multiplied with all rows of the panel, and the row's own is picked.
-static void find_targets(const LensProblem& problem, int64_t first_row, const PackedRows& rows, const Panel& panel,
-                         Scratch scratch) {
+// The z of one target of every row of a panel: their tokens are multiplied with all rows, and the row's own is picked.
+// `wanted` is the first row's, `targets` are from there on.
+static void find_targets(const LensProblem& problem, const int64_t* wanted, const Panel& panel,
+                         const PackedTargets& targets, Scratch scratch) {
   const int64_t d_model = problem.hidden.columns;
-  const int64_t* wanted = problem.targets + first_row + panel.row;
+  const auto id = [&](int64_t row) { return wanted[row * problem.n_targets]; };
   for (int64_t i = 0; i < panel.width(); ++i) {
-    rows.targets[panel.row + i] = i < panel.count ? static_cast<int32_t>(wanted[i]) : -1;
-    rows.target_z[panel.row + i] = 1.0f;
+    targets.token[i] = i < panel.count ? static_cast<int32_t>(id(i)) : -1;
+    targets.z[i] = 1.0f;
   }
   for (int64_t begin = 0; begin < panel.count; begin += kGroup) {
     const int64_t n = panel.count - begin < kGroup ? panel.count - begin : kGroup;
-    stage_group(problem.unembedding, [&](int64_t i) { return wanted[begin + i]; }, n, scratch.block);
-    for (int64_t i = 0; i < kGroup; ++i)
-      scratch.bias[i] = i < n && problem.bias ? problem.bias[wanted[begin + i]] : 0.0f;
+    stage_group(problem.unembedding, [&](int64_t i) { return id(begin + i); }, n, scratch.block);
+    for (int64_t i = 0; i < kGroup; ++i) scratch.bias[i] = i < n && problem.bias ? problem.bias[id(begin + i)] : 0.0f;
     multiply(panel, {scratch.block, staged_stride(d_model)}, 0, d_model, {true, true, scratch.bias, problem.scale},
              scratch.tile, {}, {});
-    for (int64_t i = 0; i < n; ++i)
-      rows.target_z[panel.row + begin + i] = scratch.tile[i * panel.width() + begin + i];
+    for (int64_t i = 0; i < n; ++i) targets.z[begin + i] = scratch.tile[i * panel.width() + begin + i];
   }
-  __builtin_memcpy(rows.target_logit + panel.row, rows.target_z + panel.row, sizeof(float) * panel.width());
-  if (problem.softcap != 0.0f) soft_cap(rows.target_logit + panel.row, panel.width(), problem.softcap);
+  __builtin_memcpy(targets.logit, targets.z, sizeof(float) * panel.width());
+  if (problem.softcap != 0.0f) soft_cap(targets.logit, panel.width(), problem.softcap);
 }
 
 static void pack_panel(const LensProblem& problem, int64_t first_row, const PackedRows& rows, int64_t index,
@@ -94,7 +93,9 @@ static void pack_panel(const LensProblem& problem, int64_t first_row, const Pack
   with_vectors(panel.vectors, [&](auto vectors) {
     fill_panel<vectors.count>(problem, first_row + panel.row, panel.count, rows.panels + panel.row * d_model);
   });
-  if (problem.targets) find_targets(problem, first_row, rows, panel, Scratch(memory));
+  for (int64_t i = 0; i < problem.n_targets; ++i)
+    find_targets(problem, problem.targets + (first_row + panel.row) * problem.n_targets + i, panel,
+                 rows.targets.at(i, panel.row), Scratch(memory));
 }
 
 // The group of tokens that starts at `token`: where it lies if that can be, else staged at `place`.
@@ -156,8 +157,7 @@ static void scan_range(const LensProblem& problem, const PackedRows& rows, int64
       if (!state) continue;
       for (int64_t lane = 0; lane < panel.width(); lane += kLanes)
         reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state,
-                     panel.row + lane, problem.targets ? rows.targets + panel.row + lane : nullptr,
-                     rows.target_z + panel.row + lane);
+                     panel.row + lane, rows.targets.at(0, panel.row + lane));
     }
   }
 }

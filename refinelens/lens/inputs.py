@@ -1,4 +1,4 @@
-"""What a lens is asked to read, in whose words ever: texts, ids, positions and targets as tensors."""
+"""What a lens is asked to read, in whose words ever: texts, ids, positions, states and targets as tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.identity import text_of
 from ..model.positions import padded
+from ..op.fused_lens import broadcast_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,42 +129,82 @@ def _positions_of(positions: object, n_tokens: int, ends: Tensor, is_padded: boo
     return found
 
 
-def targets_of(targets: object, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
+def states_of(states: object, n_layers: int, d_model: int) -> Tensor:
+    """States of all layers as one tensor ``[n_layers + 1, ..., d_model]``.
+
+    Raises:
+        InputError: Neither such a tensor nor its layers in a tuple or list.
+    """
+    if isinstance(states, tuple | list):
+        if not states or not all(isinstance(layer, Tensor) and layer.shape == states[0].shape for layer in states):
+            raise InputError("states: expected layers of one shape [..., d_model], got others")
+        states = torch.stack([layer.detach() for layer in states])
+    if not isinstance(states, Tensor) or states.dim() < 2 or len(states) != n_layers + 1:
+        got = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
+        raise InputError(
+            f"states: expected [{n_layers + 1}, ..., {d_model}], the embedding output and what each of {n_layers} "
+            f"blocks puts out, got {got}"
+        )
+    return states
+
+
+def targets_of(targets: object, tokenizer: PreTrainedTokenizerBase | None, name: str = "targets") -> Tensor | None:
     """Target ids from ids or strings; a string is the text of one token, with its space where it has one.
 
     Raises:
         InputError: A string that is not one token, or strings without a tokenizer.
     """
+
+    def ids_of(given: object) -> object:
+        if isinstance(given, list | tuple):
+            return [ids_of(one) for one in given]
+        return _id_of(given, tokenizer, name) if isinstance(given, str) else given
+
     if targets is None or isinstance(targets, Tensor):
         return targets
-    if isinstance(targets, str):
-        return torch.tensor(_id_of(targets, tokenizer))
-    if isinstance(targets, list | tuple):
-        rows = [row if isinstance(row, list | tuple) else [row] for row in targets]
-        ids = [[_id_of(t, tokenizer) if isinstance(t, str) else t for t in row] for row in rows]
-        nested = any(isinstance(row, list | tuple) for row in targets)
-        return _integers("targets", ids if nested else [id for (id,) in ids], "token ids or strings")
-    return _integers("targets", targets, "token ids or strings")
+    return _integers(name, ids_of(targets), "token ids or strings")
 
 
-def _id_of(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+def _id_of(text: str, tokenizer: PreTrainedTokenizerBase | None, name: str) -> int:
     if tokenizer is None:
-        raise InputError("tokenizer: expected one for targets that are text, got none; pass token ids")
+        raise InputError(f"tokenizer: expected one for {name} that are text, got none; pass token ids")
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(ids) != 1:
         pieces = ", ".join(repr(text_of(tokenizer, id)) for id in ids)
         raise InputError(
-            f"targets: expected the text of one token, got {text!r}, which is {len(ids)} ({pieces}); pass one of them, "
+            f"{name}: expected the text of one token, got {text!r}, which is {len(ids)} ({pieces}); pass one of them, "
             "often with its space, or an id"
         )
     if ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
-        raise InputError(f"targets: expected a token that the tokenizer knows, got {text!r}; pass another, or an id")
+        raise InputError(f"{name}: expected a token that the tokenizer knows, got {text!r}; pass another, or an id")
     return ids[0]
 
 
-def spread(targets: Tensor, shape: torch.Size) -> Tensor:
-    """Targets broadcast to every position, ``[N]``."""
-    try:
-        return targets.expand(shape).flatten()
-    except RuntimeError:
-        raise InputError(f"targets: expected ids broadcastable to {list(shape)}, got {list(targets.shape)}") from None
+def spread_targets(
+    targets: object, tokenizer: PreTrainedTokenizerBase | None, shape: torch.Size, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Target ids as they were given, on a device, and broadcast to every position, ``[N]``; None for none.
+
+    Raises:
+        InputError: As `targets_of`, or ids that do not broadcast to ``shape``.
+    """
+    ids = targets_of(targets, tokenizer)
+    if ids is None:
+        return None, None
+    ids = ids.to(device)
+    return ids, broadcast_ids("targets", ids, shape).flatten()
+
+
+def spread_alternatives(
+    alternatives: object, tokenizer: PreTrainedTokenizerBase | None, shape: torch.Size, device: torch.device
+) -> Tensor | None:
+    """Several targets of every position, ``[N, T]``, from ids broadcastable to ``[*shape, T]``; None for none.
+
+    Raises:
+        InputError: As `spread_targets`.
+    """
+    ids = targets_of(alternatives, tokenizer, "alternatives")
+    if ids is None:
+        return None
+    ids = torch.atleast_1d(ids.to(device))
+    return broadcast_ids("alternatives", ids, (*shape, ids.shape[-1])).reshape(shape.numel(), ids.shape[-1])

@@ -26,9 +26,9 @@ from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import fused_lens_top_k, kl_to_final
+from ..op.vocabulary import fused_lens_with, kl_to_final
 from .files import Lens, load_lens
-from .inputs import spread, targets_of, tokens_of
+from .inputs import spread_alternatives, spread_targets, states_of, targets_of, tokens_of
 from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
 from .reading import LayerReading
 from .translators import MODEL_KEYS, Translators, check_made_for
@@ -41,6 +41,8 @@ TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
 class _Plan:
     """How states are read."""
 
+    targets: Tensor | None  # [N]
+    alternatives: Tensor | None  # [N, T]
     translators: Translators | None
     kl: bool
     top_k: int
@@ -270,6 +272,7 @@ class LogitLens:
         positions: object = None,
         *,
         attention_mask: object = None,
+        alternatives: object = None,
         top_k: int = 5,
         kl: bool = True,
     ) -> LayerReading:
@@ -283,6 +286,8 @@ class LogitLens:
             positions: That are read: None for all, an integer, integers (of a batch also ``[batch, position]``), a
                 slice or a range; negative ones count from the last token of each text. Position p predicts token p + 1.
             attention_mask: ``[batch, token]``, 1 for real tokens, or None; padding stands on one side.
+            alternatives: Up to 8 further targets of every position, such as competing answers, as ids or strings that
+                broadcast to ``[position, T]`` or ``[batch, position, T]``; None for none.
             top_k: How many of the likeliest tokens to list; 0 for none.
             kl: Whether to compute KL(final || layer).
 
@@ -293,10 +298,10 @@ class LogitLens:
             InputError: Input that is none of these, positions, token ids or targets that do not fit.
         """
         tokens = tokens_of(text, positions, attention_mask, self.tokenizer)
-        ids = targets_of(targets, self.tokenizer)
+        ids, others = targets_of(targets, self.tokenizer), targets_of(alternatives, self.tokenizer, "alternatives")
         hidden = self.hidden(tokens.input_ids, tokens.positions, tokens.mask)
         hidden = hidden if tokens.is_batch else hidden[:, 0]
-        reading = self.read_states(hidden, ids, kl=kl, top_k=top_k, check_last=False)
+        reading = self.read_states(hidden, ids, alternatives=others, kl=kl, top_k=top_k, check_last=False)
         return replace(reading, tokens=tokens)
 
     def read_states(
@@ -305,6 +310,7 @@ class LogitLens:
         targets: object = None,
         translators: Translators | None = None,
         *,
+        alternatives: object = None,
         kl: bool = True,
         top_k: int = 0,
         logits: Tensor | None = None,
@@ -323,6 +329,7 @@ class LogitLens:
             states: ``[n_layers + 1, ..., d_model]``, the residual stream, or a tuple or list of its layers.
             targets: Ids, or strings of one token each, broadcastable to ``states.shape[1:-1]``, or None.
             translators: Applied before the norm, of this model, in place of the lens's own.
+            alternatives: As of `read`, broadcastable to ``[*states.shape[1:-1], T]``; `fused_lens_targets` gives them.
             kl: Whether to compute the divergence: two more products over the rows of the last layer.
             top_k: How many of the likeliest tokens to list; 0 for none.
             logits: The model's own logits ``[..., vocab_size]`` of these states, to be held against the last layer.
@@ -336,16 +343,13 @@ class LogitLens:
         translators = self.translators if translators is None else self.adapted(translators)
         # [n_layers + 1, N, d_model]
         states = hidden.reshape(len(hidden), -1, hidden.shape[-1]).to(self.head.weight.device)
-        targets = targets_of(targets, self.tokenizer)
-        flat = targets
-        if targets is not None:
-            targets = torch.as_tensor(targets, device=states.device)
-            flat = spread(targets, hidden.shape[1:-1])
-        plan = _Plan(translators, kl, top_k, normed)
+        place = (hidden.shape[1:-1], states.device)
+        targets, flat = spread_targets(targets, self.tokenizer, *place)
+        plan = _Plan(flat, spread_alternatives(alternatives, self.tokenizer, *place), translators, kl, top_k, normed)
         at_once = not normed and self._checks_at_once(states)  # without a norm an infinity could leave no trace
-        reading = self._read_blocks(states, flat, plan, check_values=not at_once)
+        reading = self._read_blocks(states, plan, check_values=not at_once)
         if at_once and not values_fit(reading.stats, states, flat, self.head.vocab_size, saturates=False):
-            self._read_blocks(states, flat, plan, check_values=True)  # says what is wrong
+            self._read_blocks(states, plan, check_values=True)  # says what is wrong
         shape = hidden.shape[:-1]
         reading = reading.map(lambda value: value.view(*shape, *value.shape[2:]))
         if logits is not None:
@@ -357,16 +361,7 @@ class LogitLens:
     def _states_given(self, states: Tensor | Sequence[Tensor], check_last: bool) -> tuple[Tensor, bool]:
         """The states as one tensor, and whether those of the last layer are normed already."""
         returned = isinstance(states, tuple | list)
-        if returned:
-            if not states or not all(isinstance(layer, Tensor) and layer.shape == states[0].shape for layer in states):
-                raise InputError("states: expected layers of one shape [..., d_model], got others")
-            states = torch.stack([layer.detach() for layer in states])
-        if not isinstance(states, Tensor) or states.dim() < 2 or len(states) != self.n_layers + 1:
-            got = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
-            raise InputError(
-                f"states: expected [{self.n_layers + 1}, ..., {self.d_model}], the embedding output and what each of "
-                f"{self.n_layers} blocks puts out, got {got}"
-            )
+        states = states_of(states, self.n_layers, self.d_model)
         if not returned:
             if check_last and looks_normed(states[-1], self.head, exactly=True) and self._returns_normed:
                 raise InputError(
@@ -388,34 +383,32 @@ class LogitLens:
         leaves_trace = self.head.norm is not None or self.head.softcap is None
         return leaves_trace and choose_backend(states.device.type, self.backend)[0] == "triton"
 
-    def _read_blocks(self, states: Tensor, targets: Tensor | None, plan: _Plan, check_values: bool) -> LayerReading:
+    def _read_blocks(self, states: Tensor, plan: _Plan, check_values: bool) -> LayerReading:
         """`read_states` of states ``[n_layers + 1, N, d_model]``, block by block."""
         n, translators = states.shape[1], plan.translators
         step = n if translators is None else rows_at_a_time(states)
         blocks = []
         for start in range(0, max(1, n), max(1, step)):
-            block, own = states[:, start : start + step], None if targets is None else targets[start : start + step]
+            rows = slice(start, start + step)
+            block = states[:, rows]
             with self._in_own_dtype():
                 block = block if translators is None else translators(block)
                 if check_values and translators is not None and not torch.isfinite(block).all():
                     raise InputError(
                         f"lens: expected translated states that fit {block.dtype}; use ``dtype='float32'``"
                     )
-                blocks.append(self._read_block(block, own, plan, check_values))
+                blocks.append(self._read_block(block, rows, plan, check_values))
         return LayerReading.cat(blocks, 1)
 
-    def _read_block(self, block: Tensor, targets: Tensor | None, plan: _Plan, check_values: bool) -> LayerReading:
+    def _read_block(self, block: Tensor, rows: slice, plan: _Plan, check_values: bool) -> LayerReading:
+        own, others = (None if ids is None else ids[rows] for ids in (plan.targets, plan.alternatives))
         heads = [(block, self.head)]
         if plan.normed:  # the last layer has no norm before it any more
             heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
         parts = []
         for states, head in heads:
-            if plan.top_k:
-                stats, top = fused_lens_top_k(states, head, plan.top_k, targets, self.backend, check_values)
-                parts.append(LayerReading(stats, top=top))
-            else:
-                stats = fused_lens(states, head, targets=targets, backend=self.backend, check_values=check_values)
-                parts.append(LayerReading(stats))
+            stats, several, top = fused_lens_with(states, head, own, others, plan.top_k, self.backend, check_values)
+            parts.append(LayerReading(stats, top=top, alternatives=several))
         reading = LayerReading.cat(parts, 0)
         if not plan.kl:
             return reading

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..kernels.reference import LensStats
 from ..model.identity import decode, text_of
-from ..op.vocabulary import TopK
+from ..op.vocabulary import TargetStats, TopK
 from ..pages.heatmap import HeatMap, LensMap, Segment
 from .inputs import Tokens
 
@@ -39,6 +39,7 @@ class LayerReading:
     stats: LensStats
     kl: Tensor | None = None  # fp32, nats, KL(p_final || p_layer); None if it was not asked for
     top: TopK | None = None  # [..., k], None if it was not asked for
+    alternatives: TargetStats | None = None  # [..., T], ids, rank and logprob of further targets; None without
     tokens: Tokens | None = None  # None for states of one's own
     targets: Tensor | None = None  # int64, as fields without the layers
     lens: str = "plain"
@@ -83,7 +84,7 @@ class LayerReading:
 
     @property
     def shape(self) -> torch.Size:
-        """Of every field but those with a last axis of k."""
+        """Of every field but those with a last axis of k or T."""
         return self.argmax.shape
 
     def __len__(self) -> int:
@@ -103,12 +104,16 @@ class LayerReading:
 
     def _values(self) -> dict[str, Tensor]:
         values = dict(self.stats.items()) | {"kl": self.kl, "top_ids": self.top_ids}
+        if self.alternatives is not None:
+            values |= {f"alternatives.{name}": value for name, value in vars(self.alternatives).items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerReading:
-        """``function`` of every number that is there; it must leave a last axis of k alone."""
+        """``function`` of every number that is there; it must leave a last axis of k or T alone."""
         top = None if self.top is None else TopK(function(self.top.ids), function(self.top.logits))
-        return replace(self, stats=self.stats.map(function), kl=None if self.kl is None else function(self.kl), top=top)
+        alternatives = None if self.alternatives is None else self.alternatives.map(function)
+        kl = None if self.kl is None else function(self.kl)
+        return replace(self, stats=self.stats.map(function), kl=kl, top=top, alternatives=alternatives)
 
     def of(self, start: int, end: int) -> LayerReading:
         """Positions ``start`` to ``end`` of the first context of a batch, fields ``[n_layers + 1, end - start]``."""
@@ -135,7 +140,9 @@ class LayerReading:
         kl = torch.cat(kls, dim) if kls else None
         tops = [(block.top.ids, block.top.logits) for block in blocks if block.top is not None]
         top = TopK(*(torch.cat(values, dim) for values in zip(*tops, strict=True))) if tops else None
-        return replace(blocks[0], stats=stats, kl=kl, top=top)
+        several = [block.alternatives for block in blocks if block.alternatives is not None]
+        alternatives = TargetStats.cat(several, dim) if several else None
+        return replace(blocks[0], stats=stats, kl=kl, top=top, alternatives=alternatives)
 
     def text(self, token_id: int) -> str:
         """The text of a token; its id where the lens was made without a tokenizer."""
@@ -143,6 +150,8 @@ class LayerReading:
 
     def to_frame(self) -> pd.DataFrame:
         """A row per layer (and text of a batch) and position, with the texts of the tokens.
+
+        Alternatives have columns ``alternative_0``, ``alternative_0_text``, ``_rank``, ``_logprob``, and so on.
 
         Raises:
             InputError: pandas is not installed.
@@ -173,6 +182,13 @@ class LayerReading:
         if self.targets is not None:
             targets = self.targets.cpu().expand(whole.shape).flatten().tolist()
             frame["target"], frame["target_text"] = targets, [self.text(id) for id in targets]
+        if whole.alternatives is not None:
+            several = whole.alternatives.map(lambda value: value.flatten(0, -2).cpu())
+            for i in range(several.ids.shape[-1]):
+                ids = several.ids[:, i].tolist()
+                frame[f"alternative_{i}"], frame[f"alternative_{i}_text"] = ids, [self.text(id) for id in ids]
+                frame[f"alternative_{i}_rank"] = several.rank[:, i].numpy()
+                frame[f"alternative_{i}_logprob"] = several.logprob[:, i].numpy()
         return frame
 
     def heat_map(self, **words: Any) -> HeatMap:
@@ -197,7 +213,7 @@ class LayerReading:
     def __repr__(self) -> str:
         axes = [name for name in ("layer", "batch", "position") if name != "layer" or self.layer is None]
         axes = axes if len(axes) == len(self.shape) else [name for name in axes if name != "batch"]
-        names = ["argmax", "entropy", "rank", "logprob", "kl", "top_ids"]
+        names = ["argmax", "entropy", "rank", "logprob", "kl", "top_ids", "alternatives"]
         there = ", ".join(name for name in names if getattr(self, name) is not None)
         what = f"LayerReading: {self.lens} lens, [{', '.join(axes)}] = {list(self.shape)}; {there}"
         return "\n".join([what, *self._table()])

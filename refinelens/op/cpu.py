@@ -35,27 +35,34 @@ def fused_lens_cpu(hidden: Tensor, head: LensHead, targets: Tensor | None = None
     for any number of threads and whatever rows are beside it. Extra memory: at most 12 MiB of packed
     rows, 2 KiB a row of them, and half a MiB a thread (more in proportion to ``d_model`` beyond 1024).
     """
-    return _fp32(hidden, head, targets, 0)[0]
+    columns = None if targets is None else targets[:, None]
+    stats, logit, rank, _, _ = fused_lens_and_more(hidden, head, columns, 0)
+    return stats if targets is None else replace(stats, target_logit=logit[:, 0], target_rank=rank[:, 0])
 
 
-def fused_lens_and_top_k(
+def fused_lens_and_more(
     hidden: Tensor, head: LensHead, targets: Tensor | None, k: int
-) -> tuple[LensStats, Tensor, Tensor]:
-    """`fused_lens_cpu`, and from the same product the ``k`` tokens with the largest z: z and ids ``[R, k]``.
+) -> tuple[LensStats, Tensor, Tensor, Tensor, Tensor]:
+    """`fused_lens_cpu` without a target, and from the same product what several targets and lists ask for.
 
-    Best first, equal ones in the order of ids; z is the logit before the softcap. A list has the argmax first. Extra
-    memory beside the lens's: 8 bytes an entry, for every thread the lists of all packed rows.
+    Args:
+        targets: ``[R, T]`` int64, or None for none.
+        k: Tokens of a list, 0 for none.
+
+    Returns:
+        The statistics; logit fp32 and rank int64 of the targets, ``[R, T]``, the same bits as of each alone; z fp32
+        (the logit before the softcap) and ids int64 of the ``k`` tokens with the largest z, ``[R, k]``, best first,
+        equal ones in the order of ids. A list has the argmax first.
+
+    Extra memory beside the lens's: 256 bytes a packed row for every target after the first, and 8 bytes an entry of the
+    lists of all packed rows, for every thread.
     """
-    return _fp32(hidden, head, targets, k)
-
-
-def _fp32(hidden: Tensor, head: LensHead, targets: Tensor | None, k: int) -> tuple[LensStats, Tensor, Tensor]:
     norm, weight, norm_bias = head.norm, None, None
     if norm is not None and norm.weight is not None:
         weight = _floats(norm.weight.float() + norm.offset)
     if norm is not None and norm.bias is not None:
         norm_bias = _floats(norm.bias)
-    *out, top_z, top_id = _C.fused_lens(
+    out = _C.fused_lens(
         _matrix(hidden),
         _matrix(head.weight),
         kind_of(norm),
@@ -69,8 +76,8 @@ def _fp32(hidden: Tensor, head: LensHead, targets: Tensor | None, k: int) -> tup
         torch.get_num_threads(),
         k,
     )
-    stats = LensStats(*(None if values is None else torch.from_numpy(values) for values in out))
-    return stats, torch.from_numpy(top_z), torch.from_numpy(top_id)
+    argmax, max_logit, logsumexp, entropy, logit, rank, top_z, top_id = map(torch.from_numpy, out)
+    return LensStats(argmax, max_logit, logsumexp, entropy), logit, rank, top_z, top_id
 
 
 def product_only(x_hat: Tensor, unembedding: Tensor) -> None:

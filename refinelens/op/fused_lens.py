@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -94,19 +95,34 @@ def flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
     Raises:
         InputError: No integers, or a shape that does not broadcast.
     """
+    return broadcast_ids("targets", integer_ids("targets", targets, hidden.device), hidden.shape[:-1]).reshape(-1)
+
+
+def integer_ids(name: str, ids: object, device: torch.device) -> Tensor:
+    """As int64 on a device.
+
+    Raises:
+        InputError: No integers.
+    """
     try:
-        targets = torch.as_tensor(targets, device=hidden.device)
+        found = torch.as_tensor(ids, device=device)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"targets: expected integer ids, got {targets!r} ({error})") from None
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise InputError(f"targets: expected integer ids, got {targets.dtype}")
-    shape = hidden.shape[:-1]
+        raise InputError(f"{name}: expected integer ids, got {ids!r} ({error})") from None
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise InputError(f"{name}: expected integer ids, got {found.dtype}")
+    return found.to(torch.int64)
+
+
+def broadcast_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
+    """Expanded, not copied.
+
+    Raises:
+        InputError: A shape that does not broadcast.
+    """
     try:
-        return targets.to(torch.int64).expand(shape).reshape(-1)
+        return ids.expand(tuple(shape))
     except RuntimeError:
-        raise InputError(
-            f"targets: expected a shape that broadcasts to {list(shape)}, got {list(targets.shape)}"
-        ) from None
+        raise InputError(f"{name}: expected a shape that broadcasts to {list(shape)}, got {list(ids.shape)}") from None
 
 
 # What the operator returns, in this order; what was not asked for is empty.
@@ -227,8 +243,8 @@ def _broken(out: LensStats, hidden: Tensor, saturates: bool) -> Tensor:
     return broken | ~hidden.isfinite().all(-1) if saturates else broken
 
 
-def check_targets(targets: Tensor | None, n_vocab: int) -> None:
-    """Refuse an id outside the vocabulary.
+def check_targets(targets: Tensor | None, n_vocab: int, name: str = "targets") -> None:
+    """Refuse an id outside the vocabulary among ``[N]`` or ``[N, T]``.
 
     Raises:
         InputError: Names the first.
@@ -237,8 +253,8 @@ def check_targets(targets: Tensor | None, n_vocab: int) -> None:
         return
     outside = _outside(targets, n_vocab)
     if outside.any():
-        row = int(outside.nonzero()[0])
-        raise InputError(f"targets: expected ids from 0 to {n_vocab - 1}, got {int(targets[row])} at row {row}")
+        place = tuple(outside.nonzero()[0].tolist())
+        raise InputError(f"{name}: expected ids from 0 to {n_vocab - 1}, got {int(targets[place])} at row {place[0]}")
 
 
 def _broken_row(out: LensStats, hidden: Tensor, saturates: bool) -> InputError:

@@ -1,6 +1,7 @@
 """The front door of a lens: what `read` takes, what it gives back, and the states that others return."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 import refinelens
 from families import build
 from refinelens import InputError, LogitLens
+from refinelens.lens import logit_lens
+from refinelens.lens.reading import LayerReading
 from refinelens.lens.translators import Translators
 from refinelens.model.loading import load_model
 
@@ -99,6 +102,60 @@ def test_targets_are_ids_or_strings(lens, loaded):
     assert lens.read(TEXT, torch.tensor([acorn, amber]), [-1, -2]) == by_id
     pair = lens.read([TEXT, TEXT], [["acorn"], ["amber"]], -1)
     assert torch.equal(pair.rank[:, 0, 0], by_id.rank[:, 0]) and not torch.equal(pair.rank[:, 1], pair.rank[:, 0])
+
+
+WORDS = ["acorn", "amber", "acorn"]
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("translated", [False, True])
+def test_alternatives_are_targets_beside_the_target(lens, loaded, reading, translated, top_k, monkeypatch):
+    acorn, amber = loaded.tokenizer.convert_tokens_to_ids(["acorn", "amber"])
+    if translated:
+        monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", 40 * lens.d_model * 4)  # blocks of 4 positions, and a rest
+        weight = torch.randn(8, lens.d_model, lens.d_model, generator=torch.Generator().manual_seed(0))
+        lens = lens.with_lens(Translators(0.3 * weight, torch.zeros(8, lens.d_model)))
+    found = lens.read(TEXT, "amber", alternatives=WORDS, top_k=top_k)
+    assert found.alternatives.ids.unique().tolist() == sorted([acorn, amber])
+    assert found.alternatives.rank.shape == found.alternatives.logprob.shape == (*reading.shape, 3)
+    for i, word in enumerate(WORDS):
+        alone = lens.read(TEXT, word, top_k=top_k)
+        assert torch.equal(found.alternatives.rank[..., i], alone.rank)
+        assert torch.equal(found.alternatives.logprob[..., i], alone.logprob)
+    assert torch.equal(found.rank, lens.read(TEXT, "amber", top_k=top_k).rank)
+    each = torch.tensor([[acorn, amber, acorn]]).expand(18, 3)
+    assert lens.read(TEXT, "amber", alternatives=each, top_k=top_k) == found
+    without = lens.read(TEXT, alternatives=each.tolist(), top_k=top_k)
+    assert without.rank is None and torch.equal(without.alternatives.rank, found.alternatives.rank)
+
+
+def test_alternatives_of_a_batch_and_of_states(lens, loaded):
+    acorn, amber = loaded.tokenizer.convert_tokens_to_ids(["acorn", "amber"])
+    pair = lens.read([TEXT, TEXT], positions=[3, -1], alternatives=[[["acorn"], ["amber"]], [["amber"], ["acorn"]]])
+    assert pair.alternatives.ids[0, :, :, 0].tolist() == [[acorn, amber], [amber, acorn]]
+    assert torch.equal(pair.of(0, 2).alternatives.rank, pair.alternatives.rank[:, 0])
+    assert LayerReading.cat([pair, pair], 1).alternatives.rank.shape == (9, 4, 2, 1)
+    frame = pair.to_frame()
+    assert frame.alternative_0_text.tolist()[:4] == ["acorn", "amber", "amber", "acorn"]
+    assert frame.alternative_0_rank.tolist() == pair.alternatives.rank.flatten().tolist()
+    last = lens.read(TEXT, positions=-1, alternatives="acorn")[-1]
+    assert last.alternatives.rank.shape == (1, 1)
+    assert last.to_frame().alternative_0_logprob[0] == last.alternatives.logprob
+    other = lens.read(TEXT, positions=-1, alternatives="amber")[-1]
+    assert other != last != replace(last, alternatives=None) and "alternatives" in repr(last)
+    ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        returned = loaded.model(ids, output_hidden_states=True).hidden_states
+    states = lens.read_states(returned, alternatives=["acorn"])
+    assert torch.equal(states.alternatives.rank, lens.read(ids, alternatives=["acorn"]).alternatives.rank)
+    for wrong, message in (
+        (range(9), "alternatives: expected 1 to 8 ids on the last axis, got"),
+        (["acorn amber"], "alternatives: expected the text of one token"),
+        ([[1], [2]], r"alternatives: expected a shape that broadcasts to \[18, 1\], got \[2, 1\]"),
+        ([99999], "alternatives: expected ids from 0 to .*, got 99999 at row 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lens.read(TEXT, alternatives=wrong)
 
 
 def test_a_reading_is_handled_like_numbers(reading, lens):

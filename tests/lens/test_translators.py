@@ -205,7 +205,7 @@ def test_what_is_wrong_is_said_at_the_end_too(lens, ahead, row):
 
 def test_input_of_another_shape_is_one_line(lens):
     hidden, _ = hidden_and_targets(lens)
-    with pytest.raises(InputError, match=r"targets: expected ids broadcastable to \[2, 7\], got \[3\]"):
+    with pytest.raises(InputError, match=r"targets: expected a shape that broadcasts to \[2, 7\], got \[3\]"):
         lens.read_states(hidden, torch.tensor([1, 2, 3]))
     with pytest.raises(InputError, match=r"states: expected .* got \[3, 2, 7, 32\]"):
         lens.read_states(hidden[:-1])

@@ -12,7 +12,7 @@ import torch
 
 from refinelens import _C, LayerNorm, RMSNorm, fused_lens
 from refinelens.kernels.reference import LensHead, fused_lens_reference
-from refinelens.op.cpu import fused_lens_cpu, product_only
+from refinelens.op.cpu import fused_lens_and_more, fused_lens_cpu, product_only
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
 pytestmark = pytest.mark.usefixtures("every_core")
@@ -156,7 +156,9 @@ def test_a_whole_block_of_broken_tokens_is_seen(isa):
 def test_nothing_is_read_before_it_is_written(threads):
     """glibc fills memory with a byte before it hands it out: what is read unwritten shows in every sum."""
     threads(3)
-    libc, results = ctypes.CDLL(None), []
+    libc, results, several = ctypes.CDLL(None), [], []
+    hidden, unembedding, targets = problem(rows=70, d_model=30, vocab=4099)
+    ids = torch.stack([targets, targets.flip(0), targets], 1)
     libc.malloc.restype = ctypes.c_void_p
     try:
         for byte in (0x7F, 0):  # numbers of 3e38, and zeros
@@ -166,10 +168,12 @@ def test_nothing_is_read_before_it_is_written(threads):
             libc.free(ctypes.c_void_p(memory))
             for dtype in (torch.float32, torch.bfloat16):
                 results.append(run(*problem(rows=70, d_model=30, vocab=4099, dtype=dtype)))
+            several.append(fused_lens_and_more(hidden, LensHead(unembedding), ids, 4)[1:])
     finally:
         libc.mallopt(M_PERTURB, 0)
     assert_same_bits(results[0], results[2])
     assert_same_bits(results[1], results[3])
+    assert all(torch.equal(mine, other) for mine, other in zip(*several, strict=True))
 
 
 def test_calls_from_several_python_threads(threads):
@@ -255,7 +259,10 @@ def test_bad_arrays_show_both_values():
     with pytest.raises(ValueError, match="x_hat: expected float32, float16 or uint16 .*, got float64"):
         _C.product_only(hidden.astype("float64"), unembedding, 1)
     with pytest.raises(ValueError, match="targets: expected ids below 5, got 5"):
-        _C.fused_lens(hidden, unembedding, *rest, torch.tensor([0, 5, 1]).numpy(), None, 1.0, 0.0, 1)
+        _C.fused_lens(hidden, unembedding, *rest, torch.tensor([[0, 3], [1, 5], [1, 4]]).numpy(), None, 1.0, 0.0, 1)
+    for shape in ((3,), (2, 3)):
+        with pytest.raises(ValueError, match=r"targets: expected shape \(3, n\), got \(" + str(shape[0])):
+            _C.fused_lens(hidden, unembedding, *rest, torch.zeros(shape).long().numpy(), None, 1.0, 0.0, 1)
     with pytest.raises(ValueError, match=r"bias: expected shape \(5,\), got \(4,\)"):
         _C.fused_lens(hidden, unembedding, *rest, None, torch.zeros(4).numpy(), 1.0, 0.0, 1)
 
