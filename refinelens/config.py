@@ -84,8 +84,8 @@ class SweepConfig(Config):
     model: str = option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
     task: str = option(
         None,
-        "builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny or FILE.jsonl[.gz] in a "
-        "format of Lost in the Middle (default: builtin; tiny for the model tiny)",
+        "builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny, tiny-friends, "
+        "tiny-hops or FILE.jsonl[.gz] in a format of Lost in the Middle (default: builtin; tiny for the model tiny)",
         ASKED,
     )
     documents: tuple[int, ...] = option(

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from refinelens.data.generated import TRAINED, context_text, vocabulary
-from tiny_card import measure, write_card
+from refinelens.data.generated import TRAINED, context_text, friends_text, vocabulary
+from tiny_card import measure, one_question, two_hop_question, write_card
 from tiny_init import initialise
 
 N_POSITIONS = 320  # 20 documents of at most 9 tokens and ten questions of 11 fit, and 30 documents with one
@@ -29,8 +29,12 @@ TOKENS, QUESTIONS = 1024, 10  # of a step, of a context
 ON_VALUES, ON_OTHERS = 2.5, 0.2  # weights of the loss
 MUON_RATE, ADAMW_RATE = 0.005, 1e-3
 WORK = Path("runs/tiny-training")
-STEPS, WARM_UP, COOL_DOWN = 650, 50, 300  # all; the first and last, over which the rates rise from 0 and fall to 0
-FEWEST, GROWTH, MOST = 4, 2, 20  # documents of a context at first, more at a time, at last
+# Of the first stage, one hop: all steps; the first and last, over which the rates rise from 0 and fall to 0.
+STEPS, WARM_UP, COOL_DOWN = 650, 50, 300
+HOP_STEPS, HOP_WARM_UP, HOP_COOL_DOWN = 2000, 30, 500  # of the second, which goes on from there with two hops
+HOP_RATE, ONE_HOP = 0.7, 0.25  # share of both rates at most, of batches that are as in the first stage
+HOP_QUESTIONS = 8  # of a context with more than 12 documents, which with `QUESTIONS` would be too long
+FEWEST, GROWTH, MOST = 4, 2, 20  # documents of a context at first, more at a time, at last; in each stage
 EVERY, CONTEXTS, PASS = 25, 200, 0.8  # steps between looks, contexts of a look, accuracy that lets contexts grow
 
 
@@ -38,13 +42,21 @@ EVERY, CONTEXTS, PASS = 25, 200, 0.8  # steps between looks, contexts of a look,
 class Progress:
     """How far training is."""
 
-    step: int = 0
+    step: int = 0  # of both stages
     documents: int = FEWEST  # of a context, at most
     cpu_seconds: float = 0.0
 
+    @property
+    def two_hops(self) -> bool:
+        """Whether it is in the second stage."""
+        return self.step >= STEPS
+
     def rate(self) -> float:
         """What both learning rates are multiplied by."""
-        return min(1.0, (self.step + 1) / WARM_UP, (STEPS - self.step) / COOL_DOWN)
+        if not self.two_hops:
+            return min(1.0, (self.step + 1) / WARM_UP, (STEPS - self.step) / COOL_DOWN)
+        step = self.step - STEPS
+        return HOP_RATE * min(1.0, (step + 1) / HOP_WARM_UP, (HOP_STEPS - step) / HOP_COOL_DOWN)
 
     def grow(self, accuracy: float) -> None:
         """Lengthen the contexts if the longest are answered."""
@@ -99,10 +111,20 @@ def optimisers_of(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
 def batch(tokenizer: PreTrainedTokenizerFast, seed: int, progress: Progress) -> BatchEncoding:
     """About `TOKENS` tokens of contexts of one size: in every second step the longest, else of any size."""
     source = random.Random(f"{seed}/{progress.step}")
-    size = progress.documents if source.random() < 0.5 else source.randint(1, progress.documents)
-    count = max(1, round(TOKENS / (8 * size + 11 * QUESTIONS)))
-    texts = [context_text(source, size, QUESTIONS, TRAINED)[0] for _ in range(count)]
+    if progress.two_hops and source.random() >= ONE_HOP:
+        size = _size(source, 2, progress.documents)
+        questions = QUESTIONS if size <= 12 else HOP_QUESTIONS
+        count = max(1, round(TOKENS / (8.5 * size + 13 * questions)))
+        texts = [friends_text(source, size, questions, TRAINED) for _ in range(count)]
+    else:
+        size = _size(source, 1, MOST if progress.two_hops else progress.documents)
+        count = max(1, round(TOKENS / (8 * size + 11 * QUESTIONS)))
+        texts = [context_text(source, size, QUESTIONS, TRAINED)[0] for _ in range(count)]
     return tokenizer(texts, padding=True, return_tensors="pt")
+
+
+def _size(source: random.Random, fewest: int, most: int) -> int:
+    return most if source.random() < 0.5 else source.randint(fewest, most)
 
 
 def weighted_loss(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, asked: int) -> Tensor:
@@ -144,7 +166,7 @@ def train(work: Path, seed: int) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFa
     optimisers = optimisers_of(model)
     checkpoint = Checkpoint(work / "checkpoint.pt", model, optimisers)
     progress, losses, begun = checkpoint.load(), [], time.process_time()
-    while progress.step < STEPS:
+    while progress.step < STEPS + HOP_STEPS:
         encoded = batch(tokenizer, seed, progress)
         loss = weighted_loss(model, encoded["input_ids"], encoded["attention_mask"], asked)
         loss.backward()
@@ -153,15 +175,18 @@ def train(work: Path, seed: int) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFa
             optimiser.step()
             optimiser.zero_grad()
         losses.append(loss.item())
+        count, draw = (CONTEXTS // 2, two_hop_question) if progress.two_hops else (CONTEXTS, one_question)
         progress.step += 1
         if progress.step % EVERY == 0:
-            right = measure(model, tokenizer, f"look/{progress.step}", progress.documents, CONTEXTS)
+            right = measure(model, tokenizer, f"look/{progress.step}", progress.documents, count, draw)
             progress.cpu_seconds += time.process_time() - begun
             begun = time.process_time()
             line = asdict(progress) | asdict(right) | {"loss": sum(losses) / len(losses)}
             with (work / "log.jsonl").open("a") as log:
                 print(json.dumps(line), file=log)
             progress.grow(right.accuracy)
+            if progress.step == STEPS:
+                progress.documents = FEWEST
             checkpoint.save(progress)
             losses = []
     for block in model.transformer.h:
@@ -172,10 +197,12 @@ def train(work: Path, seed: int) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFa
 def recipe(seed: int, progress: Progress) -> dict:
     """What the model card says of the training."""
     return {
-        "seed": seed, "steps": progress.step, "minutes": progress.cpu_seconds / 60, "tokens": TOKENS,
-        "questions": QUESTIONS, "on_values": ON_VALUES, "on_others": ON_OTHERS, "muon_rate": MUON_RATE,
-        "adamw_rate": ADAMW_RATE, "warm_up": WARM_UP, "cool_down": COOL_DOWN, "fewest": FEWEST, "growth": GROWTH,
-        "most": MOST, "every": EVERY, "passing": PASS,
+        "seed": seed, "steps": progress.step, "first_steps": STEPS, "minutes": progress.cpu_seconds / 60,
+        "tokens": TOKENS, "questions": QUESTIONS, "hop_questions": HOP_QUESTIONS, "one_hop": ONE_HOP,
+        "on_values": ON_VALUES, "on_others": ON_OTHERS, "muon_rate": MUON_RATE, "adamw_rate": ADAMW_RATE,
+        "warm_up": WARM_UP, "cool_down": COOL_DOWN, "hop_rate": HOP_RATE, "hop_warm_up": HOP_WARM_UP,
+        "hop_cool_down": HOP_COOL_DOWN, "fewest": FEWEST, "growth": GROWTH, "most": MOST, "every": EVERY,
+        "passing": PASS,
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Generated tasks: key-value retrieval of any size, and the language of the model in the package.
 
 Key-value retrieval is that of Liu et al. 2023 (arXiv 2307.03172). The tiny model's language is who has which password,
-emblem or nickname. Both are seeded.
+emblem or nickname, and who is whose friend: a question about the emblem of somebody's friend takes two hops. All are
+seeded.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ WORDINGS = (
     "As {relation} {entity} has {value}.",
 )
 QUESTION = "What is the {relation} of {entity}?"
+FRIEND = "friend"  # stands where a relation does
+WHO = "Who is the friend of {entity}?"
+TWO_HOPS = "What is the {relation} of the friend of {entity}?"
 ANSWER = "\nAnswer:"
 
 _PAIRS = [(i, j) for i in range(len(FIRST_NAMES)) for j in range(len(LAST_NAMES))]
@@ -58,6 +62,7 @@ TRAINED, HELD_OUT = (  # names as the model saw them in training, and names it n
     [f"{FIRST_NAMES[i]} {LAST_NAMES[j]}" for i, j in _PAIRS if ((i + j) % 8 == 0) == held_out]
     for held_out in (False, True)
 )
+FRIENDS, HOPS = "tiny-friends", "tiny-hops"  # tasks in the language of `TINY`
 
 
 def _kv_question(number: int, n_pairs: int, seed: int) -> Question:
@@ -127,8 +132,58 @@ def context_text(source: random.Random, n_documents: int, n_questions: int, enti
     return "\n".join(lines), places[n_questions - 1]
 
 
+@dataclass(frozen=True)
+class Friends:
+    """What a context of two hops tells, by turns: the value of a person, and whose friend that person is.
+
+    Document 2k is the fact of the friend that document 2k + 1 names: who is asked about in two hops has no fact of
+    their own, and every friend has one. Persons differ in their first names, so that one token tells who is meant.
+    """
+
+    relation: str  # of the facts
+    documents: list[Document]
+    told: list[str]  # by the documents: a value, the name of a friend
+
+    @classmethod
+    def draw(cls, source: random.Random, count: int, entities: Sequence[str]) -> Friends:
+        """Draw ``count`` documents, or as many as there are first names."""
+        relation, named = source.choice(RELATIONS), {}
+        while len(named) < min(count, len(FIRST_NAMES)):
+            person = source.choice(entities)
+            named.setdefault(person.split()[0], person)
+        persons, values = list(named.values()), source.sample(VALUES, (len(named) + 1) // 2)
+        told = [persons[i - 1] if i % 2 else values[i // 2] for i in range(len(persons))]
+        texts = [
+            source.choice(WORDINGS).format(entity=person, relation=FRIEND if i % 2 else relation, value=what)
+            for i, (person, what) in enumerate(zip(persons, told, strict=True))
+        ]
+        return cls(relation, [Document(*pair) for pair in zip(persons, texts, strict=True)], told)
+
+    def question(self, place: int) -> str:
+        """What is asked about a document."""
+        wording = WHO if place % 2 else QUESTION
+        return wording.format(relation=self.relation, entity=self.documents[place].title)
+
+    def two_hops(self, place: int) -> str:
+        """What is asked about a document with a friend and the one before it, the friend's fact."""
+        return TWO_HOPS.format(relation=self.relation, entity=self.documents[place].title)
+
+
+def friends_text(source: random.Random, n_documents: int, n_questions: int, entities: Sequence[str]) -> str:
+    """Documents in any order, then different questions with their answers: half in two hops, or all of those."""
+    friends = Friends.draw(source, n_documents, entities)
+    bridges, places = range(1, n_documents, 2), range(n_documents)
+    hops = source.sample(bridges, min(len(bridges), (n_questions + 1) // 2))
+    asked = [(friends.two_hops(place), friends.told[place - 1]) for place in hops]
+    rest = source.sample(places, min(n_documents, n_questions - len(hops)))
+    asked += [(friends.question(place), friends.told[place]) for place in rest]
+    lines = _text_lines(source.sample(friends.documents, n_documents))
+    source.shuffle(asked)
+    return "\n".join(lines + [f"{question}{ANSWER} {answer}" for question, answer in asked])
+
+
 def training_texts() -> Iterator[str]:
-    """Contexts like those that the model was trained on, of 1 to 20 documents, always the same."""
+    """Contexts of one hop like those that the model was trained on, of 1 to 20 documents, always the same."""
     source = random.Random(0)
     for _ in range(TEXTS):
         yield context_text(source, source.randint(1, 20), 10, TRAINED)[0] + "\n"
@@ -146,8 +201,27 @@ def _tiny_question(number: int, n_documents: int, seed: int) -> Question:
     return Question(number, facts.question(0), (facts.values[0],), "", "", gold, tuple(others))
 
 
+def _hops_question(number: int, n_documents: int, seed: int) -> Question:
+    """In two hops; the first distractor is the bridge, which names the friend."""
+    friends = Friends.draw(random.Random(f"{seed}/{number}"), len(FIRST_NAMES), HELD_OUT)
+    gold, *others = friends.documents[: max(1, n_documents)]
+    return Question(number, friends.two_hops(1), (friends.told[0],), "", "", gold, tuple(others))
+
+
+def _friend_question(number: int, n_documents: int, seed: int) -> Question:
+    """The first hop alone, about the same person; the friend's fact, which has the answer in it, is left out."""
+    friends = Friends.draw(random.Random(f"{seed}/{number}"), len(FIRST_NAMES), HELD_OUT)
+    gold, *others = friends.documents[1 : 1 + max(1, n_documents)]
+    return Question(number, friends.question(1), (friends.told[1],), "", "", gold, tuple(others))
+
+
 # By name: how contexts are written, the question of a number, and a question as a file would have it.
-GENERATORS = {KV.name: (KV, _kv_question, _kv_line), TINY.name: (TINY, _tiny_question, _tiny_line)}
+GENERATORS = {
+    KV.name: (KV, _kv_question, _kv_line),
+    TINY.name: (TINY, _tiny_question, _tiny_line),
+    FRIENDS: (TINY, _friend_question, _tiny_line),
+    HOPS: (TINY, _hops_question, _tiny_line),
+}
 
 
 def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> Task:
@@ -156,7 +230,8 @@ def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> 
     A question depends on the seed and its number alone: of fewer documents or questions it has the first ones.
 
     Args:
-        name: ``kv``, random version-4 UUIDs, or ``tiny``, entities that the model was not trained on.
+        name: ``kv``, random version-4 UUIDs; ``tiny``, entities that the model was not trained on; ``tiny-friends``,
+            whose friend they are; or ``tiny-hops``, the value of a person's friend.
         count: Questions, at least 1; `GENERATED` when None.
         n_documents: Documents, or pairs, of a question, the gold one included.
         seed: Of all that is drawn.
@@ -174,7 +249,7 @@ def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> 
 
 def vocabulary() -> list[str]:
     """Every word and sign of the language, each once."""
-    frame = " ".join((*WORDINGS, QUESTION, ANSWER))
+    frame = " ".join((*WORDINGS, QUESTION, ANSWER, WHO, TWO_HOPS))
     for field in ("{entity}", "{relation}", "{value}"):
         frame = frame.replace(field, " ")
     for sign in ".?:":

@@ -234,7 +234,8 @@ def load_task(name: str) -> Task:
         check_utf8(f"${NQ_VARIABLE}", given)
     if not os.path.isfile(given):  # unlike `Path.is_file`, of a name that no file can have too
         raise InputError(
-            f"``task`` {name}: expected builtin, nq, kv, tiny or a .jsonl[.gz] file, got no file at {given}"
+            f"``task`` {name}: expected builtin, nq, kv, tiny, tiny-friends, tiny-hops or a .jsonl[.gz] file, got no "
+            f"file at {given}"
         )
     path = Path(given)
     try:

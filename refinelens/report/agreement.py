@@ -56,7 +56,7 @@ def paired_ranks(run_a: Run | str | Path, run_b: Run | str | Path) -> tuple[np.n
     """Target ranks of the rows that two runs share, int64 ``[rows, n_layers + 1]`` each, in the order of ``run_a``.
 
     Rows, one per answer token, are the same if all of `refinelens.store.results.KEYS` and the alias are equal: with
-    ``alias='best'`` two models may have another answer of a question as their target. Of the tasks kv and tiny one may
+    ``alias='best'`` two models may have another answer of a question as their target. Of a generated task one may
     have more questions, or more documents, than the other: with one seed both have the same first ones.
 
     Args:
@@ -75,7 +75,7 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
     if not share_questions(run_a, run_b):
         raise InputError(
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
-            "sweep both over one file, or over kv or tiny with one version of refinelens"
+            "sweep both over one file, or over a generated task with one version of refinelens"
         )
     for name in ("seed", "target", "template", "alias", "chat"):
         (asked_a, words_a), (asked_b, words_b) = _asked(run_a, name), _asked(run_b, name)

@@ -41,7 +41,7 @@ from .workers import Workers
 
 UNIT = "the current question, then its tables"
 QUESTIONS_PER_PART = 8
-WORDS = {"tiny", "smollm2", "builtin", "nq", "kv", "plain", *QA.templates}  # of options, which name no file
+WORDS = {"tiny", "smollm2", "builtin", "nq", *GENERATORS, "plain", *QA.templates}  # of options, which name no file
 
 
 @dataclass(frozen=True)

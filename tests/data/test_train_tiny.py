@@ -1,11 +1,15 @@
 """The training of the model in the package: where it begins, what it minimises, and that a stopped one goes on."""
 
 import json
+import random
+import re
 
 import pytest
 import torch
 
+import tiny_card
 import train_tiny
+from refinelens.data.generated import HELD_OUT
 from train_tiny import Progress
 
 
@@ -22,6 +26,43 @@ def test_rates_rise_and_fall():
     assert Progress(step=0).rate() == pytest.approx(1 / train_tiny.WARM_UP)
     assert Progress(step=train_tiny.STEPS - train_tiny.COOL_DOWN).rate() == 1.0
     assert Progress(step=train_tiny.STEPS - train_tiny.COOL_DOWN // 4).rate() == pytest.approx(0.25)
+
+
+def test_rates_rise_and_fall_again_for_two_hops():
+    first = train_tiny.STEPS
+    assert not Progress(step=first - 1).two_hops and Progress(step=first).two_hops
+    assert Progress(step=first).rate() == pytest.approx(train_tiny.HOP_RATE / train_tiny.HOP_WARM_UP)
+    end = first + train_tiny.HOP_STEPS
+    assert Progress(step=end - train_tiny.HOP_COOL_DOWN).rate() == train_tiny.HOP_RATE
+    assert Progress(step=end - train_tiny.HOP_COOL_DOWN // 4).rate() == pytest.approx(train_tiny.HOP_RATE / 4)
+
+
+def test_a_quarter_of_the_second_stage_is_of_one_hop():
+    tokenizer = train_tiny.word_tokenizer()
+    friend = tokenizer.convert_tokens_to_ids("friend")
+
+    def of_friends(start):
+        for step in range(start, start + 80):
+            ids = train_tiny.batch(tokenizer, 0, Progress(step=step, documents=20))["input_ids"]
+            assert ids.shape[1] <= train_tiny.N_POSITIONS and tokenizer.unk_token_id not in ids
+            yield bool((ids == friend).any())
+
+    assert not any(of_friends(0))
+    assert 0.6 < sum(of_friends(train_tiny.STEPS)) / 80 < 0.9
+
+
+@pytest.mark.parametrize("draw", [train_tiny.one_question, tiny_card.friend_question, train_tiny.two_hop_question])
+def test_questions_that_are_measured_have_one_answer(draw):
+    source = random.Random(0)
+    places = set()
+    for _ in range(40):
+        text, gold = draw(source, 5, HELD_OUT)
+        *documents, question, answer = text.split("\n")
+        answer = answer.removeprefix("Answer: ")
+        assert len(documents) == 5 and question.endswith("?")
+        assert [answer in re.findall(r"\w+", document) for document in documents] == [i == gold for i in range(5)]
+        places.add(gold)
+    assert places == set(range(5))
 
 
 @pytest.mark.parametrize("head", range(4))
@@ -56,10 +97,21 @@ def test_the_loss_weighs_answers_and_skips_padding():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("steps", [4, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch, steps):
-    for name, value in {"TOKENS": 64, "QUESTIONS": 2, "EVERY": 2, "CONTEXTS": 50, "PASS": -1.0, "STEPS": steps}.items():
+@pytest.mark.parametrize(
+    "first, second, documents",
+    [
+        (4, 0, [4, 6]),
+        (2, 4, [4, 4, 6]),
+        pytest.param(6, 0, [4, 6, 8], marks=pytest.mark.slow),
+        pytest.param(4, 4, [4, 6, 4, 6], marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch, first, second, documents):
+    for name, value in {"TOKENS": 64, "QUESTIONS": 2, "EVERY": 2, "CONTEXTS": 50, "PASS": -1.0}.items():
         monkeypatch.setattr(train_tiny, name, value)
+    monkeypatch.setattr(train_tiny, "STEPS", first)
+    monkeypatch.setattr(train_tiny, "HOP_STEPS", second)
+    steps = first + second
     whole, tokenizer, progress = train_tiny.train(_folder(tmp_path / "whole"), seed=1)
     assert progress.step == steps and len(tokenizer) == whole.config.vocab_size
 
@@ -79,7 +131,8 @@ def test_a_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch, ste
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     lines = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["documents"]) for line in lines] == [(2, 4), (4, 6), (6, 8)][: steps // 2]
+    assert [line["step"] for line in lines] == list(range(2, steps + 1, 2))
+    assert [line["documents"] for line in lines] == documents
 
 
 def _folder(path):

@@ -79,7 +79,7 @@ def test_depth_of_a_reading():
     lens = refinelens.LogitLens(loaded.model, loaded.tokenizer)
     text = "The password of Alena Ashbury is acorn.\nWhat is the password of Alena Ashbury?\nAnswer:"
     found = refinelens.trajectories(lens.read(text, "acorn").rank)
-    assert (found.first_correct[-1], found.settle[-1], found.depth[-1]) == (3, 3, 0) and not found.censored[-1]
+    assert (found.first_correct[-1], found.settle[-1], found.depth[-1]) == (2, 2, 0) and not found.censored[-1]
 
 
 @pytest.mark.parametrize(
