@@ -5,22 +5,27 @@ CONSTRAINTS ?= constraints/tested.txt
 
 .PHONY: demo demo-smollm2 tiny test test-fast test-slow test-triton36 lint docs bench scaling clean
 
-# The first two minutes: the tiny model of the package over every gold position, its layers, and both pages.
-PROMPT := Elric Flintfield has granite as badge. Corwen Ashwell has ribbon as badge. Belena Dunmere has oasis as badge. \
-What is the badge of Corwen Ashwell? Answer:
+# The first two minutes: the tiny model of the package in two hops and in the first one alone, its layers, and pages.
+PROMPT := Elric Flintfield has granite as badge. The friend of Corwen Ashwell is Belena Dunmere. Belena Dunmere has oasis \
+as badge. The friend of Galo Greenford is Elric Flintfield. What is the badge of the friend of Corwen Ashwell? Answer:
+SWEEP := $(BIN)/refinelens sweep --model tiny --documents 10 --examples 12 --overwrite --no-report
 demo: .venv/.ready
-	@echo "1 of 3: 12 questions, asked with the document that answers at every position of 10 documents"
-	$(BIN)/refinelens sweep --model tiny --documents 10 --examples 12 --out runs/tiny --overwrite --no-report
-	@echo "2 of 3: which layers the answers need: every block taken away, one at a time"
-	$(BIN)/refinelens layers runs/tiny --interventions skip --examples 5 --overwrite
-	@echo "3 of 3: pages"
+	@echo "1 of 4: what is the badge of the friend of A? The document that answers at every position of 10 documents"
+	$(SWEEP) --task tiny-hops --out runs/tiny-hops
+	@echo "2 of 4: which layers that needs: every block taken away, one at a time"
+	$(BIN)/refinelens layers runs/tiny-hops --interventions skip --examples 5 --overwrite
+	@echo "3 of 4: who is the friend of A? The first hop alone"
+	$(SWEEP) --task tiny-friends --out runs/tiny-friends
+	@echo "4 of 4: pages"
 	rm -f runs/read.html
-	$(BIN)/refinelens report runs/tiny
+	$(BIN)/refinelens report runs/tiny-hops
+	$(BIN)/refinelens report runs/tiny-friends
 	$(BIN)/refinelens read "$(PROMPT)" --model tiny --html runs/read.html
 	@echo
 	@echo "Open in a browser; each is one file, which asks for nothing from a network:"
-	@echo "  $(CURDIR)/runs/tiny/report.html  the run: finding, layers, every question, its tokens and documents"
-	@echo "  $(CURDIR)/runs/read.html  one prompt: the best token of every layer and token, ranks, likeliest tokens"
+	@echo "  $(CURDIR)/runs/read.html  one prompt: behind 'Answer :' layers 4 and 5 say Belena, the friend, then oasis"
+	@echo "  $(CURDIR)/runs/tiny-hops/report.html  two hops: finding, layers, every question, its tokens and documents"
+	@echo "  $(CURDIR)/runs/tiny-friends/report.html  one hop: many answers come up, go, and come back at the output"
 	@echo "The tiny model knows one made-up language. A real one, SmolLM2-135M: make demo-smollm2 (5 to 13 minutes)"
 
 # A real model: fits a lens to it, sweeps it over the built-in questions and draws the figures of both lenses.

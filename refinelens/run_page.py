@@ -315,7 +315,7 @@ def _finding(report: Report) -> list[str]:
     lines = [
         f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
         f"{manifest['task']['name']}, {_conditions(report)}; {manifest['model']['n_layers']} layers were read through "
-        f"{' and '.join(report.lenses)}."
+        f"{' and '.join(f'the {lens} lens' for lens in report.lenses)}."
     ]
     for test in report.tests:
         where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"
