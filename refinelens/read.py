@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from transformers import DynamicCache
 
 from .config import MID, POST, ReadConfig
 from .errors import InputError
-from .layers.sublayers import HALVES, read_sublayers, with_embedding
-from .lens.files import load_lens
+from .layers.sublayers import HALVES, by_layer, read_sublayers
+from .lens.files import load_lenses
 from .lens.inputs import Tokens, targets_of
-from .lens.logit_lens import LogitLens
+from .lens.logit_lens import LogitLens, fit_to_model
 from .lens.reading import LayerReading, heat_map
 from .machine import __version__, device_name
 from .model.loading import LoadedModel, load_model
+from .options import check_idle
 from .pages.figure import draw_heatmap
 from .pages.heatmap import NEXT, PREDICTION, HeatMap, Segment
 from .pages.terminal import print_heatmap
@@ -33,8 +35,8 @@ SHOWN_TOKENS = 24  # of a terminal
 INSIDE = {
     "behind attention": "layer l is the stream between the attention and the feed-forward part of block l + 1; the "
     "last one the output",
-    "adds": "to the target's logit, through the final norm as it is at the output; over all layers the parts and a "
-    "constant of biases sum up to the logit, which was checked",
+    "adds": "to the target's logit, through the final norm as it is at the output; of all layers, also those not "
+    "shown, the parts and a constant of biases sum up to the logit, which was checked",
 }
 # Options that a run decides, and those that choose one of its contexts.
 OF_THE_RUN = ("model", "lens", "device", "dtype", "trust_remote_code", "generate")
@@ -59,9 +61,16 @@ def read_text(
     for name in OF_A_RUN:
         if name in given:
             raise InputError(f"``{name}``: expected the folder of a run beside this option, got a text: {text!r}")
+    if options.points == MID:
+        check_idle(given, ["lens"], "points='post'", "mid, which the plain lens alone reads")
     loaded = load_model(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
     lens = LogitLens(loaded.model, loaded.tokenizer)
-    lenses = [lens if name == "plain" else lens.with_lens(load_lens(name)) for name in options.lens]
+    lenses, facts = [], _command(argv)
+    for own in load_lenses(options.lens):
+        fitted = fit_to_model(own, loaded, lens)
+        with warnings.catch_warnings(action="ignore"):  # said here
+            lenses.append(lens if own.translators is None else lens.with_lens(fitted))
+        facts |= {f"lens {own.name}": fitted.note} if fitted.note else {}
     ids = list(loaded.tokenizer(text)["input_ids"])
     if not ids:
         raise InputError("text: expected a token or more, got none; pass some text")
@@ -74,7 +83,7 @@ def read_text(
         ids = written(lens, loaded, ids, options.generate)
     segments = [Segment(n_prompt, len(ids), "generated", "generated")] if len(ids) > n_prompt else []
     title = text if len(text) <= 100 else f"…{text[-99:]}"
-    return map_of(lens, lenses, loaded, ids, options, title, segments, _command(argv))
+    return map_of(lens, lenses, loaded, ids, options, title, segments, facts)
 
 
 def read_context(
@@ -108,7 +117,8 @@ def read_context(
         segments.append(Segment(n_prompt, n_tokens, "answer", "answer"))
     lens = inputs.logit_lens
     lens.tokenizer = inputs.loaded.tokenizer  # which the copies below have too
-    lenses = [lens if own.translators is None else lens.with_lens(own) for own in inputs.lenses]
+    with warnings.catch_warnings(action="ignore"):  # the run has said it
+        lenses = [lens if own.translators is None else lens.with_lens(own) for own in inputs.lenses]
     facts = {"context": f"{context.where} of {run.path}"} | _command(argv)
     title = f"{context.question.question} ({context.where})"
     ids, following = list(context.input_ids), context.answer_ids[-1]
@@ -154,12 +164,19 @@ def map_of(
         k = min(options.top_k, lens.head.vocab_size)
         inside = read_sublayers(lens, ids, targets, range(first, n), top_k=k)
         readings.append(inside.mid)
-        added = {half: with_embedding(inside, half) for half in HALVES}
+        added = {mid: {half: by_layer(inside, half, mid) for half in HALVES} for mid in (False, True)}
     own = [replace(s, start=max(0, s.start - first), end=s.end - first) for s in segments if s.end > first]
     words = _words_of_target(options.target, readings[0].text, target_id, following is not None)
     facts = facts | model_facts(loaded, lens) | (INSIDE if options.points != POST else {})
+    if options.points == MID:
+        del facts["layers"]
     found = heat_map(readings, title=title, target_is=words, every=options.layers, segments=own, facts=facts)
-    return replace(found, lenses=[replace(one, **added) for one in found.lenses])
+    if not added:
+        return found
+    note = {False: "", True: INSIDE["behind attention"]}
+    of_mid = [one.name == inside.mid.lens for one in found.lenses]
+    own_lenses = zip(found.lenses, of_mid, strict=True)
+    return replace(found, lenses=[replace(one, **added[mid], note=note[mid]) for one, mid in own_lenses])
 
 
 def _targets(

@@ -54,7 +54,22 @@ class LensFolder(Folder):
 
     NAME = "a lens"
     DERIVED = (TENSORS, QUALITY_TABLE, QUALITY_FIGURE, STATISTICS, JACOBIANS)
-    MARKS = (MANIFEST, STATISTICS)
+    MARKS = (MANIFEST, STATISTICS, JACOBIANS)
+
+
+def lens_folder(out: str) -> LensFolder:
+    """The folder that a lens may be written to.
+
+    Raises:
+        InputError: A name that ``lens`` cannot take, or something else that lies there.
+    """
+    folder = LensFolder(Path(out))
+    if folder.path.resolve().name in ("", PLAIN) or "," in folder.path.name or not out.strip():
+        raise InputError(
+            f"``out``: expected a folder that ``lens`` can name, without a comma and not {PLAIN}, got {out!r}"
+        )
+    folder.check_foreign()
+    return folder
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,12 +116,7 @@ def fit_lens(
         FaultError: No free disk or no memory; the same call goes on from the last checkpoint.
         Interrupted: SIGINT or SIGTERM, after the current sequence and a checkpoint; a second one at once.
     """
-    folder = LensFolder(Path(out))
-    if folder.path.resolve().name in ("", PLAIN) or "," in folder.path.name or not out.strip():
-        raise InputError(
-            f"``out``: expected a folder that ``lens`` can name, without a comma and not {PLAIN}, got {out!r}"
-        )
-    folder.check_foreign()
+    folder = lens_folder(out)
     with working_on(folder.path, "the current sequence, then a checkpoint", lambda: HOW_TO_RESUME) as signals:
         folder.remove_temporary()
         if folder.exists and not overwrite:
@@ -303,13 +313,18 @@ class _Fit:
         jacobians, identity = Jacobians.empty(estimate.n_layers, states.lens.d_model), self._identity() | own
         sums = jacobians.tensors()
         done, found = self._begun(JACOBIANS, identity, {name: own.shape for name, own in sums.items()})
+        if done > len(prompts):
+            raise InputError(
+                f"``prompts``: expected at least the {done} that the stopped fit in {self.path} has, got "
+                f"{len(prompts)}; give as many, or {BEGIN_AGAIN}"
+            )
         for name, value in found.items():
             sums[name].copy_(value)
         self._sum(
             *("differentiating", (estimate(ids[:n_tokens]) for ids in states.some(prompts[done:]))),
             lambda number, jacobian: jacobians.add(jacobian),
             lambda number: self._save(JACOBIANS, identity, number, sums),
-            *(done, max(done, len(prompts))),
+            *(done, len(prompts)),
         )
         return jacobians
 
@@ -319,6 +334,7 @@ class _Fit:
             "prompts": jacobians.n_prompts,
             "prompts_from": self.options.prompts_from,
             "prompt_tokens": self._prompt_tokens,
+            "sequence_tokens": self.states.split.length,
             "positions_skipped": SKIPPED,
             "from_layer": self.options.from_layer,
             "errors": jacobians.errors(),

@@ -70,15 +70,16 @@ class Jacobians:
 def relative_errors(means: Sequence[Tensor], counts: Sequence[int]) -> list[float] | None:
     """Of each layer the standard error of the mean Jacobian, as a share of its size (Frobenius norms).
 
-    ``SE^2 = k / (k - 1) * sum_i w_i^2 |J_i - J|^2`` of k means ``[layer, d_model, d_model]`` with weights w_i by their
-    numbers of prompts; of two equal halves that is half the norm of their difference. None where a mean has no prompt.
+    ``SE^2 = sum_i w_i^2 |J_i - J|^2 / (1 - sum_i w_i^2)`` of means ``[layer, d_model, d_model]`` of n_i prompts with
+    ``w_i = n_i / sum n``, whose variances are as 1 / n_i; of two equal halves that is half the norm of their
+    difference. None where a mean has no prompt.
     """
     if min(counts) == 0 or len(counts) < 2:
         return None
     weights = [count / sum(counts) for count in counts]
     mean = sum(weight * own for weight, own in zip(weights, means, strict=True))
     apart = [weight * torch.linalg.matrix_norm(own - mean) for weight, own in zip(weights, means, strict=True)]
-    error = (len(counts) / (len(counts) - 1) * torch.stack(apart).square().sum(0)).sqrt()
+    error = (torch.stack(apart).square().sum(0) / (1.0 - sum(weight**2 for weight in weights))).sqrt()
     return (error / torch.linalg.matrix_norm(mean)).tolist()
 
 

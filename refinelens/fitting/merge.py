@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ..errors import InputError
-from ..lens.files import FORMAT_VERSION, Lens, load_lens, save_lens
+from ..lens.files import FORMAT_VERSION, TENSORS, Lens, load_lens, save_lens
 from ..lens.published import JACOBIAN
 from ..lens.translators import MODEL_KEYS, Translators
 from ..machine import __version__, now, packages
+from ..store.files import check_disk
 from ..store.process import working_on
-from .fit import Fitted, LensFolder
+from .fit import Fitted, lens_folder
 from .jacobian import relative_errors
 
-SAME = ("prompt_tokens", "positions_skipped", "from_layer")  # of all estimates
+SAME = ("prompt_tokens", "sequence_tokens", "positions_skipped", "from_layer")  # of all estimates
 
 
 def merge_lenses(
@@ -39,13 +39,15 @@ def merge_lenses(
     for lens, path in zip(lenses, folders, strict=True):
         _check(lenses[0], lens, path)
     _check_disjoint(lenses, folders)
-    folder = LensFolder(Path(out))
-    folder.check_foreign()
+    folder = lens_folder(out)
+    check_disk(out, 2 * lenses[0].translators.weight.nbytes)  # type: ignore[union-attr]
     with working_on(folder.path, "the lens", lambda: "the same command begins again"):
         folder.remove_temporary()
-        if folder.exists and not overwrite:
+        there = [name for name in folder.MARKS if (folder.path / name).exists()]
+        if there and not overwrite:
             raise InputError(
-                f"``out`` {out}: expected a new folder, got a lens; choose another or pass ``overwrite=True``"
+                f"``out`` {out}: expected a new folder, got one with {there[0]}; choose another or pass "
+                "``overwrite=True``"
             )
         counts = [lens.manifest[JACOBIAN]["prompts"] for lens in lenses]
         weights = [lens.translators.weight.double() for lens in lenses]  # type: ignore[union-attr]
@@ -66,15 +68,16 @@ def merge_lenses(
             "merged": [part for lens in lenses for part in _parts(lens)],
             JACOBIAN: first[JACOBIAN] | {"prompts": sum(counts), "prompts_from": None, "errors": errors},
         }
-        for name in folder.DERIVED:
-            (folder.path / name).unlink(missing_ok=True)
-        translators = Translators(mean.float(), torch.zeros(mean.shape[:2]))
-        return Fitted(folder.path, save_lens(folder.path, translators, manifest))
+        manifest = save_lens(folder.path, Translators(mean.float(), torch.zeros(mean.shape[:2])), manifest)
+        for name in folder.DERIVED:  # of the lens or the stopped fit that was there
+            if name != TENSORS:
+                (folder.path / name).unlink(missing_ok=True)
+        return Fitted(folder.path, manifest)
 
 
 def _check(first: Lens, lens: Lens, path: str) -> None:
     """Every lens is a Jacobian one of our own, of the first one's model, layers and length of prompts."""
-    own = lens.manifest.get(JACOBIAN)
+    own = lens.manifest.get(JACOBIAN) or {}
     if lens.kind != JACOBIAN or "prompt_tokens" not in own:
         raise InputError(
             f"lenses {path}: expected one fitted with ``objective='jacobian'``, got a {lens.kind} lens"

@@ -167,7 +167,7 @@ class _Analysis:
         spec = RunSpec(self.run.path, examples.manifest, "layers")
         inputs = SweepInputs.load(spec.options, spec)
         lens = next(lens for lens in inputs.lenses if lens.name == examples.lens)
-        restarts = check_replay(inputs.logit_lens)
+        restarts = check_replay(inputs.logit_lens, "``interventions='none'`` reads the lens alone")
         if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):
             raise UnsupportedModelError(
                 f"{type(inputs.loaded.model).__name__}: expected blocks that add attention and feed-forward part to "

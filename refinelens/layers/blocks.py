@@ -241,8 +241,12 @@ class BlockReplay:
         return max(1, TOKENS_AT_A_TIME // n_tokens)
 
 
-def check_replay(lens: LogitLens) -> BlockReplay:
+def check_replay(lens: LogitLens, remedy: str = "") -> BlockReplay:
     """Start a short context again before every block: what comes out must be the model's own states.
+
+    Args:
+        lens: Of the model.
+        remedy: What to do where it cannot be started again, for the error.
 
     Raises:
         UnsupportedModelError: It is not, or a block cannot be called by itself; the class is named.
@@ -253,18 +257,17 @@ def check_replay(lens: LogitLens) -> BlockReplay:
         own = lens.hidden(ids, torch.tensor([ids.shape[1] - 1]))[:, :, 0]
         found = max(difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
     except Exception as error:  # anything can come out of a model's own code
-        raise _refusal(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise _refusal(name, got, remedy) from error
     if not found <= lens.parity.tolerance:
-        raise _refusal(name, f"states that differ by {found:.2g}, allowed {lens.parity.tolerance:.2g}")
+        raise _refusal(name, f"states that differ by {found:.2g}, allowed {lens.parity.tolerance:.2g}", remedy)
     cached = check_branching(lens).used and _cached_is_whole(lens, ids, own)
     return BlockReplay(cached, _takes_batches(run, lens.parity.tolerance), find_sublayers(run))
 
 
-def _refusal(name: str, got: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{name}: expected blocks that can be started again from a stored state, got {got}; "
-        "``interventions='none'`` reads the lens alone"
-    )
+def _refusal(name: str, got: str, remedy: str) -> UnsupportedModelError:
+    what = f"{name}: expected blocks that can be started again from a stored state, got {got}"
+    return UnsupportedModelError(f"{what}; {remedy}" if remedy else what)
 
 
 def _again(run: ActivationCache, first: int) -> Tensor:

@@ -2,8 +2,7 @@
 
 What a part adds is found by what it does: a block whose feed-forward part is zero-ablated puts out the stream behind
 its attention, ``resid_mid``; what the whole block puts out beyond that is the feed-forward part's. So norms behind a
-part, multipliers and parallel parts are in it, whatever the model; of parallel parts (GPT-J, GPT-NeoX) attention counts
-first.
+part, multipliers and parallel parts are in it; of parallel parts (GPT-J, GPT-NeoX) attention counts first.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HALVES = ("attn", "mlp")
-MID = "plain, behind attention"  # name of the lens that reads resid_mid
+MID = "behind-attention"  # name of the lens that reads resid_mid
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,13 +55,13 @@ class SublayerReading:
         return f"SublayerReading: {n_layers} blocks, {n} positions; {', '.join(f.name for f in fields(self))}"
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per block and position, with ``resid_mid``'s best token, rank and log-probability.
+        """A row per block (from 1) and position, with ``resid_mid``'s best token, rank and log-probability.
 
         Raises:
             InputError: pandas is not installed.
         """
-        frame = self.mid.map(lambda value: value[:-1]).to_frame()
-        frame["layer"] += 1
+        frame = self.mid.map(lambda value: value[:-1]).to_frame().rename(columns={"layer": "block"})
+        frame["block"] += 1
         names = [f"{half}{end}" for half in HALVES for end in ("", "_cosine", "_size")]
         for name in names:
             frame[name] = getattr(self, name).flatten().numpy()
@@ -129,13 +128,15 @@ def read_sublayers(
     return SublayerReading(mid=shown, **on_cpu, targets=chosen.cpu(), tokens=shown.tokens)  # type: ignore[arg-type]
 
 
-def with_embedding(inside: SublayerReading, half: str) -> np.ndarray:
-    """Attributions of one half by the layer that its block puts out, ``[n_layers + 1, position]``.
+def by_layer(inside: SublayerReading, half: str, mid: bool) -> np.ndarray:
+    """Attributions of one half as a map has them, ``[n_layers + 1, position]``; NaN where there are none.
 
-    Row 0 has what the embedding adds, where the half is attention, or else 0.
+    Beside the stream behind a block stands what the block added, and beside the embedding output (layer 0) in the place
+    of attention what the embedding adds. Beside the stream within a block (``mid``) stands what that block adds.
     """
-    first = inside.embedding if half == HALVES[0] else torch.zeros_like(inside.embedding)
-    return torch.cat([first[None], getattr(inside, half)]).numpy()
+    none, own = torch.full_like(inside.embedding, torch.nan), getattr(inside, half)
+    first = inside.embedding if half == HALVES[0] else none
+    return torch.cat([own, none[None]] if mid else [first[None], own]).numpy()
 
 
 def attribute(parts: Tensor, final: Tensor, targets: Tensor, head: LensHead) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..config import check_utf8
-from ..errors import InputError
+from ..errors import FaultError, InputError
 from ..machine import other_packages
 from ..store.files import check_entries, read_json_object, sha256_of, write_whole
 from ..store.folder import MANIFEST, Folder
@@ -94,7 +94,7 @@ def load_lens(path: str | Path) -> Lens:
             )
         name = path.resolve().name
         if path == tensors:  # a file is named as its folder is where its own name says nothing
-            name = path.resolve().parent.name if path.stem == "lens" else path.stem
+            name = path.absolute().parent.name if path.stem == "lens" else path.stem
         check_utf8("name of the folder", name)
         if name == PLAIN:
             raise InputError(f"expected another name than {PLAIN}, which means the plain logit lens; rename the folder")
@@ -112,7 +112,10 @@ def save_lens(path: Path, translators: Translators, manifest: dict) -> dict:
     """Write a lens: tensors first, then the manifest with their hash, which is returned; each whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {"weight": translators.weight.contiguous(), "bias": translators.bias.contiguous()}
-    write_whole(path / TENSORS, lambda temporary: save_file(tensors, temporary))
+    try:
+        write_whole(path / TENSORS, lambda temporary: save_file(tensors, temporary))
+    except SafetensorError as error:  # as it calls a disk that takes no more
+        raise FaultError(f"``out`` {path}: expected {TENSORS} to be written, got: {error}; free some disk") from None
     manifest = manifest | {"tensors_sha256": sha256_of(path / TENSORS)}
     Folder(path).write_manifest(manifest)
     return manifest

@@ -125,7 +125,8 @@ class LogitLens:
         other = copy(self)
         other.name, other.translators = lens.name, lens.translators and self.adapted(lens.translators)
         if lens.manifest and other.translators is not None:
-            for note in filter(None, (other.translators.plain_layers(), lens.made_otherwise())):
+            unknown = [note for known, note in self._accepted if known is other.translators.made_for]
+            for note in filter(None, [*unknown, other.translators.plain_layers(), lens.made_otherwise()]):
                 warnings.warn(f"lens {lens.name}: {note}", stacklevel=2)
         return other
 
@@ -162,8 +163,8 @@ class LogitLens:
             return returns_normed(self.model, self.head, self.blocks)
 
     @cached_property
-    def _accepted(self) -> list[dict[str, Any]]:
-        """Models of lenses that were held against this one and found to be it."""
+    def _accepted(self) -> list[tuple[dict[str, Any], str | None]]:
+        """Models of lenses that were held against this one and found to be it, and what could not be compared."""
         return []
 
     def adapted(self, translators: Translators) -> Translators:
@@ -173,9 +174,8 @@ class LogitLens:
             InputError: They come from a lens that was made for another model or revision, or do not fit the dtype.
         """
         made_for = translators.made_for
-        if made_for is not None and not any(made_for is known for known in self._accepted):
-            check_made_for(made_for, self.entry, self.head.weight)
-            self._accepted.append(made_for)
+        if made_for is not None and not any(made_for is known for known, _ in self._accepted):
+            self._accepted.append((made_for, check_made_for(made_for, self.entry, self.head.weight)))
         if made_for is not None and "source_layers" in made_for and translators.n_layers < self.n_layers:
             translators = translators.up_to(self.n_layers)
         device, dtype = self.head.weight.device, self.head.weight.dtype

@@ -29,6 +29,7 @@ from .translators import DTYPES, Translators
 HUB = "hub:"
 SPACES = "spaces"
 JACOBIAN = "jacobian"
+MOST_LAYERS = 1000  # of a model; a few bytes can name any layer
 JACOBIAN_FILE = "lens.pt"  # of a folder, by default
 JACOBIAN_ENTRIES = {"J": dict, "n_prompts": int, "source_layers": list, "d_model": int}
 TUNED = "tuned"
@@ -96,22 +97,26 @@ def read_jacobian_lens(path: Path) -> tuple[Translators, dict]:
     check_entries(saved, JACOBIAN_ENTRIES, path.name, least=1)
     jacobians, d_model = saved["J"], saved["d_model"]
     layers = sorted(layer for layer in jacobians if type(layer) is int)
-    if not layers or layers[0] < 0 or len(layers) < len(jacobians) or layers != saved["source_layers"]:
+    named = [layer for layer in saved["source_layers"] if type(layer) is int]
+    if not layers or layers[0] < 0 or len(layers) < len(jacobians) or layers != sorted(named):
         raise InputError(
             f"expected a matrix in J for each of source_layers in {path.name}, got {reprlib.repr(list(jacobians))} for "
             f"{reprlib.repr(saved['source_layers'])}"
         )
     for layer, matrix in jacobians.items():
         if not _is_plain(matrix) or tuple(matrix.shape) != (d_model, d_model):
-            got = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+            got = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
             raise InputError(
                 f"expected J[{layer}] as a floating tensor {[d_model, d_model]} in {path.name}, got {got}"
             )
+    if layers[-1] >= MOST_LAYERS:
+        raise InputError(f"expected layers below {MOST_LAYERS} in {path.name}, got {layers[-1]}")
     _check_bytes(jacobians, path)
     weight = torch.zeros(layers[-1] + 2, d_model, d_model)
     for layer, matrix in jacobians.items():
         weight[layer + 1] = matrix.detach().float() - torch.eye(d_model)
-    model = {"name": "another model", "d_model": d_model, "source_layers": [layer + 1 for layer in layers]}
+    ours = [layer + 1 for layer in layers]
+    model = {"name": "a model that its file does not name", "d_model": d_model, "source_layers": ours}
     manifest = {"kind": JACOBIAN, "model": model, JACOBIAN: {"prompts": saved["n_prompts"]}}
     return Translators(weight, torch.zeros(weight.shape[:2]), made_for=model), manifest
 

@@ -140,7 +140,7 @@ def check_made_for(made_for: dict[str, Any], here: dict[str, Any], unembedding: 
         raise _another(made_for, here, f"{what} ({key} {there} there, {own} here)")
     if layers := made_for.get("source_layers"):
         if layers[-1] >= here["n_layers"]:
-            got = f"another model (layers up to {layers[-1]} there, below {here['n_layers']} here)"
+            got = f"another model (layers up to {layers[-1]} there, here below {here['n_layers']}, which is the output)"
             raise _another(made_for, here, got)
         return "its file names no model; only d_model and layers were compared"
     if "unembed_hash" not in made_for:

@@ -29,10 +29,11 @@ class LensMap:
     logprob: np.ndarray | None = None  # fp32 nats, of the target
     top_ids: np.ndarray | None = None  # int64 [n_layers + 1, token, k], best first
     top_logprobs: np.ndarray | None = None  # fp32 nats
-    # What attention and feed-forward part of the block below each layer add to the target's logit, fp32; layer 0: what
-    # the embedding adds, and 0.
+    # What attention and feed-forward part of the layer's block add to the target's logit, fp32, NaN where there is
+    # none; beside the embedding output ``attn`` is what the embedding adds.
     attn: np.ndarray | None = None
     mlp: np.ndarray | None = None
+    note: str = ""  # what its layers are, where they are not those behind whole blocks
 
     @property
     def trajectory(self) -> Trajectories:

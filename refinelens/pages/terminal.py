@@ -34,6 +34,9 @@ def print_heatmap(console: Console, map: HeatMap, measure: str = "probability") 
             console.print()
         for line in _notes(map, lens):
             _say(console, line, "dim")
+    for name, fact in map.facts.items():
+        if name.startswith("lens "):  # what could not be checked of it, where it has no map
+            _say(console, f"{name}: {fact}", "dim")
 
 
 def _table(map: HeatMap, lens: LensMap, places: list[int], measure: str) -> list[Text]:
@@ -89,6 +92,8 @@ def _shade(share: float) -> str:
 def _notes(map: HeatMap, lens: LensMap) -> list[str]:
     aim = f"the target ({map.target_is})" if map.targets is not None else "the output's own token"
     lines = [f"+ first layer whose best token is {aim}; * layer from which it stays so"]
+    if lens.note:
+        lines.append(lens.note)
     if lens.rank is not None:
         last = len(map.tokens) - 1
         steps = [layer for layer in map.layers if layer != map.n_layers]

@@ -210,7 +210,8 @@ class Run(Folder):
             return
         manifest = self.any_manifest()
         old = manifest["arguments"]
-        changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in arguments.items() if old.get(k) != v]
+        known = {k: v for k, v in arguments.items() if k in old or v}  # of before, a run lacks what is not used here
+        changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in known.items() if old.get(k) != v]
         finished, path = manifest["status"] == "finished", self.path
         command = f"see it with refinelens show {path}" if finished else f"go on with {resume_call(path)}"
         command = "" if changed else f"{command}, "

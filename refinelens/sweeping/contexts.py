@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..config import CLOSED_BOOK, ORACLE, SweepConfig, condition_name, gold_positions
+from ..data.generated import HOPS
 from ..data.prompts import Context, Template, build_context, find_documents
 from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
@@ -221,6 +222,11 @@ def remarks(options: SweepConfig, template: Template, questions: list[Question],
         yield (
             f"{task}: {counted(len(questions), 'question')}, {distinct} of them distinct; tables and figures count "
             "equal ones as independent, so that intervals are too narrow"
+        )
+    if options.task == HOPS and ORACLE in options.documents:
+        yield (
+            f"{task}: with the gold document alone the one that names the friend is missing; what is right there is "
+            "the only value of the context, found in no hop"
         )
     yield from _special_tokens(task, template, questions, loaded)
     yield from _unknown_words(task, questions, loaded)

@@ -16,7 +16,6 @@ from refinelens.fitting.jacobian import (
     COTANGENTS,
     SKIPPED,
     JacobianEstimator,
-    Jacobians,
     as_translators,
     relative_errors,
 )
@@ -153,18 +152,18 @@ def test_no_memory_for_many_rows_means_fewer(models, monkeypatch):
     assert estimate._batched and max(rows) == COTANGENTS and rows[-1] <= COTANGENTS // 4
 
 
-def test_errors_are_those_of_the_mean():
-    """Against the spread of means over many fits of noisy prompts."""
+@pytest.mark.parametrize("counts", [(4, 4), (1, 7), (2, 3, 9)])
+def test_errors_are_those_of_the_mean(counts):
+    """Against the spread of means over many fits of noisy prompts, root mean squares; parts of equal size or not."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(1, 20, 20, generator=generator)
     told, actual = [], []
-    for _ in range(200):
-        sums = Jacobians.empty(1, 20)
-        for _ in range(8):
-            sums.add(truth + 0.3 * torch.randn(1, 20, 20, generator=generator))
-        told.append(sums.errors()[0])
-        actual.append(float((sums.mean() - truth).norm() / truth.norm()))
-    assert abs(sum(told) / sum(actual) - 1) < 0.05
+    for _ in range(400):
+        means = [truth + 0.3 / n**0.5 * torch.randn(1, 20, 20, generator=generator) for n in counts]
+        mean = sum(n * own for n, own in zip(counts, means, strict=True)) / sum(counts)
+        told.append(relative_errors(means, counts)[0] ** 2)
+        actual.append(float((mean - truth).norm() / truth.norm()) ** 2)
+    assert abs((sum(told) / sum(actual)) ** 0.5 - 1) < 0.05
     assert relative_errors([truth], [3]) is None and relative_errors([truth, truth], [3, 0]) is None
 
 
@@ -213,6 +212,8 @@ def test_a_stopped_fit_goes_on_to_the_same_lens(models, text, fitted, tmp_path):
     assert (out / JACOBIANS).exists()
     with pytest.raises(InputError, match="from_layer"):
         fit_lens(options(models["gemma2"], text, from_layer=2), str(out))
+    with pytest.raises(InputError, match="expected at least the 3 that the stopped fit"):
+        fit_lens(options(models["gemma2"], text, prompts=2), str(out))
     begun = {}
     fit_lens(options(models["gemma2"], text), str(out), progress=lambda stage, *at: begun.setdefault(stage, at))
     assert begun["differentiating"] == (3, 4)
@@ -231,8 +232,9 @@ def test_disjoint_fits_merge_to_the_fit_of_all(models, text, fitted, tmp_path, c
     merged = load_lens(out)
     torch.testing.assert_close(merged.translators.weight, fitted.lens.translators.weight, rtol=1e-6, atol=1e-6)
     assert merged.manifest["jacobian"]["prompts"] == 4 and len(merged.manifest["merged"]) == 2
-    error = merged.manifest["jacobian"]["errors"]
-    assert all(0 < own < 1 for own in error)
+    jacobians = [load_lens(place).translators.weight[1:] + torch.eye(D_MODEL) for place in halves]
+    wanted = relative_errors(jacobians, [1, 3])
+    assert merged.manifest["jacobian"]["errors"] == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(InputError, match="got 3 in common, from number 1"):
         merge_lenses([str(out), halves[1]], str(tmp_path / "twice"))
     assert not (tmp_path / "twice").exists()
@@ -246,15 +248,45 @@ def test_disjoint_fits_merge_to_the_fit_of_all(models, text, fitted, tmp_path, c
         (["LENS", "LINEAR", "--out", "x"], "expected one fitted with --objective jacobian, got a linear lens"),
         (["LENS", "FILE", "--out", "x"], "as published, which does not say what its prompts were"),
         (["LENS", "none", "--out", "x"], "got no folder there"),
+        (["LENS", "OTHER", "--out", "x"], "expected sequence_tokens"),
+        (["LENS", "BARE", "--out", "x"], "expected one fitted with --objective jacobian"),
+        (["LENS", "OWN", "--out", "p,q"], "--out: expected a folder that --lens can name"),
+        (["LENS", "OWN", "--out", "STOPPED"], "got one with jacobians.safetensors"),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(models, fitted, tmp_path, capsys, arguments, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_linear(tmp_path / "linear", models["gemma2"])
     places = {"LENS": str(fitted.path), "LINEAR": "linear", "FILE": str(save_published(tmp_path / "lens.pt"))}
+    for name in ("OTHER", "BARE", "OWN"):
+        places[name] = str(shutil.copytree(fitted.path, tmp_path / name.lower()))
+        manifest = json.loads((fitted.path / "manifest.json").read_text())
+        manifest["jacobian"] |= {"sequence_tokens": 99} if name == "OTHER" else {"prompts_from": 20}
+        manifest = {key: value for key, value in manifest.items() if (name, key) != ("BARE", "jacobian")}
+        (tmp_path / name.lower() / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / JACOBIANS).write_bytes(b"hours of work")
+    places["STOPPED"] = "stopped"
     assert main(["merge-lenses", *(places.get(one, one) for one in arguments)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+    assert (tmp_path / "stopped" / JACOBIANS).read_bytes() == b"hours of work"
+
+
+def test_a_merge_that_cannot_be_written_keeps_what_is_there(models, fitted, text, tmp_path, monkeypatch, capsys):
+    from safetensors import SafetensorError
+
+    here, other = str(shutil.copytree(fitted.path, tmp_path / "here")), str(tmp_path / "other")
+    fit_lens(options(models["gemma2"], text, prompts_from=4, prompts=1), other)
+
+    def full(*_):
+        raise SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("refinelens.lens.files.save_file", full)
+    assert main(["merge-lenses", here, other, "--out", here, "--overwrite"]) == 1
+    error = capsys.readouterr().err
+    assert "free some disk" in error and error.count("\n") == 1
+    assert torch.equal(load_lens(here).translators.weight, fitted.lens.translators.weight)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +348,7 @@ def test_a_published_lens_is_read_as_its_formula(models, tmp_path, how):
     hidden = logit_lens.hidden(torch.arange(1, 9)[None], torch.arange(8))[:, 0]
     moved = hidden.clone()
     moved[2] = hidden[2] @ torch.load(path)["J"][1].float().T
-    with pytest.warns(UserWarning, match="no map of layer 0 to 1"):
+    with pytest.warns(UserWarning, match="no map of layer 0 to 1"), pytest.warns(UserWarning, match="names no model"):
         reading = logit_lens.with_lens(lens).read_states(hidden, 5)
     wanted = logit_lens.read_states(moved, 5)
     assert torch.equal(reading.argmax, wanted.argmax) and torch.equal(reading.rank, wanted.rank)
@@ -335,6 +367,10 @@ BROKEN = {
     "whole numbers": ({"J": {0: torch.ones(D_MODEL, D_MODEL).long()}, "source_layers": [0]}, r"expected J\[0\]"),
     "other layers": ({"source_layers": [0, 2]}, "expected a matrix in J for each of source_layers"),
     "names for layers": ({"J": {"a": torch.ones(2, 2)}}, "expected a matrix in J for each of source_layers"),
+    "a layer beyond any": (
+        {"J": {10**7: torch.ones(D_MODEL, D_MODEL)}, "source_layers": [10**7]},
+        "expected layers below 1000 in lens.pt, got 10000000",
+    ),
     "a layer below 0": ({"J": {-1: torch.ones(D_MODEL, D_MODEL)}, "source_layers": [-1]}, "expected a matrix in J"),
     "NaN": (
         {"J": {0: torch.full((D_MODEL, D_MODEL), torch.nan)}, "source_layers": [0]},
@@ -357,7 +393,8 @@ def test_a_file_of_another_model_is_refused_as_far_as_it_tells(refused_sweep, mo
     wide = save_published(tmp_path / "wide.pt", d_model=48)
     assert "another model (d_model 48 there, 32 here)" in refused_sweep(wide, models["gpt_neox"])
     deep = save_published(tmp_path / "deep.pt", layers=(0, 1, 2))  # 2 is the output, which every lens leaves as it is
-    assert "another model (layers up to 3 there, below 3 here)" in refused_sweep(deep, models["gpt_neox"])
+    said = "another model (layers up to 3 there, here below 3, which is the output)"
+    assert said in refused_sweep(deep, models["gpt_neox"])
 
 
 def cached(folder, kind, repository, files):
@@ -365,10 +402,12 @@ def cached(folder, kind, repository, files):
     place = folder / f"{kind}s--{repository.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("0" * 40)
-    for name, source in files.items():
-        path = place / "snapshots" / ("0" * 40) / name
+    (place / "blobs").mkdir()
+    for number, (name, source) in enumerate(files.items()):
+        path, blob = place / "snapshots" / ("0" * 40) / name, place / "blobs" / str(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, path)
+        shutil.copy(source, blob)
+        path.symlink_to(blob)  # a name of its own, content by its hash
 
 
 def test_lenses_of_the_hub_by_name(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_some_positions_are_those_of_all():
     whole, last = read_sublayers(lens, IDS, 7), read_sublayers(lens, IDS, 7, positions=[2, -1])
     assert torch.equal(last.attn, whole.attn[:, [2, 10]]) and torch.equal(last.mid.rank, whole.mid.rank[:, [2, 10]])
     frame = last.to_frame()
-    assert len(frame) == 6 and sorted(set(frame["layer"])) == [1, 2, 3] and list(frame["position"][:2]) == [2, 10]
+    assert len(frame) == 6 and sorted(set(frame["block"])) == [1, 2, 3] and list(frame["position"][:2]) == [2, 10]
     assert {"attn", "mlp", "attn_cosine", "mlp_size", "rank", "logprob"} <= set(frame.columns)
 
 
@@ -119,19 +119,27 @@ def test_what_cannot_be_read_is_said():
 
 @pytest.mark.medium
 @pytest.mark.parametrize("points, lenses", [("mid", 1), ("all", 2)])
-def test_the_command_shows_them(points, lenses, tmp_path):
+def test_the_command_shows_them(points, lenses, tmp_path, capsys):
     import json
 
     out = tmp_path / "numbers.json"
     text = "The password of Alena Ashbury is acorn. What is the password of Alena Ashbury? Answer:"
     assert main(["read", text, "--model", "tiny", "--device", "cpu", "--points", points, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert [one["name"] for one in found["lenses"]] == ["plain", "plain, behind attention"][-lenses:]
+    assert [one["name"] for one in found["lenses"]] == ["plain", "behind-attention"][-lenses:]
     loaded = refinelens.load_model("tiny", "cpu")
     lens = refinelens.LogitLens(loaded.model, loaded.tokenizer)
     reading = read_sublayers(lens, text)
     assert found["lenses"][-1]["argmax"] == reading.mid.argmax.tolist()
-    for one in found["lenses"]:
+    *plain, mid = found["lenses"]  # each state beside what its block adds
+    assert mid["attn"][:-1] == pytest.approx(reading.attn.numpy(), abs=1e-5) and set(mid["attn"][-1]) == {None}
+    assert mid["mlp"][:-1] == pytest.approx(reading.mlp.numpy(), abs=1e-5) and set(mid["mlp"][-1]) == {None}
+    for one in plain:
         assert one["attn"][1:] == pytest.approx(reading.attn.numpy(), abs=1e-5)
         assert one["mlp"][1:] == pytest.approx(reading.mlp.numpy(), abs=1e-5)
-        assert one["attn"][0] == pytest.approx(reading.embedding.numpy(), abs=1e-5) and set(one["mlp"][0]) == {0.0}
+        assert one["attn"][0] == pytest.approx(reading.embedding.numpy(), abs=1e-5) and set(one["mlp"][0]) == {None}
+    assert ("layers" in found["facts"]) == (points == "all")
+    assert main(["read", text, "--model", "tiny", "--device", "cpu", "--points", points]) == 0
+    assert "layer l is the stream between the attention" in capsys.readouterr().out
+    given = ["--points", points, "--lens", "plain"]
+    assert main(["read", text, "--model", "tiny", "--device", "cpu", *given]) == (2 if points == "mid" else 0)

@@ -206,11 +206,9 @@ function heatMap(head, arrays) {
     }
     rows.push(["entropy", "", `${of("entropy")[i].toFixed(3)} nats`]);
     if (of("kl")) rows.push(["KL to output", "", `${of("kl")[i].toFixed(3)} nats`]);
-    if (of("attn")) { // logits of the target
-      if (layers[layer]) {
-        rows.push(["attention adds", "", of("attn")[i].toFixed(3)], ["feed-forward adds", "", of("mlp")[i].toFixed(3)]);
-      } else rows.push(["embedding adds", "", of("attn")[i].toFixed(3)]);
-    }
+    const [attn, mlp] = ["attn", "mlp"].map((name) => of(name) ? of(name)[i] : NaN); // logits of the target
+    if (!isNaN(attn)) rows.push([isNaN(mlp) ? "embedding adds" : "attention adds", "", attn.toFixed(3)]);
+    if (!isNaN(mlp)) rows.push(["feed-forward adds", "", mlp.toFixed(3)]);
     const [a, b] = [of("first")[column], of("settle")[column]];
     rows.push(["first correct", "", a < 0 ? "never" : `layer ${a}`], ["settles", "", b < 0 ? "never" : `layer ${b}`]);
     const lines = rows.map(([name, value, number]) => element("tr", {}, element("td", {}, name),
