@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as tf
+from browser import browser, opened
 
 import refinelens
 from lens_folders import tiny
@@ -117,6 +118,13 @@ def test_what_cannot_be_read_is_said():
         read_sublayers(lens, IDS, 97)
 
 
+def page_of(text, points, folder):
+    path = folder / "page.html"
+    given = ["--model", "tiny", "--device", "cpu", "--points", points, "--html", str(path)]
+    assert main(["read", text, *given]) == 0
+    return path
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("points, lenses", [("mid", 1), ("all", 2)])
 def test_the_command_shows_them(points, lenses, tmp_path, capsys):
@@ -131,6 +139,13 @@ def test_the_command_shows_them(points, lenses, tmp_path, capsys):
     lens = refinelens.LogitLens(loaded.model, loaded.tokenizer)
     reading = read_sublayers(lens, text)
     assert found["lenses"][-1]["argmax"] == reading.mid.argmax.tolist()
+    with browser() as chromium, opened(chromium, page_of(text, points, tmp_path)) as page:
+        assert page.locator(".added path").count() == 2
+        assert "feed-forward adds" in page.locator(".detail").inner_text() or points == "mid"  # beside the output none
+        page.focus(".map")
+        page.keyboard.press("ArrowDown")
+        shown = page.locator(".detail").inner_text()
+        assert "attention adds" in shown and "feed-forward adds" in shown
     *plain, mid = found["lenses"]  # each state beside what its block adds
     assert mid["attn"][:-1] == pytest.approx(reading.attn.numpy(), abs=1e-5) and set(mid["attn"][-1]) == {None}
     assert mid["mlp"][:-1] == pytest.approx(reading.mlp.numpy(), abs=1e-5) and set(mid["mlp"][-1]) == {None}

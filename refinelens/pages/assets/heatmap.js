@@ -264,7 +264,7 @@ function heatMap(head, arrays) {
       }
     });
     const title = ranked ? "Rank of the target over layers" : "Probability over layers";
-    chart.replaceChildren(element("h3", {}, title), svg);
+    chart.replaceChildren(element("h3", {}, title), svg, ...addedChart(xOf));
     pinned.replaceChildren(...state.pins.map(({ column, token }, number) => {
       const shown = token === null ? "" : ` → ${text(token)}`;
       const style = `border-left-color:${COLOURS[number % COLOURS.length]}`;
@@ -272,6 +272,27 @@ function heatMap(head, arrays) {
       return element("button", { type: "button", title: "unpin", style, onclick: unpin },
         `${head.positions[column]} ${text(tokens[column])}${shown}`);
     }));
+  }
+
+  // What attention and feed-forward part of every block add to the target's logit in the column in focus.
+  function addedChart(xOf) {
+    if (!of("attn")) return [];
+    const { column } = state, height = 130, above = 8, below = 18, parts = ["attn", "mlp"];
+    const value = (name, layer) => of(name)[layer * n + column];
+    const all = parts.flatMap((name) => layers.map((_, layer) => value(name, layer))).filter((v) => !isNaN(v));
+    const [low, high] = [Math.min(0, ...all), Math.max(0, ...all)];
+    const yOf = (v) => above + (1 - (v - low) / Math.max(1e-9, high - low)) * (height - above - below);
+    const svg = drawn("svg", { viewBox: `0 0 318 ${height}`, width: "100%", role: "img", class: "added" });
+    for (const tick of new Set([low, 0, high])) {
+      svg.append(drawn("line", { class: "grid", x1: 44, x2: 310, y1: yOf(tick), y2: yOf(tick) }),
+        drawn("text", { x: 40, y: yOf(tick) + 3, "text-anchor": "end" }, String(+tick.toPrecision(2))));
+    }
+    parts.forEach((name, number) => line(svg, (layer) => [xOf(layer), yOf(value(name, layer))],
+      (layer) => !isNaN(value(name, layer)), { stroke: COLOURS[number], "stroke-width": 2, class: name }));
+    const names = ["attention", "feed-forward part"].map((name, number) => element("span", {},
+      element("i", { style: `border-top: 3px solid ${COLOURS[number]}` }), name));
+    const title = element("h3", {}, "Added to the target's logit, by layer");
+    return [title, svg, element("div", { class: "names" }, ...names)];
   }
 
   function line(svg, point, there, attributes) {

@@ -129,7 +129,8 @@ function settlingParts(run) {
 function analysisParts(run) {
   const table = run.analysis["by layer"];
   if (!table) {
-    const how = `Which layers are essential: refinelens layers ${run.folder} finds out; this page, made again, then shows it.`;
+    const how = `Which layers are essential: refinelens layers ${run.folder} finds out; this page, made again, then ` +
+      "shows it.";
     return [element("p", { class: "faint" }, how)];
   }
   const [names, ...lines] = table, at = (line, name) => line[names.indexOf(name)];
@@ -165,7 +166,8 @@ function tableOf([names, ...lines]) {
     return at("") + (at("_low") === "" ? "" : ` [${at("_low")}, ${at("_high")}]`);
   }));
   const isNumber = shown.map((_, j) => cells.every((line) => line[j] === "-" || /^[-\d]/.test(line[j])));
-  return grid(shown.map((name) => name.replaceAll("_", " ")), cells, (i, j) => ({ class: isNumber[j] ? "number" : null }));
+  return grid(shown.map((name) => name.replaceAll("_", " ")), cells,
+    (i, j) => ({ class: isNumber[j] ? "number" : null }));
 }
 
 // Run b less run a, over the contexts that both have.
