@@ -85,7 +85,8 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
   const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
                             c.bias ? bias.data() : nullptr, 1.0f, c.softcap, targets.data(), n};
   fused_lens(problem, lens_kernels(selected_isa()), threads,
-             {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(), target_logit.data(), rank.data()});
+             {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(), target_logit.data(), rank.data(), 0,
+              nullptr, nullptr});
   bool good = true;
   for (int64_t r = 0; r < c.rows; ++r) {
     const std::vector<double>& logits = reference[r];
@@ -158,7 +159,8 @@ int main(int argc, char** argv) {
                               nullptr, 1.0f, 0.0f, nullptr, 0};
     int64_t argmax[3];
     float numbers[9];
-    fused_lens(problem, lens_kernels(selected_isa()), 1, {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr});
+    fused_lens(problem, lens_kernels(selected_isa()), 1,
+               {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr, 0, nullptr, nullptr});
     return 0;
   }
   bool good = true;
