@@ -3,9 +3,6 @@
 import pytest
 from browser import browser
 
-from refinelens.lens.logit_lens import LogitLens
-from refinelens.model.loading import load_model
-
 
 @pytest.fixture(scope="session")
 def chromium():
@@ -15,5 +12,9 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def lens():
+    # Imported here: this file can be read before the environment of torch and Triton is set.
+    from refinelens.lens.logit_lens import LogitLens
+    from refinelens.model.loading import load_model
+
     loaded = load_model("tiny", "cpu")
     return LogitLens(loaded.model, loaded.tokenizer)
