@@ -25,10 +25,11 @@ from .data.tasks import DistractorSource, Task, load_task
 from .errors import InputError
 from .pages.html import smallest, write_page
 from .report.agreement import compare_runs, share_questions
+from .report.measures import cells_of
 from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
 from .report.tables import inverted_u_lines, notes, paired_lines
-from .stats import MEAN, SHARE_CHANGE, Estimate, groups, mean_estimates, sums_and_counts
+from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, sums_and_counts
 from .store.files import write_output
 from .store.process import RunLock
 from .store.results import LAYERS, PAGE, Run
@@ -264,19 +265,14 @@ class _Profiles:
     """By lens, context size and gold position: median rank, and means of KL, entropy and measures, of every layer."""
 
     def __init__(self, lenses: tuple[str, ...], measures: tuple[str, ...]):
-        self._lenses, self._means = list(lenses), ("kl", "entropy", *measures)
+        self._lenses, self._means = lenses, ("kl", "entropy", *measures)
         self._ranks: dict[tuple, list[np.ndarray]] = {}
         self._sums: dict[tuple, np.ndarray] = {}
 
     def add(self, part: pa.Table) -> None:
-        if not len(part):
-            return
-        values = {name: list_matrix(part[name]) for name in ("target_rank", *self._means)}
-        lens = np.asarray([self._lenses.index(name) for name in part["lens"].to_pylist()])
-        for *where, inside in groups(lens, part["documents"].to_numpy(), part["gold_position"].to_numpy()):
-            key = tuple(where)
-            self._ranks.setdefault(key, []).append(values["target_rank"][inside].astype(np.int32))
-            sums = np.stack([values[name][inside].sum(0, dtype=float) for name in self._means])
+        for key, _, values in cells_of(part, self._lenses, ("target_rank", *self._means)):
+            self._ranks.setdefault(key, []).append(values["target_rank"].astype(np.int32))
+            sums = np.stack([values[name].sum(0, dtype=float) for name in self._means])
             self._sums[key] = self._sums.get(key, 0.0) + sums
 
     def rows(self) -> list[dict]:

@@ -9,8 +9,10 @@ numbers, and that a layer counts from which the divergence *stays* low, are our 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from ..config import JSD
 from ..stats import MEAN, SHARE, groups, mean_estimates, sums_and_counts
@@ -24,52 +26,60 @@ ALWAYS = ("entropy", "kl")  # of every layer, in every run
 KEYS = ("lens", "documents", "gold_position")
 
 
-def measured_layers(run: Run) -> list[MeasuredLayer]:
-    """Means over questions of every measure of every layer, with intervals; of the answer tokens of the tables."""
-    names, rows = (*ALWAYS, *run.measures), []
+def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
+    """What was measured, over the answer tokens of the tables; nothing of a run that was asked for no measures.
+
+    Returns:
+        Means of every measure of every layer over questions, with intervals; and where predictions settle by
+        divergence, none without ``jsd``.
+    """
+    if not run.measures:
+        return [], []
+    names, seed = (*ALWAYS, *run.measures), run.manifest["seed"]
+    layers: list[MeasuredLayer] = []
+    settling: list[SettlingRow] = []
     for key, ids, values in _cells(run, names):
-        owner = np.unique(ids, return_inverse=True)[1]
-        stacked = np.concatenate([values[name] for name in names], axis=1)  # [examples, measures x layers]
-        found = mean_estimates(*sums_and_counts(stacked, owner, owner.max() + 1), run.manifest["seed"])
         n_layers = values[names[0]].shape[1]
+        owner = np.unique(ids, return_inverse=True)[1]
+        n = int(owner.max()) + 1  # questions
+        stacked = np.concatenate([values[name] for name in names], axis=1)  # [examples, measures x layers]
+        found = mean_estimates(*sums_and_counts(stacked, owner, n), seed)
         for layer in range(n_layers):
             own = {name: found[place * n_layers + layer] for place, name in enumerate(names)}
-            rows.append(MeasuredLayer(*key, layer, int(owner.max()) + 1, **own))
-    return rows
-
-
-def settling_rows(run: Run) -> list[SettlingRow]:
-    """Where predictions settle by divergence; none of a run without ``jsd``."""
-    rows = []
-    for key, ids, values in _cells(run, (JSD,) if JSD in run.measures else ()):
-        n_layers = values[JSD].shape[1] - 1
-        settle = trajectories((values[JSD] > SETTLED).astype(int), 1, axis=-1).settle
-        owner = np.unique(ids, return_inverse=True)[1]
-        stacked = np.stack([settle, settle > LATE * n_layers], axis=1).astype(float)
-        sums = sums_and_counts(stacked, owner, owner.max() + 1)
-        mean, late = mean_estimates(*sums, run.manifest["seed"], [MEAN, SHARE])
-        rows.append(SettlingRow(*key, int(owner.max()) + 1, mean, late))
-    return rows
+            layers.append(MeasuredLayer(*key, layer, n, **own))
+        if JSD in values:
+            settle = trajectories((values[JSD] > SETTLED).astype(int), 1, axis=-1).settle
+            stacked = np.stack([settle, settle > LATE * (n_layers - 1)], axis=1).astype(float)
+            found = mean_estimates(*sums_and_counts(stacked, owner, n), seed, [MEAN, SHARE])
+            settling.append(SettlingRow(*key, n, *found))
+    return layers, settling
 
 
 def _cells(run: Run, names: tuple[str, ...]):
     """Of every lens, context size and gold position: key, question ids, and measures ``[examples, n_layers + 1]``."""
-    if not names:
-        return
-    order = list(lens_names(run.manifest))
+    lenses = lens_names(run.manifest)
     ids: dict[tuple, list[np.ndarray]] = {}
     values: dict[tuple, list[dict[str, np.ndarray]]] = {}
     for part in run.parts([*KEYS, "question_id", "answer_token", *names]):
         part = choose_tokens(part, run.manifest["arguments"]["answer_tokens"])
-        if not len(part):
-            continue
-        lens = np.asarray([order.index(name) for name in part["lens"].to_pylist()])
-        matrices = {name: list_matrix(part[name]) for name in names}
-        places = part["documents"].to_numpy(), part["gold_position"].to_numpy()
-        for *where, inside in groups(lens, *places):
-            key = tuple(where)
+        for key, inside, own in cells_of(part, lenses, names):
             ids.setdefault(key, []).append(part["question_id"].to_numpy()[inside])
-            values.setdefault(key, []).append({name: matrix[inside] for name, matrix in matrices.items()})
+            values.setdefault(key, []).append(own)
     for key in sorted(ids):
         whole = {name: np.concatenate([one[name] for one in values[key]]) for name in names}
-        yield (order[key[0]], *key[1:]), np.concatenate(ids[key]), whole
+        yield (lenses[key[0]], *key[1:]), np.concatenate(ids[key]), whole
+
+
+def cells_of(
+    part: pa.Table, lenses: Sequence[str], names: Sequence[str]
+) -> Iterator[tuple[tuple, np.ndarray, dict[str, np.ndarray]]]:
+    """Predictions by lens (its place among ``lenses``), context size and gold position, ascending.
+
+    Yields the three, bool ``[rows]`` which of the part they are, and lists by name, ``[examples, n_layers + 1]``.
+    """
+    if not len(part):
+        return
+    matrices = {name: list_matrix(part[name]) for name in names}
+    lens = np.asarray([lenses.index(name) for name in part["lens"].to_pylist()])
+    for *where, inside in groups(lens, part["documents"].to_numpy(), part["gold_position"].to_numpy()):
+        yield tuple(where), inside, {name: matrix[inside] for name, matrix in matrices.items()}

@@ -38,7 +38,7 @@ from ..stats import (
 )
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, list_matrix, read_trajectories
-from .measures import measured_layers, settling_rows
+from .measures import measured_rows
 from .rows import Cautions, InvertedU, LayerProfile, PairedDifference, Report, SummaryRow, lens_names
 
 SHARES = ("accuracy", "share")  # what the names of shares begin with
@@ -70,8 +70,7 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     cautions = find_cautions(readings, n_layers)
     rows = summarise(readings, n_layers, seed, manifest["counts"]["left_out"])
     tests = inverted_u_tests(readings, cautions, seed)
-    measured = (measured_layers(run), settling_rows(run)) if run.measures else ([], [])
-    return Report(manifest, rows, paired_differences(readings, seed), tests, cautions, *measured)
+    return Report(manifest, rows, paired_differences(readings, seed), tests, cautions, *measured_rows(run))
 
 
 def read_cells(table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...]) -> Iterator[Reading]:
