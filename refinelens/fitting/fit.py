@@ -212,32 +212,36 @@ class _Fit:
         metadata = {"identity": json.dumps(identity), "done": str(done)}
         write_whole(self.path / file, lambda path: save_file(tensors, path, metadata))
 
-    def _begun(self, file: str, identity: dict, shapes: dict[str, torch.Size]) -> tuple[int, dict[str, Tensor]]:
-        """(things done, their sums), of a fit that was stopped; 0 and none of a new one.
+    def _begun(self, file: str, identity: dict, sums: dict[str, Tensor]) -> int:
+        """Things that a stopped fit has done, whose sums are put into ``sums``; 0 of a new one.
 
         Raises:
             InputError: The file is of another fit (the first difference is named), or damaged, and must not be
                 overwritten.
         """
         try:
-            return self._read(file, identity, shapes) if (self.path / file).exists() else (0, {})
+            return self._read(file, identity, sums) if (self.path / file).exists() else 0
         except InputError:
             if not self.overwrite:
                 raise
-            return 0, {}
+            return 0
 
-    def _read(self, file: str, identity: dict, shapes: dict[str, torch.Size]) -> tuple[int, dict[str, Tensor]]:
+    def _read(self, file: str, identity: dict, sums: dict[str, Tensor]) -> int:
         try:
             with safe_open(self.path / file, framework="pt") as opened:
                 metadata = opened.metadata()
-                tensors = {key: opened.get_tensor(key) for key in shapes}
+                tensors = {key: opened.get_tensor(key) for key in sums}
             there, done = json.loads(metadata["identity"]), int(metadata["done"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"``out`` {self.path}: expected a whole {file}, got: {error}; {BEGIN_AGAIN}") from None
         made_of = MadeOf(self.path, there, "``out``", "the stopped fit", BEGIN_AGAIN)
         for key, value in identity.items():
             made_of.require(key, value)
-        return done, tensors
+        if any(tensors[key].shape != own.shape for key, own in sums.items()):
+            raise InputError(f"``out`` {self.path}: expected a whole {file}, got sums of other shapes; {BEGIN_AGAIN}")
+        for key, tensor in tensors.items():
+            sums[key].copy_(tensor)
+        return done
 
     def _sum(self, stage: str, things: Iterator[Tensor], add: Callable, save: Callable, done: int, end: int) -> None:
         """Add up what is left of ``end`` things, kept on disk now and then and when all are there.
@@ -275,9 +279,7 @@ class _Fit:
         lens, split, identity = self.states.lens, self.states.split, self._identity()
         fit, choose = (Statistics.empty(lens.n_layers, lens.d_model, lens.model.device) for _ in range(2))
         sums = fit.tensors("fit") | choose.tensors("choose")
-        done, found = self._begun(STATISTICS, identity, {name: own.shape for name, own in sums.items()})
-        for name, own in found.items():
-            sums[name].copy_(own)
+        done = self._begun(STATISTICS, identity, sums)
         self._sum(
             *("reading", self.states.of(range(done, split.choose.stop))),
             lambda number, hidden: (fit if number in split.fit else choose).add(hidden),
@@ -312,14 +314,12 @@ class _Fit:
         own = {"from_layer": from_layer, "prompts_from": prompts.start, "prompt_tokens": n_tokens}
         jacobians, identity = Jacobians.empty(estimate.n_layers, states.lens.d_model), self._identity() | own
         sums = jacobians.tensors()
-        done, found = self._begun(JACOBIANS, identity, {name: own.shape for name, own in sums.items()})
+        done = self._begun(JACOBIANS, identity, sums)
         if done > len(prompts):
             raise InputError(
                 f"``prompts``: expected at least the {done} that the stopped fit in {self.path} has, got "
                 f"{len(prompts)}; give as many, or {BEGIN_AGAIN}"
             )
-        for name, value in found.items():
-            sums[name].copy_(value)
         self._sum(
             *("differentiating", (estimate(ids[:n_tokens]) for ids in states.some(prompts[done:]))),
             lambda number, jacobian: jacobians.add(jacobian),

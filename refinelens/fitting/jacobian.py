@@ -44,7 +44,7 @@ class Jacobians:
         return cls(torch.zeros(HALVES, n_layers, d_model, d_model, dtype=torch.float64), torch.zeros(HALVES).long())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name, for a file."""
+        """The sums themselves by name, for a file and to be filled from one."""
         return {"sums": self.sums, "counts": self.counts}
 
     @property

@@ -77,13 +77,8 @@ class Statistics:
         return len(self.sum_y) * torch.finfo(self.xx.dtype).eps * self.xx[layer].diagonal().mean()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The sums by name, for a file."""
+        """The sums themselves by name, for a file and to be filled from one."""
         return {f"{prefix}.{field.name}": getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, device: torch.device | str) -> Statistics:
-        """What `tensors` gave."""
-        return cls(**{field.name: tensors[f"{prefix}.{field.name}"].to(device) for field in fields(cls)})
 
 
 def solve(fit: Statistics, held_out: Statistics) -> tuple[Translators, list[float]]:

@@ -19,6 +19,7 @@ from ..kernels.reference import LayerNorm, LensHead, apply_norm
 from ..lens.inputs import Tokens, targets_of, tokens_of
 from ..lens.logit_lens import LogitLens
 from ..lens.reading import LayerReading
+from ..op.fused_lens import broadcast_ids
 from .blocks import ActivationCache, check_replay, zero_ablated
 
 if TYPE_CHECKING:
@@ -108,8 +109,10 @@ def read_sublayers(
     places = tokens.positions[0].to(run.states[0].device)
     post, mid = (torch.stack(states)[:, 0, places] for states in (run.states, between))  # [.., position, d_model]
     ids = targets_of(targets, lens.tokenizer)
-    last = lens.stats(post[-1], None if ids is None else torch.as_tensor(ids, device=post.device))
-    chosen = last.argmax if ids is None else torch.as_tensor(ids, device=post.device).expand(len(places))
+    if ids is None:
+        chosen = lens.stats(post[-1]).argmax
+    else:
+        chosen = broadcast_ids("targets", torch.as_tensor(ids, device=post.device), [len(places)])
     reading = lens.read_states(torch.cat([mid, post[-1:]]), chosen, kl=True, top_k=top_k, check_last=False)
     shown = replace(reading, tokens=replace(tokens, is_batch=False), lens=MID).to("cpu")
     added = {"attn": mid - post[:-1], "mlp": post[1:] - mid}
