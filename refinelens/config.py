@@ -168,6 +168,11 @@ class SweepConfig(Config):
             expect(self.positions == "answer", on, "``positions='answer'``", "all, which runs every token")
             expect(batch in ("auto", "1"), on, "``batch_size`` auto or 1", batch)
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What rows have beside what every run's have, names of `store.results.EXTRAS`."""
+        return self.measures
+
 
 @dataclass(frozen=True)
 class FitConfig(Config):

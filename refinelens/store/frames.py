@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def long_schema(run: Run) -> pa.Schema:
     """Columns of `long_tables`: those of the predictions, ``layer`` (0 .. n_layers) behind those that layers share."""
-    whole = predictions_schema(run.measures)
+    whole = predictions_schema(run.extras)
     shared = [field for field in whole if not pa.types.is_list(field.type)]
     lists = [(field.name, field.type.value_type) for field in whole if pa.types.is_list(field.type)]
     return pa.schema([*shared, ("layer", pa.int32()), *lists])
@@ -37,7 +37,7 @@ def long_schema(run: Run) -> pa.Schema:
 
 def long_tables(run: Run) -> Iterator[pa.Table]:
     """The predictions part by part with a row for every layer; columns as in `long_schema`."""
-    whole, long = predictions_schema(run.measures), long_schema(run)
+    whole, long = predictions_schema(run.extras), long_schema(run)
     lists = [field.name for field in whole if pa.types.is_list(field.type)]
     for part in run.parts(whole.names):
         if not len(part):
@@ -135,7 +135,7 @@ class LoadedRun:
     @property
     def predictions(self) -> pd.DataFrame:
         """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
-        schema = predictions_schema(self.run.measures)
+        schema = predictions_schema(self.run.extras)
         return _frame(self.run.parts(schema.names), schema)
 
     @property

@@ -75,15 +75,15 @@ PREDICTIONS = pa.schema(
         ("kl", pa.list_(pa.float32())),  # nats, KL(p_final || p_layer)
     ]
 )
-MEASURED = {  # further columns, of runs that were asked for them
-    JSD: pa.list_(pa.float32()),  # nats, Jensen-Shannon divergence from the output
-    TOP5: pa.list_(pa.float32()),  # share of the five likeliest tokens that are the output's
+EXTRAS = {  # further columns, by what a run was asked for
+    JSD: [(JSD, pa.list_(pa.float32()))],  # nats, Jensen-Shannon divergence from the output
+    TOP5: [(TOP5, pa.list_(pa.float32()))],  # share of the five likeliest tokens that are the output's
 }
 
 
-def predictions_schema(measures: Iterable[str]) -> pa.Schema:
-    """`PREDICTIONS`, and a column for each of some measures."""
-    return pa.schema([*PREDICTIONS, *((name, MEASURED[name]) for name in measures)])
+def predictions_schema(extras: Iterable[str]) -> pa.Schema:
+    """`PREDICTIONS`, and the columns of some of `EXTRAS`."""
+    return pa.schema([*PREDICTIONS, *(column for name in extras for column in EXTRAS[name])])
 
 
 # One row per prediction and threshold.
@@ -158,15 +158,21 @@ class Run(Folder):
         return size if type(size) is int else None
 
     @property
-    def measures(self) -> tuple[str, ...]:
-        """What was measured of every layer beside what always is."""
+    def extras(self) -> tuple[str, ...]:
+        """What of `EXTRAS` it was asked for."""
         return tuple(self.manifest["arguments"].get("measures", ()))
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Columns of what was measured of every layer beside what always is, numbers over layers ``0 .. n_layers``."""
+        columns = (column for name in self.extras for column in EXTRAS[name])
+        return tuple(name for name, kind in columns if kind == pa.list_(pa.float32()))
 
     @property
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
         measured, settling = MEASURE_TABLES
-        return (*DERIVED, *([measured] if self.measures else []), *([settling] if JSD in self.measures else []))
+        return (*DERIVED, *([measured] if self.measures else []), *([settling] if JSD in self.extras else []))
 
     @property
     def is_finished(self) -> bool:
@@ -235,7 +241,8 @@ def open_run(path: str | Path) -> Run:
 
 def write_rows(rows: list[pa.Table], path: Path) -> None:
     """Write predictions as Parquet: the same bytes however the rows are divided, and whether or not they were read."""
-    schema = predictions_schema(name for name in MEASURED if name in rows[0].column_names)
+    there = rows[0].column_names
+    schema = predictions_schema(extra for extra, columns in EXTRAS.items() if columns[0][0] in there)
     whole = pa.concat_tables(table.cast(schema) for table in rows)  # Parquet renames the items of lists
     pq.write_table(whole.combine_chunks(), path, compression="zstd")
 

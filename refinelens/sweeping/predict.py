@@ -119,7 +119,7 @@ def read_contexts(
 
 
 def prediction_table(
-    ran: ModelStates, target_ids: Tensor, read: dict[str, Read], text: Callable[[int], str]
+    ran: ModelStates, target_ids: Tensor, read: dict[str, Read], text: Callable[[int], str], schema: pa.Schema
 ) -> pa.Table:
     """Predictions of one context, lens by lens, a row per position.
 
@@ -128,17 +128,18 @@ def prediction_table(
         target_ids: Of `read_contexts`.
         read: By the names of the lenses.
         text: Gives the text of a token id.
+        schema: Of the table, see `predictions_schema`.
     """
     shared = _shared_columns(ran, target_ids.numpy(), text)
-    return pa.concat_tables([_table(shared, lens, own, text) for lens, own in read.items()])
+    return pa.concat_tables([_table(shared, lens, own, text, schema) for lens, own in read.items()])
 
 
-def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str]) -> pa.Table:
+def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], schema: pa.Schema) -> pa.Table:
     tensors = {name: getattr(read.reading.stats, name) for name in STATISTICS} | {"kl": read.reading.kl}
     lists = {name: value.T.numpy() for name, value in (tensors | read.measures).items()}
     lists["argmax_text"] = _texts(lists["argmax"], text)
-    n, schema = len(lists["kl"]), predictions_schema(read.measures)
-    columns = shared | {"lens": pa.array([lens] * n)} | {name: _lists(values) for name, values in lists.items()}
+    own = {name: _lists(values) for name, values in lists.items()}
+    columns = shared | own | {"lens": pa.array([lens] * len(own["kl"]))}
     return pa.table([columns[name] for name in schema.names], schema.names).cast(schema)
 
 
@@ -201,6 +202,7 @@ class Predictor:
     ):
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
+        self._schema = predictions_schema(options.extras)
         self._together = questions_together(options, loaded.model.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
         self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
@@ -236,8 +238,7 @@ class Predictor:
                 counts.update(passages_replaced=one.n_replaced, tokens_computed=one.n_tokens)
                 for _, of_context in own:
                     counts.update(of_context)
-                empty = predictions_schema(self._options.measures).empty_table()
-                table = pa.concat_tables([empty, *(table for table, _ in own)])
+                table = pa.concat_tables([self._schema.empty_table(), *(table for table, _ in own)])
                 results.append(QuestionResult(table, dict(counts), one.left_out, notes, tuple(warnings)))
                 warnings = []
         return results
@@ -273,7 +274,7 @@ class Predictor:
         def rows(ran: list[ModelStates]) -> list[pa.Table]:
             options = self._options
             read = read_contexts(ran, self._logit_lens, self._lenses, options.target, options.measures)
-            return [prediction_table(one, *of_one, self._text) for one, of_one in zip(ran, read, strict=True)]
+            return [prediction_table(one, *own, self._text, self._schema) for one, own in zip(ran, read, strict=True)]
 
         tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]
         for states, table in zip(held, tables, strict=True):
