@@ -31,8 +31,8 @@ def pytest_configure(config):
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     config.cores = torch.get_num_threads()
-    if is_worker:
-        torch.set_num_threads(1)  # there is such a process per core, and threads of all would wait for each other
+    # There may be such a process per core, and forked ones, which have one thread, are held to this one bit for bit.
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
