@@ -2,8 +2,6 @@
 
 A config is a frozen dataclass of such options, checked before anything heavy is loaded. Python passes values to its
 fields; the parser of the command line is made from the same fields (`refinelens.parser`) and passes what was typed.
-
-Conditions of a question are how many documents its context has and where the gold one may stand among them.
 """
 
 from __future__ import annotations
@@ -13,11 +11,8 @@ from dataclasses import InitVar, dataclass
 
 from .errors import InputError
 from .options import NAMES, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
+from .placement import MOST_DOCUMENTS, WORDS, Placement, placements
 
-CLOSED_BOOK, ORACLE = 0, 1  # no document; the gold document alone
-MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
-NO_POSITION = -1  # of the gold document, where there is none
-WORDS = {"closed-book": CLOSED_BOOK, "oracle": ORACLE}
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
 OBJECTIVES = ("linear", "kl", "jacobian")
 OF_OBJECTIVE = {"kl": ("steps", "seed"), "jacobian": ("prompts", "prompts_from", "from_layer")}  # options of it alone
@@ -28,6 +23,8 @@ INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
+CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
+DECOYS = "decoys"  # what their rows have more
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
 
@@ -84,8 +81,9 @@ class SweepConfig(Config):
     model: str = option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
     task: str = option(
         None,
-        "builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny, tiny-friends, "
-        "tiny-hops or FILE.jsonl[.gz] in a format of Lost in the Middle (default: builtin; tiny for the model tiny)",
+        "builtin, cues (the same with documents that disagree), nq (the file in $REFINELENS_NQ), kv (random pairs of "
+        "keys and values), tiny, tiny-cues, tiny-friends, tiny-hops or FILE.jsonl[.gz] in a format of Lost in the "
+        "Middle (default: builtin; tiny for the model tiny)",
         ASKED,
     )
     documents: tuple[int, ...] = option(
@@ -96,6 +94,20 @@ class SweepConfig(Config):
         "N[,N]",
     )
     gold_positions: str = option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|P[,P]")
+    golds: int = option(1, "gold documents of a context, side by side, of tasks that have more than one", ASKED)
+    decoys: int | None = option(
+        None,
+        "documents of a context, side by side, that state another answer, of tasks that have such (default: 1 of cues "
+        "and tiny-cues, else 0)",
+        ASKED,
+    )
+    decoy_positions: str = option(
+        "all",
+        "of the first decoy, from 0; where gold documents stand it does not",
+        ASKED,
+        TYPED,
+        "all|ends-middle|P[,P]",
+    )
     examples: int | None = option(None, "questions drawn by the seed (default: all; of kv and tiny 100)", ASKED)
     target: str = choice(
         "whose rank at every layer: the answer's token, or the model's own prediction", READ, "answer", "prediction"
@@ -154,8 +166,14 @@ class SweepConfig(Config):
         sizes, lenses, batch = ",".join(map(str, self.documents)), self.lens, self.batch_size
         expect(self.documents and min(self.documents) >= 0, "documents", SIZES.expected, repr(sizes))
         expect(max(self.documents) <= MOST_DOCUMENTS, "documents", f"sizes up to {MOST_DOCUMENTS}", sizes)
+        for name, least in (("golds", 1), ("decoys", 0)):
+            value = getattr(self, name)
+            expect(value is None or value >= least, name, f"{least} or more", value)
         for size in self.documents:
-            gold_positions(self.gold_positions, size)
+            self.placements(size)
+        if self.n_decoys:
+            beside = "answer beside ``decoys``, whose answer is compared with it"
+            expect(self.target == "answer", "target", beside, self.target)
         expect(self.seed >= 0, "seed", "0 or more", self.seed)
         expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
         check_top(self.top)
@@ -171,7 +189,16 @@ class SweepConfig(Config):
     @property
     def extras(self) -> tuple[str, ...]:
         """What rows have beside what every run's have, names of `store.results.EXTRAS`."""
-        return self.measures
+        return (*self.measures, *([DECOYS] if self.n_decoys else []))
+
+    @property
+    def n_decoys(self) -> int:
+        """Documents of a context that state another answer."""
+        return int(self.task in CUES) if self.decoys is None else self.decoys
+
+    def placements(self, size: int) -> list[Placement]:
+        """Where gold documents and decoys stand in the contexts of a size, in order."""
+        return placements(size, self.gold_positions, self.golds, self.decoy_positions, self.n_decoys)
 
 
 @dataclass(frozen=True)
@@ -262,6 +289,7 @@ class WidgetConfig(Config):
         metavar="N",
     )
     gold_position: int | None = option(None, "0-based (default: the run's first)", metavar="P")
+    decoy_position: int | None = option(None, "0-based, of a run with decoys (default: its first)", metavar="P")
     lens: str | None = option(None, "plain, or the name of a lens (default: the run's first)", metavar="NAME")
     tokens: int = option(32, "at most, the last ones of the context")
     k: int = option(5, "most likely tokens of every layer", metavar="K")
@@ -298,6 +326,7 @@ class ReadConfig(Config):
     question: int | None = option(None, "of a run: line of the task file, from 0 (default: the first)", metavar="ID")
     documents: int | None = option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
     gold_position: int | None = option(None, "of a run: 0-based (default: its first)", metavar="P")
+    decoy_position: int | None = option(None, "of a run with decoys: 0-based (default: its first)", metavar="P")
     device: str = _device()
     dtype: str = _dtype()
     trust_remote_code: bool = _trust()
@@ -355,38 +384,6 @@ class BenchConfig(Config):
 def default_task(model: str) -> str:
     """The task of a model for which none is named, and the text that a lens of it is fitted to."""
     return "tiny" if model == "tiny" else "builtin"  # that model knows no words but those of its own task
-
-
-def condition_name(n_documents: int) -> str:
-    """``closed-book``, ``oracle`` or ``5 documents``."""
-    names = {number: word for word, number in WORDS.items()}
-    return names.get(n_documents, f"{n_documents} documents")
-
-
-def gold_positions(choice: str, n_documents: int) -> list[int]:
-    """0-based gold positions of a context size: ``all``, ``ends-middle`` or a list such as ``0,4,9``.
-
-    Without documents it is `NO_POSITION`, and of one document 0, whatever the list.
-
-    Raises:
-        InputError: Not one of these, or a position outside the context.
-    """
-    try:
-        listed = [] if choice in ("all", "ends-middle") else [int(part) for part in choice.split(",")]
-    except ValueError:
-        raise InputError(
-            f"``gold_positions``: expected all, ends-middle or a list like 0,4,9, got {choice!r}"
-        ) from None
-    if n_documents == CLOSED_BOOK:
-        return [NO_POSITION]
-    if choice == "all":
-        return list(range(n_documents))
-    if choice == "ends-middle" or n_documents == ORACLE:
-        return sorted({0, (n_documents - 1) // 2, n_documents - 1})
-    for position in listed:
-        fits = 0 <= position < n_documents
-        expect(fits, "gold_positions", f"0 to {n_documents - 1} with {n_documents} documents", position)
-    return sorted(set(listed))
 
 
 def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..stats import NO_ESTIMATE, Estimate, PairedTest
+from ..store.results import CUE_TABLES
 
 # Names of statistics of a layer that more than one module looks for.
 LENS = "lens"  # what a statistic is of, where it is no intervention
@@ -140,6 +141,68 @@ class SettlingRow:
     deep_thinking: Estimate  # share of tokens for which that layer is among the last
 
 
+EITHER = "either"  # in place of an order: both together
+
+
+@dataclass(frozen=True)
+class CueRow:
+    """One lens, threshold, context size, order and distance of gold documents and decoys.
+
+    Depths are over the examples in which that answer is correct at the output. Shares and means are over examples,
+    their intervals over questions.
+    """
+
+    lens: str
+    top: int
+    documents: int
+    order: str  # gold first, decoy first, either, or no decoy
+    distance: int | None  # documents from the one kind to the other, 1 of neighbours; None for all together
+    questions: int
+    examples: int
+    gold_ahead: Estimate  # the gold answer has the lower rank at the output
+    gold_correct: Estimate  # it is of rank 1 to k there
+    decoy_correct: Estimate  # so is the decoys' answer
+    mean_decided: Estimate  # layer from which the answer that is ahead at the output stays ahead
+    share_switched: Estimate  # the lead changes after the first layer at which either is correct, if there is one
+    share_loser_seen: Estimate  # the answer that is behind at the output is correct at some layer
+    gold_first_correct: Estimate
+    gold_settle: Estimate
+    gold_depth: Estimate
+    decoy_first_correct: Estimate
+    decoy_settle: Estimate
+    decoy_depth: Estimate
+
+
+@dataclass(frozen=True)
+class CueLayer:
+    """One lens, context size, order and layer, all distances together."""
+
+    lens: str
+    documents: int
+    order: str
+    layer: int
+    questions: int
+    gold_ahead: Estimate  # share of examples
+    gold_best: Estimate  # share whose best token is the gold answer's
+    decoy_best: Estimate
+    lead: Estimate  # nats, log-probability of the gold answer less that of the decoys'
+
+
+@dataclass(frozen=True)
+class CueDifference:
+    """With the decoy first less with the gold document first, means of questions that have both."""
+
+    lens: str
+    top: int
+    documents: int
+    questions: int
+    gold_ahead: Estimate  # above 0: what comes last wins
+    gold_correct: Estimate
+    decoy_correct: Estimate
+    mean_decided: Estimate  # layers
+    gold_depth: Estimate  # layers
+
+
 @dataclass(frozen=True)
 class Report:
     """What the tables and figures of a run say of its chosen answer tokens."""
@@ -151,6 +214,9 @@ class Report:
     cautions: Cautions
     measured: list[MeasuredLayer] = field(default_factory=list)  # none of a run that was asked for no measures
     settling: list[SettlingRow] = field(default_factory=list)
+    cues: list[CueRow] = field(default_factory=list)  # none of a run without decoys
+    cue_layers: list[CueLayer] = field(default_factory=list)
+    cue_differences: list[CueDifference] = field(default_factory=list)
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:
@@ -161,7 +227,12 @@ class Report:
             "inverted_u.csv": (InvertedU, self.tests),
             **({"measures.csv": (MeasuredLayer, self.measured)} if self.measured else {}),
             **({"settling.csv": (SettlingRow, self.settling)} if self.settling else {}),
+            **(dict(zip(CUE_TABLES, self._cue_tables, strict=True)) if self.cues else {}),
         }
+
+    @property
+    def _cue_tables(self) -> list[tuple[type, list]]:
+        return [(CueRow, self.cues), (CueLayer, self.cue_layers), (CueDifference, self.cue_differences)]
 
     @property
     def lenses(self) -> tuple[str, ...]:

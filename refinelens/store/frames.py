@@ -168,6 +168,17 @@ class LoadedRun:
         """``paired.csv``: a row per lens, threshold, context size and pair of gold positions."""
         return _read_csv(self.run.path / "paired.csv")
 
+    @property
+    def cues(self) -> pd.DataFrame:
+        """``cues.csv`` of a run with decoys: a row per lens, threshold, context size, order and distance.
+
+        Raises:
+            InputError: The run has none.
+        """
+        if not self.run.n_decoys:
+            raise InputError(f"{self.run.path}: expected a run with ``decoys``, got one without; sweep the task cues")
+        return _read_csv(self.run.path / "cues.csv")
+
 
 @dataclass(frozen=True, repr=False)
 class LoadedLayers:

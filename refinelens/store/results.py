@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import JSD, TOP5
+from ..config import CUES, DECOYS, JSD, TOP5, SweepConfig
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
 
 SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
+CUE_TABLES = ("cues.csv", "cues_layers.csv", "cues_paired.csv")  # of runs with decoys
 MEASURE_TABLES = ("measures.csv", "settling.csv")  # of runs that were asked for measures
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
@@ -78,6 +79,13 @@ PREDICTIONS = pa.schema(
 EXTRAS = {  # further columns, by what a run was asked for
     JSD: [(JSD, pa.list_(pa.float32()))],  # nats, Jensen-Shannon divergence from the output
     TOP5: [(TOP5, pa.list_(pa.float32()))],  # share of the five likeliest tokens that are the output's
+    DECOYS: [
+        ("decoy_position", pa.int32()),  # 0-based, of the first decoy; -1 without one
+        ("decoy_answer", pa.string()),  # what the decoys state
+        ("decoy_id", pa.int64()),  # its first token, in the place of the answer's first
+        ("decoy_rank", pa.list_(pa.int64())),  # 0-based
+        ("decoy_logprob", pa.list_(pa.float32())),  # nats
+    ],
 }
 
 
@@ -148,7 +156,7 @@ class Run(Folder):
     SHAPE = SHAPE
     PART = Part
     PARTS = "predictions"
-    DERIVED = (*DERIVED, *MEASURE_TABLES, PAGE)
+    DERIVED = (*DERIVED, *MEASURE_TABLES, *CUE_TABLES, PAGE)
     BESIDE = (LAYERS,)
 
     @property
@@ -160,19 +168,28 @@ class Run(Folder):
     @property
     def extras(self) -> tuple[str, ...]:
         """What of `EXTRAS` it was asked for."""
-        return tuple(self.manifest["arguments"].get("measures", ()))
+        arguments = self.manifest["arguments"]
+        return (*arguments.get("measures", ()), *([DECOYS] if self.n_decoys else []))
+
+    @property
+    def n_decoys(self) -> int:
+        """Documents of its contexts that state another answer."""
+        arguments = self.manifest["arguments"]
+        given = arguments.get("decoys")
+        return int(arguments.get("task") in CUES) if given is None else given
 
     @property
     def measures(self) -> tuple[str, ...]:
         """Columns of what was measured of every layer beside what always is, numbers over layers ``0 .. n_layers``."""
-        columns = (column for name in self.extras for column in EXTRAS[name])
+        columns = (column for name in self.extras if name != DECOYS for column in EXTRAS[name])
         return tuple(name for name, kind in columns if kind == pa.list_(pa.float32()))
 
     @property
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
         measured, settling = MEASURE_TABLES
-        return (*DERIVED, *([measured] if self.measures else []), *([settling] if JSD in self.extras else []))
+        cues = CUE_TABLES if self.n_decoys else ()
+        return (*DERIVED, *cues, *([measured] if self.measures else []), *([settling] if JSD in self.extras else []))
 
     @property
     def is_finished(self) -> bool:
@@ -216,7 +233,8 @@ class Run(Folder):
             return
         manifest = self.any_manifest()
         old = manifest["arguments"]
-        known = {k: v for k, v in arguments.items() if k in old or v}  # of before, a run lacks what is not used here
+        defaults = {option.name: option.default for option in fields(SweepConfig)}
+        known = {k: v for k, v in arguments.items() if k in old or v != defaults.get(k, v)}  # an older run lacks some
         changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in known.items() if old.get(k) != v]
         finished, path = manifest["status"] == "finished", self.path
         command = f"see it with refinelens show {path}" if finished else f"go on with {resume_call(path)}"

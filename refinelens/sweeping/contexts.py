@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-from ..config import CLOSED_BOOK, ORACLE, SweepConfig, condition_name, gold_positions
+from ..config import SweepConfig
 from ..data.generated import HOPS
-from ..data.prompts import Context, Template, build_context, find_documents
+from ..data.prompts import Context, Template, arrange, build_context, find_documents
 from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
 from ..data.tasks import DistractorSource, Task
@@ -23,6 +23,7 @@ from ..lens.logit_lens import LogitLens
 from ..lens.runner import ForwardRunner, ModelInput, blamed_on_context
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
+from ..placement import ORACLE, Placement, condition_name
 from ..report.rows import counted
 
 Thing = TypeVar("Thing")
@@ -31,6 +32,8 @@ NO_ALIAS = Alias(0, "none")  # of a question that is not asked
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
 TOO_FEW_DISTRACTORS = "too few passages without an answer"
 NO_ANSWER = "no answer in the task file"
+TOO_FEW_GOLDS = "too few gold documents"
+TOO_FEW_DECOYS = "too few decoys"
 NO_EMBEDDING = "a token that the model has no embedding for"
 LOOKED_AT = 100  # questions whose documents are read for unknown words
 UNKNOWN_SHARE = 0.01  # of the tokens of documents, from which on it is said
@@ -88,6 +91,7 @@ def choose_context(
     question: int | None,
     documents: int | None,
     gold_position: int | None,
+    decoy_position: int | None = None,
 ) -> Context:
     """One context to look at.
 
@@ -98,6 +102,7 @@ def choose_context(
         question: Its id; None for the first that could be asked at the size.
         documents: The size; None for the one that shows best, the smallest with other documents.
         gold_position: None for the first.
+        decoy_position: None for the first.
 
     Raises:
         InputError: There is no such context.
@@ -111,7 +116,9 @@ def choose_context(
         for asked in questions:
             contexts = [context for context in builder.build(asked).contexts if context.n_documents == size]
             if contexts:
-                return pick("``gold_position``", contexts, lambda context: context.gold_position, gold_position)
+                pick("``gold_position``", contexts, lambda context: context.gold_position, gold_position)
+                own = [c for c in contexts if gold_position in (None, c.gold_position)]
+                return pick("``decoy_position``", own, lambda c: c.placement.decoy_position, decoy_position)
     where = "" if documents is None else f" with {condition_name(documents)}"
     got = "none" if question is None else f"question {question}, which was left out"
     raise InputError(f"``question``: expected one that the run could ask{where}, got {got}")
@@ -161,26 +168,36 @@ class ContextBuilder:
 
     def document_spans(self, context: Context) -> list[tuple[int, int] | None]:
         """Tokens of every document of a context, end exclusive; None where the tokenizer knows no offsets."""
-        distractors = self._distractors.choose(context.question, context.n_documents - 1) or []
-        place = context.gold_position
-        documents = [*distractors[:place], context.question.gold, *distractors[place:]] if context.n_documents else []
+        placement = context.placement
+        others = context.n_documents - placement.golds - placement.decoys
+        distractors = self._distractors.choose(context.question, max(0, others)) or []
+        documents = arrange(context.question, distractors, placement)
         return find_documents(self._loaded.tokenizer, self._template, context.question, documents)
 
     def _of_size(self, question: Question, size: int, alias: int) -> list[Context] | str:
         """The contexts, or why there are none."""
-        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
+        placements = self._options.placements(size)
+        golds, decoys = placements[0].golds, placements[0].decoys
+        if golds > 1 + len(question.golds):
+            return TOO_FEW_GOLDS
+        if self._options.n_decoys and max(1, decoys) > len(question.decoys):
+            return TOO_FEW_DECOYS
+        distractors = self._distractors.choose(question, max(0, size - golds - decoys))
         if distractors is None:
             return TOO_FEW_DISTRACTORS
-        positions = gold_positions(self._options.gold_positions, size)
         try:
-            contexts = [self._build(question, distractors, position, alias) for position in positions]
+            contexts = [self._build(question, distractors, placement, alias) for placement in placements]
         except CannotAskError as error:
             return str(error)
         return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
 
-    def _build(self, question: Question, distractors: list[Document], gold_position: int, alias: int) -> Context:
-        context = build_context(self._loaded.tokenizer, self._template, question, distractors, gold_position, alias)
-        if not self._loaded.has_embeddings((*context.input_ids, *context.prompt_ids, context.answer_ids[-1])):
+    def _build(
+        self, question: Question, distractors: list[Document], placement: Placement, alias: int, decoy: bool = True
+    ) -> Context:
+        decoy = decoy and self._options.n_decoys > 0
+        context = build_context(self._loaded.tokenizer, self._template, question, distractors, placement, alias, decoy)
+        ids = (*context.input_ids, *context.prompt_ids, context.answer_ids[-1], context.decoy_id or 0)
+        if not self._loaded.has_embeddings(ids):
             raise CannotAskError(NO_EMBEDDING)
         return context
 
@@ -197,7 +214,7 @@ class ContextBuilder:
         oracles: dict[int, Context] = {}  # by the answers that the model can be asked for
         for alias in range(len(question.answers)):
             try:
-                oracles[alias] = self._build(question, [], 0, alias)
+                oracles[alias] = self._build(question, [], Placement(0), alias, decoy=False)
             except CannotAskError as error:
                 reason = error
         if not oracles:

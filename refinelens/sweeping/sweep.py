@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
+from ..config import SweepConfig, check_top
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
@@ -26,6 +26,7 @@ from ..machine import device_name, working_folder
 from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
+from ..placement import CLOSED_BOOK
 from ..progress import Progress, unseen
 from ..report.rows import Report
 from ..report.summary import read_report
@@ -185,10 +186,9 @@ class SweepInputs:
         """What builds contexts."""
         return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
 
-    def context(self, question: int | None, documents: int | None, gold_position: int | None) -> Context:
+    def context(self, *which: int | None) -> Context:
         """One context of a run to look at, see `choose_context`."""
-        sizes = self.options.documents
-        return choose_context(self.builder(), self.questions, sizes, question, documents, gold_position)
+        return choose_context(self.builder(), self.questions, self.options.documents, *which)
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
@@ -406,7 +406,7 @@ def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
     """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer and 512
     per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
-    n_contexts = [len(gold_positions(options.gold_positions, size)) for size in options.documents]
+    n_contexts = [len(options.placements(size)) for size in options.documents]
     n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) for size in options.documents]
     per_row = (n_layers + 1) * 64 + 512 + 8 * options.generate
     per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
