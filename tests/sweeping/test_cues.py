@@ -292,7 +292,7 @@ def test_distance_of_blocks_is_from_edge_to_edge(tmp_path):
 @pytest.mark.medium
 def test_frames_and_exports_have_both_answers(run, tmp_path):
     loaded = refinelens.load_run(run.path)
-    assert len(loaded.cues) == 2 * (2 + 1 + 2 * 4) and loaded.cues["distance"].isna().sum() == 2 * 4
+    assert len(loaded.cues) == 2 * (5 + 2 * 3) and loaded.cues["distance"].isna().sum() == 2 * 5
     assert {"decoy_position", "decoy_rank", "decoy_logprob"} <= {*loaded.layers.columns} & {*loaded.predictions.columns}
     out = tmp_path / "rows.csv"
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == 0
