@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .data.texts import texts_of
+from .data.page_documents import texts_of
 from .errors import InputError
 from .pages.html import smallest, write_page
 from .placement import ORACLE, condition_name
