@@ -261,6 +261,13 @@ def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .data.convert import convert
+
+    print(convert(arguments.file, from_=arguments.from_, out=arguments.out))
+    return 0
+
+
 def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .store.frames import check_new_file, export_run
     from .store.results import open_run
@@ -339,6 +346,7 @@ COMMANDS = {
     "layers": _layers,
     "read": _read,
     "report": _report,
+    "convert": _convert,
     "export": _export,
     "doctor": _doctor,
     "bench": _bench,

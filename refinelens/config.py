@@ -22,6 +22,7 @@ PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
+DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
 MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
 CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
 DECOYS = "decoys"  # what their rows have more

@@ -40,7 +40,7 @@ SOURCES = (  # of the documents that state one answer
 
 
 def name_of_shape(suffix: str, raw: bytes) -> str | None:
-    """What a file is, if it is one of the usual others, with the step that brings it nearer to ours.
+    """What a file is, if it is one of the usual others, with what makes ours of it.
 
     Args:
         suffix: Of its name, in lower case, such as ``.csv``.
@@ -57,14 +57,20 @@ def name_of_shape(suffix: str, raw: bytes) -> str | None:
 
 
 def name_of_record(record: dict) -> str | None:
-    """What a line is that is not one of ours, if it is a usual one."""
+    """What a line is that is not one of ours, if it is a usual one, and what makes ours of it."""
     if "supporting_facts" in record and "context" in record:
-        return "a question of HotpotQA; its paragraphs of supporting_facts are the gold ones, of which one can be asked"
+        return f"a question of HotpotQA; {_how_to_convert('hotpotqa')}"
     if isinstance(record.get("answers"), dict) and "context" in record:
-        return "a question of SQuAD; its context is the gold passage, its answers are answers['text']"
+        return f"a question of SQuAD; {_how_to_convert('squad')}"
     if "paragraphs" in record:
-        return "an article of SQuAD; write one line for each question of its paragraphs"
+        return f"an article of SQuAD; {_how_to_convert('squad')}"
+    if {"entity_pages", "search_results", "EntityPages", "SearchResults"} & record.keys():
+        return f"a question of TriviaQA; {_how_to_convert('triviaqa')}"
     return None
+
+
+def _how_to_convert(source: str) -> str:
+    return f"``convert(from_='{source}')`` makes a task of the file"
 
 
 def _of_json(raw: bytes) -> str | None:
@@ -75,9 +81,10 @@ def _of_json(raw: bytes) -> str | None:
         return None
     if isinstance(value, list) and value and isinstance(value[0], dict):
         inner = name_of_record(value[0])
-        return f"one JSON array{f' of {inner}' if inner else ''}; write an object a line (jq -c '.[]' FILE)"
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        return "a file of SQuAD (data, paragraphs, qas); write one line for each question"
+        return f"one JSON array of {inner}" if inner else "one JSON array; write an object a line (jq -c '.[]' FILE)"
+    for name, source, key in (("SQuAD", "squad", "data"), ("TriviaQA", "triviaqa", "Data")):
+        if isinstance(value, dict) and isinstance(value.get(key), list):
+            return f"a file of {name}; {_how_to_convert(source)}"
     return None
 
 

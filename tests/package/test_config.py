@@ -13,7 +13,7 @@ from refinelens.cli import MARK, in_options
 from refinelens.config import BenchConfig, FitConfig, LayersConfig, SweepConfig, WidgetConfig
 from refinelens.errors import InputError, resume_call
 from refinelens.options import Config
-from refinelens.parser import build_parser, config_of, known_options
+from refinelens.parser import build_parser, config_of, known_options, option_of
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
@@ -24,12 +24,14 @@ COMMANDS = {  # config and what the command line alone is asked
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
     "read": (config.ReadConfig, {"text", "html", "png", "json"}),
     "report": (Config, {"folders", "out"}),
+    "convert": (Config, {"file", "from_", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
     "doctor": (config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
 REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
+REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
 REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
@@ -176,6 +178,7 @@ def test_what_does_not_fit_names_the_parameter(kind, given, message):
         ("``batch_size``: expected 1", "--batch-size: expected 1"),
         ("``model`` a/b: use ``dtype='float32'``", "--model a/b: use --dtype float32"),
         ("pass ``overwrite=True`` or leave ``chat`` out", "pass --overwrite or leave --chat out"),
+        ("``convert(from_='squad')`` makes one", "refinelens convert --from squad makes one"),
         (f"{resume_call('my runs/it')} goes on", "refinelens sweep --resume my runs/it goes on"),
         ("names as they are: `model`, ``none_of_ours``, {documents}, --x", None),
     ],
@@ -204,4 +207,4 @@ def test_the_library_speaks_of_parameters_alone():
             options -= {"--"} if name in LINES else set()
             assert options == KEPT.get(name, set()), name
             marks |= {found[1] for text in strings for found in MARK.findall(text)}
-    assert len(marks) > 20 and {f"--{mark.replace('_', '-')}" for mark in marks} <= known_options()
+    assert len(marks) > 20 and {option_of(mark) for mark in marks} <= known_options()
