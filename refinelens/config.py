@@ -148,6 +148,10 @@ class SweepConfig(Config):
         metavar="default|query-aware|FILE",
     )
     chat: bool = option(False, "put the prompt into the tokenizer's chat template, as the user's turn", ASKED)
+    shots: int = option(
+        0, "worked examples before the question: others of the task, with their answers (default: none)", ASKED
+    )
+    shot_documents: int = option(1, "of a worked example, its gold one included", ASKED)
     alias: str = choice(
         "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
     )
@@ -176,6 +180,14 @@ class SweepConfig(Config):
             beside = "answer beside ``decoys``, whose answer is compared with it"
             expect(self.target == "answer", "target", beside, self.target)
         expect(self.seed >= 0, "seed", "0 or more", self.seed)
+        expect(self.shots >= 0, "shots", "a number of worked examples, 0 for none", self.shots)
+        most = MOST_DOCUMENTS if self.shots else 1
+        expect(
+            1 <= self.shot_documents <= most,
+            "shot_documents",
+            f"1 to {most} with ``shots`` {self.shots}",
+            self.shot_documents,
+        )
         expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
         check_top(self.top)
         distinct = lenses and all(lenses) and len(set(lenses)) == len(lenses)

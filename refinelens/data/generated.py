@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import InputError
@@ -259,12 +259,18 @@ def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> 
     Raises:
         InputError: Fewer than one question, or more than `MOST_GENERATED`.
     """
-    format, question, line = GENERATORS[name]
+    format, _, line = GENERATORS[name]
     count = GENERATED if count is None else count
     if not 1 <= count <= MOST_GENERATED:
         raise InputError(f"``examples``: expected 1 to {MOST_GENERATED} questions of ``task`` {name}, got {count}")
-    questions = tuple(question(number, n_documents, seed) for number in range(count))
+    questions = tuple(generate_questions(name, range(count), n_documents, seed))
     return Task(name, None, hashlib.sha256("".join(map(line, questions)).encode()).hexdigest(), questions, format)
+
+
+def generate_questions(name: str, numbers: Iterable[int], n_documents: int, seed: int) -> list[Question]:
+    """The questions of some numbers of a task, as `generate_task` has them."""
+    _, question, _ = GENERATORS[name]
+    return [question(number, n_documents, seed) for number in numbers]
 
 
 def vocabulary() -> list[str]:

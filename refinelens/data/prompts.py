@@ -18,7 +18,10 @@ from .questions import DEFAULT, QA, Document, Format, Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .shots import Shots
+
 PROMPT, REPLY = "{prompt}", "{reply}"
+ROLES = ("user", "assistant")
 DOCUMENTS, QUESTION = "{documents}", "{question}"
 UNKNOWN_ANSWER = "an answer in words that the tokenizer does not know"
 SAME_BEGINNING = "an answer that begins with the same token as that of the decoys"
@@ -27,13 +30,13 @@ FIELD = re.compile(r"\{\w+\}")
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation of one turn, the user's, up to where the reply begins.
+    """A conversation up to where the reply begins: the user's turn, behind those of worked examples if there are any.
 
     The text is rendered once for a run and kept in its manifest: a template may write the date.
     """
 
     template_sha256: str
-    text: str  # with {prompt} once; special tokens are in it
+    text: str  # with {prompt} once, before it `shot_fields` of worked examples; special tokens are in it
 
     def __post_init__(self):
         if self.text.count(PROMPT) != 1:
@@ -45,6 +48,11 @@ class Chat:
         return before, after
 
 
+def shot_fields(number: int) -> tuple[str, str]:
+    """Fields of a chat's text for prompt and answer of a worked example, counted from 0."""
+    return f"{{shot_{number}}}", f"{{answer_{number}}}"
+
+
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's chat template.
 
@@ -54,19 +62,30 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(_template(tokenizer).encode()).hexdigest()
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
+def render_chat(tokenizer: PreTrainedTokenizerBase, n_shots: int = 0) -> Chat:
     """The chat of a tokenizer, with the space, if any, that its template puts before a reply.
 
+    Args:
+        tokenizer: The model's.
+        n_shots: Worked examples, each a turn of the user and one of the assistant before the prompt.
+
     Raises:
-        InputError: No chat template, or one that does not render a user's turn.
+        InputError: No chat template, or one that does not render these turns in their order.
     """
-    template = _template(tokenizer)
-    turn = [{"role": "user", "content": PROMPT}]
+    template, fields = _template(tokenizer), [shot_fields(number) for number in range(n_shots)]
+    turn = [{"role": role, "content": own} for pair in fields for role, own in zip(ROLES, pair, strict=True)]
+    turn.append({"role": "user", "content": PROMPT})
     try:
         text = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"``chat``: expected a chat template that renders a user's turn, got {what}") from None
+    written = [field for field in FIELD.findall(text) if field == PROMPT or any(field in pair for pair in fields)]
+    if n_shots and written != [*(field for pair in fields for field in pair), PROMPT]:
+        raise InputError(
+            f"``shots``: expected a chat template that writes every turn once, in their order, got {text!r}; leave "
+            "``chat`` or ``shots`` out"
+        )
     return Chat(template_hash(tokenizer), text + _space_before_reply(tokenizer, template, turn, text))
 
 
@@ -103,6 +122,7 @@ class Template:
     format: Format
     text: str  # with {documents} once and {question}
     chat: Chat | None = None  # around the prompt, or None
+    shots: Shots | None = None  # before it, or None
 
     @property
     def frame(self) -> str:
@@ -120,8 +140,8 @@ class Template:
     def fill(self, question: Question, documents: list[Document], gold_position: int) -> tuple[str, int, int]:
         """The prompt up to the answer prefix, and where the gold document's line starts and ends in it.
 
-        Without documents it is the format's closed-book prompt, and both are 0. In a chat it is the user's turn,
-        without white space around it, which templates treat differently.
+        Without documents it is the format's closed-book prompt, and the line is empty. In a chat it is the user's
+        turn, without white space around it, which templates treat differently. Worked examples stand before it.
         """
         lines = self.format.lines(documents)
         parts = (self.text if documents else self.format.closed_book).partition(DOCUMENTS)
@@ -131,8 +151,12 @@ class Template:
         length = len(lines[gold_position]) if lines else 0
         if self.chat is not None:
             opening, closing = self.chat.around()
+            opening = self.shots.in_chat(opening, bool(documents)) if self.shots else opening
             start += len(opening) - (len(prompt) - len(prompt.lstrip()))
             prompt = opening + prompt.strip() + closing
+        elif self.shots is not None:
+            opening = self.shots.before_prompt(bool(documents))
+            start, prompt = start + len(opening), opening + prompt
         return prompt, start, start + length
 
 

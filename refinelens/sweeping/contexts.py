@@ -34,6 +34,7 @@ TOO_FEW_DISTRACTORS = "too few passages without an answer"
 NO_ANSWER = "no answer in the task file"
 TOO_FEW_GOLDS = "too few gold documents"
 TOO_FEW_DECOYS = "too few decoys"
+ANSWER_IN_SHOTS = "an answer that stands in the worked examples"
 NO_EMBEDDING = "a token that the model has no embedding for"
 LOOKED_AT = 100  # questions whose documents are read for unknown words
 UNKNOWN_SHARE = 0.01  # of the tokens of documents, from which on it is said
@@ -209,6 +210,8 @@ class ContextBuilder:
         """
         if not question.answers:
             raise CannotAskError(NO_ANSWER)
+        if self._template.shots and self._template.shots.has_answer_of(question):
+            raise CannotAskError(ANSWER_IN_SHOTS)
         if self._options.alias == "first" or len(question.answers) == 1:
             return Alias(0, "first" if len(question.answers) > 1 else "only"), 0
         oracles: dict[int, Context] = {}  # by the answers that the model can be asked for
@@ -245,6 +248,9 @@ def remarks(options: SweepConfig, template: Template, questions: list[Question],
             f"{task}: with the gold document alone the one that names the friend is missing; what is right there is "
             "the only value of the context, found in no hop"
         )
+    if template.shots:
+        ids = ", ".join(map(str, template.shots.ids))
+        yield f"``shots`` {options.shots}: the worked examples are questions of the task that are not asked, {ids}"
     yield from _special_tokens(task, template, questions, loaded)
     yield from _unknown_words(task, questions, loaded)
     yield from _prompt(options, template, questions, loaded)

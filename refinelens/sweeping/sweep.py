@@ -18,6 +18,7 @@ from ..config import SweepConfig, check_top
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
+from ..data.shots import Shots, draw_shots
 from ..data.tasks import Task, choose_questions, load_task
 from ..errors import InputError, resume_call
 from ..lens.files import Lens, load_lenses
@@ -100,6 +101,10 @@ class SweepInputs:
         if CLOSED_BOOK in options.documents and task.format.closed_book is None:
             raise InputError(f"``documents='closed-book'``: expected a task that can be asked so, got {options.task}")
         questions = choose_questions(task, options.examples, options.seed)
+        if options.shots:
+            drawn = Shots.of_entries(spec.manifest["shots"]) if spec else draw_shots(options, task, questions, template)
+            template = replace(template, shots=drawn)
+            questions = [question for question in questions if question.id not in drawn.ids]
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
@@ -114,7 +119,7 @@ class SweepInputs:
         if options.chat:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             # The template may write the date: a run that goes on keeps the text that it began with.
-            chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer)
+            chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer, options.shots)
             template = replace(template, chat=chat)
         logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
@@ -172,6 +177,7 @@ class SweepInputs:
             "template": template.text,
             "closed_book_template": template.format.closed_book,
             "chat": None if template.chat is None else asdict(template.chat),
+            **({"shots": template.shots.entries()} if template.shots else {}),
             "platform": platform.platform(),
             "finished": None,
             "seconds": None,
@@ -407,7 +413,8 @@ def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
     per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
     n_contexts = [len(options.placements(size)) for size in options.documents]
-    n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) for size in options.documents]
+    of_shots = 200 * options.shots * (options.shot_documents + 1)
+    n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) + of_shots for size in options.documents]
     per_row = (n_layers + 1) * 64 + 512 + 8 * options.generate
     per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
     per_context = sum(n * (tokens * per_row + per_answer) for n, tokens in zip(n_contexts, n_tokens, strict=True))
