@@ -23,6 +23,7 @@ INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
+KEEP = EVERY_QUESTION, ANSWERED, NEEDS_DOCUMENT = ("all", "answered", "needs-document")
 MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
 CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
 DECOYS = "decoys"  # what their rows have more
@@ -148,6 +149,12 @@ class SweepConfig(Config):
         metavar="default|query-aware|FILE",
     )
     chat: bool = option(False, "put the prompt into the tokenizer's chat template, as the user's turn", ASKED)
+    keep: str = choice(
+        "questions, by the first answer token: answered, the model's own prediction with the gold document alone; "
+        "needs-document, of these the ones that it does not predict closed-book",
+        ASKED,
+        *KEEP,
+    )
     shots: int = option(
         0, "worked examples before the question: others of the task, with their answers (default: none)", ASKED
     )

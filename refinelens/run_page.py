@@ -22,6 +22,7 @@ from .errors import InputError
 from .pages.html import smallest, write_page
 from .placement import ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
+from .report.kept import kept_lines
 from .report.measures import cells_of
 from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
@@ -331,7 +332,8 @@ def _finding(report: Report) -> list[str]:
     lines = [
         f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
         f"{manifest['task']['name']}, {_conditions(report)}; {manifest['model']['n_layers']} layers were read through "
-        f"{' and '.join(f'the {lens} lens' for lens in report.lenses)}."
+        f"{' and '.join(f'the {lens} lens' for lens in report.lenses)}.",
+        *kept_lines(manifest),
     ]
     for test in report.tests:
         where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"

@@ -7,11 +7,11 @@ finished.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..config import LayersConfig
+from ..config import EVERY_QUESTION, LayersConfig
 from ..data.questions import Question
 from ..errors import UnsupportedModelError
 from ..progress import Progress, unseen
@@ -165,7 +165,7 @@ class _Analysis:
         """
         examples, options = self.examples, self.options
         spec = RunSpec(self.run.path, examples.manifest, "layers")
-        inputs = SweepInputs.load(spec.options, spec)
+        inputs = SweepInputs.load(replace(spec.options, keep=EVERY_QUESTION), spec)  # those of the run were kept
         lens = next(lens for lens in inputs.lenses if lens.name == examples.lens)
         restarts = check_replay(inputs.logit_lens, "``interventions='none'`` reads the lens alone")
         if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):

@@ -24,6 +24,7 @@ from ..store.process import RunLock
 from ..store.results import Run
 from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
+from .kept import kept_lines
 from .rows import (
     COST,
     EITHER,
@@ -144,6 +145,7 @@ def notes(report: Report) -> list[str]:
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
         f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}, seed {manifest['seed']}. Lens: {lenses}, "
         f"backend {model['backend']}, {model['dtype']} on {model['device']}.",
+        *kept_lines(manifest),
     ]
     if model["unused_weights"]:
         first, count = model["unused_weights"][0], len(model["unused_weights"])

@@ -23,8 +23,9 @@ from ..lens.logit_lens import LogitLens
 from ..lens.runner import ForwardRunner, ModelInput, blamed_on_context
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
-from ..placement import ORACLE, Placement, condition_name
+from ..placement import CLOSED_BOOK, ORACLE, Placement, condition_name
 from ..report.rows import counted
+from .keep import CONDITIONS, is_predicted
 
 Thing = TypeVar("Thing")
 
@@ -81,7 +82,7 @@ class QuestionContexts:
     alias: Alias
     contexts: list[Context]
     left_out: dict[str, list[int]]  # context size and reason: the question's id
-    n_tokens: int  # computed to choose the answer
+    n_tokens: int  # computed to choose the answer, and whether to keep the question
     n_replaced: int  # of its own passages that hold an answer; others stand for them
 
 
@@ -152,11 +153,16 @@ class ContextBuilder:
 
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        n_tokens = 0
         try:
             alias, n_tokens = self._alias(question)
+            reason, n_more = self._why_not_kept(question, alias.index)
+            n_tokens += n_more
         except CannotAskError as error:
-            reasons = {f"{condition_name(size)}: {error}": [question.id] for size in self._options.documents}
-            return QuestionContexts(NO_ALIAS, [], reasons, 0, 0)
+            reason = str(error)
+        if reason is not None:
+            reasons = {f"{condition_name(size)}: {reason}": [question.id] for size in self._options.documents}
+            return QuestionContexts(NO_ALIAS, [], reasons, n_tokens, 0)
         contexts, left_out, n_replaced = [], {}, 0
         for size in self._options.documents:
             found = self._of_size(question, size, alias.index)
@@ -227,6 +233,23 @@ class ContextBuilder:
             return Alias(min(oracles), f"first: {CONTEXT_TOO_LONG}"), 0
         n_tokens = sum(len(context.input_ids) for context in contexts)
         return best_alias(dict(zip(oracles, alias_scores(self._runner, contexts), strict=True))), n_tokens
+
+    def _why_not_kept(self, question: Question, alias: int) -> tuple[str | None, int]:
+        """The reason to leave a question out by what the model says of it, None to keep it, and the tokens this took.
+
+        Raises:
+            CannotAskError: See `_build`.
+        """
+        n_tokens = 0
+        for size, is_wanted, reason in CONDITIONS[self._options.keep]:
+            placement = Placement() if size == CLOSED_BOOK else Placement(0)
+            context = self._build(question, [], placement, alias, decoy=False)
+            if self._any_too_long([context]):
+                return CONTEXT_TOO_LONG, n_tokens
+            n_tokens += len(context.input_ids)
+            if is_predicted(self._runner, context) != is_wanted:
+                return reason, n_tokens
+        return None, n_tokens
 
     def _any_too_long(self, contexts: list[Context]) -> bool:
         lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)

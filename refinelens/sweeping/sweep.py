@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import SweepConfig, check_top
+from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, SweepConfig, check_top
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
@@ -98,8 +98,12 @@ class SweepInputs:
         require("task.sha256", task.sha256)
         template = Template(task.format, load_template(options.template, task.format))
         require("template", template.text)
-        if CLOSED_BOOK in options.documents and task.format.closed_book is None:
-            raise InputError(f"``documents='closed-book'``: expected a task that can be asked so, got {options.task}")
+        for option, is_given in (
+            ("documents='closed-book'", CLOSED_BOOK in options.documents),
+            ("keep='needs-document'", options.keep == NEEDS_DOCUMENT),
+        ):
+            if is_given and task.format.closed_book is None:
+                raise InputError(f"``{option}``: expected a task that can be asked closed-book, got {options.task}")
         questions = choose_questions(task, options.examples, options.seed)
         if options.shots:
             drawn = Shots.of_entries(spec.manifest["shots"]) if spec else draw_shots(options, task, questions, template)
@@ -361,8 +365,10 @@ class _Sweep:
             raise Interrupted(stop.signum, self.run if writer.has_rows else None)
         if not writer.has_rows:
             reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in writer.left_out.items())
+            keeps_all = writer.manifest["arguments"]["keep"] == EVERY_QUESTION
             raise InputError(
                 f"expected at least one question that can be asked, got none ({reasons}); change ``documents``"
+                f"{'' if keeps_all else ' or ``keep``'}"
             )
         return self.run
 

@@ -76,7 +76,7 @@ def test_defaults_are_those_of_the_config(command):
 def test_the_command_line_and_python_give_the_same():
     typed = (
         "sweep --model tiny --documents 10,closed-book --gold-positions 0,4 --examples 8 --top 5,1 --lens plain,x "
-        "--chat --shots 2 --shot-documents 3 --batch-size 2 --measures top5,jsd"
+        "--chat --keep answered --shots 2 --shot-documents 3 --batch-size 2 --measures top5,jsd"
     )
     given = config_of(build_parser().parse_args(typed.split()), SweepConfig)
     options = SweepConfig(
@@ -87,6 +87,7 @@ def test_the_command_line_and_python_give_the_same():
         top=[5, 1],
         lens=["plain", Path("x")],
         chat=True,
+        keep="answered",
         shots=2,
         shot_documents=3,
         batch_size=2,
@@ -111,6 +112,7 @@ def test_the_command_line_and_python_give_the_same():
         "lens": ["plain", "x"],
         "template": "default",
         "chat": True,
+        "keep": "answered",
         "shots": 2,
         "shot_documents": 3,
         "alias": "first",
