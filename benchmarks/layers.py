@@ -22,8 +22,8 @@ from refinelens.bench.measure import timed, torch_threads
 from refinelens.bench.table import aligned
 from refinelens.config import SweepConfig
 from refinelens.layers.ablation import scan
-from refinelens.layers.blocks import ActivationCache, BlockReplay, check_replay
 from refinelens.layers.interventions import EVERY, LAST, Intervention, MeanContributions
+from refinelens.lens.blocks import ActivationCache, BlockReplay, check_replay
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.hooks import first_state
 from refinelens.sweeping.sweep import SweepInputs

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .config import DoctorConfig
 from .errors import UnsupportedModelError
 from .kernels.reference import Norm
-from .layers.blocks import check_replay
+from .lens.blocks import check_replay
 from .lens.logit_lens import LogitLens
 from .lens.prefix import check_branching
 from .machine import __version__, package_version

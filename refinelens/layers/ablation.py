@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import PATCH, LayersConfig
 from ..data.prompts import Context
 from ..data.questions import Question
+from ..lens.blocks import ActivationCache, BlockReplay
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
 from ..lens.runner import MemoryLimit, Proof, blamed_on, in_batches
@@ -24,7 +25,6 @@ from ..model.hooks import difference
 from ..store.layers import CONTROL, DESTROY, KEYS, LAYER_ROWS, RESTORE
 from ..store.trajectory import NONE, trajectories
 from ..sweeping.contexts import ContextBuilder
-from .blocks import ActivationCache, BlockReplay
 from .interventions import EVERY, LAST, Intervention, MeanContributions, patched
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..config import EVERY_QUESTION, LayersConfig
 from ..data.questions import Question
 from ..errors import UnsupportedModelError
+from ..lens.blocks import check_replay
 from ..progress import Progress, unseen
 from ..report.rows import LayersReport
 from ..store.folder import FolderWriter, MadeOf, go_on, process_entry
@@ -22,7 +23,6 @@ from ..store.process import StopSignals, working_on
 from ..store.results import LAYERS, Run, open_run
 from ..sweeping.sweep import RunSpec, SweepInputs
 from .ablation import AblationRunner
-from .blocks import check_replay
 from .examples import RunExamples
 from .interventions import MeanContributions
 from .measures import read_report, write_outputs

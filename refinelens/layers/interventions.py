@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..lens.blocks import ActivationCache
+from ..model.resid_mid import Sublayers, zero_ablated
 from ..store.layers import CONTROL
-from .blocks import ActivationCache, Sublayers, zero_ablated
 
 LAST = slice(-1, None)
 EVERY = slice(None)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedModelError
-from ..kernels.reference import LayerNorm, LensHead, apply_norm
+from ..errors import InputError
+from ..lens.attribution import contributions
+from ..lens.blocks import ActivationCache, mid_state, sublayers_of
 from ..lens.inputs import Tokens, targets_of, tokens_of
 from ..lens.logit_lens import LogitLens
 from ..lens.reading import LayerReading
 from ..op.fused_lens import broadcast_ids
-from .blocks import ActivationCache, check_replay, zero_ablated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +33,7 @@ MID = "behind-attention"  # name of the lens that reads resid_mid
 class SublayerReading:
     """What happens inside the blocks; fields ``[n_layers, position]`` fp32, row i of block i + 1, but for those named.
 
-    The direct logit attribution of a part is what it adds to the target's logit through the final norm, whose scale is
-    taken as it is at the output (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"): the parts of
-    a sum, ``embedding + attn + mlp + constant = logit`` over all layers, checked. Logits are before a softcap.
+    What they are, and that ``embedding + attn + mlp + constant = logit`` over all blocks, see `lens.attribution`.
     """
 
     mid: LayerReading  # resid_mid through the plain lens; [n_layers + 1, position], its last row the output
@@ -46,6 +44,7 @@ class SublayerReading:
     logit: Tensor  # [position], of the target at the output
     attn_cosine: Tensor  # cosine of what attention adds and the stream before it
     mlp_cosine: Tensor
+    block_cosine: Tensor  # of what both add together and the stream before the block
     attn_size: Tensor  # norm of what attention adds, as a share of that of the stream before it
     mlp_size: Tensor
     targets: Tensor  # int64 [position]
@@ -93,19 +92,10 @@ def read_sublayers(
     tokens = tokens_of(text, positions, None, lens.tokenizer)
     if len(tokens.input_ids) != 1:
         raise InputError(f"text: expected one text, got {len(tokens.input_ids)}")
-    sublayers = check_replay(lens).sublayers
-    missing = [index + 1 for index, found in enumerate(sublayers) if found is None]
-    if missing:
-        raise UnsupportedModelError(
-            f"{type(lens.model).__name__}: expected attention and feed-forward part in every block, found none such in "
-            f"block {', '.join(map(str, missing[:5]))}{' ...' if len(missing) > 5 else ''}"
-        )
+    sublayers = sublayers_of(lens)
     with lens.undisturbed():
         run = ActivationCache.record(lens, tokens.input_ids)
-        between = []
-        for index, own in enumerate(sublayers):
-            with zero_ablated(own["mlp"], slice(None)):  # type: ignore[index]
-                between.append(run.block(index, run.states[index]))
+        between = [mid_state(run, index, own) for index, own in enumerate(sublayers)]
     places = tokens.positions[0].to(run.states[0].device)
     post, mid = (torch.stack(states)[:, 0, places] for states in (run.states, between))  # [.., position, d_model]
     ids = targets_of(targets, lens.tokenizer)
@@ -115,19 +105,8 @@ def read_sublayers(
         chosen = broadcast_ids("targets", torch.as_tensor(ids, device=post.device), [len(places)])
     reading = lens.read_states(torch.cat([mid, post[-1:]]), chosen, kl=True, top_k=top_k, check_last=False)
     shown = replace(reading, tokens=replace(tokens, is_batch=False), lens=MID).to("cpu")
-    added = {"attn": mid - post[:-1], "mlp": post[1:] - mid}
-    before = {"attn": post[:-1], "mlp": mid}
-    parts, constant = attribute(torch.cat([post[:1], *added.values()]), post[-1], chosen, lens.head)
-    n_layers = lens.n_layers
-    logit = constant + parts.sum(0)
-    check_sum(lens, post[-1], chosen, logit)
-    numbers = {"embedding": parts[0], "attn": parts[1 : n_layers + 1], "mlp": parts[n_layers + 1 :]}
-    for half in HALVES:
-        what, stream = added[half].float(), before[half].float()
-        numbers[f"{half}_cosine"] = torch.nn.functional.cosine_similarity(what, stream, -1)
-        numbers[f"{half}_size"] = what.norm(dim=-1) / stream.norm(dim=-1)
-    numbers |= {"constant": constant, "logit": logit}
-    on_cpu = {name: value.float().cpu() for name, value in numbers.items()}
+    found = vars(contributions(lens, post, mid, chosen))
+    on_cpu = {name: value.cpu() for name, value in found.items()}
     return SublayerReading(mid=shown, **on_cpu, targets=chosen.cpu(), tokens=shown.tokens)  # type: ignore[arg-type]
 
 
@@ -140,46 +119,3 @@ def by_layer(inside: SublayerReading, half: str, mid: bool) -> np.ndarray:
     none, own = torch.full_like(inside.embedding, torch.nan), getattr(inside, half)
     first = inside.embedding if half == HALVES[0] else none
     return torch.cat([own, none[None]] if mid else [first[None], own]).numpy()
-
-
-def attribute(parts: Tensor, final: Tensor, targets: Tensor, head: LensHead) -> tuple[Tensor, Tensor]:
-    """Direct logit attribution of the summands of a final state, fp64 ``[part, position]``; ``[position]`` of biases.
-
-    Args:
-        parts: ``[part, position, d_model]``, which add up to ``final``.
-        final: ``[position, d_model]``, the residual stream at the output.
-        targets: ``[position]`` int64.
-        head: Of the lens.
-    """
-    parts, x, norm = parts.double(), final.double(), head.norm
-    weight = head.weight[targets].double()  # [position, d_embed]
-    if head.projection is not None:
-        weight = weight @ head.projection.double()
-    constant = 0.0 if head.bias is None else head.bias[targets].double()
-    if norm is not None:
-        if norm.bias is not None:
-            constant = constant + (weight * norm.bias.double()).sum(-1)
-        if isinstance(norm, LayerNorm):
-            x, parts = (states - states.mean(-1, keepdim=True) for states in (x, parts))
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
-        weight = weight * scale if norm.weight is None else weight * scale * (norm.weight.double() + norm.offset)
-    found = head.scale * (parts * weight).sum(-1)
-    return found, torch.zeros_like(found[0]) + head.scale * constant
-
-
-def check_sum(lens: LogitLens, final: Tensor, targets: Tensor, total: Tensor) -> None:
-    """Hold the sum of all attributions against the target's logit, computed whole.
-
-    Raises:
-        UnsupportedModelError: They differ by more than the parity gate allows.
-    """
-    head = lens.head
-    x = apply_norm(final, head.norm, torch.float64)
-    x = x if head.projection is None else x @ head.projection.double().T
-    logit = (x * head.weight[targets].double()).sum(-1) + (0.0 if head.bias is None else head.bias[targets].double())
-    largest, allowed = float((head.scale * logit - total).abs().max()), lens.parity.tolerance * lens.parity.logit_range
-    if largest > allowed:
-        raise UnsupportedModelError(
-            f"{type(lens.model).__name__}: expected what its parts add to sum up to the logit, got a difference of "
-            f"{largest:.2g}, allowed {allowed:.2g}"
-        )

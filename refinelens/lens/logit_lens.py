@@ -24,6 +24,7 @@ from ..model.hooks import hooks_on, keep_positions, modules_around, probe_ids, r
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
+from ..model.resid_mid import Sublayers, keep_mid
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
 from ..op.vocabulary import fused_lens_with, kl_to_final
@@ -31,10 +32,7 @@ from .files import Lens, load_lens
 from .inputs import spread_alternatives, spread_targets, states_of, targets_of, tokens_of
 from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
 from .reading import LayerReading
-from .translators import MODEL_KEYS, Translators, check_made_for
-
-TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
-TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
+from .translators import MODEL_KEYS, Translators, check_made_for, rows_at_a_time
 
 
 @dataclass(frozen=True)
@@ -228,6 +226,7 @@ class LogitLens:
         positions: Tensor,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        sublayers: Sequence[Sublayers] | None = None,
     ) -> Tensor:
         """Residual stream at chosen positions, ``[n_layers + 1, batch, n_positions, d_model]``.
 
@@ -240,6 +239,8 @@ class LogitLens:
             attention_mask: ``[batch, token]``, 1 for real tokens, or None for all ones.
             cache: Keys and values of the tokens before ``input_ids``, which are added to it, or None. Positions
                 count from the first of ``input_ids``.
+            sublayers: Of every block, see `blocks.sublayers_of`: ``resid_mid`` of every block then stands behind the
+                layers, ``[2 * n_layers + 1, ...]``. None for the layers alone.
 
         Raises:
             InputError: Shapes that do not fit, or a position or token id out of range (both are shown).
@@ -251,19 +252,23 @@ class LogitLens:
             attention_mask,
         )
         if self.independence.one_at_a_time is None or not len(input_ids):
-            return self._states(rows, cache)
+            return self._states(rows, cache, sublayers)
         if cache is not None:
             raise InputError(f"cache: expected none, got one; {self.independence.one_at_a_time}")
-        return torch.cat([self._states(rows.alone(row), None) for row in range(len(input_ids))], 1)
+        return torch.cat([self._states(rows.alone(row), None, sublayers) for row in range(len(input_ids))], 1)
 
-    def _states(self, rows: Rows, cache: Cache | None) -> Tensor:
+    def _states(self, rows: Rows, cache: Cache | None, sublayers: Sequence[Sublayers] | None) -> Tensor:
         """One pass."""
         n_tokens = rows.input_ids.shape[1]
         device = self.model.device
         mask = None if rows.mask is None else rows.mask.to(device)
-        with self.undisturbed(), keep_positions(self.model, self.blocks, rows.positions, n_tokens) as kept:
+        with (
+            self.undisturbed(),
+            keep_positions(self.model, self.blocks, rows.positions, n_tokens) as kept,
+            keep_mid(self.blocks, sublayers, rows.positions) as mid,
+        ):
             run_base(self.model, rows.input_ids.to(device), mask, cache)
-        return torch.stack(kept)
+        return torch.stack([*kept, *mid])
 
     def read(
         self,
@@ -322,8 +327,7 @@ class LogitLens:
         classic error of a logit lens. Of a tuple the last state is read as this model returns it, which is found out by
         running it once; a tensor is the residual stream, and refused if its last layer looks normed.
 
-        Translated states are held for as many rows as one layer has, or `TRANSLATED_BYTES` (on a GPU
-        `TRANSLATED_BYTES_CUDA`) if those are fewer.
+        Translated states are held for as many rows as one layer has, or `rows_at_a_time` if that is more.
 
         Args:
             states: ``[n_layers + 1, ..., d_model]``, the residual stream, or a tuple or list of its layers.
@@ -413,14 +417,6 @@ class LogitLens:
         if not plan.kl:
             return reading
         return replace(reading, kl=kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed))
-
-
-def rows_at_a_time(states: Tensor) -> int:
-    """Positions whose translated states are held at a time."""
-    n_layers, n, d_model = states.shape
-    most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES
-    rows = max(n, most // (d_model * states.element_size()))
-    return max(1, rows // n_layers)
 
 
 def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..config import JSD, TOP5
 from ..op.vocabulary import jsd_to_final, lens_top_k
-from .logit_lens import LogitLens, rows_at_a_time
+from .logit_lens import LogitLens
 from .reading import LayerReading
-from .translators import Translators
+from .translators import Translators, rows_at_a_time
 
 LISTED = 5  # tokens that overlap
 

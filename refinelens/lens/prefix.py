@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from ..config import SweepConfig
 from ..errors import InputError
 from ..model.hooks import SkipHiddenKeys, difference, probe_ids
 from ..model.identity import shared_length
+from ..model.resid_mid import Sublayers
 from .logit_lens import LogitLens
 
 PROBE_TOKENS = 12
@@ -31,14 +33,19 @@ class Branches:
     In the order of `branch_order` every token of the contexts' trie runs exactly once.
     """
 
-    def __init__(self, lens: LogitLens):
+    def __init__(self, lens: LogitLens, sublayers: Sequence[Sublayers] | None = None):
+        """
+        Args:
+            lens: Of the model.
+            sublayers: As of `LogitLens.hidden`.
+        """
         self.shared = 0  # tokens that the last context took from the cache
         self.cache: DynamicCache | None = None  # of the last context, for the next to branch off: not to be added to
-        self._lens = lens
+        self._lens, self._sublayers = lens, sublayers
         self._ids: list[int] = []  # tokens in the cache
 
     def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """As `LogitLens.hidden` of one context: ``[n_layers + 1, 1, n_positions, d_model]``.
+        """As `LogitLens.hidden` of one context: ``[n_layers + 1, 1, n_positions, d_model]``, more with ``sublayers``.
 
         Args:
             input_ids: ``[1, token]`` int64, on the CPU.
@@ -49,7 +56,7 @@ class Branches:
         cache = self._branch(shared)
         self._ids, self.cache = [], None  # a run that fails leaves a cache that nobody knows
         with SkipHiddenKeys():
-            states = self._lens.hidden(input_ids[:, shared:], positions - shared, None, cache)
+            states = self._lens.hidden(input_ids[:, shared:], positions - shared, None, cache, self._sublayers)
         self._ids, self.cache, self.shared = ids, cache, shared
         return states
 

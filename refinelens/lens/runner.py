@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 from ..errors import FaultError, InputError
 from ..model.loading import is_out_of_memory
 from ..model.positions import padded
+from ..model.resid_mid import Sublayers
 from .logit_lens import LogitLens
 from .prefix import Branches, PrefixReuse, branch_order, compare
 
@@ -151,6 +152,7 @@ class ModelStates:
     input: Any  # the `ModelInput` that was given
     index: int  # of the input among those that were given
     hidden: Tensor  # [n_layers + 1, n_positions, d_model]
+    mid: Tensor | None  # [n_layers, n_positions, d_model], resid_mid of every block, where it was asked for
     n_saved: int  # tokens that another context had run
     written: Any  # what ``then`` made of the context
 
@@ -167,6 +169,7 @@ class ForwardRunner:
         batch_size: int | None = None,
         reuse: PrefixReuse = NO_REUSE,
         keeps_cache: bool = False,
+        sublayers: Sequence[Sublayers] | None = None,
     ):
         """
         Args:
@@ -174,11 +177,12 @@ class ForwardRunner:
             batch_size: Contexts in one pass; by default one on a CPU, on a GPU as many as `TOKENS_PER_BATCH` allows.
             reuse: Whether contexts branch off from what they share, see `choose_reuse`; then they run one by one.
             keeps_cache: Whether a pass keeps keys and values for ``then`` to go on from.
+            sublayers: Of every block, where passes keep ``resid_mid`` too; None where they do not.
         """
         if batch_size is None and lens.model.device.type == "cpu":
             batch_size = 1  # several gain nothing there
         self.lens, self.reuse, self.limit = lens, reuse, MemoryLimit()
-        self._batch_size, self._keeps_cache = batch_size, keeps_cache
+        self._batch_size, self._keeps_cache, self._sublayers = batch_size, keeps_cache, sublayers
         self._branches: Branches | None = None  # of the contexts that are run, while they branch off
         self._proof = Proof()
 
@@ -206,7 +210,7 @@ class ForwardRunner:
             FaultError: Names the context at fault.
         """
         ids, branching = [one.ids for one in inputs], self.reuse.used
-        self._branches = Branches(self.lens) if branching else None
+        self._branches = Branches(self.lens, self._sublayers) if branching else None
         order = branch_order(ids) if branching else list(range(len(ids)))
         if self._batch_size != 1 and not branching:
             order.sort(key=lambda index: -len(ids[index]))
@@ -214,9 +218,9 @@ class ForwardRunner:
         def work(batch: list[int]) -> list[ModelStates]:
             own = [inputs[index] for index in batch]
             hidden, cache, n_saved = self._pass(own)
-            states = [hidden[:, row, : len(one.positions)] for row, one in enumerate(own)]
-            written = then(own, cache)
-            return [ModelStates(*one, n_saved, more) for *one, more in zip(own, batch, states, written, strict=True)]
+            states = [self._states(hidden[:, row, : len(one.positions)]) for row, one in enumerate(own)]
+            found = zip(own, batch, states, then(own, cache), strict=True)
+            return [ModelStates(one, index, *both, n_saved, more) for one, index, both, more in found]
 
         def size(left: list[int]) -> int:
             by_tokens = max(1, TOKENS_PER_BATCH // len(ids[left[0]]))
@@ -238,8 +242,14 @@ class ForwardRunner:
             while found:
                 yield found.pop()
 
+    def _states(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layers of a context, and behind them the streams within the blocks, if they were kept."""
+        if self._sublayers is None:
+            return kept, None
+        return kept[: self.lens.n_layers + 1], kept[self.lens.n_layers + 1 :]
+
     def _pass(self, batch: list[ModelInput]) -> tuple[Tensor, Cache | None, int]:
-        """``[n_layers + 1, batch, n_positions, d_model]``, a cache if one is kept, and tokens that had run before.
+        """States as of `LogitLens.hidden`, a cache if one is kept, and tokens that had run before.
 
         Contexts are padded on the right, their positions by repeating the last. A run whole that a branched one is
         compared with is not counted.
@@ -248,10 +258,10 @@ class ForwardRunner:
         positions, _ = padded([one.positions for one in batch])
         if self._branches is None:
             cache = DynamicCache() if self._keeps_cache else None
-            return self.lens.hidden(ids, positions, mask, cache), cache, 0
+            return self.lens.hidden(ids, positions, mask, cache, self._sublayers), cache, 0
         branched, n_saved = self._branches.hidden(ids, positions), self._branches.shared
         if n_saved and self._proof.is_due(ids.shape[1]):
-            whole = self.lens.hidden(ids, positions)
+            whole = self.lens.hidden(ids, positions, None, None, self._sublayers)
             self.reuse = compare(self.lens, [(branched, whole)])
             if not self.reuse.used:
                 self._branches, self._keeps_cache = None, False

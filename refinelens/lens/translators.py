@@ -18,6 +18,8 @@ from ..errors import InputError
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EDGE = 3  # rows and columns at either end that numpy prints of a large array
 PRINTED_WHOLE = 1000  # numbers of an array that numpy prints whole
+TRANSLATED_BYTES = 12 * 2**20  # of states held at a time, where those of one layer are fewer
+TRANSLATED_BYTES_CUDA = 32 * 2**20  # a GPU needs more to be busy
 MODEL_KEYS = {
     "name": str,
     "class": str,
@@ -185,6 +187,14 @@ def compare_unembedding(made_for: dict[str, Any], unembedding: Tensor) -> str | 
         return f"its unembed_hash is not that of the model in {name}, which rounding may cause; float32 would tell"
     own = unembed_hash(unembedding, unembedding.dtype)
     raise InputError(f"unembed_hash {wanted[:12]} there, {own[:12]} here")
+
+
+def rows_at_a_time(states: Tensor) -> int:
+    """Positions whose translated states are held at a time."""
+    n_layers, n, d_model = states.shape
+    most = TRANSLATED_BYTES_CUDA if states.is_cuda else TRANSLATED_BYTES
+    rows = max(n, most // (d_model * states.element_size()))
+    return max(1, rows // n_layers)
 
 
 def unembed_hash(unembedding: Tensor, dtype: torch.dtype) -> str:

@@ -13,8 +13,8 @@ from refinelens import LogitLens
 from refinelens.doctor import model_findings
 from refinelens.errors import UnsupportedModelError
 from refinelens.layers.ablation import scan
-from refinelens.layers.blocks import ActivationCache, FrozenCache, check_replay
 from refinelens.layers.interventions import EVERY, LAST, Intervention, MeanContributions, contribution, patched
+from refinelens.lens.blocks import ActivationCache, FrozenCache, check_replay
 from refinelens.lens.prefix import Branches
 from refinelens.model.loading import LoadedModel
 from tiny import tiny_gpt2

@@ -23,7 +23,7 @@ from refinelens.data.prompts import DEFAULT_TEMPLATE, build_context
 from refinelens.data.tasks import DistractorSource, load_task
 from refinelens.errors import FaultError, InputError, UnsupportedModelError
 from refinelens.layers.analysis import run_layers
-from refinelens.layers.blocks import PROBE_TOKENS
+from refinelens.lens.blocks import PROBE_TOKENS
 from refinelens.store.frames import load_run
 from refinelens.store.layers import FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
 from refinelens.store.process import Interrupted, RunLock

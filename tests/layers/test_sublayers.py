@@ -9,7 +9,8 @@ import refinelens
 from lens_folders import tiny
 from refinelens.cli import main
 from refinelens.errors import InputError, UnsupportedModelError
-from refinelens.layers.sublayers import attribute, check_sum, read_sublayers
+from refinelens.layers.sublayers import read_sublayers
+from refinelens.lens.attribution import check_sum, logit_direction
 from tiny import shake
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -101,7 +102,8 @@ def test_what_does_not_sum_up_is_refused():
     lens = refinelens.LogitLens(llama())
     final = lens.hidden(torch.tensor([IDS]), torch.arange(len(IDS)))[-1, 0]
     targets = torch.arange(len(IDS))
-    parts, constant = attribute(torch.stack([0.25 * final, 0.75 * final]), final, targets, lens.head)
+    direction, constant = logit_direction(final, targets, lens.head)
+    parts = (torch.stack([0.25 * final, 0.75 * final]).double() * direction).sum(-1)
     check_sum(lens, final, targets, parts.sum(0) + constant)
     with pytest.raises(UnsupportedModelError, match="sum up to the logit, got a difference"):
         check_sum(lens, final, targets, 1.1 * parts.sum(0) + constant)

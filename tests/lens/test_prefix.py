@@ -262,9 +262,9 @@ class Spy:
     def __getattr__(self, name):
         return getattr(self.lens, name)
 
-    def hidden(self, ids, positions, mask=None, cache=None):
+    def hidden(self, ids, positions, mask=None, cache=None, *more):
         self.passes.append((ids.shape[1], cache is not None))
-        return self.lens.hidden(ids, positions, mask, cache)
+        return self.lens.hidden(ids, positions, mask, cache, *more)
 
     @property
     def whole(self):

@@ -29,7 +29,7 @@ class Machine:
         self.lens, self.check, self.passes = lens, check, []
         self.model = SimpleNamespace(device=torch.device(device))
 
-    def hidden(self, ids, positions, mask, cache):
+    def hidden(self, ids, positions, mask, cache, *_):
         self.passes.append([ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist())
         self.check(ids)
         return self.lens.hidden(ids, positions, mask, cache) if self.lens else torch.zeros(4, *positions.shape, 8)

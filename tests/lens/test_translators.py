@@ -8,7 +8,6 @@ import torch
 from lens_folders import D_MODEL, N_LAYERS, VOCAB, random_translators, tiny
 from refinelens import LogitLens
 from refinelens.errors import InputError
-from refinelens.lens import logit_lens
 from refinelens.lens.translators import Translators
 from tiny import assert_matches_truth, truth
 
@@ -90,7 +89,7 @@ def test_the_output_is_the_models_own_prediction_through_any_lens(lens):
 @pytest.fixture
 def translated_rows(monkeypatch):
     """Sets how many translated states are held at a time: at the sizes of a test, all of them."""
-    return lambda rows: monkeypatch.setattr(logit_lens, "TRANSLATED_BYTES", rows * D_MODEL * 4)
+    return lambda rows: monkeypatch.setattr("refinelens.lens.translators.TRANSLATED_BYTES", rows * D_MODEL * 4)
 
 
 @pytest.mark.parametrize("rows", [1, 20, 56])

@@ -6,8 +6,6 @@ proven on a few tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,9 +14,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
-from ..lens.logit_lens import LogitLens
-from ..lens.prefix import check_branching
 from ..model.hooks import difference, first_state, hooked, probe_ids, run_base, stream_of
+from ..model.resid_mid import Sublayer, Sublayers, zero_ablated
+from .logit_lens import LogitLens
+from .prefix import check_branching
 
 PROBE_TOKENS = 12
 TOKENS_AT_A_TIME = 16384  # of one call of a block, keys that are held included
@@ -115,17 +114,6 @@ class ActivationCache:
         return torch.stack([state[0, -1] for state in self.states])
 
 
-@dataclass(frozen=True)
-class Sublayer:
-    """A module inside a block that adds to the residual stream."""
-
-    module: nn.Module
-    adds_stream: bool  # the module adds the stream it is given to its own output, as in BLOOM
-
-
-Sublayers = dict[str, Sublayer]  # attn and mlp of a block, of which zero-ablated nothing but the identity is left
-
-
 def find_sublayers(run: ActivationCache) -> list[Sublayers | None]:
     """Find attention and feed-forward part of every block, whatever their names; None where there are none such.
 
@@ -167,29 +155,6 @@ def _alike(run: ActivationCache, index: int, known: int, sublayers: Sublayers) -
         return None
     own = {name: Sublayer(children[names[p.module]], p.adds_stream) for name, p in sublayers.items()}
     return own if _leave_identity(run, index, own) else None
-
-
-@contextmanager
-def zero_ablated(sublayer: Sublayer, tokens: slice) -> Iterator[None]:
-    """Within the block, a part of a model adds nothing to the residual stream of these tokens of one context."""
-
-    def after(_module, args, kwargs, output):
-        values = stream_of(output).clone()
-        shape = (1, -1, values.shape[-1])
-        added = _given_stream(args, kwargs, values).view(shape)[:, tokens] if sublayer.adds_stream else 0.0
-        values.view(shape)[:, tokens] = added
-        if isinstance(output, tuple | list):
-            return [values, *output[1:]] if isinstance(output, list) else (values, *output[1:])
-        return values
-
-    with hooked([sublayer.module], after=after):
-        yield
-
-
-def _given_stream(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-    """The second state that a module is called with; zeros where there is none."""
-    values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape == output.shape]
-    return values[1] if len(values) > 1 else torch.zeros_like(output)
 
 
 def _leave_identity(run: ActivationCache, index: int, sublayers: Sublayers) -> bool:
@@ -263,6 +228,43 @@ def check_replay(lens: LogitLens, remedy: str = "") -> BlockReplay:
         raise _refusal(name, f"states that differ by {found:.2g}, allowed {lens.parity.tolerance:.2g}", remedy)
     cached = check_branching(lens).used and _cached_is_whole(lens, ids, own)
     return BlockReplay(cached, _takes_batches(run, lens.parity.tolerance), find_sublayers(run))
+
+
+def sublayers_of(lens: LogitLens, remedy: str = "") -> list[Sublayers]:
+    """Attention and feed-forward part of every block, and ``resid_mid`` of a pass held to that of blocks run again.
+
+    Args:
+        lens: Of the model.
+        remedy: What to do where there are none such, for the error.
+
+    Raises:
+        UnsupportedModelError: Blocks that cannot be run by themselves or have no such parts, or streams that differ by
+            more than the parity gate allows.
+    """
+    model, name = lens.model, type(lens.model).__name__
+    found = check_replay(lens, remedy).sublayers
+    missing = [str(index + 1) for index, own in enumerate(found) if own is None]
+    what = f"{name}: expected attention and feed-forward part in every block, "
+    behind = f"; {remedy}" if remedy else ""
+    if missing:
+        more = " ..." if len(missing) > 5 else ""
+        raise UnsupportedModelError(f"{what}found none such in block {', '.join(missing[:5])}{more}{behind}")
+    ids = probe_ids(model, PROBE_TOKENS)
+    with lens.undisturbed():
+        run = ActivationCache.record(lens, ids)
+        again = torch.stack([mid_state(run, index, own) for index, own in enumerate(found)])
+    kept = lens.hidden(ids, torch.arange(ids.shape[1]), None, None, found)[-lens.n_layers :]
+    largest = difference(kept, again)
+    if largest > lens.parity.tolerance:
+        got = f"got streams between them that differ by {largest:.2g}, allowed {lens.parity.tolerance:.2g}"
+        raise UnsupportedModelError(f"{what}{got}{behind}")
+    return found
+
+
+def mid_state(run: ActivationCache, index: int, sublayers: Sublayers) -> Tensor:
+    """``resid_mid`` ``[1, token, d_model]`` of block ``index`` (0-based), which runs once more."""
+    with zero_ablated(sublayers["mlp"], slice(None)):
+        return run.block(index, run.states[index])
 
 
 def _refusal(name: str, got: str, remedy: str) -> UnsupportedModelError:
