@@ -24,7 +24,7 @@ MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
 KEEP = EVERY_QUESTION, ANSWERED, NEEDS_DOCUMENT = ("all", "answered", "needs-document")
-MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
+MEASURES = JSD, TOP5, SUBLAYERS = ("jsd", "top5", "sublayers")  # of every layer, beside what is always stored
 CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
 DECOYS = "decoys"  # what their rows have more
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
@@ -129,7 +129,8 @@ class SweepConfig(Config):
     measures: tuple[str, ...] = option(
         (),
         "also store of every layer: jsd, the Jensen-Shannon divergence from the output; top5, the share of its five "
-        "likeliest tokens that are the output's (default: none)",
+        "likeliest tokens that are the output's; sublayers, what attention and feed-forward part of every block add to "
+        "the target's logit, in which direction and how much (default: none)",
         READ,
         MEASURED,
         "NAME[,NAME]",

@@ -22,12 +22,13 @@ from .errors import InputError
 from .pages.html import smallest, write_page
 from .placement import ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
+from .report.effective_depth import effective_depth_lines
 from .report.kept import kept_lines
 from .report.measures import cells_of
 from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
 from .report.tables import cue_lines, inverted_u_lines, notes, paired_lines
-from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, sums_and_counts
+from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, ratio, sums_and_counts
 from .store.files import write_output
 from .store.process import RunLock
 from .store.results import LAYERS, PAGE, Run
@@ -40,7 +41,12 @@ COLUMNS = [
     *("argmax", "argmax_text", "target_rank", "entropy", "kl"),
 ]
 ESTIMATES = ("accuracy", "accuracy_all", "accuracy_generated", "mean_depth", "mean_first_correct", "mean_settle")
-TABLES = {"layers.csv": "by layer", "essential.csv": "essential layers", "early_exit.csv": "early exit"}
+TABLES = {  # of an analysis of layers
+    "layers.csv": "by layer",
+    "agreement.csv": "agreement",
+    "essential.csv": "essential layers",
+    "early_exit.csv": "early exit",
+}
 
 
 def write_report_page(runs: list[Run], path: Path) -> str:
@@ -109,10 +115,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "target": manifest["arguments"]["target"],
         "finding": _finding(report),
         "cautions": [*_unfinished(manifest), *caution_lines(report.cautions, manifest)],
-        "notes": [
-            *(line for part in (cue_lines, inverted_u_lines, paired_lines, notes) for line in part(report)),
-            *manifest.get("remarks", []),
-        ],
+        "notes": [*_notes(report), *manifest.get("remarks", [])],
         "summary": [_summary(row) for row in report.rows],
         "profiles": profiles.rows(),
         "cues": _cues(report),
@@ -122,6 +125,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "settling": [
             _with_triples(row) for row in report.settling
         ],
+        "effective": [_with_triples(row) for row in report.effective],
         "analysis": _analysis(run.path / LAYERS),
         "questions": questions,
         "documents_why": why,
@@ -132,6 +136,11 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "facts": _facts(report),
     }
     return head, found.arrays() | {"documents": np.frombuffer(documents, np.uint8)}, chosen.words
+
+
+def _notes(report: Report) -> list[str]:
+    parts = (cue_lines, inverted_u_lines, paired_lines, effective_depth_lines, notes)
+    return [line for part in parts for line in part(report)]
 
 
 def _compared(a: Run, b: Run, top: int) -> dict:
@@ -276,26 +285,27 @@ class _Profiles:
     def __init__(self, lenses: tuple[str, ...], measures: tuple[str, ...]):
         self._lenses, self._means = lenses, ("kl", "entropy", *measures)
         self._ranks: dict[tuple, list[np.ndarray]] = {}
-        self._sums: dict[tuple, np.ndarray] = {}
+        self._sums: dict[tuple, np.ndarray] = {}  # of values, and how many there are, [2, means, n_layers + 1]
 
     def add(self, part: pa.Table) -> None:
         for key, _, values in cells_of(part, self._lenses, ("target_rank", *self._means)):
             self._ranks.setdefault(key, []).append(values["target_rank"].astype(np.int32))
-            sums = np.stack([values[name].sum(0, dtype=float) for name in self._means])
-            self._sums[key] = self._sums.get(key, 0.0) + sums
+            own = [values[name] for name in self._means]
+            sums = [np.nansum(one, 0, dtype=float) for one in own], [(~np.isnan(one)).sum(0) for one in own]
+            self._sums[key] = self._sums.get(key, 0.0) + np.array(sums)
 
     def rows(self) -> list[dict]:
         rows = []
         for key in sorted(self._ranks, key=lambda key: key[1:]):
             ranks = np.concatenate(self._ranks[key])
-            means = zip(self._means, map(_rounded, self._sums[key] / len(ranks)), strict=True)
+            means = zip(self._means, map(_rounded, ratio(*self._sums[key])), strict=True)
             numbers = {"rank": (np.median(ranks, axis=0) + 1).tolist(), **dict(means)}
             rows.append({"lens": self._lenses[key[0]], "documents": key[1], "gold": key[2], "n": len(ranks), **numbers})
         return rows
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]
+def _rounded(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]
 
 
 def _summary(row: SummaryRow) -> dict:

@@ -17,12 +17,13 @@ from torch import Tensor
 from ..config import PATCH, LayersConfig
 from ..data.prompts import Context
 from ..data.questions import Question
-from ..lens.blocks import ActivationCache, BlockReplay
+from ..lens.attribution import contributions
+from ..lens.blocks import ActivationCache, BlockReplay, mid_state
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
 from ..lens.runner import MemoryLimit, Proof, blamed_on, in_batches
 from ..model.hooks import difference
-from ..store.layers import CONTROL, DESTROY, KEYS, LAYER_ROWS, RESTORE
+from ..store.layers import ATTRIBUTION, CONTROL, DESTROY, HALVES, KEYS, LAYER_ROWS, RESTORE, rows_schema
 from ..store.trajectory import NONE, trajectories
 from ..sweeping.contexts import ContextBuilder
 from .interventions import EVERY, LAST, Intervention, MeanContributions, patched
@@ -210,7 +211,8 @@ class AblationRunner:
                 answered.append(one)
             if PATCH in self.options.interventions:
                 tables += self._patch(answered)
-            return pa.concat_tables([LAYER_ROWS.empty_table(), *tables])
+            schema = rows_schema(self.options.interventions)
+            return pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
 
     @property
     def _ablation_cached(self) -> bool:
@@ -231,14 +233,24 @@ class AblationRunner:
         run = self._record(context, self._ablation_cached)
         names = [*self.options.ablations, *([CONTROL] if control and self.options.ablations else [])]
         tables, clean, asked = [], run.answer_states(), self._asked(context)
+        attributed = self._attributions(run, clean, asked["target_id"]) if set(HALVES) & set(names) else {}
         for name in names:
             way = Intervention(name, self._tokens, self.replay.sublayers, self.means)
             downstream = self._scan(run, context, way.of_context(run))
             reading = read_scan(self.logit_lens, self.lens, clean, downstream, asked["target_id"])
-            tables.append(reading_rows(asked, name, self.options.at, reading, self.top))
+            table = reading_rows(asked, name, self.options.at, reading, self.top)
+            tables.append(table.append_column(ATTRIBUTION, [attributed[name]]) if name in HALVES else table)
         if not names:
             reading = read_output(self.logit_lens, self.lens, clean, clean[:0], asked["target_id"])
         return tables, Answered(context, clean, bool(reading.ranks[0, -1] < self.top))
+
+    def _attributions(self, run: ActivationCache, clean: Tensor, target: int) -> dict[str, pa.Array]:
+        """What the parts of every block add to the target's logit in the clean run, nats, ``[n_layers]`` each."""
+        own = self.replay.sublayers
+        mid = torch.stack([mid_state(run, index, own[index])[0, -1] for index in range(run.n_layers)])
+        targets = torch.tensor([target], device=clean.device)
+        found = contributions(self.logit_lens, clean[:, None], mid[:, None], targets)
+        return {half: pa.array(getattr(found, half)[:, 0].cpu().numpy()) for half in HALVES}
 
     def _patch(self, answered: list[Answered]) -> list[pa.Table]:
         """Every pair of gold positions of one size with success at one and failure at the other, both ways."""

@@ -22,6 +22,7 @@ from ..config import PATCH
 from ..op.ranks import kendall_tau_b, spearman
 from ..report.figures import draw_layers
 from ..report.rows import (
+    ATTRIBUTED,
     COST,
     EVERY_POSITION,
     FEW_LAYERS,
@@ -52,7 +53,17 @@ from ..stats import (
     sums_and_counts,
 )
 from ..store.files import write_whole
-from ..store.layers import CONTROL, DESTROY, FIGURE, KEYS, LAYER_ROWS, RESTORE, ROWS, LayersFolder
+from ..store.layers import (
+    CONTROL,
+    DESTROY,
+    FIGURE,
+    HALVES,
+    KEYS,
+    RESTORE,
+    ROWS,
+    LayersFolder,
+    rows_schema,
+)
 from ..store.trajectory import NONE, trajectories
 from .examples import RunExamples
 
@@ -81,7 +92,10 @@ class LayerMetrics:
     def of_rows(cls, rows: pa.Table, intervention: str, n_layers: int) -> LayerMetrics:
         """`VALUES` of one intervention as they were stored; the layers of an example stand together, in order."""
         table = rows.filter(pc.equal(rows["intervention"], intervention))
-        wide = {name: table[name].cast(pa.float64()).to_numpy().reshape(-1, n_layers) for name in VALUES}
+        own, names = ATTRIBUTED, VALUES
+        if intervention in HALVES and table[own].null_count < len(table):  # of an older version there are none
+            names = (*VALUES, own)
+        wide = {name: table[name].cast(pa.float64()).to_numpy().reshape(-1, n_layers) for name in names}
         keys = [table[name].to_numpy()[::n_layers].astype(np.int64) for name in KEYS]
         return cls(intervention, 1, *keys, wide, table["source_position"].cast(pa.float64()).to_numpy()[::n_layers])
 
@@ -131,7 +145,7 @@ def measure_ablations(stored: LayerMetrics) -> LayerMetrics:
         COST: -found["logprob_change"],
         "log_rank_cost": np.log1p(found["target_rank"]) - np.log1p(clean_rank),
         "accuracy": found["correct"],
-        **{name: found[name] for name in CHANGES},
+        **{name: found[name] for name in (*CHANGES, ATTRIBUTED) if name in found},
     }
     return replace(stored, values=values)
 
@@ -172,6 +186,25 @@ def agreements(lens: LayerMetrics, costs: list[LayerMetrics], seed: int) -> list
                 for coefficient, compare in COEFFICIENTS.items():
                     value = correlation_estimate(gain[:, -costly.shape[1] :], costly, compare, questions)
                     rows.append(Agreement(documents, position, cost.of, name, coefficient, value))
+    return rows
+
+
+def attribution_agreements(costs: list[LayerMetrics], seed: int) -> list[Agreement]:
+    """What a part of a block adds to the target's logit against the cost of silencing it, as `agreements`.
+
+    There is none of interventions on whole blocks, nor of examples that an older version stored without attributions.
+    """
+    rows, name = [], ATTRIBUTED
+    for cost in (cost for cost in costs if name in cost.values and cost.values[COST].shape[1] >= FEW_LAYERS):
+        for documents, position, inside in cost.cells():
+            inside = inside & ~np.isnan(cost.values[name]).any(1)
+            if not inside.any():
+                continue
+            both = resampled_means(*cost.sums(inside, (name, COST)), seed)
+            questions = len(np.unique(cost.question_id[inside]))
+            for coefficient, compare in COEFFICIENTS.items():
+                value = correlation_estimate(*np.split(both, 2, 1), compare, questions)
+                rows.append(Agreement(documents, position, cost.of, name, coefficient, value))
     return rows
 
 
@@ -249,8 +282,10 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
         manifest: Of the analysis.
         examples: Of the run.
     """
-    parts = (table.select(COLUMNS) for table in folder.rows(manifest))
-    rows = pa.concat_tables([LAYER_ROWS.empty_table().select(COLUMNS), *parts])
+    schema = rows_schema(manifest["arguments"]["interventions"])
+    columns = [name for name in schema.names if name in (*COLUMNS, ATTRIBUTED)]
+    parts = (table.select(columns) for table in folder.rows(manifest))
+    rows = pa.concat_tables([schema.empty_table().select(columns), *parts])
     if manifest["parts"]:
         examples = examples.of_questions([part["question_id"] for part in manifest["parts"]])
     seed, n_layers = examples.manifest["seed"], examples.n_layers
@@ -268,7 +303,7 @@ def read_report(folder: LayersFolder, manifest: dict, examples: RunExamples) -> 
         noise=noise,
         largest_difference=_difference(stored[ablations[0]], examples) if ablations else 0.0,
         statistics=statistics,
-        agreements=agreements(lens, costs, seed),
+        agreements=[*agreements(lens, costs, seed), *attribution_agreements(costs, seed)],
         essentials=essential_layers(lens, costs, essential_threshold(noise)),
         exits=early_exits(statistics),
         patchings=[row for name in (RESTORE, DESTROY) for row in patchings(stored[name], seed)],
@@ -287,7 +322,8 @@ def write_outputs(folder: LayersFolder, report: LayersReport) -> None:
     """Write ``layers.parquet``, the tables and ``layers.png``."""
 
     def write(path: Path) -> None:
-        with pq.ParquetWriter(path, LAYER_ROWS, compression="zstd") as writer:
+        schema = rows_schema(report.manifest["arguments"]["interventions"])
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for rows in folder.rows(report.manifest):
                 writer.write_table(rows)
 

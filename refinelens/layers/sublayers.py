@@ -21,11 +21,11 @@ from ..lens.inputs import Tokens, targets_of, tokens_of
 from ..lens.logit_lens import LogitLens
 from ..lens.reading import LayerReading
 from ..op.fused_lens import broadcast_ids
+from ..store.layers import HALVES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HALVES = ("attn", "mlp")
 MID = "behind-attention"  # name of the lens that reads resid_mid
 
 

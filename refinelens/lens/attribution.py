@@ -72,6 +72,32 @@ def contributions(lens: LogitLens, post: Tensor, mid: Tensor, targets: Tensor) -
     return Contributions(**{name: found[name].float() for name in Contributions.__dataclass_fields__})
 
 
+def sublayer_measures(lens: LogitLens, post: Tensor, mid: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The columns of ``measures='sublayers'`` by name, ``[n_layers + 1, position]`` on the CPU, row i of block i.
+
+    Row 0 is NaN, but for what the embedding adds to the target's logit, which stands in ``attn_logit``; so is a size
+    where the stream before is zero. All are fp32 but the 0-based rank, which is fp64.
+
+    Args:
+        lens: Of the model.
+        post: As of `contributions`.
+        mid: As of `contributions`; it is read by the plain lens.
+        targets: ``[position]`` int64.
+
+    Raises:
+        UnsupportedModelError: As `contributions`.
+    """
+    found, read = contributions(lens, post, mid, targets), lens.stats(mid, targets)
+    none = torch.full_like(found.embedding, torch.nan)[None]
+    columns = {f"{half}_logit": getattr(found, half) for half in ("attn", "mlp")}
+    columns |= {name: getattr(found, name) for name in ("attn_cosine", "mlp_cosine", "block_cosine")}
+    columns |= {name: getattr(found, name) for name in ("attn_size", "mlp_size")}
+    columns |= {"mid_logprob": read.target_logprob, "mid_rank": read.target_rank.double()}
+    first = {"attn_logit": found.embedding[None]}
+    whole = {name: torch.cat([first.get(name, none).to(value), value]) for name, value in columns.items()}
+    return {name: value.masked_fill(~value.isfinite(), torch.nan).cpu() for name, value in whole.items()}
+
+
 def logit_direction(final: Tensor, targets: Tensor, head: LensHead) -> tuple[Tensor, Tensor]:
     """What a summand of a final state is multiplied by to give what it adds to the target's logit.
 

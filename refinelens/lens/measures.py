@@ -31,8 +31,9 @@ def measures_of(
         hidden: ``[n_layers + 1, ..., d_model]``, the residual stream.
         reading: What was read of it through ``translators``.
         translators: On the model's device and in its dtype; None for the plain lens.
-        names: Of `config.MEASURES`.
+        names: Of `config.MEASURES`; what is no measure of a prediction is passed over.
     """
+    names = [name for name in names if name in (JSD, TOP5)]
     if not names:
         return {}
     states = hidden.reshape(len(hidden), -1, hidden.shape[-1]).to(lens.head.weight.device)

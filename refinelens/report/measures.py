@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from ..config import JSD
+from ..config import JSD, SUBLAYERS, TOP5
 from ..stats import MEAN, SHARE, groups, mean_estimates, sums_and_counts
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, list_matrix, trajectories
-from .rows import MeasuredLayer, SettlingRow, lens_names
+from .effective_depth import effective_depths
+from .rows import EffectiveDepth, MeasuredCell, MeasuredLayer, SettlingRow, lens_names, measured_layer
 
 SETTLED = 0.5 * math.log(2.0)  # nats: half of the largest divergence
 LATE = 0.85  # of the layers
@@ -26,19 +27,21 @@ ALWAYS = ("entropy", "kl")  # of every layer, in every run
 KEYS = ("lens", "documents", "gold_position")
 
 
-def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
+def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow], list[EffectiveDepth]]:
     """What was measured, over the answer tokens of the tables; nothing of a run that was asked for no measures.
 
     Returns:
-        Means of every measure of every layer over questions, with intervals; and where predictions settle by
-        divergence, none without ``jsd``.
+        Means of every measure of every layer over questions, with intervals; where predictions settle by divergence,
+        none without ``jsd``; and effective depth, none without ``top5`` or ``sublayers``.
     """
     if not run.measures:
-        return [], []
+        return [], [], []
     names, seed = (*ALWAYS, *run.measures), run.manifest["seed"]
     layers: list[MeasuredLayer] = []
     settling: list[SettlingRow] = []
-    for key, ids, values in _cells(run, names):
+    cells = list(_cells(run, names))
+    for cell in cells:
+        key, ids, values = (cell.lens, cell.documents, cell.gold_position), cell.question_id, cell.values
         n_layers = values[names[0]].shape[1]
         owner = np.unique(ids, return_inverse=True)[1]
         n = int(owner.max()) + 1  # questions
@@ -46,17 +49,18 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
         found = mean_estimates(*sums_and_counts(stacked, owner, n), seed)
         for layer in range(n_layers):
             own = {name: found[place * n_layers + layer] for place, name in enumerate(names)}
-            layers.append(MeasuredLayer(*key, layer, n, **own))
+            layers.append(measured_layer(run.measures)(*key, layer, n, **own))
         if JSD in values:
             settle = trajectories((values[JSD] > SETTLED).astype(int), 1, axis=-1).settle
             stacked = np.stack([settle, settle > LATE * (n_layers - 1)], axis=1).astype(float)
             found = mean_estimates(*sums_and_counts(stacked, owner, n), seed, [MEAN, SHARE])
             settling.append(SettlingRow(*key, n, *found))
-    return layers, settling
+    wanted = {TOP5, SUBLAYERS}.intersection(run.extras)
+    return layers, settling, effective_depths(cells, seed) if wanted else []
 
 
-def _cells(run: Run, names: tuple[str, ...]):
-    """Of every lens, context size and gold position: key, question ids, and measures ``[examples, n_layers + 1]``."""
+def _cells(run: Run, names: tuple[str, ...]) -> Iterator[MeasuredCell]:
+    """The measures of a run, by lens, context size and gold position."""
     lenses = lens_names(run.manifest)
     ids: dict[tuple, list[np.ndarray]] = {}
     values: dict[tuple, list[dict[str, np.ndarray]]] = {}
@@ -67,7 +71,7 @@ def _cells(run: Run, names: tuple[str, ...]):
             values.setdefault(key, []).append(own)
     for key in sorted(ids):
         whole = {name: np.concatenate([one[name] for one in values[key]]) for name in names}
-        yield (lenses[key[0]], *key[1:]), np.concatenate(ids[key]), whole
+        yield MeasuredCell(lenses[key[0]], *key[1:], np.concatenate(ids[key]), whole)
 
 
 def cells_of(

@@ -7,7 +7,8 @@ computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..store.results import CUE_TABLES
 # Names of statistics of a layer that more than one module looks for.
 LENS = "lens"  # what a statistic is of, where it is no intervention
 GAIN, COST = "logprob_gain", "logprob_cost"  # nats of target log-probability: by the lens, by an intervention
+ATTRIBUTED = "attribution"  # nats that attention or feed-forward part of a block adds to the target's logit
 EVERY_POSITION = None  # in place of a gold position: all of a context size together
 NOTICEABLE = 0.01  # nats, a hundredth of the probability: less is no essential layer, however sure
 FEW_LAYERS = 5  # fewer are in the same order, or in the reverse one, by chance: 4 once in 12 times, 3 once in 3
@@ -129,6 +131,38 @@ class MeasuredLayer:
     top5: Estimate = NO_ESTIMATE  # share of the five likeliest tokens that are the output's
 
 
+@lru_cache
+def measured_layer(names: tuple[str, ...]) -> type[MeasuredLayer]:
+    """`MeasuredLayer` with a field more for every measure that it lacks, so that other tables stay as they were."""
+    known = {one.name for one in fields(MeasuredLayer)}
+    more = [(name, "Estimate", NO_ESTIMATE) for name in names if name not in known]
+    return make_dataclass("MeasuredLayer", more, bases=(MeasuredLayer,), frozen=True) if more else MeasuredLayer
+
+
+@dataclass(frozen=True)
+class MeasuredCell:
+    """What was measured of the examples of one lens, context size and gold position."""
+
+    lens: str
+    documents: int
+    gold_position: int | None
+    question_id: np.ndarray  # [examples]
+    values: dict[str, np.ndarray]  # [examples, n_layers + 1] by measure
+
+
+@dataclass(frozen=True)
+class EffectiveDepth:
+    """Up to which layer the model works on its prediction, by one method, see `report.effective_depth`."""
+
+    lens: str
+    documents: int
+    gold_position: int | None  # None for all of them together
+    method: str  # cosine, kl or top5
+    questions: int
+    layer: Estimate  # of the mean curve; NaN where the curve has no such layer
+    ratio: Estimate  # layer / n_layers
+
+
 @dataclass(frozen=True)
 class SettlingRow:
     """One lens, context size and gold position: where the prediction settles by its divergence from the output."""
@@ -217,6 +251,7 @@ class Report:
     cues: list[CueRow] = field(default_factory=list)  # none of a run without decoys
     cue_layers: list[CueLayer] = field(default_factory=list)
     cue_differences: list[CueDifference] = field(default_factory=list)
+    effective: list[EffectiveDepth] = field(default_factory=list)
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:
@@ -225,8 +260,9 @@ class Report:
             "summary.csv": (SummaryRow, self.rows),
             "paired.csv": (PairedDifference, self.differences),
             "inverted_u.csv": (InvertedU, self.tests),
-            **({"measures.csv": (MeasuredLayer, self.measured)} if self.measured else {}),
+            **({"measures.csv": (type(self.measured[0]), self.measured)} if self.measured else {}),
             **({"settling.csv": (SettlingRow, self.settling)} if self.settling else {}),
+            **({"effective_depth.csv": (EffectiveDepth, self.effective)} if self.effective else {}),
             **(dict(zip(CUE_TABLES, self._cue_tables, strict=True)) if self.cues else {}),
         }
 
@@ -265,7 +301,10 @@ class LayerStatistic:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rank correlation over the layers of what the lens says and what an intervention costs, both means."""
+    """Rank correlation over the layers of what the lens says and what an intervention costs, both means.
+
+    Of interventions on a part of the blocks the lens also says what that part adds to the target's logit, `ATTRIBUTED`.
+    """
 
     documents: int
     gold_position: int | None

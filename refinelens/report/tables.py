@@ -23,9 +23,11 @@ from ..store.layers import DESTROY, RESTORE
 from ..store.process import RunLock
 from ..store.results import Run
 from ..store.trajectory import trajectory_tables
+from .effective_depth import effective_depth_lines
 from .figures import draw_figures
 from .kept import kept_lines
 from .rows import (
+    ATTRIBUTED,
     COST,
     EITHER,
     EVERY_POSITION,
@@ -110,8 +112,8 @@ def print_table(console: Console, report: Report, in_words: Callable[[str], str]
         end = after is None or section != (after.lens, after.top, after.documents)
         table.add_row(*(_cell(row, *column) for column in columns.values()), end_section=end)
     console.print(table)
-    lines = [*notes(report), *paired_lines(report), *cue_lines(report), *inverted_u_lines(report)]
-    lines += caution_lines(report.cautions, report.manifest)
+    lines = [*notes(report), *effective_depth_lines(report), *paired_lines(report), *cue_lines(report)]
+    lines += [*inverted_u_lines(report), *caution_lines(report.cautions, report.manifest)]
     print_lines(console, [in_words(line) for line in lines], "dim")
 
 
@@ -299,7 +301,9 @@ def _layers_table(report: LayersReport) -> Table:
 
 
 def _lines(report: LayersReport) -> list[str]:
-    lines = [_agreement_line(report, name) for name in report.ablations if report.agreements]
+    lines = [_agreement_line(report, name, GAIN) for name in report.ablations if report.agreements]
+    attributed = {row.intervention for row in report.agreements if row.lens_statistic == ATTRIBUTED}
+    lines += [_agreement_line(report, name, ATTRIBUTED) for name in report.ablations if name in attributed]
     if report.ablations and not report.agreements:
         over = counted(report.n_layers, "layer")
         lines.append(f"Agreement: none over {over}; fewer than {FEW_LAYERS} agree by chance too often.")
@@ -313,12 +317,13 @@ def _lines(report: LayersReport) -> list[str]:
     return [*lines, *(_patch_line(*rows) for rows in patches if rows)]
 
 
-def _agreement_line(report: LayersReport, name: str) -> str:
-    wanted = (EVERY_POSITION, name, GAIN)
+def _agreement_line(report: LayersReport, name: str, statistic: str) -> str:
+    wanted = (EVERY_POSITION, name, statistic)
     rows = [row for row in report.agreements if (row.gold_position, row.intervention, row.lens_statistic) == wanted]
     words = ", ".join(f"{row.coefficient.title()} {format_estimate(row.value, 2, interval=True)}" for row in rows)
     intervals = "" if math.isnan(rows[0].value.low) else "; intervals over questions"
-    return f"Agreement of gain and {name} over {report.n_layers} layers: {words}{intervals}."
+    what = {GAIN: f"gain and {name}", ATTRIBUTED: f"direct logit attribution and cost of {name}"}[statistic]
+    return f"Agreement of {what} over {report.n_layers} layers: {words}{intervals}."
 
 
 def _essential_line(row: Essential) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,10 @@ LAYER_ROWS = pa.schema(
         ("depth_change", pa.int32()),
     ]
 )
+# And of analyses that silence attention or feed-forward part: nats that this part of the block adds to the target's
+# logit in the clean run, null of other interventions.
+ATTRIBUTION = pa.field("attribution", pa.float32())
+HALVES = ("attn", "mlp")  # interventions on a part of a block
 KEYS = ("question_id", "documents", "gold_position")
 SCHEMA_VERSION = 1
 PARTS = "parts"
@@ -78,6 +82,11 @@ class QuestionPart:
         return self.question_id
 
 
+def rows_schema(interventions: Collection[str]) -> pa.Schema:
+    """Columns of the rows of an analysis."""
+    return LAYER_ROWS.append(ATTRIBUTION) if set(HALVES) & set(interventions) else LAYER_ROWS
+
+
 def write_rows(rows: pa.Table, path: Path) -> None:
     """Write the rows of a question as Parquet."""
     pq.write_table(rows, path, compression="zstd")
@@ -99,13 +108,14 @@ class LayersFolder(Folder):
     DERIVED = (ROWS, *TABLES, FIGURE)
 
     def rows(self, manifest: dict) -> Iterator[pa.Table]:
-        """The rows question by question.
+        """The rows question by question; what an older version did not store of them is null.
 
         Raises:
             InputError: A part that is not as it was written.
         """
+        schema = rows_schema(manifest["arguments"]["interventions"])
         for part in self.parts_of(manifest):
-            yield self.read_part(part).cast(LAYER_ROWS)
+            yield pa.concat_tables([schema.empty_table(), self.read_part(part)], promote_options="default").cast(schema)
 
     def remove_unless_of(self, run_id: str) -> None:
         """Remove an analysis of another run with its folder.

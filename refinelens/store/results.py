@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import CUES, DECOYS, JSD, TOP5, SweepConfig
+from ..config import CUES, DECOYS, JSD, SUBLAYERS, TOP5, SweepConfig
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
@@ -17,7 +17,7 @@ from .folder import Folder
 SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 CUE_TABLES = ("cues.csv", "cues_layers.csv", "cues_paired.csv")  # of runs with decoys
-MEASURE_TABLES = ("measures.csv", "settling.csv")  # of runs that were asked for measures
+MEASURE_TABLES = ("measures.csv", "settling.csv", "effective_depth.csv")  # of runs that were asked for measures
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 PAGE = "report.html"  # the page, which is made on request
@@ -79,6 +79,17 @@ PREDICTIONS = pa.schema(
 EXTRAS = {  # further columns, by what a run was asked for
     JSD: [(JSD, pa.list_(pa.float32()))],  # nats, Jensen-Shannon divergence from the output
     TOP5: [(TOP5, pa.list_(pa.float32()))],  # share of the five likeliest tokens that are the output's
+    SUBLAYERS: [  # entry i of block i; entry 0 is null, but for what the embedding adds to the target's logit
+        ("attn_logit", pa.list_(pa.float32())),  # nats, direct logit attribution of attention; 0: of the embedding
+        ("mlp_logit", pa.list_(pa.float32())),  # nats, of the feed-forward part
+        ("attn_cosine", pa.list_(pa.float32())),  # of what attention adds and the stream before it
+        ("mlp_cosine", pa.list_(pa.float32())),
+        ("block_cosine", pa.list_(pa.float32())),  # of what the whole block adds and the stream before it
+        ("attn_size", pa.list_(pa.float32())),  # norm of what attention adds / of the stream before it
+        ("mlp_size", pa.list_(pa.float32())),
+        ("mid_logprob", pa.list_(pa.float32())),  # nats, of the target, of resid_mid through the plain lens
+        ("mid_rank", pa.list_(pa.int64())),  # 0-based
+    ],
     DECOYS: [
         ("decoy_position", pa.int32()),  # 0-based, of the first decoy; -1 without one
         ("decoy_answer", pa.string()),  # what the decoys state
@@ -187,9 +198,9 @@ class Run(Folder):
     @property
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
-        measured, settling = MEASURE_TABLES
         cues = CUE_TABLES if self.n_decoys else ()
-        return (*DERIVED, *cues, *([measured] if self.measures else []), *([settling] if JSD in self.extras else []))
+        wanted = (bool(self.measures), JSD in self.extras, {TOP5, SUBLAYERS}.intersection(self.extras))
+        return (*DERIVED, *cues, *(name for name, asked in zip(MEASURE_TABLES, wanted, strict=True) if asked))
 
     @property
     def is_finished(self) -> bool:

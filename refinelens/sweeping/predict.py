@@ -18,6 +18,7 @@ from ..config import SweepConfig
 from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
+from ..lens.attribution import sublayer_measures
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
 from ..lens.measures import measures_of
@@ -26,6 +27,7 @@ from ..lens.reading import LayerReading
 from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
 from ..model.identity import text_of
 from ..model.loading import LoadedModel
+from ..model.resid_mid import Sublayers
 from ..store.results import NO_ANSWER_TOKEN, QuestionResult, predictions_schema
 from .contexts import ContextBuilder
 from .generate import Generation, Generator, check_cache
@@ -92,13 +94,15 @@ def read_contexts(
         logit_lens: Of their model.
         lenses: What to read them through.
         target: ``answer``, the token that follows, or ``prediction``, the model's own.
-        measures: Further ones, see `measures_of`.
+        measures: Further ones, see `measures_of`; the streams within blocks are measured where they were kept, alike
+            for every lens.
 
     Returns:
         Of each context, on the CPU: target ids ``[n_positions]`` int64, and by the name of each lens what it reads.
 
     Raises:
         InputError: States that are not finite, of any of them.
+        UnsupportedModelError: Parts of blocks that do not sum up to the target's logit.
     """
     hidden = torch.cat([one.hidden for one in ran], 1)[:, None]  # [n_layers + 1, 1, positions of all, d_model]
     if target == "prediction":
@@ -107,11 +111,14 @@ def read_contexts(
         targets = torch.tensor([[id for one in ran for id in one.input.next_ids]], device=hidden.device)
     decoys = [one.input.context.decoy_id for one in ran for _ in one.input.next_ids]
     others = None if decoys[0] is None else torch.tensor(decoys, device=hidden.device)[None, :, None]
-    read = {}
+    inside, read = {}, {}
+    if ran[0].mid is not None:
+        found = sublayer_measures(logit_lens, hidden[:, 0], torch.cat([one.mid for one in ran], 1), targets[0])
+        inside = {name: value[:, None] for name, value in found.items()}
     for lens in lenses:
         reading = logit_lens.read_states(hidden, targets, lens.translators, alternatives=others, check_last=False)
         measured = measures_of(logit_lens, hidden, reading, lens.translators, measures)
-        read[lens.name] = Read(reading.to("cpu"), measured)
+        read[lens.name] = Read(reading.to("cpu"), measured | inside)
     targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
     for start, end in pairwise(ends):
         yield targets[start:end], {
@@ -194,9 +201,10 @@ def _texts(ids: np.ndarray, text: Callable[[int], str]) -> np.ndarray:
 
 
 def _lists(values: np.ndarray) -> pa.ListArray:
-    """A list of every row ``[n, length]``."""
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-    return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+    """A list of every row ``[n, length]``; null where a value does not exist."""
+    offsets, flat = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], values.ravel()
+    missing = flat.dtype.kind == "f" and np.isnan(flat)
+    return pa.ListArray.from_arrays(offsets, pa.array(flat, mask=missing if np.any(missing) else None))
 
 
 class Predictor:
@@ -210,6 +218,7 @@ class Predictor:
         logit_lens: LogitLens,
         lenses: list[Lens],
         rows_at_a_time: int = ROWS_AT_A_TIME,
+        sublayers: Sequence[Sublayers] | None = None,
     ):
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
@@ -221,7 +230,7 @@ class Predictor:
         keeps_cache = bool(options.generate) and (reuse.used or check_cache(logit_lens).used)
         size = None if options.batch_size == "auto" else int(options.batch_size)
         size = 1 if size is None and options.positions == "all" else size  # all states of a context are much to hold
-        self._runner = ForwardRunner(logit_lens, size, reuse, keeps_cache)
+        self._runner = ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers)
 
     def ask(self, questions: Sequence[Question], places: Sequence[int]) -> list[QuestionResult]:
         """All that comes of the questions at some places, at every context size and gold position.

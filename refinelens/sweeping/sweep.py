@@ -14,18 +14,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, SweepConfig, check_top
+from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, SUBLAYERS, SweepConfig, check_top
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
 from ..data.shots import Shots, draw_shots
 from ..data.tasks import Task, choose_questions, load_task
 from ..errors import InputError, resume_call
+from ..lens.blocks import sublayers_of
 from ..lens.files import Lens, load_lenses
 from ..lens.logit_lens import LogitLens, fit_to_model
 from ..machine import device_name, working_folder
 from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
+from ..model.resid_mid import Sublayers
 from ..op.backends import choose_backend
 from ..placement import CLOSED_BOOK
 from ..progress import Progress, unseen
@@ -35,7 +37,7 @@ from ..report.tables import write_outputs
 from ..store.files import check_disk
 from ..store.folder import MadeOf, go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
-from ..store.results import SCHEMA_VERSION, QuestionResult, Run
+from ..store.results import PREDICTIONS, SCHEMA_VERSION, QuestionResult, Run, predictions_schema
 from .contexts import ContextBuilder, choose_context, remarks
 from .predict import Predictor, groups_of, questions_together
 from .recorder import AccuracySoFar, RunWriter
@@ -78,6 +80,7 @@ class SweepInputs:
     lenses: list[Lens]
     loaded: LoadedModel
     logit_lens: LogitLens
+    sublayers: list[Sublayers] | None  # of every block, where they are measured
 
     @classmethod
     def load(cls, options: SweepConfig, spec: RunSpec | None = None) -> SweepInputs:
@@ -89,6 +92,7 @@ class SweepInputs:
 
         Raises:
             InputError: Anything that cannot be loaded, or is not as the run has it.
+            UnsupportedModelError: Blocks without the parts that are to be measured.
         """
         require = spec.require if spec else lambda field, here: None
         if options.task in GENERATORS:
@@ -128,7 +132,9 @@ class SweepInputs:
         logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
-        return cls(options, task, template, questions, lenses, loaded, logit_lens)
+        measured = SUBLAYERS in options.measures
+        sublayers = sublayers_of(logit_lens, f"leave {SUBLAYERS} out of ``measures``") if measured else None
+        return cls(options, task, template, questions, lenses, loaded, logit_lens, sublayers)
 
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
@@ -202,7 +208,8 @@ class SweepInputs:
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
-        return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
+        builder, inside = self.builder(), self.sublayers
+        return Predictor(self.options, builder, self.loaded, self.logit_lens, self.lenses, sublayers=inside)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
@@ -415,13 +422,14 @@ class _Sweep:
 
 
 def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
-    """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer and 512
-    per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
+    """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer, 8 per
+    further column, and 512 per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
     n_contexts = [len(options.placements(size)) for size in options.documents]
     of_shots = 200 * options.shots * (options.shot_documents + 1)
     n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) + of_shots for size in options.documents]
-    per_row = (n_layers + 1) * 64 + 512 + 8 * options.generate
+    per_layer = 64 + 8 * (len(predictions_schema(options.extras)) - len(PREDICTIONS))
+    per_row = (n_layers + 1) * per_layer + 512 + 8 * options.generate
     per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
     per_context = sum(n * (tokens * per_row + per_answer) for n, tokens in zip(n_contexts, n_tokens, strict=True))
     return n_questions * per_context * len(options.lens) + (4 << 20)

@@ -25,7 +25,7 @@ from refinelens.errors import FaultError, InputError, UnsupportedModelError
 from refinelens.layers.analysis import run_layers
 from refinelens.lens.blocks import PROBE_TOKENS
 from refinelens.store.frames import load_run
-from refinelens.store.layers import FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
+from refinelens.store.layers import ATTRIBUTION, FIGURE, LAYER_ROWS, MEANS, PARTS, ROWS, TABLES
 from refinelens.store.process import Interrupted, RunLock
 from refinelens.sweeping.sweep import run_sweep
 from tiny import save_tiny_lens, save_tiny_model
@@ -96,7 +96,7 @@ def test_all_outputs_are_there(swept, finished):
     names = {path.name for path in folder.path.iterdir()}
     assert names == {"manifest.json", PARTS, MEANS, ROWS, FIGURE, *TABLES}
     rows = rows_of(folder)
-    assert rows.schema.equals(LAYER_ROWS)
+    assert rows.schema.equals(LAYER_ROWS.append(ATTRIBUTION))
     for name in ABLATIONS:
         assert len(only(rows, intervention=name)) == CONTEXTS * N_LAYERS
     assert len(only(rows, intervention="control")) == 6 * N_LAYERS

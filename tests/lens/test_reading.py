@@ -111,7 +111,8 @@ WORDS = ["acorn", "amber", "acorn"]
 def test_alternatives_are_targets_beside_the_target(lens, loaded, reading, translated, top_k, monkeypatch):
     acorn, amber = loaded.tokenizer.convert_tokens_to_ids(["acorn", "amber"])
     if translated:
-        monkeypatch.setattr("refinelens.lens.translators.TRANSLATED_BYTES", 40 * lens.d_model * 4)  # blocks of 4 positions, and a rest
+        held = 40 * lens.d_model * 4  # blocks of 4 positions, and a rest
+        monkeypatch.setattr("refinelens.lens.translators.TRANSLATED_BYTES", held)
         weight = torch.randn(8, lens.d_model, lens.d_model, generator=torch.Generator().manual_seed(0))
         lens = lens.with_lens(Translators(0.3 * weight, torch.zeros(8, lens.d_model)))
     found = lens.read(TEXT, "amber", alternatives=WORDS, top_k=top_k)

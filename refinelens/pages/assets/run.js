@@ -1,8 +1,16 @@
 // The page of a run: finding, layers, questions, tokens; of several runs also what differs between them.
 
 const MEASURED = {
-  jsd: { title: "Jensen-Shannon divergence from the output, mean", y: "nats" },
-  top5: { title: "Five likeliest tokens that are the output's, mean", y: "share", to: 1 },
+  jsd: { title: "Jensen-Shannon divergence from the output, mean", y: "nats", from: 0 },
+  top5: { title: "Five likeliest tokens that are the output's, mean", y: "share", from: 0, to: 1 },
+  attn_logit: { title: "What attention adds to the target's logit (layer 0: the embedding), mean", y: "nats" },
+  mlp_logit: { title: "What the feed-forward part adds to the target's logit, mean", y: "nats" },
+  attn_cosine: { title: "Cosine of what attention adds and the stream before it, mean", y: "cosine" },
+  mlp_cosine: { title: "Cosine of what the feed-forward part adds and the stream before it, mean", y: "cosine" },
+  block_cosine: { title: "Cosine of what the block adds and the stream before it, mean", y: "cosine" },
+  attn_size: { title: "Norm of what attention adds / of the stream before it, mean", y: "share", from: 0 },
+  mlp_size: { title: "Norm of what the feed-forward part adds / of the stream before it, mean", y: "share", from: 0 },
+  mid_logprob: { title: "Log-probability of the target behind attention, plain lens, mean", y: "nats" },
 };
 
 function runPage(root, head, arrays) {
@@ -105,14 +113,15 @@ function layersLevel(run) {
         log: true, upside: true, from: 1 }),
       lineChart({ title: "KL(output || layer), mean", x: "layer", y: "nats", series: series("kl"), from: 0 }),
       lineChart({ title: "Entropy, mean", x: "layer", y: "nats", series: series("entropy"), from: 0 }),
-      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name), from: 0 })));
+      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name) })));
   }
   draw();
   const bar = element("div", { class: "bar" },
     choice("lens", run.lenses.map((l) => [l, l]), state.lens, (v) => { state.lens = v; draw(); }),
     choice("context", sizes.map((s) => [String(s), condition(s)]), String(state.documents),
       (v) => { state.documents = +v; draw(); }));
-  return section("layers", "Layers", bar, charts, ...cuesParts(run), ...settlingParts(run), ...analysisParts(run));
+  return section("layers", "Layers", bar, charts, ...cuesParts(run), ...settlingParts(run), ...effectiveParts(run),
+    ...analysisParts(run));
 }
 
 // Where predictions settle by their divergence from the output.
@@ -123,6 +132,17 @@ function settlingParts(run) {
   return [element("h3", {}, "Settling by divergence"),
     grid(["lens", "context", "gold", "questions", "settles at layer", "share that settles late"], rows,
       (i, column) => ({ class: column > 1 ? "number" : null }))];
+}
+
+// Up to which layer the model works on its prediction, by method.
+function effectiveParts(run) {
+  if (!run.effective.length) return [];
+  const rows = run.effective.map((r) => [r.lens, condition(r.documents),
+    r.gold_position === null ? "all" : r.gold_position < 0 ? "-" : r.gold_position, r.method, r.questions,
+    estimate(r.layer, 1), estimate(r.ratio, 2)]);
+  return [element("h3", {}, "Effective depth"),
+    grid(["lens", "context", "gold", "method", "questions", "layer", "share of the layers"], rows,
+      (i, column) => ({ class: column > 3 || column === 2 ? "number" : null }))];
 }
 
 // Of an analysis of layers, from its own tables.
@@ -147,13 +167,37 @@ function analysisParts(run) {
     const title = `Log-probability of the target by layer, ${condition(+at(own[0], "documents"))}`;
     return lineChart({ title, x: "layer", y: "nats", series });
   });
-  const parts = [element("h3", {}, "Essential layers"), element("div", { class: "charts" }, ...charts)];
+  const parts = [element("h3", {}, "Essential layers"), element("div", { class: "charts" }, ...charts),
+    ...attributionParts(run)];
   for (const name of ["essential layers", "early exit"]) {
     const rows = run.analysis[name];
     if (!rows) continue;
     parts.push(element("h3", {}, name[0].toUpperCase() + name.slice(1)), tableOf(rows));
   }
   return parts;
+}
+
+// What attention and feed-forward part add to the target's logit, held against what silencing them costs.
+function attributionParts(run) {
+  const of = (name) => {
+    const [names, ...lines] = run.analysis[name] ?? [[]];
+    return lines.map((line) => Object.fromEntries(names.map((column, i) => [column, line[i]])))
+      .filter((row) => row.gold_position === "" && (row.statistic ?? row.lens_statistic) === "attribution");
+  };
+  const value = (text) => text === "" ? null : +text;
+  const triple = (row) => [value(row.value), value(row.value_low), value(row.value_high)];
+  const charts = groupsOf(of("by layer"), (row) => row.documents).map((own) => {
+    const series = groupsOf(own, (row) => row.of).map((same) => ({ name: `attribution of ${same[0].of}`,
+      points: same.map((row) => [+row.layer, ...triple(row), `n = ${row.questions}`]) }));
+    const title = `Direct logit attribution by layer, ${condition(+own[0].documents)}`;
+    return lineChart({ title, x: "layer", y: "nats", series });
+  });
+  const lines = groupsOf(of("agreement"), (row) => `${row.documents}/${row.intervention}`).map((own) => {
+    const words = own.map((row) => `${row.coefficient} ${estimate(triple(row), 2)}`).join(", ");
+    return element("p", {}, `Agreement over layers of direct logit attribution and cost of ${own[0].intervention}, ` +
+      `${condition(+own[0].documents)}: ${words}.`);
+  });
+  return charts.length ? [element("div", { class: "charts" }, ...charts), ...lines] : [];
 }
 
 // A table of a CSV file, first line first; bounds of an interval stand behind their estimate.
