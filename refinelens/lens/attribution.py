@@ -53,14 +53,14 @@ def contributions(lens: LogitLens, post: Tensor, mid: Tensor, targets: Tensor) -
     """
     direction, constant = logit_direction(post[-1], targets, lens.head)
     rows: dict[str, list[Tensor]] = {}
-    for before, between, after in zip(post[:-1], mid, post[1:], strict=True):
+    for states in zip(post[:-1], mid, post[1:], strict=True):
+        before, between, after = (state.double() for state in states)  # else half precision rounds what was added
         for name, what, stream in (
             ("attn", between - before, before),
             ("mlp", after - between, between),
             ("block", after - before, before),
         ):
-            rows.setdefault(name, []).append((what.double() * direction).sum(-1))
-            what, stream = what.float(), stream.float()
+            rows.setdefault(name, []).append((what * direction).sum(-1))
             cosine = torch.nn.functional.cosine_similarity(what, stream, -1)
             rows.setdefault(f"{name}_cosine", []).append(cosine)
             rows.setdefault(f"{name}_size", []).append(what.norm(dim=-1) / stream.norm(dim=-1))

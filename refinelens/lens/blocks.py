@@ -222,8 +222,7 @@ def check_replay(lens: LogitLens, remedy: str = "") -> BlockReplay:
         own = lens.hidden(ids, torch.tensor([ids.shape[1] - 1]))[:, :, 0]
         found = max(difference(_again(run, first), own[first:]) for first in range(lens.n_layers))
     except Exception as error:  # anything can come out of a model's own code
-        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise _refusal(name, got, remedy) from error
+        raise _refusal(name, _in_words(error), remedy) from error
     if not found <= lens.parity.tolerance:
         raise _refusal(name, f"states that differ by {found:.2g}, allowed {lens.parity.tolerance:.2g}", remedy)
     cached = check_branching(lens).used and _cached_is_whole(lens, ids, own)
@@ -231,7 +230,10 @@ def check_replay(lens: LogitLens, remedy: str = "") -> BlockReplay:
 
 
 def sublayers_of(lens: LogitLens, remedy: str = "") -> list[Sublayers]:
-    """Attention and feed-forward part of every block, and ``resid_mid`` of a pass held to that of blocks run again.
+    """Attention and feed-forward part of every block, proven on a few tokens.
+
+    A block that is called again with its state must give the next one, and ``resid_mid`` as an ordinary pass keeps it
+    must be that of blocks that are called again without their feed-forward part.
 
     Args:
         lens: Of the model.
@@ -241,22 +243,28 @@ def sublayers_of(lens: LogitLens, remedy: str = "") -> list[Sublayers]:
         UnsupportedModelError: Blocks that cannot be run by themselves or have no such parts, or streams that differ by
             more than the parity gate allows.
     """
-    model, name = lens.model, type(lens.model).__name__
-    found = check_replay(lens, remedy).sublayers
+    ids, name, allowed = probe_ids(lens.model, PROBE_TOKENS), type(lens.model).__name__, lens.parity.tolerance
+    try:
+        with lens.undisturbed():
+            run = ActivationCache.record(lens, ids)
+            ran = torch.stack([run.block(index, state) for index, state in enumerate(run.states[:-1])])
+            found = find_sublayers(run)
+    except Exception as error:  # anything can come out of a model's own code
+        raise _refusal(name, _in_words(error), remedy) from error
+    largest = difference(ran, torch.stack(run.states[1:]))
+    if not largest <= allowed:
+        raise _refusal(name, f"states that differ by {largest:.2g}, allowed {allowed:.2g}", remedy)
     missing = [str(index + 1) for index, own in enumerate(found) if own is None]
-    what = f"{name}: expected attention and feed-forward part in every block, "
-    behind = f"; {remedy}" if remedy else ""
+    what, behind = f"{name}: expected attention and feed-forward part in every block, ", f"; {remedy}" if remedy else ""
     if missing:
         more = " ..." if len(missing) > 5 else ""
         raise UnsupportedModelError(f"{what}found none such in block {', '.join(missing[:5])}{more}{behind}")
-    ids = probe_ids(model, PROBE_TOKENS)
     with lens.undisturbed():
-        run = ActivationCache.record(lens, ids)
         again = torch.stack([mid_state(run, index, own) for index, own in enumerate(found)])
     kept = lens.hidden(ids, torch.arange(ids.shape[1]), None, None, found)[-lens.n_layers :]
     largest = difference(kept, again)
-    if largest > lens.parity.tolerance:
-        got = f"got streams between them that differ by {largest:.2g}, allowed {lens.parity.tolerance:.2g}"
+    if not largest <= allowed:
+        got = f"got streams between them that differ by {largest:.2g}, allowed {allowed:.2g}"
         raise UnsupportedModelError(f"{what}{got}{behind}")
     return found
 
@@ -265,6 +273,10 @@ def mid_state(run: ActivationCache, index: int, sublayers: Sublayers) -> Tensor:
     """``resid_mid`` ``[1, token, d_model]`` of block ``index`` (0-based), which runs once more."""
     with zero_ablated(sublayers["mlp"], slice(None)):
         return run.block(index, run.states[index])
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _refusal(name: str, got: str, remedy: str) -> UnsupportedModelError:
