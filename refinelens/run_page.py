@@ -122,9 +122,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "golds": manifest["arguments"].get("golds", 1),
         "decoys": run.n_decoys,
         "measures": list(run.measures),
-        "settling": [
-            _with_triples(row) for row in report.settling
-        ],
+        "settling": [_with_triples(row) for row in report.settling],
         "effective": [_with_triples(row) for row in report.effective],
         "analysis": _analysis(run.path / LAYERS),
         "questions": questions,

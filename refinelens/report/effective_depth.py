@@ -23,7 +23,8 @@ from itertools import groupby
 
 import numpy as np
 
-from ..config import TOP5, condition_name
+from ..config import TOP5
+from ..placement import condition_name
 from ..stats import Estimate, estimate, resampled_means, sums_and_counts
 from .rows import EVERY_POSITION, EffectiveDepth, MeasuredCell, Report, format_estimate
 

@@ -248,10 +248,10 @@ class Report:
     cautions: Cautions
     measured: list[MeasuredLayer] = field(default_factory=list)  # none of a run that was asked for no measures
     settling: list[SettlingRow] = field(default_factory=list)
+    effective: list[EffectiveDepth] = field(default_factory=list)
     cues: list[CueRow] = field(default_factory=list)  # none of a run without decoys
     cue_layers: list[CueLayer] = field(default_factory=list)
     cue_differences: list[CueDifference] = field(default_factory=list)
-    effective: list[EffectiveDepth] = field(default_factory=list)
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:

@@ -121,10 +121,13 @@ def read_contexts(
         read[lens.name] = Read(reading.to("cpu"), measured | inside)
     targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
     for start, end in pairwise(ends):
-        yield targets[start:end], {
-            name: Read(whole.reading.of(start, end), {k: v[:, 0, start:end] for k, v in whole.measures.items()})
-            for name, whole in read.items()
-        }
+        yield (
+            targets[start:end],
+            {
+                name: Read(whole.reading.of(start, end), {k: v[:, 0, start:end] for k, v in whole.measures.items()})
+                for name, whole in read.items()
+            },
+        )
 
 
 def prediction_table(
@@ -154,9 +157,7 @@ def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], sche
     return pa.table([columns[name] for name in schema.names], schema.names).cast(schema)
 
 
-def _shared_columns(
-    ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str], schema: pa.Schema
-) -> dict:
+def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str], schema: pa.Schema) -> dict:
     """Columns that all lenses have alike."""
     asked, context, next_ids = ran.input, ran.input.context, np.array(ran.input.next_ids)
     start, end = context.gold_span or (None, None)
