@@ -1,19 +1,20 @@
 """Effective depth: up to which layer a model works on its prediction, told from mean curves over layers.
 
-The definitions are those of Hu et al. 2025 (arXiv 2512.14064, and the code beside it), who follow Csordas et al. 2025
-(arXiv 2505.13898); the ratio is the layer's share of ``n_layers``.
+The definitions are those of the code of Hu et al. 2025 (arXiv 2512.14064), who follow Csordas et al. 2025 (arXiv
+2505.13898); the ratio is the layer's share of ``n_layers``.
 
 - ``cosine``: the last layer whose block still takes away, on average, from the direction of the stream, where the next
   one adds to it: the mean of the three cosines (attention, feed-forward part, whole block) is below 0 there and 0 or
   above at the next.
 - ``kl``: the first layer whose KL(final || layer) is below `KL_SHARE` of the largest of any layer.
-- ``top5``: the first layer of whose five likeliest tokens more than `OVERLAP` are among the output's.
+- ``top5``: the first layer of whose five likeliest tokens a larger share than `OVERLAP` is among the output's.
 
-Of the paper's table are the two thresholds. At the output KL is 0 and the overlap 1, so that these two always have a
-layer, which is ``n_layers`` where no layer before will do. Of their code differ three things: they read KL(layer ||
-final), they look at the stream before a block and count it as that block, which makes their ratio of KL and overlap
-larger by ``1 / n_layers`` than the layer that is read has here, and they read every token of a text. Their ratio by
-cosine, (index + 1) / blocks with an index from 0, is ours.
+Both thresholds are those of their table (the defaults of their functions are 0.1 and 0.2). At the output KL is 0 and
+the overlap 1, so that these two methods always have a layer, which is ``n_layers`` where none before will do; their
+code leaves out the last layers and gives a ratio of 0 there. Three more things differ: their KL is KL(layer || final);
+the stream that they read for an index is that before its block, so that the ratio of a state by KL or overlap,
+(index + 1) / blocks, is larger by ``1 / n_layers`` than here; and they read every token of a text, where a sweep reads
+those before an answer. By cosine the index is that of the block, and their ratio is ours.
 """
 
 from __future__ import annotations
