@@ -38,8 +38,8 @@ COSINES = ("attn_cosine", "mlp_cosine", "block_cosine")
 def cosine_layers(curves: np.ndarray) -> np.ndarray:
     """Effective depth by cosine of curves ``[n, n_layers + 1]``, whose layer 0 is not looked at; NaN where none is."""
     turns = (curves[:, 1:-1] < 0) & (curves[:, 2:] >= 0)
-    last = curves.shape[1] - 2 - turns[:, ::-1].argmax(1)
-    return np.where(turns.any(1), last, np.nan)
+    last = (turns * np.arange(1, 1 + turns.shape[1])).max(1, initial=0)
+    return np.where(last > 0, last, np.nan)
 
 
 def kl_layers(curves: np.ndarray) -> np.ndarray:

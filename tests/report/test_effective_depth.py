@@ -9,7 +9,7 @@ from refinelens.report.rows import MeasuredCell, Report
 from refinelens.stats import RESAMPLES, _tail
 
 NONE = float("nan")
-# Of layers 0 .. 4; the first one of cosines does not exist.
+# Of layers 0 .. 4, but for one; the first one of cosines does not exist.
 CURVES = {
     cosine_layers: [
         ([NONE, -0.1, -0.2, 0.3, 0.1], 2),
@@ -17,6 +17,7 @@ CURVES = {
         ([NONE, 0.1, 0.2, 0.3, 0.1], NONE),
         ([NONE, -0.1, -0.2, -0.3, -0.1], NONE),
         ([NONE, 0.1, 0.2, -0.3, -0.1], NONE),  # the other way round
+        ([NONE, -0.1], NONE),  # a single block
     ],
     kl_layers: [
         ([9.0, 8.0, 4.4, 2.0, 0.0], 2),
@@ -35,7 +36,7 @@ CURVES = {
 
 @pytest.mark.parametrize("layers, curve, wanted", [(f, *one) for f, several in CURVES.items() for one in several])
 def test_of_a_curve(layers, curve, wanted):
-    both = layers(np.array([curve, curve[:1] * 5, curve], dtype=float))  # each row by itself
+    both = layers(np.array([curve, curve[:1] * len(curve), curve], dtype=float))  # each row by itself
     np.testing.assert_array_equal(both[[0, 2]], [wanted, wanted])
 
 

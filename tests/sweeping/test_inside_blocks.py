@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import browser, opened
+from transformers import DynamicCache
 
 import refinelens
 from families import build, save
@@ -95,14 +97,28 @@ def test_streams_within_blocks_are_the_models_own(name):
     alone = lens.hidden(IDS[1:, :6], positions[1:], None, None, sublayers)
     torch.testing.assert_close(found[:, 1], alone[:, 0], rtol=1e-4, atol=1e-4)
 
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     lens.hidden(IDS[:1, :5], torch.tensor([4]), None, cache, sublayers)
     rest = lens.hidden(IDS[:1, 5:], torch.tensor([3]), None, cache, sublayers)
     assert cache.get_seq_length() == 9, "no key stands there twice"
     torch.testing.assert_close(rest[n + 1 :, 0, 0], wanted[:, 8], rtol=1e-4, atol=1e-4)
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+
+
+def test_threads_do_not_see_each_others_blocks():
+    """Some keep the streams within blocks, others run the same model as it is."""
+    lens = LogitLens(build("llama"))
+    sublayers, positions = sublayers_of(lens), torch.arange(9)
+    texts = torch.randint(3, 101, (40, 1, 9), generator=torch.Generator().manual_seed(4))
+    given = [(ids, sublayers if number % 2 else None) for number, ids in enumerate(texts)]
+
+    def run(ids, own):
+        return lens.hidden(ids, positions, None, None, own)
+
+    wanted = [run(*one) for one in given]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda one: run(*one), given))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.medium
