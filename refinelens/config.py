@@ -28,6 +28,7 @@ INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
+GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
 
@@ -171,7 +172,7 @@ class SweepConfig(Config):
     @property
     def extras(self) -> tuple[str, ...]:
         """What rows have beside what every run's have, names of `store.results.EXTRAS`."""
-        return self.measures
+        return (*self.measures, *([GENERATED_SETTLE] if self.generate and JSD in self.measures else []))
 
 
 @dataclass(frozen=True)

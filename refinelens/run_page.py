@@ -42,6 +42,7 @@ COLUMNS = [
     *("argmax", "argmax_text", "target_rank", "entropy", "kl"),
 ]
 ESTIMATES = ("accuracy", "accuracy_all", "accuracy_generated", "mean_depth", "mean_first_correct", "mean_settle")
+SETTLING = ("mean_settle_jsd", "deep_thinking", "deep_thinking_generated")
 TABLES = {"layers.csv": "by layer", "essential.csv": "essential layers", "early_exit.csv": "early exit"}
 
 
@@ -115,10 +116,7 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "summary": [_summary(row) for row in report.rows],
         "profiles": profiles.rows(),
         "measures": list(run.measures),
-        "settling": [
-            vars(row) | {name: _triple(getattr(row, name)) for name in ("mean_settle_jsd", "deep_thinking")}
-            for row in report.settling
-        ],
+        "settling": [vars(row) | {name: _triple(getattr(row, name)) for name in SETTLING} for row in report.settling],
         "analysis": _analysis(run.path / LAYERS),
         "questions": questions,
         "documents_why": why,

@@ -1,27 +1,22 @@
 """What a sweep measured of every layer beside ranks, by lens, context size and gold position.
 
-Settling by divergence follows Chen et al. 2026 (arXiv 2602.13517): the lowest layer from which the Jensen-Shannon
-divergence from the output stays at `SETTLED` or below; a token settles late where that layer lies in the last
-``1 - LATE`` of the layers, and the share of such tokens is its deep-thinking ratio. Only the abstract was at hand: both
-numbers, and that a layer counts from which the divergence *stays* low, are our choice.
+Settling by divergence is that of Chen et al. 2026 (arXiv 2602.13517), see `store.trajectory.settle_by_divergence`; the
+share of tokens that settle in the last layers is the deep-thinking ratio, of answer tokens and of generated ones.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from ..config import JSD
+from ..config import GENERATED_SETTLE, JSD
 from ..stats import MEAN, SHARE, groups, mean_estimates, sums_and_counts
 from ..store.results import Run
-from ..store.trajectory import choose_tokens, list_matrix, trajectories
+from ..store.trajectory import choose_tokens, is_deep, list_matrix, settle_by_divergence
 from .rows import MeasuredLayer, SettlingRow, lens_names
 
-SETTLED = 0.5 * math.log(2.0)  # nats: half of the largest divergence
-LATE = 0.85  # of the layers
 ALWAYS = ("entropy", "kl")  # of every layer, in every run
 KEYS = ("lens", "documents", "gold_position")
 
@@ -33,9 +28,10 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
         Means of every measure of every layer over questions, with intervals; and where predictions settle by
         divergence, none without ``jsd``.
     """
-    if not run.measures:
+    if not run.extras:
         return [], []
     names, seed = (*ALWAYS, *run.measures), run.manifest["seed"]
+    written = _ratios_of_generated(run)
     layers: list[MeasuredLayer] = []
     settling: list[SettlingRow] = []
     for key, ids, values in _cells(run, names):
@@ -48,11 +44,30 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
             own = {name: found[place * n_layers + layer] for place, name in enumerate(names)}
             layers.append(MeasuredLayer(*key, layer, n, **own))
         if JSD in values:
-            settle = trajectories((values[JSD] > SETTLED).astype(int), 1, axis=-1).settle
-            stacked = np.stack([settle, settle > LATE * (n_layers - 1)], axis=1).astype(float)
+            settle = settle_by_divergence(values[JSD])
+            stacked = np.stack([settle, is_deep(settle, n_layers - 1)], axis=1).astype(float)
             found = mean_estimates(*sums_and_counts(stacked, owner, n), seed, [MEAN, SHARE])
+            found += mean_estimates(*written[key], seed) if key in written else []
             settling.append(SettlingRow(*key, n, *found))
     return layers, settling
+
+
+def _ratios_of_generated(run: Run) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """Deep-thinking ratios of generated texts by lens, context size and gold position: sums and counts of questions.
+
+    Each text counts once, as in the paper, however many tokens it or its answer has.
+    """
+    if GENERATED_SETTLE not in run.extras:
+        return {}
+    n_layers, found = run.manifest["model"]["n_layers"], dict[tuple, dict[int, float]]()
+    for part in run.parts([*KEYS, "question_id", "answer_token", GENERATED_SETTLE]):
+        part = choose_tokens(part, "first")
+        keys = zip(*(part[name].to_pylist() for name in KEYS), strict=True)
+        for key, id, settle in zip(keys, part["question_id"].to_pylist(), part[GENERATED_SETTLE], strict=True):
+            ratio = is_deep(settle.values.to_numpy(), n_layers).mean()
+            found.setdefault(key, {})[id] = float(ratio)
+    ratios = {key: np.array([*of.values()])[:, None] for key, of in found.items()}
+    return {key: (of, np.ones_like(of)) for key, of in ratios.items()}
 
 
 def _cells(run: Run, names: tuple[str, ...]):

@@ -136,8 +136,9 @@ class SettlingRow:
     documents: int
     gold_position: int
     questions: int
-    mean_settle_jsd: Estimate  # layer from which the divergence stays low
+    mean_settle_jsd: Estimate  # lowest layer at which the divergence is low
     deep_thinking: Estimate  # share of tokens for which that layer is among the last
+    deep_thinking_generated: Estimate = NO_ESTIMATE  # the same of the tokens of a generated text, mean over texts
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,32 @@ import pyarrow.parquet as pq
 from ..errors import InputError
 from .files import write_output
 from .layers import ROWS, LayersFolder
-from .results import LAYERS, TRAJECTORIES, Run, open_run, predictions_schema
+from .results import LAYERS, NOT_OVER_LAYERS, TRAJECTORIES, Run, open_run, predictions_schema
 from .trajectory import trajectory_tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-
 def long_schema(run: Run) -> pa.Schema:
-    """Columns of `long_tables`: those of the predictions, ``layer`` (0 .. n_layers) behind those that layers share."""
-    whole = predictions_schema(run.extras)
+    """Columns of `long_tables`: those of the predictions, ``layer`` (0 .. n_layers) behind those that layers share.
+
+    Lists over anything but layers are left out.
+    """
+    whole = _by_layer(run)
     shared = [field for field in whole if not pa.types.is_list(field.type)]
     lists = [(field.name, field.type.value_type) for field in whole if pa.types.is_list(field.type)]
     return pa.schema([*shared, ("layer", pa.int32()), *lists])
 
 
+def _by_layer(run: Run) -> pa.Schema:
+    """Of the predictions what a layer has a value of."""
+    return pa.schema([field for field in predictions_schema(run.extras) if field.name not in NOT_OVER_LAYERS])
+
+
 def long_tables(run: Run) -> Iterator[pa.Table]:
     """The predictions part by part with a row for every layer; columns as in `long_schema`."""
-    whole, long = predictions_schema(run.extras), long_schema(run)
+    whole, long = _by_layer(run), long_schema(run)
     lists = [field.name for field in whole if pa.types.is_list(field.type)]
     for part in run.parts(whole.names):
         if not len(part):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import JSD, TOP5
+from ..config import GENERATED_SETTLE, JSD, TOP5
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
@@ -78,7 +78,10 @@ PREDICTIONS = pa.schema(
 EXTRAS = {  # further columns, by what a run was asked for
     JSD: [(JSD, pa.list_(pa.float32()))],  # nats, Jensen-Shannon divergence from the output
     TOP5: [(TOP5, pa.list_(pa.float32()))],  # share of the five likeliest tokens that are the output's
+    # Over the tokens that the model wrote, the one that ended the text included: the layer at which each settles.
+    GENERATED_SETTLE: [(GENERATED_SETTLE, pa.list_(pa.int32()))],
 }
+NOT_OVER_LAYERS = (GENERATED_SETTLE,)  # columns of lists over something else
 
 
 def predictions_schema(extras: Iterable[str]) -> pa.Schema:
@@ -160,7 +163,8 @@ class Run(Folder):
     @property
     def extras(self) -> tuple[str, ...]:
         """What of `EXTRAS` it was asked for."""
-        return tuple(self.manifest["arguments"].get("measures", ()))
+        manifest = self.manifest
+        return tuple(manifest.get("extras", manifest["arguments"].get("measures", ())))
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -172,7 +176,7 @@ class Run(Folder):
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
         measured, settling = MEASURE_TABLES
-        return (*DERIVED, *([measured] if self.measures else []), *([settling] if JSD in self.extras else []))
+        return (*DERIVED, *([measured] if self.extras else []), *([settling] if JSD in self.extras else []))
 
     @property
     def is_finished(self) -> bool:

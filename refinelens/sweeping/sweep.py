@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import CLOSED_BOOK, SweepConfig, check_top, gold_positions
+from ..config import CLOSED_BOOK, GENERATED_SETTLE, SweepConfig, check_top, gold_positions
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
@@ -110,6 +110,8 @@ class SweepInputs:
             require(f"model.{name}", getattr(loaded, name))
         if options.generate:
             require("model.end_ids", sorted(loaded.end_ids))
+        if GENERATED_SETTLE in options.extras:
+            require("extras", list(options.extras))  # a run of before has no such column
         if options.chat:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             # The template may write the date: a run that goes on keeps the text that it began with.
@@ -130,6 +132,7 @@ class SweepInputs:
             "run_id": uuid.uuid4().hex,  # tells two runs in one folder apart
             "status": "running",
             "arguments": options.arguments(),
+            "extras": list(options.extras),
             "folder": working_folder(),  # that relative paths among the arguments start from
             "remarks": [
                 *remarks(options, template, self.questions, loaded),

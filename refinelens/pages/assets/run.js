@@ -119,9 +119,11 @@ function layersLevel(run) {
 function settlingParts(run) {
   if (!run.settling.length) return [];
   const rows = run.settling.map((r) => [r.lens, condition(r.documents), r.gold_position < 0 ? "-" : r.gold_position,
-    r.questions, estimate(r.mean_settle_jsd, 1), estimate(r.deep_thinking, 2)]);
+    r.questions, estimate(r.mean_settle_jsd, 1), estimate(r.deep_thinking, 2),
+    estimate(r.deep_thinking_generated, 2)]);
   return [element("h3", {}, "Settling by divergence"),
-    grid(["lens", "context", "gold", "questions", "settles at layer", "share that settles late"], rows,
+    grid(["lens", "context", "gold", "questions", "settles at layer", "share that settles late",
+      "of generated tokens"], rows,
       (i, column) => ({ class: column > 1 ? "number" : null }))];
 }
 
