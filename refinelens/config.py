@@ -27,7 +27,8 @@ PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
-MEASURES = JSD, TOP5 = ("jsd", "top5")  # of every layer, beside what is always stored
+# Stored beside what always is: of every layer, but for the states before an answer.
+MEASURES = JSD, TOP5, FREQUENCY, STATES = ("jsd", "top5", "frequency", "states")
 GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
@@ -116,10 +117,18 @@ class SweepConfig(Config):
     measures: tuple[str, ...] = option(
         (),
         "also store of every layer: jsd, the Jensen-Shannon divergence from the output; top5, the share of its five "
-        "likeliest tokens that are the output's (default: none)",
+        "likeliest tokens that are the output's; frequency, how frequent its best token is in a text; states, the "
+        "residual stream before each answer, and from it a probe of the gold position (default: none)",
         READ,
         MEASURED,
         "NAME[,NAME]",
+    )
+    frequencies: str | None = option(
+        None,
+        "text that tokens are counted in, for the measure frequency: builtin (Python's own reference), tiny, text or "
+        ".jsonl[.gz] (default: builtin; tiny for the model tiny)",
+        READ,
+        metavar="TEXT",
     )
     top: tuple[int, ...] = option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
     lens: tuple[str, ...] = option(
@@ -159,6 +168,10 @@ class SweepConfig(Config):
             gold_positions(self.gold_positions, size)
         expect(self.seed >= 0, "seed", "0 or more", self.seed)
         expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
+        if FREQUENCY not in self.measures:
+            check_idle(["frequencies"] if self.frequencies else [], ["frequencies"], "measures='frequency'", "none")
+        elif self.frequencies is None:
+            object.__setattr__(self, "frequencies", default_task(self.model))
         check_top(self.top)
         distinct = lenses and all(lenses) and len(set(lenses)) == len(lenses)
         expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))

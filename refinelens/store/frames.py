@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from ..config import STATES
 from ..errors import InputError
 from .files import write_output
 from .layers import ROWS, LayersFolder
@@ -24,6 +25,8 @@ from .trajectory import trajectory_tables
 
 if TYPE_CHECKING:
     import pandas as pd
+
+STATES_OF = ("question_id", "documents", "gold_position", "answer_id")  # columns that tell whose states they are
 
 
 def long_schema(run: Run) -> pa.Schema:
@@ -128,10 +131,11 @@ class LoadedRun:
     def __repr__(self) -> str:
         manifest, counts = self.manifest, self.manifest["counts"]
         lenses = ", ".join(entry["name"] for entry in manifest["lenses"])
+        states = f", {STATES}" if STATES in self.run.extras else ""
         return (
             f"Run {self.run.path}: {manifest['model']['name']} on {manifest['task']['name']}, {manifest['status']}, "
             f"{counts['done']} of {counts['questions']} questions; lenses {lenses}\n"
-            "  frames: summary, paired, trajectories, predictions, layers, interventions"
+            f"  frames: summary, paired, trajectories, predictions, layers, interventions{states}"
         )
 
     @property
@@ -141,9 +145,27 @@ class LoadedRun:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
-        schema = predictions_schema(self.run.extras)
+        """A row per question, context size, gold position, answer token and lens; lists over layers as arrays.
+
+        Without the states, see `states`.
+        """
+        schema = pa.schema([field for field in predictions_schema(self.run.extras) if field.name != STATES])
         return _frame(self.run.parts(schema.names), schema)
+
+    @property
+    def states(self) -> pd.DataFrame:
+        """Of every context the residual stream at the token before the answer, float16 ``[n_layers + 1, d_model]``.
+
+        Raises:
+            InputError: A run that was not asked for ``measures='states'``.
+        """
+        if STATES not in self.run.extras:
+            raise InputError(f"{self.run.path}: expected a run with ``measures='states'``, got one without them")
+        names = [*STATES_OF, STATES]
+        parts = (part.filter(pc.is_valid(part[STATES])).select(names) for part in self.run.parts(names))
+        frame = _frame(parts, pa.schema([predictions_schema(self.run.extras).field(name) for name in names]))
+        n_layers = self.manifest["model"]["n_layers"]
+        return frame.assign(states=[flat.reshape(n_layers + 1, -1) for flat in frame[STATES]])
 
     @property
     def layers(self) -> pd.DataFrame:

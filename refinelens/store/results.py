@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import GENERATED_SETTLE, JSD, TOP5
+from ..config import FREQUENCY, GENERATED_SETTLE, JSD, STATES, TOP5
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
@@ -78,10 +78,18 @@ PREDICTIONS = pa.schema(
 EXTRAS = {  # further columns, by what a run was asked for
     JSD: [(JSD, pa.list_(pa.float32()))],  # nats, Jensen-Shannon divergence from the output
     TOP5: [(TOP5, pa.list_(pa.float32()))],  # share of the five likeliest tokens that are the output's
+    FREQUENCY: [
+        ("argmax_bucket", pa.list_(pa.int8())),  # 0-based bucket of the best token by its frequency, see BUCKET_ENDS
+        ("target_bucket", pa.int8()),
+    ],
+    # The residual stream of all layers at the token before the answer, [n_layers + 1, d_model] one layer after the
+    # other: in the row of the first answer token and the first lens, null in all others.
+    STATES: [(STATES, pa.list_(pa.float16()))],
     # Over the tokens that the model wrote, the one that ended the text included: the layer at which each settles.
     GENERATED_SETTLE: [(GENERATED_SETTLE, pa.list_(pa.int32()))],
 }
-NOT_OVER_LAYERS = (GENERATED_SETTLE,)  # columns of lists over something else
+NOT_OVER_LAYERS = (STATES, GENERATED_SETTLE)  # columns of lists over something else
+BUCKET_ENDS = (10, 100, 1000)  # the last frequency rank of every bucket but the last one, counted from 1
 
 
 def predictions_schema(extras: Iterable[str]) -> pa.Schema:

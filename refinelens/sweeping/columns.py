@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
-from ..config import GENERATED_SETTLE
+from ..config import FREQUENCY, GENERATED_SETTLE, STATES
+from ..errors import InputError
 from ..lens.runner import ModelStates
 
 
@@ -16,21 +18,50 @@ from ..lens.runner import ModelStates
 class FurtherColumns:
     """Makes the columns of the rows of one context and lens."""
 
-    extras: Sequence[str]  # names of `EXTRAS`; measures of every layer are made elsewhere
+    extras: Sequence[str]  # names of `EXTRAS`; measures of whole distributions are made elsewhere
+    lenses: Sequence[str]  # names of the lenses, in order
+    buckets: np.ndarray | None  # int8 [vocab_size], how frequent every token is, see `BUCKET_ENDS`; None unless asked
 
-    def of(self, ran: ModelStates, lens: str, n_rows: int) -> dict[str, pa.Array]:
+    def of(
+        self, ran: ModelStates, lens: str, argmax: np.ndarray, target_ids: np.ndarray, answer_token: np.ndarray
+    ) -> dict[str, pa.Array]:
         """Columns by name.
 
         Args:
             ran: What came of the context.
             lens: Name of the lens that it was read through.
-            n_rows: Positions that were read.
+            argmax: ``[n_positions, n_layers + 1]`` the best token of every layer.
+            target_ids: ``[n_positions]``
+            answer_token: ``[n_positions]``, 0 at the token before the answer.
+
+        Raises:
+            InputError: A state that float16 cannot hold.
         """
-        columns = {}
+        columns, n_rows = {}, len(argmax)
+        if FREQUENCY in self.extras:
+            columns["argmax_bucket"] = lists_of([pa.array(row) for row in self.buckets[argmax]], pa.int8())
+            columns["target_bucket"] = pa.array(self.buckets[target_ids])
+        if STATES in self.extras:
+            here = answer_token == 0 if lens == self.lenses[0] else np.zeros(n_rows, bool)
+            states = [pa.array(_half(ran.hidden[:, row])) if own else None for row, own in enumerate(here)]
+            columns[STATES] = lists_of(states, pa.float16())
         if GENERATED_SETTLE in self.extras:
             layers = pa.array(ran.written.settled[lens], pa.int32())
             columns[GENERATED_SETTLE] = lists_of([layers] * n_rows, pa.int32())
         return columns
+
+
+def _half(hidden: Tensor) -> np.ndarray:
+    """The residual stream ``[n_layers + 1, d_model]`` of one token as float16 ``[(n_layers + 1) * d_model]``."""
+    exact = hidden.float().cpu().numpy()
+    with np.errstate(over="ignore"):
+        state = exact.astype(np.float16)
+    if not np.isfinite(state).all():
+        raise InputError(
+            f"``measures='states'``: expected states up to {np.finfo(np.float16).max:.0f}, which float16 holds, got "
+            f"{np.abs(exact).max():.6g} at layer {int(np.abs(exact).max(1).argmax())}; leave them out"
+        )
+    return state.ravel()
 
 
 def lists_of(lists: Sequence[pa.Array | None], kind: pa.DataType) -> pa.ListArray:

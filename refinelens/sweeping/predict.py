@@ -141,10 +141,12 @@ def prediction_table(
         further: Makes columns of it that are no measures of every layer.
     """
     shared = _shared_columns(ran, target_ids.numpy(), text)
-    n_rows = len(ran.input.positions)
-    return pa.concat_tables(
-        [_table(shared | further.of(ran, lens, n_rows), lens, own, text, schema) for lens, own in read.items()]
-    )
+    tables = []
+    for lens, own in read.items():
+        argmax = own.reading.argmax.T.numpy()
+        more = further.of(ran, lens, argmax, shared["target_id"], shared["answer_token"])
+        tables.append(_table(shared | more, lens, own, text, schema))
+    return pa.concat_tables(tables)
 
 
 def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], schema: pa.Schema) -> pa.Table:
@@ -212,13 +214,24 @@ class Predictor:
         logit_lens: LogitLens,
         lenses: list[Lens],
         rows_at_a_time: int = ROWS_AT_A_TIME,
+        buckets: np.ndarray | None = None,
     ):
+        """
+        Args:
+            options: What is asked.
+            builder: Builds its contexts.
+            loaded: The model.
+            logit_lens: Of the model.
+            lenses: What every layer is read through.
+            rows_at_a_time: See `ROWS_AT_A_TIME`.
+            buckets: How frequent every token is, int8 ``[vocab_size]``, where that is measured.
+        """
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
         self._schema = predictions_schema(options.extras)
         self._together = questions_together(options, loaded.model.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
-        self._further, self._generator = FurtherColumns(options.extras), None
+        self._further, self._generator = FurtherColumns(options.extras, [lens.name for lens in lenses], buckets), None
         if options.generate:
             keeps_states = GENERATED_SETTLE in options.extras
             generator = Generator.from_model(loaded, logit_lens, options.generate, keeps_states=keeps_states)

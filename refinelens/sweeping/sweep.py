@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import CLOSED_BOOK, GENERATED_SETTLE, SweepConfig, check_top, gold_positions
+from ..config import CLOSED_BOOK, GENERATED_SETTLE, STATES, SweepConfig, check_top, gold_positions
+from ..data.frequencies import TokenFrequencies, count_tokens
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
 from ..data.questions import QA, Question
 from ..data.tasks import Task, choose_questions, load_task
+from ..data.texts import load_text
 from ..errors import InputError, resume_call
 from ..lens.files import Lens, load_lenses
 from ..lens.logit_lens import LogitLens, fit_to_model
@@ -52,8 +54,8 @@ class RunSpec(MadeOf):
     def options(self) -> SweepConfig:
         """The options that the run was made with; files and folders are found from any folder."""
         values = dict(self.manifest["arguments"])
-        for name in ("model", "task", "template"):
-            values[name] = self._from_here(values[name])
+        for name in ("model", "task", "template", "frequencies"):
+            values[name] = values.get(name) and self._from_here(values[name])
         return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
 
     def _from_here(self, name: str) -> str:
@@ -76,6 +78,7 @@ class SweepInputs:
     lenses: list[Lens]
     loaded: LoadedModel
     logit_lens: LogitLens
+    frequencies: TokenFrequencies | None  # of tokens, where they are measured
 
     @classmethod
     def load(cls, options: SweepConfig, spec: RunSpec | None = None) -> SweepInputs:
@@ -102,6 +105,9 @@ class SweepInputs:
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
+        counted = None if options.frequencies is None else load_text(options.frequencies, "frequencies")
+        if counted is not None:
+            require("frequencies.sha256", counted.sha256)
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         _check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
@@ -120,7 +126,8 @@ class SweepInputs:
         logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
-        return cls(options, task, template, questions, lenses, loaded, logit_lens)
+        frequencies = counted and count_tokens(counted, loaded, logit_lens.head.vocab_size)
+        return cls(options, task, template, questions, lenses, loaded, logit_lens, frequencies)
 
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
@@ -170,6 +177,7 @@ class SweepInputs:
                 "sha256": task.sha256,
                 "questions": len(task.questions),
             },
+            "frequencies": self.frequencies and self.frequencies.entry(),
             "lenses": [lens.entry() for lens in self.lenses],
             "template": template.text,
             "closed_book_template": template.format.closed_book,
@@ -195,7 +203,8 @@ class SweepInputs:
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
-        return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
+        buckets = self.frequencies and self.frequencies.buckets
+        return Predictor(self.options, self.builder(), self.loaded, self.logit_lens, self.lenses, buckets=buckets)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
@@ -407,11 +416,12 @@ class _Sweep:
 
 def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
     """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer and 512
-    per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
+    per prediction, 8 per generated token, of answer tokens 4 and 64 more per threshold, 2 per number of a state."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
     n_contexts = [len(gold_positions(options.gold_positions, size)) for size in options.documents]
     n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) for size in options.documents]
     per_row = (n_layers + 1) * 64 + 512 + 8 * options.generate
     per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
     per_context = sum(n * (tokens * per_row + per_answer) for n, tokens in zip(n_contexts, n_tokens, strict=True))
-    return n_questions * per_context * len(options.lens) + (4 << 20)
+    states = 2 * (n_layers + 1) * manifest["model"]["d_model"] * sum(n_contexts) if STATES in options.extras else 0
+    return n_questions * (per_context * len(options.lens) + states) + (4 << 20)
