@@ -25,8 +25,9 @@ from .data.tasks import DistractorSource, Task, load_task
 from .errors import InputError
 from .pages.html import smallest, write_page
 from .report.agreement import compare_runs, share_questions
+from .report.frequency import frequency_curves
 from .report.measures import cells_of
-from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
+from .report.rows import EVERY_POSITION, Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
 from .report.tables import inverted_u_lines, notes, paired_lines
 from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, sums_and_counts
@@ -42,7 +43,6 @@ COLUMNS = [
     *("argmax", "argmax_text", "target_rank", "entropy", "kl"),
 ]
 ESTIMATES = ("accuracy", "accuracy_all", "accuracy_generated", "mean_depth", "mean_first_correct", "mean_settle")
-SETTLING = ("mean_settle_jsd", "deep_thinking", "deep_thinking_generated")
 TABLES = {"layers.csv": "by layer", "essential.csv": "essential layers", "early_exit.csv": "early exit"}
 
 
@@ -116,7 +116,9 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "summary": [_summary(row) for row in report.rows],
         "profiles": profiles.rows(),
         "measures": list(run.measures),
-        "settling": [vars(row) | {name: _triple(getattr(row, name)) for name in SETTLING} for row in report.settling],
+        "settling": [_with_triples(vars(row)) for row in report.settling],
+        "frequency": [_with_triples(curve) for curve in frequency_curves(report)],
+        "probe": [_with_triples(vars(row)) for row in report.probe or [] if row.gold_position is EVERY_POSITION],
         "analysis": _analysis(run.path / LAYERS),
         "questions": questions,
         "documents_why": why,
@@ -296,6 +298,13 @@ def _summary(row: SummaryRow) -> dict:
 
 def _triple(estimate: Estimate) -> list[float | None]:
     return [_or_null(value) for value in vars(estimate).values()]
+
+
+def _with_triples(values: dict) -> dict:
+    """The same with its estimates, and lists of them, as the page has them."""
+    made = {k: _triple(v) for k, v in values.items() if isinstance(v, Estimate)}
+    made |= {k: list(map(_triple, v)) for k, v in values.items() if isinstance(v, list)}
+    return values | made
 
 
 def _or_null(value: float) -> float | None:

@@ -34,7 +34,7 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
     written = _ratios_of_generated(run)
     layers: list[MeasuredLayer] = []
     settling: list[SettlingRow] = []
-    for key, ids, values in _cells(run, names):
+    for key, ids, values in cells(run, names):
         n_layers = values[names[0]].shape[1]
         owner = np.unique(ids, return_inverse=True)[1]
         n = int(owner.max()) + 1  # questions
@@ -70,7 +70,7 @@ def _ratios_of_generated(run: Run) -> dict[tuple, tuple[np.ndarray, np.ndarray]]
     return {key: (of, np.ones_like(of)) for key, of in ratios.items()}
 
 
-def _cells(run: Run, names: tuple[str, ...]):
+def cells(run: Run, names: tuple[str, ...]) -> Iterator[tuple[tuple, np.ndarray, dict[str, np.ndarray]]]:
     """Of every lens, context size and gold position: key, question ids, and measures ``[examples, n_layers + 1]``."""
     lenses = lens_names(run.manifest)
     ids: dict[tuple, list[np.ndarray]] = {}

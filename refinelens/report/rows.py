@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from ..stats import NO_ESTIMATE, Estimate, PairedTest
+from ..store.results import BUCKET_ENDS
 
 # Names of statistics of a layer that more than one module looks for.
 LENS = "lens"  # what a statistic is of, where it is no intervention
@@ -21,6 +23,7 @@ EVERY_POSITION = None  # in place of a gold position: all of a context size toge
 NOTICEABLE = 0.01  # nats, a hundredth of the probability: less is no essential layer, however sure
 FEW_LAYERS = 5  # fewer are in the same order, or in the reverse one, by chance: 4 once in 12 times, 3 once in 3
 KEPT = 0.95  # of the accuracy at the output, by an early exit
+BUCKETS = (*(f"{above + 1}-{end}" for above, end in pairwise((0, *BUCKET_ENDS))), "rest")  # by frequency rank
 
 # By lens and threshold, where more than half of the settled examples settle at the output: how many do, of how many.
 Cautions = dict[tuple[str, int], tuple[int, int]]
@@ -142,6 +145,48 @@ class SettlingRow:
 
 
 @dataclass(frozen=True)
+class FrequencyRow:
+    """One lens, context size, layer and bucket of tokens by their frequency rank, over examples as in `SettlingRow`."""
+
+    lens: str
+    documents: int
+    gold_position: int | None  # None for all of them together
+    layer: int
+    bucket: str  # one of `BUCKETS`
+    questions: int
+    share: Estimate  # of the layer's best tokens that are in the bucket
+    flipped: Estimate  # of these, that are not the output's best token
+
+
+@dataclass(frozen=True)
+class PredictionDepth:
+    """One lens, context size, bucket and threshold: where the model's own predictions of the bucket come up."""
+
+    lens: str
+    documents: int
+    gold_position: int | None  # None for all of them together
+    bucket: str  # of the output's best token
+    top: int  # rank 1 to this; of more than 1 over the examples whose target is the output's best token
+    questions: int
+    examples: int
+    mean_first: Estimate  # lowest layer at which the output's best token has such a rank
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One context size and layer: a linear probe of the gold position, beside lens and model."""
+
+    documents: int
+    gold_position: int | None  # None for all of them together; of one the accuracy is its recall
+    layer: int
+    questions: int
+    chance: float  # accuracy of guessing, 1 / positions
+    accuracy: Estimate  # of the probe, share of held-out contexts
+    lens_accuracy: Estimate  # the first answer token is the best token of the layer, through the first lens
+    output_accuracy: Estimate  # the same at the output
+
+
+@dataclass(frozen=True)
 class Report:
     """What the tables and figures of a run say of its chosen answer tokens."""
 
@@ -152,6 +197,9 @@ class Report:
     cautions: Cautions
     measured: list[MeasuredLayer] = field(default_factory=list)  # none of a run that was asked for no measures
     settling: list[SettlingRow] = field(default_factory=list)
+    frequency: list[FrequencyRow] = field(default_factory=list)
+    frequency_depth: list[PredictionDepth] = field(default_factory=list)
+    probe: list[ProbeRow] | None = None  # of a run that keeps states
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:
@@ -162,6 +210,9 @@ class Report:
             "inverted_u.csv": (InvertedU, self.tests),
             **({"measures.csv": (MeasuredLayer, self.measured)} if self.measured else {}),
             **({"settling.csv": (SettlingRow, self.settling)} if self.settling else {}),
+            **({"frequency.csv": (FrequencyRow, self.frequency)} if self.frequency else {}),
+            **({"frequency_depth.csv": (PredictionDepth, self.frequency_depth)} if self.frequency else {}),
+            **({"probe.csv": (ProbeRow, self.probe)} if self.probe is not None else {}),
         }
 
     @property

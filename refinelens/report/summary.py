@@ -38,7 +38,9 @@ from ..stats import (
 )
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, list_matrix, read_trajectories
+from .frequency import frequency_rows
 from .measures import measured_rows
+from .probe import probe_rows
 from .rows import Cautions, InvertedU, LayerProfile, PairedDifference, Report, SummaryRow, lens_names
 
 SHARES = ("accuracy", "share")  # what the names of shares begin with
@@ -70,7 +72,8 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     cautions = find_cautions(readings, n_layers)
     rows = summarise(readings, n_layers, seed, manifest["counts"]["left_out"])
     tests = inverted_u_tests(readings, cautions, seed)
-    return Report(manifest, rows, paired_differences(readings, seed), tests, cautions, *measured_rows(run))
+    differences, further = paired_differences(readings, seed), (*measured_rows(run), *frequency_rows(run, tops))
+    return Report(manifest, rows, differences, tests, cautions, *further, probe_rows(run))
 
 
 def read_cells(table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...]) -> Iterator[Reading]:

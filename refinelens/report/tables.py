@@ -23,6 +23,8 @@ from ..store.process import RunLock
 from ..store.results import Run
 from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
+from .frequency import frequency_lines
+from .probe import probe_lines
 from .rows import (
     COST,
     EVERY_POSITION,
@@ -161,6 +163,7 @@ def notes(report: Report) -> list[str]:
     if arguments["generate"]:
         written = counted(counts["tokens_generated"], "token")
         lines.append(f"{written} generated, at most {arguments['generate']} a context.")
+    lines += [*frequency_lines(report), *probe_lines(report)]
     if manifest["status"] != "finished":
         status = "unfinished" if manifest["status"] == "running" else manifest["status"]
         lines.append(

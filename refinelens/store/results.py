@@ -16,7 +16,13 @@ from .folder import Folder
 
 SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
-MEASURE_TABLES = ("measures.csv", "settling.csv")  # of runs that were asked for measures
+MEASURE_TABLES = {  # of runs that were asked for a measure; None for any
+    "measures.csv": None,
+    "settling.csv": JSD,
+    "frequency.csv": FREQUENCY,
+    "frequency_depth.csv": FREQUENCY,
+    "probe.csv": STATES,
+}
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 PAGE = "report.html"  # the page, which is made on request
@@ -183,8 +189,9 @@ class Run(Folder):
     @property
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
-        measured, settling = MEASURE_TABLES
-        return (*DERIVED, *([measured] if self.extras else []), *([settling] if JSD in self.extras else []))
+        extras = self.extras
+        of_measures = (file for file, name in MEASURE_TABLES.items() if extras and (name is None or name in extras))
+        return (*DERIVED, *of_measures)
 
     @property
     def is_finished(self) -> bool:

@@ -1,10 +1,5 @@
 // The page of a run: finding, layers, questions, tokens; of several runs also what differs between them.
 
-const MEASURED = {
-  jsd: { title: "Jensen-Shannon divergence from the output, mean", y: "nats" },
-  top5: { title: "Five likeliest tokens that are the output's, mean", y: "share", to: 1 },
-};
-
 function runPage(root, head, arrays) {
   const runs = head.runs.map((run, number) => readRun(run, arrays, `${number}.`)), first = runs[0];
   const tabs = [["finding", "Finding"], ["layers", "Layers"], ["questions", "Questions"], ["tokens", "Tokens"]];
@@ -105,26 +100,15 @@ function layersLevel(run) {
         log: true, upside: true, from: 1 }),
       lineChart({ title: "KL(output || layer), mean", x: "layer", y: "nats", series: series("kl"), from: 0 }),
       lineChart({ title: "Entropy, mean", x: "layer", y: "nats", series: series("entropy"), from: 0 }),
-      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name), from: 0 })));
+      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name), from: 0 })),
+      ...frequencyCharts(run, state.lens, state.documents));
   }
   draw();
   const bar = element("div", { class: "bar" },
     choice("lens", run.lenses.map((l) => [l, l]), state.lens, (v) => { state.lens = v; draw(); }),
     choice("context", sizes.map((s) => [String(s), condition(s)]), String(state.documents),
       (v) => { state.documents = +v; draw(); }));
-  return section("layers", "Layers", bar, charts, ...settlingParts(run), ...analysisParts(run));
-}
-
-// Where predictions settle by their divergence from the output.
-function settlingParts(run) {
-  if (!run.settling.length) return [];
-  const rows = run.settling.map((r) => [r.lens, condition(r.documents), r.gold_position < 0 ? "-" : r.gold_position,
-    r.questions, estimate(r.mean_settle_jsd, 1), estimate(r.deep_thinking, 2),
-    estimate(r.deep_thinking_generated, 2)]);
-  return [element("h3", {}, "Settling by divergence"),
-    grid(["lens", "context", "gold", "questions", "settles at layer", "share that settles late",
-      "of generated tokens"], rows,
-      (i, column) => ({ class: column > 1 ? "number" : null }))];
+  return section("layers", "Layers", bar, charts, ...settlingParts(run), ...probeParts(run), ...analysisParts(run));
 }
 
 // Of an analysis of layers, from its own tables.
