@@ -98,8 +98,8 @@ def frequency_lines(report: Report) -> list[str]:
         most = max(rows[1:-1] or rows, key=lambda row: row.share.value)
         lines.append(
             f"Frequent tokens, {condition_name(documents)}, lens {most.lens}: among the {BUCKET_ENDS[0]} most frequent "
-            f"are {format_estimate(most.share, 2, interval=True)} of the best tokens of layer {most.layer}, the most of "
-            f"any between embedding and output ({format_estimate(most.flipped, 2, interval=True)} of those are "
+            f"are {format_estimate(most.share, 2, interval=True)} of the best tokens of layer {most.layer}, the most "
+            f"between embedding and output ({format_estimate(most.flipped, 2, interval=True)} of those are "
             f"not the output's), and {format_estimate(rows[-1].share, 2, interval=True)} at the output; frequency.csv "
             "has all layers."
         )
