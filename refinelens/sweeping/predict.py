@@ -311,8 +311,8 @@ class Predictor:
         def rows(ran: list[ModelStates]) -> list[pa.Table]:
             options = self._options
             read = read_contexts(ran, self._logit_lens, self._lenses, options.target, options.measures)
-            further = (self._text, self._schema, self._further)
-            return [prediction_table(one, *own, *further) for one, own in zip(ran, read, strict=True)]
+            given = (self._text, self._schema, self._further)
+            return [prediction_table(one, *own, *given) for one, own in zip(ran, read, strict=True)]
 
         tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]
         for states, table in zip(held, tables, strict=True):

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ class SweepInputs:
     lenses: list[Lens]
     loaded: LoadedModel
     logit_lens: LogitLens
-    frequencies: TokenFrequencies | None  # of tokens, where they are measured
+
+    @cached_property
+    def frequencies(self) -> TokenFrequencies | None:
+        """How often tokens are in a text, where that is measured; counted when it is asked for."""
+        name, vocab_size = self.options.frequencies, self.logit_lens.head.vocab_size
+        return None if name is None else count_tokens(load_text(name, "frequencies"), self.loaded, vocab_size)
 
     @classmethod
     def load(cls, options: SweepConfig, spec: RunSpec | None = None) -> SweepInputs:
@@ -105,9 +111,8 @@ class SweepInputs:
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
-        counted = None if options.frequencies is None else load_text(options.frequencies, "frequencies")
-        if counted is not None:
-            require("frequencies.sha256", counted.sha256)
+        if options.frequencies is not None and spec is None:  # a run that is there is also read without the text
+            load_text(options.frequencies, "frequencies")
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         _check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
@@ -116,8 +121,6 @@ class SweepInputs:
             require(f"model.{name}", getattr(loaded, name))
         if options.generate:
             require("model.end_ids", sorted(loaded.end_ids))
-        if GENERATED_SETTLE in options.extras:
-            require("extras", list(options.extras))  # a run of before has no such column
         if options.chat:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             # The template may write the date: a run that goes on keeps the text that it began with.
@@ -126,8 +129,7 @@ class SweepInputs:
         logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
-        frequencies = counted and count_tokens(counted, loaded, logit_lens.head.vocab_size)
-        return cls(options, task, template, questions, lenses, loaded, logit_lens, frequencies)
+        return cls(options, task, template, questions, lenses, loaded, logit_lens)
 
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
@@ -213,6 +215,15 @@ class SweepInputs:
             if stopped():
                 return
             yield from zip(group, predictor.ask(self.questions, group), strict=True)
+
+
+def _check_columns(spec: RunSpec) -> None:
+    """Refuse to go on with a run whose further columns would be others from here on."""
+    options = spec.options
+    if GENERATED_SETTLE in options.extras:
+        spec.require("extras", list(options.extras))  # a run of before has no such column
+    if options.frequencies is not None:
+        spec.require("frequencies.sha256", load_text(options.frequencies, "frequencies").sha256)
 
 
 def _check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
@@ -339,6 +350,7 @@ class _Sweep:
         manifest = self.run.checked_manifest()  # another process may have written it meanwhile
         spec, parts = RunSpec(self.run.path, manifest, "``resume``"), self.run.whole_parts(manifest, self.warn)
         try:
+            _check_columns(spec)
             inputs = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None

@@ -149,6 +149,8 @@ def test_a_text_that_changed_is_refused(text, tmp_path, capsys):
     own.write_text("another text")
     with pytest.raises(InputError, match="expected frequencies.sha256 [0-9a-f]{12}, as the run has it, got"):
         resume_sweep(tmp_path / "run")
+    own.unlink()
+    assert read_context(open_run(tmp_path / "run"), ReadConfig()).tokens  # for which it is not needed
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_states_beyond_float16_are_refused(tmp_path):
     load_model("tiny", "cpu").tokenizer.save_pretrained(tmp_path / "model")
     given = {"model": tmp_path / "model", "task": "tiny", "documents": (3,), "examples": 1, "device": "cpu"}
     refinelens.sweep(out=tmp_path / "without", **given)
-    with pytest.raises(FaultError, match=r"expected states up to 65504, which float16 holds, got 7\d{4} at layer [678]"):
+    with pytest.raises(FaultError, match=r"expected states up to 65504, which float16 holds, got 7\d{4} at layer"):
         refinelens.sweep(out=tmp_path / "run", measures="states", **given)
 
 

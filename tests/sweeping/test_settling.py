@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 import refinelens
 from refinelens.cli import main
 from refinelens.config import SweepConfig
+from refinelens.errors import InputError
 from refinelens.model.loading import TINY
+from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.store.trajectory import is_deep, settle_by_divergence
-from refinelens.sweeping.sweep import SweepInputs
+from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 
 N = 6
 ASKED = {"documents": (0, 3), "examples": 5, "device": "cpu", "generate": N}
@@ -104,3 +106,22 @@ def test_exports_by_layer_leave_it_out(run, tmp_path):
     assert "generated_settle_jsd" in loaded.predictions.columns
     assert "generated_settle_jsd" not in loaded.layers.columns and "jsd" in loaded.layers.columns
     assert main(["export", str(run.path), "--out", str(tmp_path / "rows.csv")]) == 0
+
+
+@pytest.mark.medium
+def test_a_run_of_before_is_read_and_does_not_go_on(tmp_path):
+    """Its manifest does not say what its rows have: they have no layers of generated tokens."""
+    options = SweepConfig("tiny", measures="jsd", **ASKED | {"documents": (3,)})
+
+    def stop(what, done, total, *_):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run_sweep(options, tmp_path / "run", progress=stop)
+    run = open_run(tmp_path / "run")
+    assert run.extras == ("jsd", "generated_settle_jsd")
+    run.write_manifest({name: value for name, value in run.manifest.items() if name != "extras"})
+    assert run.extras == ("jsd",) and "jsd" in refinelens.load_run(run.path).predictions.columns
+    with pytest.raises(InputError, match="expected extras None, as the run has it, got"):
+        resume_sweep(run.path)
