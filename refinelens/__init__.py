@@ -10,6 +10,7 @@ from .machine import __version__
 
 if TYPE_CHECKING:
     from .api import essential_layers, fit, merge_lenses, sweep
+    from .data.convert import convert
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
     from .layers.sublayers import SublayerReading, read_sublayers
@@ -52,6 +53,7 @@ _PUBLIC = {
     "fit": "api",
     "merge_lenses": "api",
     "essential_layers": "api",
+    "convert": "data.convert",
     "load_run": "store.frames",
     "LoadedRun": "store.frames",
     "LoadedLayers": "store.frames",
@@ -90,6 +92,7 @@ __all__ = [
     "fit",
     "merge_lenses",
     "essential_layers",
+    "convert",
     "load_run",
     "LoadedRun",
     "LoadedLayers",

@@ -2,8 +2,6 @@
 
 A config is a frozen dataclass of such options, checked before anything heavy is loaded. Python passes values to its
 fields; the parser of the command line is made from the same fields (`refinelens.parser`) and passes what was typed.
-
-Conditions of a question are how many documents its context has and where the gold one may stand among them.
 """
 
 from __future__ import annotations
@@ -13,11 +11,8 @@ from dataclasses import InitVar, dataclass
 
 from .errors import InputError
 from .options import NAMES, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
+from .placement import MOST_DOCUMENTS, WORDS, Placement, placements
 
-CLOSED_BOOK, ORACLE = 0, 1  # no document; the gold document alone
-MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
-NO_POSITION = -1  # of the gold document, where there is none
-WORDS = {"closed-book": CLOSED_BOOK, "oracle": ORACLE}
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
 OBJECTIVES = ("linear", "kl", "jacobian")
 OF_OBJECTIVE = {"kl": ("steps", "seed"), "jacobian": ("prompts", "prompts_from", "from_layer")}  # options of it alone
@@ -27,9 +22,13 @@ PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
 MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
+DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
+KEEP = EVERY_QUESTION, ANSWERED, NEEDS_DOCUMENT = ("all", "answered", "needs-document")
 # Stored beside what always is: of every layer, but for the states before an answer.
 MEASURES = JSD, TOP5, FREQUENCY, STATES = ("jsd", "top5", "frequency", "states")
 GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
+CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
+DECOYS = "decoys"  # what their rows have more
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
 
 
@@ -86,8 +85,9 @@ class SweepConfig(Config):
     model: str = option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
     task: str = option(
         None,
-        "builtin, nq (the file in $REFINELENS_NQ), kv (random pairs of keys and values), tiny, tiny-friends, "
-        "tiny-hops or FILE.jsonl[.gz] in a format of Lost in the Middle (default: builtin; tiny for the model tiny)",
+        "builtin, cues (the same with documents that disagree), nq (the file in $REFINELENS_NQ), kv (random pairs of "
+        "keys and values), tiny, tiny-cues, tiny-friends, tiny-hops or FILE.jsonl[.gz] in a format of Lost in the "
+        "Middle (default: builtin; tiny for the model tiny)",
         ASKED,
     )
     documents: tuple[int, ...] = option(
@@ -98,6 +98,20 @@ class SweepConfig(Config):
         "N[,N]",
     )
     gold_positions: str = option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|P[,P]")
+    golds: int = option(1, "gold documents of a context, side by side, of tasks that have more than one", ASKED)
+    decoys: int | None = option(
+        None,
+        "documents of a context, side by side, that state another answer, of tasks that have such (default: 1 of cues "
+        "and tiny-cues, else 0)",
+        ASKED,
+    )
+    decoy_positions: str = option(
+        "all",
+        "of the first decoy, from 0; where gold documents stand it does not",
+        ASKED,
+        TYPED,
+        "all|ends-middle|P[,P]",
+    )
     examples: int | None = option(None, "questions drawn by the seed (default: all; of kv and tiny 100)", ASKED)
     target: str = choice(
         "whose rank at every layer: the answer's token, or the model's own prediction", READ, "answer", "prediction"
@@ -145,6 +159,16 @@ class SweepConfig(Config):
         metavar="default|query-aware|FILE",
     )
     chat: bool = option(False, "put the prompt into the tokenizer's chat template, as the user's turn", ASKED)
+    keep: str = choice(
+        "questions, by the first answer token: answered, the model's own prediction with the gold document alone; "
+        "needs-document, of these the ones that it does not predict closed-book",
+        ASKED,
+        *KEEP,
+    )
+    shots: int = option(
+        0, "worked examples before the question: others of the task, with their answers (default: none)", ASKED
+    )
+    shot_documents: int = option(1, "of a worked example, its gold one included", ASKED)
     alias: str = choice(
         "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
     )
@@ -164,9 +188,23 @@ class SweepConfig(Config):
         sizes, lenses, batch = ",".join(map(str, self.documents)), self.lens, self.batch_size
         expect(self.documents and min(self.documents) >= 0, "documents", SIZES.expected, repr(sizes))
         expect(max(self.documents) <= MOST_DOCUMENTS, "documents", f"sizes up to {MOST_DOCUMENTS}", sizes)
+        for name, least in (("golds", 1), ("decoys", 0)):
+            value = getattr(self, name)
+            expect(value is None or value >= least, name, f"{least} or more", value)
         for size in self.documents:
-            gold_positions(self.gold_positions, size)
+            self.placements(size)
+        if self.n_decoys:
+            beside = "answer beside ``decoys``, whose answer is compared with it"
+            expect(self.target == "answer", "target", beside, self.target)
         expect(self.seed >= 0, "seed", "0 or more", self.seed)
+        expect(self.shots >= 0, "shots", "a number of worked examples, 0 for none", self.shots)
+        most = MOST_DOCUMENTS if self.shots else 1
+        expect(
+            1 <= self.shot_documents <= most,
+            "shot_documents",
+            f"1 to {most} with ``shots`` {self.shots}",
+            self.shot_documents,
+        )
         expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
         if FREQUENCY not in self.measures:
             check_idle(["frequencies"] if self.frequencies else [], ["frequencies"], "measures='frequency'", "none")
@@ -185,7 +223,17 @@ class SweepConfig(Config):
     @property
     def extras(self) -> tuple[str, ...]:
         """What rows have beside what every run's have, names of `store.results.EXTRAS`."""
-        return (*self.measures, *([GENERATED_SETTLE] if self.generate and JSD in self.measures else []))
+        settle = [GENERATED_SETTLE] if self.generate and JSD in self.measures else []
+        return (*self.measures, *settle, *([DECOYS] if self.n_decoys else []))
+
+    @property
+    def n_decoys(self) -> int:
+        """Documents of a context that state another answer."""
+        return int(self.task in CUES) if self.decoys is None else self.decoys
+
+    def placements(self, size: int) -> list[Placement]:
+        """Where gold documents and decoys stand in the contexts of a size, in order."""
+        return placements(size, self.gold_positions, self.golds, self.decoy_positions, self.n_decoys)
 
 
 @dataclass(frozen=True)
@@ -276,6 +324,7 @@ class WidgetConfig(Config):
         metavar="N",
     )
     gold_position: int | None = option(None, "0-based (default: the run's first)", metavar="P")
+    decoy_position: int | None = option(None, "0-based, of a run with decoys (default: its first)", metavar="P")
     lens: str | None = option(None, "plain, or the name of a lens (default: the run's first)", metavar="NAME")
     tokens: int = option(32, "at most, the last ones of the context")
     k: int = option(5, "most likely tokens of every layer", metavar="K")
@@ -312,6 +361,7 @@ class ReadConfig(Config):
     question: int | None = option(None, "of a run: line of the task file, from 0 (default: the first)", metavar="ID")
     documents: int | None = option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
     gold_position: int | None = option(None, "of a run: 0-based (default: its first)", metavar="P")
+    decoy_position: int | None = option(None, "of a run with decoys: 0-based (default: its first)", metavar="P")
     device: str = _device()
     dtype: str = _dtype()
     trust_remote_code: bool = _trust()
@@ -371,38 +421,6 @@ def default_task(model: str) -> str:
     return "tiny" if model == "tiny" else "builtin"  # that model knows no words but those of its own task
 
 
-def condition_name(n_documents: int) -> str:
-    """``closed-book``, ``oracle`` or ``5 documents``."""
-    names = {number: word for word, number in WORDS.items()}
-    return names.get(n_documents, f"{n_documents} documents")
-
-
-def gold_positions(choice: str, n_documents: int) -> list[int]:
-    """0-based gold positions of a context size: ``all``, ``ends-middle`` or a list such as ``0,4,9``.
-
-    Without documents it is `NO_POSITION`, and of one document 0, whatever the list.
-
-    Raises:
-        InputError: Not one of these, or a position outside the context.
-    """
-    try:
-        listed = [] if choice in ("all", "ends-middle") else [int(part) for part in choice.split(",")]
-    except ValueError:
-        raise InputError(
-            f"``gold_positions``: expected all, ends-middle or a list like 0,4,9, got {choice!r}"
-        ) from None
-    if n_documents == CLOSED_BOOK:
-        return [NO_POSITION]
-    if choice == "all":
-        return list(range(n_documents))
-    if choice == "ends-middle" or n_documents == ORACLE:
-        return sorted({0, (n_documents - 1) // 2, n_documents - 1})
-    for position in listed:
-        fits = 0 <= position < n_documents
-        expect(fits, "gold_positions", f"0 to {n_documents - 1} with {n_documents} documents", position)
-    return sorted(set(listed))
-
-
 def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
     """Refuse thresholds that no rank can be held against, or that every rank is below.
 
@@ -418,19 +436,3 @@ def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
     expect(fits, "top", f"numbers from 1 to {2**31 - 1} such as 1,5,10, each once", shown)
     if vocab_size is not None:
         expect(max(top) < vocab_size, "top", f"less than the {vocab_size} tokens of the vocabulary", max(top))
-
-
-def check_utf8(what: str, text: str) -> None:
-    """Refuse a text that no manifest can hold: the name of a file need not be UTF-8.
-
-    Args:
-        what: Where it was given.
-        text: What was given.
-
-    Raises:
-        InputError: It has bytes that are not UTF-8, as Python keeps them.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{what}: expected UTF-8, got {text!r}; rename the file or folder") from None

@@ -30,7 +30,8 @@ from .report.rows import counted
 from .store.files import write_output
 from .store.results import Run
 from .sweeping.contexts import pick
-from .sweeping.sweep import RunSpec, SweepInputs
+from .sweeping.run_spec import RunSpec
+from .sweeping.sweep import SweepInputs
 
 DIGITS = 5  # of a probability
 
@@ -48,7 +49,8 @@ def export_lens_json(run: Run, path: Path, choice: WidgetConfig) -> str:
     spec = RunSpec(run.path, run.manifest, "export")
     inputs = SweepInputs.load(spec.options, spec)
     lens = pick("``lens``", inputs.lenses, lambda lens: lens.name, choice.lens)
-    context = inputs.context(choice.question, choice.documents, choice.gold_position)
+    which = (choice.question, choice.documents, choice.gold_position, choice.decoy_position)
+    context = inputs.context(*which)
     tokenizer = inputs.loaded.tokenizer
     data = {
         "meta": {"version": 2, "timestamp": now(), "model": inputs.loaded.name},

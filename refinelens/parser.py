@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   refinelens sweep --task kv --documents 10,50 --examples 100 --template query-aware
   refinelens sweep --task nq --documents closed-book,oracle,10 --alias best --chat
   refinelens sweep --resume runs/first
+  refinelens convert dev-v2.0.json --from squad --out squad.jsonl.gz
   refinelens show runs/first --top 1,5
   refinelens layers runs/first --interventions skip,attn --examples 10
   refinelens fit --model ./my-model --out lenses/mine
@@ -127,6 +128,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--png", metavar="FILE", help="write a picture of the last tokens")
     add("--json", metavar="FILE", help="write every number")
 
+    convert = add_command(
+        "convert",
+        help="make a task of a file of SQuAD, HotpotQA or TriviaQA",
+        description="A question a line, with one gold document that holds an answer. What is left out is counted by "
+        "reason. Files are read gzip or not, as their authors publish them or as the package datasets exports them to "
+        "JSON.",
+    )
+    add = convert.add_argument
+    add("file", metavar="FILE", help="a file of that data set")
+    add("--from", required=True, dest="from_", choices=config.DATA_SETS, help="the data set")
+    add("--out", required=True, metavar="TASK.jsonl[.gz]", help="the task to write, a new file")
+
     export = add_command(
         "export",
         help="write a run's predictions for other programs",
@@ -176,8 +189,8 @@ def known_options() -> set[str]:
 
 
 def option_of(name: str) -> str:
-    """The option that stands for a parameter."""
-    return f"--{name.replace('_', '-')}"
+    """The option that stands for a parameter; one that Python has a keyword for ends in ``_`` there."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def config_of(arguments: argparse.Namespace, kind: type[Kind]) -> Kind:
@@ -194,4 +207,5 @@ def check_values(arguments: argparse.Namespace) -> None:
     """
     for name, value in vars(arguments).items():
         if isinstance(value, str) and not value.strip():
-            raise InputError(f"{'RUN' if name == 'folder' else option_of(name)}: expected a value, got {value!r}")
+            where = {"folder": "RUN", "file": "FILE"}.get(name) or option_of(name)
+            raise InputError(f"{where}: expected a value, got {value!r}")

@@ -29,7 +29,8 @@ from .pages.terminal import print_heatmap
 from .store.files import write_output
 from .store.results import Run
 from .sweeping.generate import Generator, check_cache
-from .sweeping.sweep import RunSpec, SweepInputs
+from .sweeping.run_spec import RunSpec
+from .sweeping.sweep import SweepInputs
 
 SHOWN_TOKENS = 24  # of a terminal
 INSIDE = {
@@ -40,7 +41,7 @@ INSIDE = {
 }
 # Options that a run decides, and those that choose one of its contexts.
 OF_THE_RUN = ("model", "lens", "device", "dtype", "trust_remote_code", "generate")
-OF_A_RUN = ("question", "documents", "gold_position")
+OF_A_RUN = ("question", "documents", "gold_position", "decoy_position")
 
 
 def read_text(
@@ -105,12 +106,12 @@ def read_context(
             raise InputError(f"``{name}``: expected none beside a run, whose own is used; leave it out")
     spec = RunSpec(run.path, run.manifest, "read")
     inputs = SweepInputs.load(spec.options, spec)
-    context = inputs.context(options.question, options.documents, options.gold_position)
+    context = inputs.context(*(getattr(options, name) for name in OF_A_RUN))
+    kinds = {place: kind for kind, places in context.placement.spans.items() for place in places}
     segments = [
-        Segment(*span, f"document {place}{', gold' if place == context.gold_position else ''}", kind)
+        Segment(*span, f"document {place}{f', {kinds[place]}' if place in kinds else ''}", kinds.get(place, "document"))
         for place, span in enumerate(inputs.builder().document_spans(context))
         if span is not None
-        for kind in ["gold" if place == context.gold_position else "document"]
     ]
     n_prompt, n_tokens = context.prompt_length, len(context.input_ids)
     if n_tokens > n_prompt:

@@ -7,29 +7,27 @@ large run the page holds a sample of questions, which it says; findings and laye
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .config import CLOSED_BOOK, ORACLE, condition_name
-from .data.generated import GENERATORS, generate_task
-from .data.questions import Document, Question
-from .data.tasks import DistractorSource, Task, load_task
+from .data.page_documents import texts_of
 from .errors import InputError
 from .pages.html import smallest, write_page
+from .placement import ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
 from .report.frequency import frequency_curves
+from .report.kept import kept_lines
 from .report.measures import cells_of
 from .report.rows import EVERY_POSITION, Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
-from .report.tables import inverted_u_lines, notes, paired_lines
+from .report.tables import cue_lines, inverted_u_lines, notes, paired_lines
 from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, sums_and_counts
 from .store.files import write_output
 from .store.process import RunLock
@@ -95,12 +93,12 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
     report = read_report(run)
     found = _Rows(report.lenses, top)
     profiles = _Profiles(report.lenses, run.measures)
-    for part in run.parts([*COLUMNS, *run.measures]):
+    for part in run.parts([*COLUMNS, *run.measures, *(["decoy_position", "decoy_rank"] if run.n_decoys else [])]):
         part = choose_tokens(part, "all")
         profiles.add(choose_tokens(part, report.manifest["arguments"]["answer_tokens"]))
         found.add(part.filter(pc.is_in(part["question_id"], pa.array(sorted(chosen.questions), pa.int64()))))
     manifest = report.manifest
-    questions, documents, why = _questions(manifest, chosen.questions)
+    questions, documents, why = texts_of(manifest, chosen.questions)
     head = {
         "title": title(manifest),
         "name": run.path.name,
@@ -112,9 +110,15 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "target": manifest["arguments"]["target"],
         "finding": _finding(report),
         "cautions": [*_unfinished(manifest), *caution_lines(report.cautions, manifest)],
-        "notes": [*inverted_u_lines(report), *paired_lines(report), *notes(report), *manifest.get("remarks", [])],
+        "notes": [
+            *(line for part in (cue_lines, inverted_u_lines, paired_lines, notes) for line in part(report)),
+            *manifest.get("remarks", []),
+        ],
         "summary": [_summary(row) for row in report.rows],
         "profiles": profiles.rows(),
+        "cues": _cues(report),
+        "golds": manifest["arguments"].get("golds", 1),
+        "decoys": run.n_decoys,
         "measures": list(run.measures),
         "settling": [_with_triples(vars(row)) for row in report.settling],
         "frequency": [_with_triples(curve) for curve in frequency_curves(report)],
@@ -145,6 +149,8 @@ def _compared(a: Run, b: Run, top: int) -> dict:
     found = {"agreement": [], "shared": False, "lenses": [names_a.index(lenses[0]), names_b.index(lenses[1])]}
     if not share_questions(a, b):
         return found | {"compared": ["The runs are of different tasks: they share no question."]}
+    if a.n_decoys or b.n_decoys:
+        return found | {"compared": ["Contexts with decoys are not compared one by one; see each run's cues.csv."]}
     if target != other_target:
         return found | {"compared": [f"Ranks are of {target} in the one run and of {other_target} in the other."]}
     own, other = (_examples(run, lens, top) for run, lens in zip((a, b), lenses, strict=True))
@@ -218,13 +224,15 @@ class _Rows:
         self.texts: dict[str, int] = {}  # that come again and again, by their places
         self.contexts: list[dict] = []
         self._lenses, self._top = list(lenses), top
-        self._places: dict[tuple[int, int, int], int] = {}
+        self._places: dict[tuple[int, ...], int] = {}
         self._columns: dict[str, list[np.ndarray]] = {}
 
     def add(self, part: pa.Table) -> None:
         if not len(part):
             return
-        keys = zip(*(part[name].to_pylist() for name in ("question_id", "documents", "gold_position")), strict=True)
+        columns = [part[name].to_pylist() for name in ("question_id", "documents", "gold_position")]
+        decoys = part["decoy_position"].to_pylist() if "decoy_position" in part.column_names else [-1] * len(part)
+        keys = zip(*columns, decoys, strict=True)
         context = [self._context(key, part, row) for row, key in enumerate(keys)]
         ranks = list_matrix(part["target_rank"])
         found = trajectories(ranks, self._top, axis=-1)
@@ -241,18 +249,20 @@ class _Rows:
             "settle": found.settle,
             "flips": found.flips,
         }
+        if "decoy_rank" in part.column_names:
+            values["decoy_rank"] = list_matrix(part["decoy_rank"])
         for name, value in values.items():
             self._columns.setdefault(name, []).append(value)
 
     def _texts(self, texts: list[str]) -> list[int]:
         return [self.texts.setdefault(text, len(self.texts)) for text in texts]
 
-    def _context(self, key: tuple[int, int, int], part: pa.Table, row: int) -> int:
+    def _context(self, key: tuple[int, ...], part: pa.Table, row: int) -> int:
         if key not in self._places:
             self._places[key] = len(self.contexts)
             names = ("alias_why", "generated", "generated_correct")
             own = {name: part[name][row].as_py() for name in names}
-            self.contexts.append({"question": key[0], "documents": key[1], "gold": key[2], **own})
+            self.contexts.append(dict(zip(("question", "documents", "gold", "decoy"), key, strict=True)) | own)
         return self._places[key]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -296,6 +306,14 @@ def _summary(row: SummaryRow) -> dict:
     return {name: getattr(row, name) for name in keys} | {"condition": condition_name(row.documents)} | numbers
 
 
+def _cues(report: Report) -> dict[str, list[dict]] | None:
+    """Tables of two answers by the name of what the page makes of them; None of a run without decoys."""
+    if not report.cues:
+        return None
+    tables: dict[str, list[Any]] = {"rows": report.cues, "layers": report.cue_layers}
+    return {name: [_with_triples(vars(row)) for row in table] for name, table in tables.items()}
+
+
 def _triple(estimate: Estimate) -> list[float | None]:
     return [_or_null(value) for value in vars(estimate).values()]
 
@@ -318,7 +336,8 @@ def _finding(report: Report) -> list[str]:
     lines = [
         f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
         f"{manifest['task']['name']}, {_conditions(report)}; {manifest['model']['n_layers']} layers were read through "
-        f"{' and '.join(f'the {lens} lens' for lens in report.lenses)}."
+        f"{' and '.join(f'the {lens} lens' for lens in report.lenses)}.",
+        *kept_lines(manifest),
     ]
     for test in report.tests:
         where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"
@@ -385,52 +404,3 @@ def _analysis(folder: Path) -> dict[str, list[list[str]]]:
             with (folder / file).open(encoding="utf-8", newline="") as lines:
                 tables[name] = list(csv.reader(lines))
     return tables
-
-
-def _questions(manifest: dict, wanted: set[int]) -> tuple[dict[str, dict], bytes, str]:
-    """Texts of questions, documents as JSON in UTF-8, and why there are none of them.
-
-    A context has the first distractors of its question with the gold document among them, so that a question's largest
-    size says all of it.
-    """
-    try:
-        task = _task(manifest)
-    except (InputError, OSError) as error:
-        return {}, b"[]", " ".join(str(error).split())
-    sizes = [size for size in manifest["arguments"].get("documents", []) if size != CLOSED_BOOK]
-    source = DistractorSource(task, manifest["seed"])
-    places: dict[Document, int] = {}
-    questions = {}
-    for question in (q for q in task.questions if q.id in wanted):
-        distractors = next(_distractors(source, question, sizes), [])
-        held = [places.setdefault(document, len(places)) for document in [question.gold, *distractors]]
-        questions[str(question.id)] = {
-            "question": question.question,
-            "answers": list(question.answers),
-            "gold": held[0],
-            "distractors": held[1:],
-        }
-    texts = [[document.title, document.text] for document in places]
-    return questions, json.dumps(texts, ensure_ascii=False).encode(), ""
-
-
-def _distractors(source: DistractorSource, question: Question, sizes: list[int]) -> Iterator[list[Document]]:
-    """Of the largest size that the question could be asked with."""
-    for size in sorted(sizes, reverse=True):
-        found = source.choose(question, size - 1)
-        if found is not None:
-            yield found
-
-
-def _task(manifest: dict) -> Task:
-    """The task of a run, if it is still there as it was."""
-    arguments, entry = manifest["arguments"], manifest["task"]
-    name = arguments["task"]
-    if name in GENERATORS:
-        task = generate_task(name, arguments["examples"], max(arguments["documents"]), manifest["seed"])
-    else:
-        path = entry.get("path")
-        task = load_task(path if path and Path(path).exists() else name)
-    if task.sha256 != entry.get("sha256"):
-        raise InputError(f"documents are not shown: the task {name} is no longer the one that was asked")
-    return task

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import InputError
@@ -62,7 +62,7 @@ TRAINED, HELD_OUT = (  # names as the model saw them in training, and names it n
     [f"{FIRST_NAMES[i]} {LAST_NAMES[j]}" for i, j in _PAIRS if ((i + j) % 8 == 0) == held_out]
     for held_out in (False, True)
 )
-FRIENDS, HOPS = "tiny-friends", "tiny-hops"  # tasks in the language of `TINY`
+FRIENDS, HOPS, TINY_CUES = "tiny-friends", "tiny-hops", "tiny-cues"  # tasks in the language of `TINY`
 
 
 def _kv_question(number: int, n_pairs: int, seed: int) -> Question:
@@ -192,6 +192,8 @@ def training_texts() -> Iterator[str]:
 def _tiny_line(question: Question) -> str:
     record = asdict(question)
     del record["source_id"]  # there is no file that could have one
+    if not record["decoys"]:
+        del record["golds"], record["decoys"], record["decoy_answer"]
     return json.dumps(record) + "\n"
 
 
@@ -199,6 +201,22 @@ def _tiny_question(number: int, n_documents: int, seed: int) -> Question:
     facts = Facts.draw(random.Random(f"{seed}/{number}"), len(VALUES), HELD_OUT)
     gold, *others = facts.documents[: max(1, n_documents)]
     return Question(number, facts.question(0), (facts.values[0],), "", "", gold, tuple(others))
+
+
+def _cues_question(number: int, n_documents: int, seed: int) -> Question:
+    """In one hop, of documents that disagree: each wording tells the value and, as a decoy, one of no document."""
+    source = random.Random(f"{seed}/{number}")
+    facts = Facts.draw(source, len(VALUES), HELD_OUT)
+    gold, *others = facts.documents[: min(max(1, n_documents), len(VALUES) - 1)]
+    decoy_answer, entity = facts.values[-1], gold.title
+
+    def told(wording: str, value: str) -> Document:
+        return Document(entity, wording.format(entity=entity, relation=facts.relation, value=value))
+
+    golds = [told(wording, facts.values[0]) for wording in WORDINGS]
+    decoys = [told(wording, decoy_answer) for wording in source.sample(WORDINGS, len(WORDINGS))]
+    more = {"golds": tuple(one for one in golds if one != gold), "decoys": tuple(decoys), "decoy_answer": decoy_answer}
+    return Question(number, facts.question(0), (facts.values[0],), "", "", gold, tuple(others), **more)
 
 
 def _hops_question(number: int, n_documents: int, seed: int) -> Question:
@@ -221,6 +239,7 @@ GENERATORS = {
     TINY.name: (TINY, _tiny_question, _tiny_line),
     FRIENDS: (TINY, _friend_question, _tiny_line),
     HOPS: (TINY, _hops_question, _tiny_line),
+    TINY_CUES: (TINY, _cues_question, _tiny_line),
 }
 
 
@@ -231,7 +250,8 @@ def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> 
 
     Args:
         name: ``kv``, random version-4 UUIDs; ``tiny``, entities that the model was not trained on; ``tiny-friends``,
-            whose friend they are; or ``tiny-hops``, the value of a person's friend.
+            whose friend they are; ``tiny-hops``, the value of a person's friend; or ``tiny-cues``, of whom two values
+            are told.
         count: Questions, at least 1; `GENERATED` when None.
         n_documents: Documents, or pairs, of a question, the gold one included.
         seed: Of all that is drawn.
@@ -239,12 +259,18 @@ def generate_task(name: str, count: int | None, n_documents: int, seed: int) -> 
     Raises:
         InputError: Fewer than one question, or more than `MOST_GENERATED`.
     """
-    format, question, line = GENERATORS[name]
+    format, _, line = GENERATORS[name]
     count = GENERATED if count is None else count
     if not 1 <= count <= MOST_GENERATED:
         raise InputError(f"``examples``: expected 1 to {MOST_GENERATED} questions of ``task`` {name}, got {count}")
-    questions = tuple(question(number, n_documents, seed) for number in range(count))
+    questions = tuple(generate_questions(name, range(count), n_documents, seed))
     return Task(name, None, hashlib.sha256("".join(map(line, questions)).encode()).hexdigest(), questions, format)
+
+
+def generate_questions(name: str, numbers: Iterable[int], n_documents: int, seed: int) -> list[Question]:
+    """The questions of some numbers of a task, as `generate_task` has them."""
+    _, question, _ = GENERATORS[name]
+    return [question(number, n_documents, seed) for number in numbers]
 
 
 def vocabulary() -> list[str]:

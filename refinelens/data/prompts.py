@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import NO_POSITION, condition_name
 from ..errors import CannotAskError, InputError
 from ..model.identity import encode
-from .answer_tokens import joint, token_span, tokenise
+from ..placement import NO_POSITION, Placement, condition_name
+from .answer_tokens import Tokens, joint, token_span, tokenise
 from .questions import DEFAULT, QA, Document, Format, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .shots import Shots
+
 PROMPT, REPLY = "{prompt}", "{reply}"
+ROLES = ("user", "assistant")
 DOCUMENTS, QUESTION = "{documents}", "{question}"
 UNKNOWN_ANSWER = "an answer in words that the tokenizer does not know"
+SAME_BEGINNING = "an answer that begins with the same token as that of the decoys"
 FIELD = re.compile(r"\{\w+\}")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation of one turn, the user's, up to where the reply begins.
+    """A conversation up to where the reply begins: the user's turn, behind those of worked examples if there are any.
 
     The text is rendered once for a run and kept in its manifest: a template may write the date.
     """
 
     template_sha256: str
-    text: str  # with {prompt} once; special tokens are in it
+    text: str  # with {prompt} once, before it `shot_fields` of worked examples; special tokens are in it
 
     def __post_init__(self):
         if self.text.count(PROMPT) != 1:
@@ -43,6 +48,11 @@ class Chat:
         return before, after
 
 
+def shot_fields(number: int) -> tuple[str, str]:
+    """Fields of a chat's text for prompt and answer of a worked example, counted from 0."""
+    return f"{{shot_{number}}}", f"{{answer_{number}}}"
+
+
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's chat template.
 
@@ -52,19 +62,30 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(_template(tokenizer).encode()).hexdigest()
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
+def render_chat(tokenizer: PreTrainedTokenizerBase, n_shots: int = 0) -> Chat:
     """The chat of a tokenizer, with the space, if any, that its template puts before a reply.
 
+    Args:
+        tokenizer: The model's.
+        n_shots: Worked examples, each a turn of the user and one of the assistant before the prompt.
+
     Raises:
-        InputError: No chat template, or one that does not render a user's turn.
+        InputError: No chat template, or one that does not render these turns in their order.
     """
-    template = _template(tokenizer)
-    turn = [{"role": "user", "content": PROMPT}]
+    template, fields = _template(tokenizer), [shot_fields(number) for number in range(n_shots)]
+    turn = [{"role": role, "content": own} for pair in fields for role, own in zip(ROLES, pair, strict=True)]
+    turn.append({"role": "user", "content": PROMPT})
     try:
         text = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"``chat``: expected a chat template that renders a user's turn, got {what}") from None
+    written = [field for field in FIELD.findall(text) if field == PROMPT or any(field in pair for pair in fields)]
+    if n_shots and written != [*(field for pair in fields for field in pair), PROMPT]:
+        raise InputError(
+            f"``shots``: expected a chat template that writes every turn once, in their order, got {text!r}; leave "
+            "``chat`` or ``shots`` out"
+        )
     return Chat(template_hash(tokenizer), text + _space_before_reply(tokenizer, template, turn, text))
 
 
@@ -101,6 +122,7 @@ class Template:
     format: Format
     text: str  # with {documents} once and {question}
     chat: Chat | None = None  # around the prompt, or None
+    shots: Shots | None = None  # before it, or None
 
     @property
     def frame(self) -> str:
@@ -118,8 +140,8 @@ class Template:
     def fill(self, question: Question, documents: list[Document], gold_position: int) -> tuple[str, int, int]:
         """The prompt up to the answer prefix, and where the gold document's line starts and ends in it.
 
-        Without documents it is the format's closed-book prompt, and both are 0. In a chat it is the user's turn,
-        without white space around it, which templates treat differently.
+        Without documents it is the format's closed-book prompt, and the line is empty. In a chat it is the user's
+        turn, without white space around it, which templates treat differently. Worked examples stand before it.
         """
         lines = self.format.lines(documents)
         parts = (self.text if documents else self.format.closed_book).partition(DOCUMENTS)
@@ -129,8 +151,12 @@ class Template:
         length = len(lines[gold_position]) if lines else 0
         if self.chat is not None:
             opening, closing = self.chat.around()
+            opening = self.shots.in_chat(opening, bool(documents)) if self.shots else opening
             start += len(opening) - (len(prompt) - len(prompt.lstrip()))
             prompt = opening + prompt.strip() + closing
+        elif self.shots is not None:
+            opening = self.shots.before_prompt(bool(documents))
+            start, prompt = start + len(opening), opening + prompt
         return prompt, start, start + length
 
 
@@ -151,7 +177,7 @@ class Context:
 
     question: Question
     n_documents: int
-    gold_position: int  # 0-based; NO_POSITION without documents
+    placement: Placement  # of the documents that state an answer; none without documents
     input_ids: tuple[int, ...]  # prompt, then all answer tokens but the last
     prompt_length: int  # tokens before the answer's first: the prompt, with the space where that is a token
     answer_ids: tuple[int, ...]  # teacher-forced; token i is predicted at position prompt_length - 1 + i
@@ -159,6 +185,7 @@ class Context:
     n_shared: int  # tokens of ``prompt_ids`` that ``input_ids`` begins with; an answer may change those behind them
     gold_span: tuple[int, int] | None  # tokens of the gold document, end exclusive; None if unknown or there is none
     covers_before: str  # what the answer's first token covers of the text before the answer, without white space
+    decoy_id: int | None = None  # first token of the other answer, in the place of ``answer_ids[0]``
 
     def __post_init__(self):
         if len(self.input_ids) != self.prompt_length + len(self.answer_ids) - 1:
@@ -167,9 +194,15 @@ class Context:
             )
 
     @property
+    def gold_position(self) -> int:
+        """0-based, of the first gold document; `NO_POSITION` without documents."""
+        return self.placement.gold_position
+
+    @property
     def where(self) -> str:
         """The context in words."""
         position = f", gold position {self.gold_position}" if self.n_documents else ""
+        position += f", decoy position {self.placement.decoy_position}" if self.placement.decoys else ""
         return f"question {self.question.id}, {condition_name(self.n_documents)}{position}"
 
     @property
@@ -222,35 +255,50 @@ def build_context(
     template: Template,
     question: Question,
     distractors: list[Document],
-    gold_position: int,
+    placement: Placement | int,
     alias: int = 0,
+    decoy: bool = False,
 ) -> Context:
-    """Put the gold document among the distractors, fill the template and tokenise.
+    """Put gold documents and decoys among the distractors, fill the template and tokenise.
 
     Args:
         tokenizer: The model's.
         template: What the prompt looks like.
         question: What is asked.
         distractors: The other documents, in order.
-        gold_position: 0-based, or `NO_POSITION` for a prompt without documents.
+        placement: Where they stand; a number is the position of one gold document, or `NO_POSITION` for a prompt
+            without documents.
         alias: Which of the question's answers goes on with the prompt.
+        decoy: Whether the token is wanted that the other answer begins with.
 
     Raises:
-        CannotAskError: An answer without a token of its own, or with one for unknown words.
+        CannotAskError: An answer without a token of its own, or with one for unknown words; with ``decoy`` another
+            answer that begins with the same token.
     """
-    documents = [*distractors[:gold_position], question.gold, *distractors[gold_position:]]
-    documents = [] if gold_position == NO_POSITION else documents
-    prompt, start, end = template.fill(question, documents, gold_position)
+    placement = Placement(placement) if isinstance(placement, int) else placement
+    documents = arrange(question, distractors, placement)
+    prompt, start, end = template.fill(question, documents, placement.gold_position)
     # A reply begins with the prefix; a prompt goes on with it.
     prefix = question.answer_prefix.lstrip() if template.chat else question.answer_prefix
-    answer = joint(prefix if template.chat else prompt + prefix) + question.answers[alias]
-    tokens = tokenise(tokenizer, prompt + prefix, answer, template.chat is None, template.is_literal(tokenizer))
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens.whole[tokens.answer :]:
-        raise CannotAskError(UNKNOWN_ANSWER)
+
+    def with_answer(answer: str) -> Tokens:
+        answer = joint(prefix if template.chat else prompt + prefix) + answer
+        found = tokenise(tokenizer, prompt + prefix, answer, template.chat is None, template.is_literal(tokenizer))
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found.whole[found.answer :]:
+            raise CannotAskError(UNKNOWN_ANSWER)
+        return found
+
+    tokens = with_answer(question.answers[alias])
+    decoy_id = None
+    if decoy:
+        other = with_answer(question.decoy_answer)
+        decoy_id = other.whole[other.answer]
+        if other.whole[: other.answer] != tokens.whole[: tokens.answer] or decoy_id == tokens.whole[tokens.answer]:
+            raise CannotAskError(SAME_BEGINNING)
     return Context(
         question=question,
         n_documents=len(documents),
-        gold_position=gold_position,
+        placement=placement,
         input_ids=tuple(tokens.whole[:-1]),
         prompt_length=tokens.answer,
         answer_ids=tuple(tokens.whole[tokens.answer :]),
@@ -258,7 +306,20 @@ def build_context(
         n_shared=tokens.parts,
         gold_span=token_span(tokens.encoded, start, end),
         covers_before=tokens.covers_before,
+        decoy_id=decoy_id,
     )
+
+
+def arrange(question: Question, distractors: Sequence[Document], placement: Placement) -> list[Document]:
+    """The documents of a context in their order; none where there is no gold position."""
+    if placement.gold_position == NO_POSITION:
+        return []
+    golds, decoys = (question.gold, *question.golds)[: placement.golds], question.decoys[: placement.decoys]
+    blocks = [(placement.gold_position, golds), (placement.decoy_position, decoys)]
+    documents = list(distractors)
+    for position, block in sorted((first, own) for first, own in blocks if own):
+        documents[position:position] = block  # the earlier block first, so that the later one comes to its place
+    return documents
 
 
 def find_documents(

@@ -31,6 +31,14 @@ class Question:
     gold: Document
     distractors: tuple[Document, ...]  # the question's own non-gold passages, in file order
     source_id: str | None = None  # what the file calls the question, if it does
+    golds: tuple[Document, ...] = ()  # further ones that state the answer
+    decoys: tuple[Document, ...] = ()  # documents that state another answer
+    decoy_answer: str = ""  # which
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """What no distractor may hold beside the answers."""
+        return (self.decoy_answer,) if self.decoys else ()
 
 
 @dataclass(frozen=True)

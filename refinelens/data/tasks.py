@@ -14,12 +14,12 @@ import random
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import check_utf8
 from ..errors import InputError
+from ..options import check_utf8
 from .questions import KV, QA, Document, Format, Question
 from .scoring import has_answer, word_forms
 
@@ -29,10 +29,18 @@ SNIFFED = 1 << 16  # characters of a file that are looked at
 KV_FIELD = "ordered_kv_records"
 BUILTIN = Path(__file__).parents[1] / "data" / "builtin.jsonl"
 NQ_VARIABLE = "REFINELENS_NQ"
+CUES = "cues"  # the built-in questions with documents that disagree
+SOURCES = (  # of the documents that state one answer
+    "{}",
+    "From a guide book: {}",
+    "A local reporter wrote: {}",
+    "An old letter says: {}",
+    "From a book for schools: {}",
+)
 
 
 def name_of_shape(suffix: str, raw: bytes) -> str | None:
-    """What a file is, if it is one of the usual others, with the step that brings it nearer to ours.
+    """What a file is, if it is one of the usual others, with what makes ours of it.
 
     Args:
         suffix: Of its name, in lower case, such as ``.csv``.
@@ -49,14 +57,20 @@ def name_of_shape(suffix: str, raw: bytes) -> str | None:
 
 
 def name_of_record(record: dict) -> str | None:
-    """What a line is that is not one of ours, if it is a usual one."""
+    """What a line is that is not one of ours, if it is a usual one, and what makes ours of it."""
     if "supporting_facts" in record and "context" in record:
-        return "a question of HotpotQA; its paragraphs of supporting_facts are the gold ones, of which one can be asked"
+        return f"a question of HotpotQA; {_how_to_convert('hotpotqa')}"
     if isinstance(record.get("answers"), dict) and "context" in record:
-        return "a question of SQuAD; its context is the gold passage, its answers are answers['text']"
+        return f"a question of SQuAD; {_how_to_convert('squad')}"
     if "paragraphs" in record:
-        return "an article of SQuAD; write one line for each question of its paragraphs"
+        return f"an article of SQuAD; {_how_to_convert('squad')}"
+    if {"entity_pages", "search_results", "EntityPages", "SearchResults"} & record.keys():
+        return f"a question of TriviaQA; {_how_to_convert('triviaqa')}"
     return None
+
+
+def _how_to_convert(source: str) -> str:
+    return f"``convert(from_='{source}')`` makes a task of the file"
 
 
 def _of_json(raw: bytes) -> str | None:
@@ -67,9 +81,10 @@ def _of_json(raw: bytes) -> str | None:
         return None
     if isinstance(value, list) and value and isinstance(value[0], dict):
         inner = name_of_record(value[0])
-        return f"one JSON array{f' of {inner}' if inner else ''}; write an object a line (jq -c '.[]' FILE)"
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        return "a file of SQuAD (data, paragraphs, qas); write one line for each question"
+        return f"one JSON array of {inner}" if inner else "one JSON array; write an object a line (jq -c '.[]' FILE)"
+    for name, source, key in (("SQuAD", "squad", "data"), ("TriviaQA", "triviaqa", "Data")):
+        if isinstance(value, dict) and isinstance(value.get(key), list):
+            return f"a file of {name}; {_how_to_convert(source)}"
     return None
 
 
@@ -146,9 +161,14 @@ def _parse_qa(where: str, number: int, record: dict) -> Question:
     gold = [c for c in ctxs if c.get("isgold") is True]
     if len(gold) != 1:
         raise InputError(f"{where}: expected one passage with isgold true, got {len(gold)}")
-    for field in ("answer_prefix", "group"):
+    for field in ("answer_prefix", "group", "decoy_answer"):
         if not isinstance(record.get(field, ""), str):
             raise InputError(f"{where}: expected a string {field!r}, got {record[field]!r}")
+    for field in ("golds", "decoys"):
+        _check_list(where, record.get(field, []), _is_passage, f"{field!r} of objects with strings 'title' and 'text'")
+    decoys, decoy_answer = record.get("decoys", []), record.get("decoy_answer", "").strip()
+    if decoys and (not decoy_answer or decoy_answer in answers):
+        raise InputError(f"{where}: expected another answer, 'decoy_answer', beside 'decoys', got {decoy_answer!r}")
     return Question(
         id=number,
         question=question.strip(),
@@ -158,6 +178,9 @@ def _parse_qa(where: str, number: int, record: dict) -> Question:
         gold=_document(gold[0]),
         distractors=tuple(_document(c) for c in ctxs if c is not gold[0] and c.get("hasanswer") is not True),
         source_id=_source_id(where, record),
+        golds=tuple(_document(c) for c in record.get("golds", [])),
+        decoys=tuple(_document(c) for c in decoys),
+        decoy_answer=decoy_answer,
     )
 
 
@@ -219,12 +242,13 @@ def load_task(name: str) -> Task:
 
     Each line is a JSON object as in Lost in the Middle (Liu et al. 2023, arXiv 2307.03172), and the first one tells
     which: ``question``, ``answers`` and ``ctxs`` (objects with ``title``, ``text`` and ``isgold``; one is gold),
-    optionally ``answer_prefix`` and ``group``; or ``ordered_kv_records`` (pairs), ``key`` and ``value``.
+    optionally ``answer_prefix``, ``group``, ``golds``, ``decoys`` and ``decoy_answer``; or ``ordered_kv_records``
+    (pairs), ``key`` and ``value``.
 
     Raises:
         InputError: The file is missing, empty or malformed, file and line are named; or the variable is not set.
     """
-    given = str(BUILTIN) if name == "builtin" else name
+    given = str(BUILTIN) if name in ("builtin", CUES) else name
     if name == "nq":
         given = os.environ.get(NQ_VARIABLE, "")
         if not given:
@@ -234,8 +258,8 @@ def load_task(name: str) -> Task:
         check_utf8(f"${NQ_VARIABLE}", given)
     if not os.path.isfile(given):  # unlike `Path.is_file`, of a name that no file can have too
         raise InputError(
-            f"``task`` {name}: expected builtin, nq, kv, tiny, tiny-friends, tiny-hops or a .jsonl[.gz] file, got no "
-            f"file at {given}"
+            f"``task`` {name}: expected builtin, cues, nq, kv, tiny, tiny-cues, tiny-friends, tiny-hops or a "
+            f".jsonl[.gz] file, got no file at {given}"
         )
     path = Path(given)
     try:
@@ -245,7 +269,40 @@ def load_task(name: str) -> Task:
     format, questions = _parse_lines(path, raw)
     if not questions:
         raise InputError(f"{path}: expected at least one question, got an empty file")
+    if name == CUES:
+        questions = with_decoys(questions)
+        raw = repr(questions).encode()  # decoys and all
     return Task(name, path, hashlib.sha256(raw).hexdigest(), questions, format)
+
+
+def with_decoys(questions: Sequence[Question]) -> tuple[Question, ...]:
+    """Questions with documents that state the answer of another question of their group, and with more gold ones.
+
+    A decoy is the gold document with that answer in place of its own (as entities are substituted by Longpre et al.
+    2021, arXiv 2109.05052); each kind has `SOURCES` copies, which tell where they are from. The other answer is that
+    of the next question of the group, in a circle, which begins with another word. Questions without one, or whose
+    document has their answer more or less than once, have no decoys.
+    """
+    by_group: dict[str, list[Question]] = {}
+    for question in questions:
+        by_group.setdefault(question.group, []).append(question)
+    found = []
+    for question in questions:
+        group, (title, text) = by_group[question.group], (question.gold.title, question.gold.text)
+        place = group.index(question)
+        others = [other.answers[0] for other in (*group[place + 1 :], *group[:place]) if other.answers]
+        answer = question.answers[0] if question.answers else ""
+        other = next((o for o in others if o.split()[0] != answer.split()[0]), None) if answer else None
+        frame = " ".join((*SOURCES, title))
+        if other is None or text.count(answer) != 1 or other in text or answer in frame or other in frame:
+            found.append(question)
+            continue
+        golds, decoys = (
+            [Document(title, source.format(told)) for source in SOURCES] for told in (text, text.replace(answer, other))
+        )
+        more = {"golds": tuple(golds[1:]), "decoys": tuple(decoys), "decoy_answer": other}
+        found.append(replace(question, gold=golds[0], **more))
+    return tuple(found)
 
 
 class DistractorSource:
@@ -275,13 +332,14 @@ class DistractorSource:
         return sum(not self._fits(document, question) for document in question.distractors[:count])
 
     def _fits(self, document: Document, question: Question) -> bool:
-        """Whether it is another document than the gold one, without an answer."""
-        if document == question.gold:
+        """Whether it is none of the question's gold documents and decoys, and without an answer of either."""
+        if document in (question.gold, *question.golds, *question.decoys):
             return False
+        wrong = (*question.answers, *question.wrong)
         if self._task.format.pairs:
-            return document.text not in question.answers
+            return document.text not in wrong
         forms = _forms(document)
-        return not any(has_answer(forms, answer) for answer in question.answers)
+        return not any(has_answer(forms, answer) for answer in wrong)
 
     def _candidates(self, question: Question) -> Iterator[Document]:
         yield from question.distractors

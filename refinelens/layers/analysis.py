@@ -7,11 +7,11 @@ finished.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..config import LayersConfig
+from ..config import EVERY_QUESTION, LayersConfig
 from ..data.questions import Question
 from ..errors import UnsupportedModelError
 from ..progress import Progress, unseen
@@ -20,7 +20,8 @@ from ..store.folder import FolderWriter, MadeOf, go_on, process_entry
 from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, write_rows
 from ..store.process import StopSignals, working_on
 from ..store.results import LAYERS, Run, open_run
-from ..sweeping.sweep import RunSpec, SweepInputs
+from ..sweeping.run_spec import RunSpec
+from ..sweeping.sweep import SweepInputs
 from .ablation import AblationRunner
 from .blocks import check_replay
 from .examples import RunExamples
@@ -165,7 +166,7 @@ class _Analysis:
         """
         examples, options = self.examples, self.options
         spec = RunSpec(self.run.path, examples.manifest, "layers")
-        inputs = SweepInputs.load(spec.options, spec)
+        inputs = SweepInputs.load(replace(spec.options, keep=EVERY_QUESTION), spec)  # those of the run were kept
         lens = next(lens for lens in inputs.lenses if lens.name == examples.lens)
         restarts = check_replay(inputs.logit_lens, "``interventions='none'`` reads the lens alone")
         if None in restarts.sublayers and {"attn", "mlp"} & set(options.interventions):

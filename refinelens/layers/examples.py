@@ -47,6 +47,8 @@ class RunExamples:
             raise InputError(
                 f"{run.path}: expected a finished run, got one that is {status_words(manifest, held)}; {remedy}"
             )
+        if run.n_decoys:
+            raise InputError(f"{run.path}: expected a run without ``decoys``, got one with {run.n_decoys}; sweep again")
         names = lens_names(manifest)
         lens = names[-1] if lens is None else lens
         if lens not in names:

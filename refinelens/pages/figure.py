@@ -12,7 +12,13 @@ from .heatmap import HeatMap, visible
 if TYPE_CHECKING:  # half a second to import
     from matplotlib.figure import Figure
 
-INKS = {"gold": "#9a6200", "document": "#0057b8", "answer": "#0057b8", "generated": "#6a3d9a"}  # of tokens
+INKS = {  # of tokens
+    "gold": "#9a6200",
+    "decoy": "#a0303c",
+    "document": "#0057b8",
+    "answer": "#0057b8",
+    "generated": "#6a3d9a",
+}
 SHOWN_TEXT = 9  # characters of a token
 MEASURES = {
     "probability": "probability of the best token",

@@ -54,7 +54,7 @@ class Segment:
     start: int  # among the columns
     end: int  # exclusive
     label: str
-    kind: str  # document, gold, answer, generated
+    kind: str  # document, gold, decoy, answer, generated
 
 
 @dataclass(frozen=True, eq=False)

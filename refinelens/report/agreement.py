@@ -77,18 +77,19 @@ def _paired(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray, tuple[int, 
             f"{run_a.path} and {run_b.path}: expected runs of one task, got {_task(run_a)} and {_task(run_b)}; "
             "sweep both over one file, or over a generated task with one version of refinelens"
         )
-    for name in ("seed", "target", "template", "alias", "chat"):
+    for name in ("seed", "target", "template", "alias", "chat", "golds", "decoys"):
         (asked_a, words_a), (asked_b, words_b) = _asked(run_a, name), _asked(run_b, name)
         if asked_a != asked_b:
             raise InputError(
                 f"{run_a.path} and {run_b.path}: expected runs with the same ``{name}``, got {words_a} and {words_b}: "
                 "their rows ask different things"
             )
-    (keys_a, ranks_a), (keys_b, ranks_b) = _read(run_a, "row_a"), _read(run_b, "row_b")
-    shared = keys_a.join(keys_b, keys=NAMES, join_type="inner").sort_by("row_a")
+    names = [*NAMES, "decoy_position"] if run_a.n_decoys else NAMES
+    (keys_a, ranks_a), (keys_b, ranks_b) = _read(run_a, "row_a", names), _read(run_b, "row_b", names)
+    shared = keys_a.join(keys_b, keys=names, join_type="inner").sort_by("row_a")
     if not len(shared):
         raise InputError(
-            f"{run_a.path} and {run_b.path}: expected rows with equal {', '.join(NAMES)}, got none among "
+            f"{run_a.path} and {run_b.path}: expected rows with equal {', '.join(names)}, got none among "
             f"{len(keys_a)} and {len(keys_b)} rows; sweep both with the same ``documents`` and ``gold_positions``"
         )
     unpaired = (len(keys_a) - len(shared), len(keys_b) - len(shared))
@@ -111,19 +112,20 @@ def _opened(run: Run | str | Path) -> Run:
 
 def _asked(run: Run, option: str) -> tuple[object, str]:
     """What a run was told by an option, and in a few words; of a template the text, whatever file it stood in."""
-    given, template = run.manifest["arguments"].get(option), run.manifest["template"]
+    own = {"golds": run.manifest["arguments"].get("golds", 1), "decoys": run.n_decoys}
+    given, template = {**run.manifest["arguments"], **own}.get(option), run.manifest["template"]
     if option != "template":
         return given, str(given)
     return template, f"{given} ({hashlib.sha256(template.encode()).hexdigest()[:8]})"
 
 
-def _read(run: Run, number: str) -> tuple[pa.Table, np.ndarray]:
+def _read(run: Run, number: str, names: list[str]) -> tuple[pa.Table, np.ndarray]:
     """Keys with a column of row numbers, because lists cannot be joined, and target ranks by layer."""
-    parts = [choose_tokens(part, "all") for part in run.parts([*NAMES, "target_rank"])]
+    parts = [choose_tokens(part, "all") for part in run.parts([*names, "target_rank"])]
     if not sum(map(len, parts)):
         raise InputError(f"{run.path}: expected a run with rows, got none; finish its sweep first")
     table = pa.concat_tables(parts)
-    keys = table.select(NAMES).append_column(number, pa.array(np.arange(len(table))))
+    keys = table.select(names).append_column(number, pa.array(np.arange(len(table))))
     return keys, list_matrix(table["target_rank"])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, condition_name
+from ..placement import CLOSED_BOOK, NO_POSITION, ORACLE, condition_name
 from ..stats import FEW_QUESTIONS
 from ..store.files import write_whole
 from ..store.layers import DESTROY, RESTORE

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..config import FREQUENCY, ORACLE, condition_name
+from ..config import FREQUENCY
+from ..placement import ORACLE, condition_name
 from ..stats import SHARE, mean_estimates, sums_and_counts
 from ..store.results import BUCKET_ENDS, Run
 from .measures import cells

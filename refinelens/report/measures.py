@@ -28,7 +28,7 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow]]:
         Means of every measure of every layer over questions, with intervals; and where predictions settle by
         divergence, none without ``jsd``.
     """
-    if not run.extras:
+    if not run.has_measures:
         return [], []
     names, seed = (*ALWAYS, *run.measures), run.manifest["seed"]
     written = _ratios_of_generated(run)
@@ -59,15 +59,19 @@ def _ratios_of_generated(run: Run) -> dict[tuple, tuple[np.ndarray, np.ndarray]]
     """
     if GENERATED_SETTLE not in run.extras:
         return {}
-    n_layers, found = run.manifest["model"]["n_layers"], dict[tuple, dict[int, float]]()
+    n_layers, found = run.manifest["model"]["n_layers"], dict[tuple, list[tuple[int, float]]]()
     for part in run.parts([*KEYS, "question_id", "answer_token", GENERATED_SETTLE]):
         part = choose_tokens(part, "first")
         keys = zip(*(part[name].to_pylist() for name in KEYS), strict=True)
         for key, id, settle in zip(keys, part["question_id"].to_pylist(), part[GENERATED_SETTLE], strict=True):
-            ratio = is_deep(settle.values.to_numpy(), n_layers).mean()
-            found.setdefault(key, {})[id] = float(ratio)
-    ratios = {key: np.array([*of.values()])[:, None] for key, of in found.items()}
-    return {key: (of, np.ones_like(of)) for key, of in ratios.items()}
+            found.setdefault(key, []).append((id, float(is_deep(settle.values.to_numpy(), n_layers).mean())))
+    return {key: _sums_of_questions(*np.asarray(of).T) for key, of in found.items()}
+
+
+def _sums_of_questions(ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and counts of a statistic, ``[questions, 1]``."""
+    owner = np.unique(ids, return_inverse=True)[1]
+    return sums_and_counts(values[:, None], owner, int(owner.max()) + 1)
 
 
 def cells(run: Run, names: tuple[str, ...]) -> Iterator[tuple[tuple, np.ndarray, dict[str, np.ndarray]]]:

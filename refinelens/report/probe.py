@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow.compute as pc
 
-from ..config import ORACLE, STATES, condition_name
-from ..stats import MEAN, Estimate, groups, mean_estimates, share_estimate
+from ..config import STATES
+from ..placement import ORACLE, condition_name
+from ..stats import SHARE, Estimate, groups, mean_estimates
 from ..store.results import Run
 from ..store.trajectory import list_matrix
 from .ridge import FOLDS, fold_of_questions, held_out_predictions
@@ -44,7 +45,7 @@ def probe_rows(run: Run) -> list[ProbeRow] | None:
 
 
 def _sizes(run: Run) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Columns of every context size, ``[questions, positions, ...]``; gold positions ascend."""
+    """Columns of every context size with several gold positions, ``[questions, contexts of each, ...]``."""
     held: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for part in run.parts(COLUMNS):
         part = part.filter(pc.is_valid(part[STATES]))
@@ -55,9 +56,9 @@ def _sizes(run: Run) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     whole = {name: np.concatenate([one for one in held.pop(name) if len(one)]) for name in COLUMNS}
     for documents, inside in groups(whole["documents"]):
         order = np.flatnonzero(inside)[np.lexsort([whole["gold_position"][inside], whole["question_id"][inside]])]
-        positions = len(np.unique(whole["gold_position"][inside]))
-        if documents > ORACLE and positions > 1:
-            yield documents, {name: v[order].reshape(-1, positions, *v.shape[1:]) for name, v in whole.items()}
+        questions = len(np.unique(whole["question_id"][inside]))
+        if documents > ORACLE and len(np.unique(whole["gold_position"][inside])) > 1:
+            yield documents, {name: v[order].reshape(questions, -1, *v.shape[1:]) for name, v in whole.items()}
 
 
 def rows_of_size(documents: int, size: dict[str, np.ndarray], seed: int) -> Iterator[ProbeRow]:
@@ -65,29 +66,29 @@ def rows_of_size(documents: int, size: dict[str, np.ndarray], seed: int) -> Iter
 
     Args:
         documents: In a context.
-        size: `COLUMNS` by name, ``[questions, positions]`` each; ``argmax`` also ``[..., n_layers + 1]``, states
+        size: `COLUMNS` by name, ``[questions, contexts]`` each; ``argmax`` also ``[..., n_layers + 1]``, states
             ``[..., (n_layers + 1) * d_model]``.
         seed: Of folds and intervals.
     """
-    right = size["argmax"] == size["answer_id"][..., None]  # [questions, positions, n_layers + 1]
-    n, n_positions, n_points = right.shape
+    right = size["argmax"] == size["answer_id"][..., None]  # [questions, contexts, n_layers + 1]
+    n, n_contexts, n_points = right.shape
     if n < FEWEST:
         return
-    classes, folds = np.broadcast_to(np.arange(n_positions), (n, n_positions)), fold_of_questions(n, seed)
-    states = size[STATES].reshape(n, n_positions, n_points, -1)
+    positions, classes = np.unique(size["gold_position"], return_inverse=True)
+    classes, folds = classes.reshape(n, n_contexts), fold_of_questions(n, seed)
+    chance = float(np.bincount(classes.ravel()).max() / classes.size)
+    states = size[STATES].reshape(n, n_contexts, n_points, -1)
     hits = np.stack(
         [held_out_predictions(states[:, :, layer], classes, folds) == classes for layer in range(n_points)], axis=-1
     )
     both = np.concatenate([hits, right], axis=-1).astype(float)
-    sums = both.sum(1)
-    whole = mean_estimates(sums, np.full_like(sums, n_positions), seed, [MEAN] * (2 * n_points))
-    positions = size["gold_position"][0].tolist()
-    for place in (EVERY_POSITION, *range(n_positions)):
-        own = whole if place is EVERY_POSITION else [share_estimate(hit, n) for hit in both[:, place].sum(0)]
-        position = place if place is EVERY_POSITION else positions[place]
+    for position in (EVERY_POSITION, *positions.tolist()):
+        inside = np.full((n, n_contexts), True) if position is EVERY_POSITION else size["gold_position"] == position
+        counts = np.broadcast_to(inside.sum(1)[:, None].astype(float), (n, both.shape[-1]))
+        own = mean_estimates((both * inside[..., None]).sum(1), counts, seed, [SHARE] * both.shape[-1])
         for layer in range(n_points):
             estimates = (own[layer], own[n_points + layer], own[-1])
-            yield ProbeRow(documents, position, layer, n, 1.0 / n_positions, *estimates)
+            yield ProbeRow(documents, position, layer, n, chance, *estimates)
 
 
 def _of_file(run: Run) -> list[ProbeRow] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..stats import NO_ESTIMATE, Estimate, PairedTest
-from ..store.results import BUCKET_ENDS
+from ..store.results import BUCKET_ENDS, CUE_TABLES
 
 # Names of statistics of a layer that more than one module looks for.
 LENS = "lens"  # what a statistic is of, where it is no intervention
@@ -180,10 +180,72 @@ class ProbeRow:
     gold_position: int | None  # None for all of them together; of one the accuracy is its recall
     layer: int
     questions: int
-    chance: float  # accuracy of guessing, 1 / positions
+    chance: float  # accuracy of guessing: the share of the most frequent position
     accuracy: Estimate  # of the probe, share of held-out contexts
     lens_accuracy: Estimate  # the first answer token is the best token of the layer, through the first lens
     output_accuracy: Estimate  # the same at the output
+
+
+EITHER = "either"  # in place of an order: both together
+
+
+@dataclass(frozen=True)
+class CueRow:
+    """One lens, threshold, context size, order and distance of gold documents and decoys.
+
+    Depths are over the examples in which that answer is correct at the output. Shares and means are over examples,
+    their intervals over questions.
+    """
+
+    lens: str
+    top: int
+    documents: int
+    order: str  # gold first, decoy first, either, or no decoy
+    distance: int | None  # documents from the one kind to the other, 1 of neighbours; None for all together
+    questions: int
+    examples: int
+    gold_ahead: Estimate  # the gold answer has the lower rank at the output
+    gold_correct: Estimate  # it is of rank 1 to k there
+    decoy_correct: Estimate  # so is the decoys' answer
+    mean_decided: Estimate  # layer from which the answer that is ahead at the output stays ahead
+    share_switched: Estimate  # the lead changes after the first layer at which either is correct, if there is one
+    share_loser_seen: Estimate  # the answer that is behind at the output is correct at some layer
+    gold_first_correct: Estimate
+    gold_settle: Estimate
+    gold_depth: Estimate
+    decoy_first_correct: Estimate
+    decoy_settle: Estimate
+    decoy_depth: Estimate
+
+
+@dataclass(frozen=True)
+class CueLayer:
+    """One lens, context size, order and layer, all distances together."""
+
+    lens: str
+    documents: int
+    order: str
+    layer: int
+    questions: int
+    gold_ahead: Estimate  # share of examples
+    gold_best: Estimate  # share whose best token is the gold answer's
+    decoy_best: Estimate
+    lead: Estimate  # nats, log-probability of the gold answer less that of the decoys'
+
+
+@dataclass(frozen=True)
+class CueDifference:
+    """With the decoy first less with the gold document first, means of questions that have both."""
+
+    lens: str
+    top: int
+    documents: int
+    questions: int
+    gold_ahead: Estimate  # above 0: what comes last wins
+    gold_correct: Estimate
+    decoy_correct: Estimate
+    mean_decided: Estimate  # layers
+    gold_depth: Estimate  # layers
 
 
 @dataclass(frozen=True)
@@ -197,6 +259,9 @@ class Report:
     cautions: Cautions
     measured: list[MeasuredLayer] = field(default_factory=list)  # none of a run that was asked for no measures
     settling: list[SettlingRow] = field(default_factory=list)
+    cues: list[CueRow] = field(default_factory=list)  # none of a run without decoys
+    cue_layers: list[CueLayer] = field(default_factory=list)
+    cue_differences: list[CueDifference] = field(default_factory=list)
     frequency: list[FrequencyRow] = field(default_factory=list)
     frequency_depth: list[PredictionDepth] = field(default_factory=list)
     probe: list[ProbeRow] | None = None  # of a run that keeps states
@@ -210,10 +275,15 @@ class Report:
             "inverted_u.csv": (InvertedU, self.tests),
             **({"measures.csv": (MeasuredLayer, self.measured)} if self.measured else {}),
             **({"settling.csv": (SettlingRow, self.settling)} if self.settling else {}),
+            **(dict(zip(CUE_TABLES, self._cue_tables, strict=True)) if self.cues else {}),
             **({"frequency.csv": (FrequencyRow, self.frequency)} if self.frequency else {}),
             **({"frequency_depth.csv": (PredictionDepth, self.frequency_depth)} if self.frequency else {}),
             **({"probe.csv": (ProbeRow, self.probe)} if self.probe is not None else {}),
         }
+
+    @property
+    def _cue_tables(self) -> list[tuple[type, list]]:
+        return [(CueRow, self.cues), (CueLayer, self.cue_layers), (CueDifference, self.cue_differences)]
 
     @property
     def lenses(self) -> tuple[str, ...]:

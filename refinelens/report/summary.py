@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..config import CLOSED_BOOK, ORACLE, condition_name
 from ..errors import InputError, resume_call
+from ..placement import CLOSED_BOOK, ORACLE, condition_name
 from ..stats import (
     MEAN,
     SHARE,
+    Estimate,
     PairedTest,
     groups,
     holm,
@@ -38,6 +39,7 @@ from ..stats import (
 )
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, list_matrix, read_trajectories
+from .cues import cue_rows
 from .frequency import frequency_rows
 from .measures import measured_rows
 from .probe import probe_rows
@@ -72,8 +74,9 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     cautions = find_cautions(readings, n_layers)
     rows = summarise(readings, n_layers, seed, manifest["counts"]["left_out"])
     tests = inverted_u_tests(readings, cautions, seed)
-    differences, further = paired_differences(readings, seed), (*measured_rows(run), *frequency_rows(run, tops))
-    return Report(manifest, rows, differences, tests, cautions, *further, probe_rows(run))
+    differences = paired_differences(readings, seed)
+    further = (*measured_rows(run), *cue_rows(run, tops), *frequency_rows(run, tops), probe_rows(run))
+    return Report(manifest, rows, differences, tests, cautions, *further)
 
 
 def read_cells(table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...]) -> Iterator[Reading]:
@@ -198,11 +201,19 @@ def paired_differences(readings: Iterable[Reading], seed: int) -> list[PairedDif
         exists = ~np.isnan(depths)
         estimates = mean_estimates(np.where(exists, depths, 0.0), exists.astype(float), seed)
         for index, (a, b) in enumerate(pairs):
-            shares = [paired_estimate(differences[:, index]) for differences in accuracies]
+            shares = [_share_difference(differences[:, index], seed) for differences in accuracies]
             asked, settled = (int((~np.isnan(of[:, index])).sum()) for of in (accuracies[0], depths))
             where = (lens, top, documents, positions[b], positions[a])
             rows.append(PairedDifference(*where, asked, *shares, settled, estimates[index]))
     return rows
+
+
+def _share_difference(differences: np.ndarray, seed: int) -> Estimate:
+    """Of questions with one example at each position by counts, of those with several by a bootstrap."""
+    exists = ~np.isnan(differences)
+    if np.isin(differences[exists], (-1.0, 0.0, 1.0)).all():
+        return paired_estimate(differences)
+    return mean_estimates(np.where(exists, differences, 0.0)[:, None], exists[:, None].astype(float), seed)[0]
 
 
 def middle_positions(documents: int) -> list[int]:

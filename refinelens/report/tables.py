@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..config import CLOSED_BOOK, NO_POSITION, ORACLE, PATCH, check_top, condition_name
+from ..config import PATCH, check_top
 from ..errors import FaultError, InputError
+from ..placement import CLOSED_BOOK, NO_POSITION, ORACLE, condition_name
 from ..stats import FEW_QUESTIONS, Estimate, PairedTest
 from ..store.files import write_cells
 from ..store.layers import DESTROY, RESTORE
@@ -24,9 +25,11 @@ from ..store.results import Run
 from ..store.trajectory import trajectory_tables
 from .figures import draw_figures
 from .frequency import frequency_lines
+from .kept import kept_lines
 from .probe import probe_lines
 from .rows import (
     COST,
+    EITHER,
     EVERY_POSITION,
     FEW_LAYERS,
     GAIN,
@@ -109,7 +112,7 @@ def print_table(console: Console, report: Report, in_words: Callable[[str], str]
         end = after is None or section != (after.lens, after.top, after.documents)
         table.add_row(*(_cell(row, *column) for column in columns.values()), end_section=end)
     console.print(table)
-    lines = [*notes(report), *paired_lines(report), *inverted_u_lines(report)]
+    lines = [*notes(report), *paired_lines(report), *cue_lines(report), *inverted_u_lines(report)]
     lines += caution_lines(report.cautions, report.manifest)
     print_lines(console, [in_words(line) for line in lines], "dim")
 
@@ -144,6 +147,7 @@ def notes(report: Report) -> list[str]:
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
         f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}, seed {manifest['seed']}. Lens: {lenses}, "
         f"backend {model['backend']}, {model['dtype']} on {model['device']}.",
+        *kept_lines(manifest),
     ]
     if model["unused_weights"]:
         first, count = model["unused_weights"][0], len(model["unused_weights"])
@@ -191,6 +195,30 @@ def paired_line(differences: list[PairedDifference]) -> str:
         for d in pairs
     ]
     return f"Accuracy, gold at one position less at another, {condition_name(documents)}: {'; '.join(words)}."
+
+
+def cue_lines(report: Report) -> list[str]:
+    """Which of two answers wins, by lens and context size at the first threshold, and what their order changes."""
+    if not report.cues:
+        return []
+    lines, top = [], report.tops[0]
+    for row in (row for row in report.cues if row.top == top and row.order == EITHER):
+        where = f"lens {row.lens}, {condition_name(row.documents)}"
+        lines.append(
+            f"Two answers, {where}: the gold answer is ahead of the decoys' in "
+            f"{format_estimate(row.gold_ahead, 2, interval=True)} of {row.examples} contexts, which is decided from "
+            f"layer {format_estimate(row.mean_decided, 1, interval=True)} on; the lead changes on the way in "
+            f"{format_estimate(row.share_switched, 2)}."
+        )
+        for d in report.cue_differences:
+            if (d.lens, d.top, d.documents) == (row.lens, top, row.documents):
+                lines.append(
+                    f"Decoy first less gold first, {where}: gold ahead "
+                    f"{format_estimate(d.gold_ahead, 2, interval=True, sign=True)}, decided "
+                    f"{format_estimate(d.mean_decided, 1, interval=True, sign=True)} layers later."
+                )
+    where = "by order and distance in cues.csv, by layer in cues_layers.csv, the orders compared in cues_paired.csv"
+    return [*lines, f"Two answers {where}."]
 
 
 def inverted_u_lines(report: Report) -> list[str]:

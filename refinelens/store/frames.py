@@ -26,7 +26,13 @@ from .trajectory import trajectory_tables
 if TYPE_CHECKING:
     import pandas as pd
 
-STATES_OF = ("question_id", "documents", "gold_position", "answer_id")  # columns that tell whose states they are
+STATES_OF = (
+    "question_id",
+    "documents",
+    "gold_position",
+    "decoy_position",
+    "answer_id",
+)  # columns that tell whose states they are
 
 
 def long_schema(run: Run) -> pa.Schema:
@@ -161,9 +167,10 @@ class LoadedRun:
         """
         if STATES not in self.run.extras:
             raise InputError(f"{self.run.path}: expected a run with ``measures='states'``, got one without them")
-        names = [*STATES_OF, STATES]
+        schema = predictions_schema(self.run.extras)
+        names = [name for name in (*STATES_OF, STATES) if name in schema.names]
         parts = (part.filter(pc.is_valid(part[STATES])).select(names) for part in self.run.parts(names))
-        frame = _frame(parts, pa.schema([predictions_schema(self.run.extras).field(name) for name in names]))
+        frame = _frame(parts, pa.schema([schema.field(name) for name in names]))
         n_layers = self.manifest["model"]["n_layers"]
         return frame.assign(states=[flat.reshape(n_layers + 1, -1) for flat in frame[STATES]])
 
@@ -196,6 +203,17 @@ class LoadedRun:
     def paired(self) -> pd.DataFrame:
         """``paired.csv``: a row per lens, threshold, context size and pair of gold positions."""
         return _read_csv(self.run.path / "paired.csv")
+
+    @property
+    def cues(self) -> pd.DataFrame:
+        """``cues.csv`` of a run with decoys: a row per lens, threshold, context size, order and distance.
+
+        Raises:
+            InputError: The run has none.
+        """
+        if not self.run.n_decoys:
+            raise InputError(f"{self.run.path}: expected a run with ``decoys``, got one without; sweep the task cues")
+        return _read_csv(self.run.path / "cues.csv")
 
 
 @dataclass(frozen=True, repr=False)

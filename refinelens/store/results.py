@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import FREQUENCY, GENERATED_SETTLE, JSD, STATES, TOP5
+from ..config import CUES, DECOYS, FREQUENCY, GENERATED_SETTLE, JSD, MEASURES, STATES, TOP5, SweepConfig
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
 
 SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
+CUE_TABLES = ("cues.csv", "cues_layers.csv", "cues_paired.csv")  # of runs with decoys
 MEASURE_TABLES = {  # of runs that were asked for a measure; None for any
     "measures.csv": None,
     "settling.csv": JSD,
@@ -93,6 +94,13 @@ EXTRAS = {  # further columns, by what a run was asked for
     STATES: [(STATES, pa.list_(pa.float16()))],
     # Over the tokens that the model wrote, the one that ended the text included: the layer at which each settles.
     GENERATED_SETTLE: [(GENERATED_SETTLE, pa.list_(pa.int32()))],
+    DECOYS: [
+        ("decoy_position", pa.int32()),  # 0-based, of the first decoy; -1 without one
+        ("decoy_answer", pa.string()),  # what the decoys state
+        ("decoy_id", pa.int64()),  # its first token, in the place of the answer's first
+        ("decoy_rank", pa.list_(pa.int64())),  # 0-based
+        ("decoy_logprob", pa.list_(pa.float32())),  # nats
+    ],
 }
 NOT_OVER_LAYERS = (STATES, GENERATED_SETTLE)  # columns of lists over something else
 BUCKET_ENDS = (10, 100, 1000)  # the last frequency rank of every bucket but the last one, counted from 1
@@ -165,7 +173,7 @@ class Run(Folder):
     SHAPE = SHAPE
     PART = Part
     PARTS = "predictions"
-    DERIVED = (*DERIVED, *MEASURE_TABLES, PAGE)
+    DERIVED = (*DERIVED, *MEASURE_TABLES, *CUE_TABLES, PAGE)
     BESIDE = (LAYERS,)
 
     @property
@@ -178,20 +186,33 @@ class Run(Folder):
     def extras(self) -> tuple[str, ...]:
         """What of `EXTRAS` it was asked for."""
         manifest = self.manifest
-        return tuple(manifest.get("extras", manifest["arguments"].get("measures", ())))
+        measures = manifest["arguments"].get("measures", ())
+        return tuple(manifest.get("extras", (*measures, *([DECOYS] if self.n_decoys else []))))
+
+    @property
+    def n_decoys(self) -> int:
+        """Documents of its contexts that state another answer."""
+        arguments = self.manifest["arguments"]
+        given = arguments.get("decoys")
+        return int(arguments.get("task") in CUES) if given is None else given
+
+    @property
+    def has_measures(self) -> bool:
+        """Whether it was asked for any of `config.MEASURES`."""
+        return bool({*self.extras} & {*MEASURES})
 
     @property
     def measures(self) -> tuple[str, ...]:
         """Columns of what was measured of every layer beside what always is, numbers over layers ``0 .. n_layers``."""
-        columns = (column for name in self.extras for column in EXTRAS[name])
+        columns = (column for name in self.extras if name != DECOYS for column in EXTRAS[name])
         return tuple(name for name, kind in columns if kind == pa.list_(pa.float32()))
 
     @property
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
-        extras = self.extras
-        of_measures = (file for file, name in MEASURE_TABLES.items() if extras and (name is None or name in extras))
-        return (*DERIVED, *of_measures)
+        extras, cues = self.extras, CUE_TABLES if self.n_decoys else ()
+        given = {None} if self.has_measures else set()
+        return (*DERIVED, *cues, *(file for file, name in MEASURE_TABLES.items() if name in given | {*extras}))
 
     @property
     def is_finished(self) -> bool:
@@ -235,7 +256,8 @@ class Run(Folder):
             return
         manifest = self.any_manifest()
         old = manifest["arguments"]
-        known = {k: v for k, v in arguments.items() if k in old or v}  # of before, a run lacks what is not used here
+        defaults = {option.name: option.default for option in fields(SweepConfig)}
+        known = {k: v for k, v in arguments.items() if k in old or v != defaults.get(k, v)}  # an older run lacks some
         changed = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in known.items() if old.get(k) != v]
         finished, path = manifest["status"] == "finished", self.path
         command = f"see it with refinelens show {path}" if finished else f"go on with {resume_call(path)}"

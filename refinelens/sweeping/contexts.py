@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-from ..config import CLOSED_BOOK, ORACLE, SweepConfig, condition_name, gold_positions
+from ..config import SweepConfig
 from ..data.generated import HOPS
-from ..data.prompts import Context, Template, build_context, find_documents
+from ..data.prompts import Context, Template, arrange, build_context, find_documents
 from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
 from ..data.tasks import DistractorSource, Task
@@ -23,7 +23,9 @@ from ..lens.logit_lens import LogitLens
 from ..lens.runner import ForwardRunner, ModelInput, blamed_on_context
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
+from ..placement import CLOSED_BOOK, ORACLE, Placement, condition_name
 from ..report.rows import counted
+from .keep import CONDITIONS, is_predicted
 
 Thing = TypeVar("Thing")
 
@@ -31,6 +33,9 @@ NO_ALIAS = Alias(0, "none")  # of a question that is not asked
 CONTEXT_TOO_LONG = "a context longer than the model's positions"
 TOO_FEW_DISTRACTORS = "too few passages without an answer"
 NO_ANSWER = "no answer in the task file"
+TOO_FEW_GOLDS = "too few gold documents"
+TOO_FEW_DECOYS = "too few decoys"
+ANSWER_IN_SHOTS = "an answer that stands in the worked examples"
 NO_EMBEDDING = "a token that the model has no embedding for"
 LOOKED_AT = 100  # questions whose documents are read for unknown words
 UNKNOWN_SHARE = 0.01  # of the tokens of documents, from which on it is said
@@ -77,7 +82,7 @@ class QuestionContexts:
     alias: Alias
     contexts: list[Context]
     left_out: dict[str, list[int]]  # context size and reason: the question's id
-    n_tokens: int  # computed to choose the answer
+    n_tokens: int  # computed to choose the answer, and whether to keep the question
     n_replaced: int  # of its own passages that hold an answer; others stand for them
 
 
@@ -88,6 +93,7 @@ def choose_context(
     question: int | None,
     documents: int | None,
     gold_position: int | None,
+    decoy_position: int | None = None,
 ) -> Context:
     """One context to look at.
 
@@ -98,6 +104,7 @@ def choose_context(
         question: Its id; None for the first that could be asked at the size.
         documents: The size; None for the one that shows best, the smallest with other documents.
         gold_position: None for the first.
+        decoy_position: None for the first.
 
     Raises:
         InputError: There is no such context.
@@ -111,7 +118,9 @@ def choose_context(
         for asked in questions:
             contexts = [context for context in builder.build(asked).contexts if context.n_documents == size]
             if contexts:
-                return pick("``gold_position``", contexts, lambda context: context.gold_position, gold_position)
+                pick("``gold_position``", contexts, lambda context: context.gold_position, gold_position)
+                own = [c for c in contexts if gold_position in (None, c.gold_position)]
+                return pick("``decoy_position``", own, lambda c: c.placement.decoy_position, decoy_position)
     where = "" if documents is None else f" with {condition_name(documents)}"
     got = "none" if question is None else f"question {question}, which was left out"
     raise InputError(f"``question``: expected one that the run could ask{where}, got {got}")
@@ -144,11 +153,16 @@ class ContextBuilder:
 
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        n_tokens = 0
         try:
             alias, n_tokens = self._alias(question)
+            reason, n_more = self._why_not_kept(question, alias.index)
+            n_tokens += n_more
         except CannotAskError as error:
-            reasons = {f"{condition_name(size)}: {error}": [question.id] for size in self._options.documents}
-            return QuestionContexts(NO_ALIAS, [], reasons, 0, 0)
+            reason = str(error)
+        if reason is not None:
+            reasons = {f"{condition_name(size)}: {reason}": [question.id] for size in self._options.documents}
+            return QuestionContexts(NO_ALIAS, [], reasons, n_tokens, 0)
         contexts, left_out, n_replaced = [], {}, 0
         for size in self._options.documents:
             found = self._of_size(question, size, alias.index)
@@ -161,26 +175,36 @@ class ContextBuilder:
 
     def document_spans(self, context: Context) -> list[tuple[int, int] | None]:
         """Tokens of every document of a context, end exclusive; None where the tokenizer knows no offsets."""
-        distractors = self._distractors.choose(context.question, context.n_documents - 1) or []
-        place = context.gold_position
-        documents = [*distractors[:place], context.question.gold, *distractors[place:]] if context.n_documents else []
+        placement = context.placement
+        others = context.n_documents - placement.golds - placement.decoys
+        distractors = self._distractors.choose(context.question, max(0, others)) or []
+        documents = arrange(context.question, distractors, placement)
         return find_documents(self._loaded.tokenizer, self._template, context.question, documents)
 
     def _of_size(self, question: Question, size: int, alias: int) -> list[Context] | str:
         """The contexts, or why there are none."""
-        distractors = [] if size == CLOSED_BOOK else self._distractors.choose(question, size - 1)
+        placements = self._options.placements(size)
+        golds, decoys = placements[0].golds, placements[0].decoys
+        if golds > 1 + len(question.golds):
+            return TOO_FEW_GOLDS
+        if self._options.n_decoys and max(1, decoys) > len(question.decoys):
+            return TOO_FEW_DECOYS
+        distractors = self._distractors.choose(question, max(0, size - golds - decoys))
         if distractors is None:
             return TOO_FEW_DISTRACTORS
-        positions = gold_positions(self._options.gold_positions, size)
         try:
-            contexts = [self._build(question, distractors, position, alias) for position in positions]
+            contexts = [self._build(question, distractors, placement, alias) for placement in placements]
         except CannotAskError as error:
             return str(error)
         return CONTEXT_TOO_LONG if self._any_too_long(contexts) else contexts
 
-    def _build(self, question: Question, distractors: list[Document], gold_position: int, alias: int) -> Context:
-        context = build_context(self._loaded.tokenizer, self._template, question, distractors, gold_position, alias)
-        if not self._loaded.has_embeddings((*context.input_ids, *context.prompt_ids, context.answer_ids[-1])):
+    def _build(
+        self, question: Question, distractors: list[Document], placement: Placement, alias: int, decoy: bool = True
+    ) -> Context:
+        decoy = decoy and self._options.n_decoys > 0
+        context = build_context(self._loaded.tokenizer, self._template, question, distractors, placement, alias, decoy)
+        ids = (*context.input_ids, *context.prompt_ids, context.answer_ids[-1], context.decoy_id or 0)
+        if not self._loaded.has_embeddings(ids):
             raise CannotAskError(NO_EMBEDDING)
         return context
 
@@ -192,12 +216,14 @@ class ContextBuilder:
         """
         if not question.answers:
             raise CannotAskError(NO_ANSWER)
+        if self._template.shots and self._template.shots.has_answer_of(question):
+            raise CannotAskError(ANSWER_IN_SHOTS)
         if self._options.alias == "first" or len(question.answers) == 1:
             return Alias(0, "first" if len(question.answers) > 1 else "only"), 0
         oracles: dict[int, Context] = {}  # by the answers that the model can be asked for
         for alias in range(len(question.answers)):
             try:
-                oracles[alias] = self._build(question, [], 0, alias)
+                oracles[alias] = self._build(question, [], Placement(0), alias, decoy=False)
             except CannotAskError as error:
                 reason = error
         if not oracles:
@@ -207,6 +233,23 @@ class ContextBuilder:
             return Alias(min(oracles), f"first: {CONTEXT_TOO_LONG}"), 0
         n_tokens = sum(len(context.input_ids) for context in contexts)
         return best_alias(dict(zip(oracles, alias_scores(self._runner, contexts), strict=True))), n_tokens
+
+    def _why_not_kept(self, question: Question, alias: int) -> tuple[str | None, int]:
+        """The reason to leave a question out by what the model says of it, None to keep it, and the tokens this took.
+
+        Raises:
+            CannotAskError: See `_build`.
+        """
+        n_tokens = 0
+        for size, is_wanted, reason in CONDITIONS[self._options.keep]:
+            placement = Placement() if size == CLOSED_BOOK else Placement(0)
+            context = self._build(question, [], placement, alias, decoy=False)
+            if self._any_too_long([context]):
+                return CONTEXT_TOO_LONG, n_tokens
+            n_tokens += len(context.input_ids)
+            if is_predicted(self._runner, context) != is_wanted:
+                return reason, n_tokens
+        return None, n_tokens
 
     def _any_too_long(self, contexts: list[Context]) -> bool:
         lengths = (max(len(context.input_ids), len(context.prompt_ids)) for context in contexts)
@@ -228,6 +271,9 @@ def remarks(options: SweepConfig, template: Template, questions: list[Question],
             f"{task}: with the gold document alone the one that names the friend is missing; what is right there is "
             "the only value of the context, found in no hop"
         )
+    if template.shots:
+        ids = ", ".join(map(str, template.shots.ids))
+        yield f"``shots`` {options.shots}: the worked examples are questions of the task that are not asked, {ids}"
     yield from _special_tokens(task, template, questions, loaded)
     yield from _unknown_words(task, questions, loaded)
     yield from _prompt(options, template, questions, loaded)

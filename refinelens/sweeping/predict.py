@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..config import GENERATED_SETTLE, SweepConfig, gold_positions
+from ..config import GENERATED_SETTLE, SweepConfig
 from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
@@ -26,7 +26,7 @@ from ..lens.reading import LayerReading
 from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
 from ..model.identity import text_of
 from ..model.loading import LoadedModel
-from ..store.results import NO_ANSWER_TOKEN, PREDICTIONS, QuestionResult, predictions_schema
+from ..store.results import NO_ANSWER_TOKEN, QuestionResult, predictions_schema
 from .columns import FurtherColumns
 from .contexts import ContextBuilder
 from .generate import Generation, Generator, check_cache
@@ -51,7 +51,7 @@ def questions_together(options: SweepConfig, device_type: str) -> int:
     alone = options.positions == "all" or options.reuse_prefix == "on"  # much to hold; contexts that run one by one
     if alone or size == "1" or (size == "auto" and device_type == "cpu"):
         return 1
-    n_contexts = sum(len(gold_positions(options.gold_positions, n)) for n in options.documents)
+    n_contexts = sum(len(options.placements(n)) for n in options.documents)
     return max(1, max(CONTEXTS_AT_A_TIME, 0 if size == "auto" else int(size)) // n_contexts)
 
 
@@ -106,9 +106,11 @@ def read_contexts(
         targets = logit_lens.stats(hidden[-1]).argmax
     else:
         targets = torch.tensor([[id for one in ran for id in one.input.next_ids]], device=hidden.device)
+    decoys = [one.input.context.decoy_id for one in ran for _ in one.input.next_ids]
+    others = None if decoys[0] is None else torch.tensor(decoys, device=hidden.device)[None, :, None]
     read = {}
     for lens in lenses:
-        reading = logit_lens.read_states(hidden, targets, lens.translators, check_last=False)
+        reading = logit_lens.read_states(hidden, targets, lens.translators, alternatives=others, check_last=False)
         measured = measures_of(logit_lens, hidden, reading, lens.translators, measures)
         read[lens.name] = Read(reading.to("cpu"), measured)
     targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
@@ -140,7 +142,7 @@ def prediction_table(
         schema: Of the table, see `predictions_schema`.
         further: Makes columns of it that are no measures of every layer.
     """
-    shared = _shared_columns(ran, target_ids.numpy(), text)
+    shared = _shared_columns(ran, target_ids.numpy(), text, schema)
     tables = []
     for lens, own in read.items():
         argmax = own.reading.argmax.T.numpy()
@@ -151,6 +153,8 @@ def prediction_table(
 
 def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], schema: pa.Schema) -> pa.Table:
     tensors = {name: getattr(read.reading.stats, name) for name in STATISTICS} | {"kl": read.reading.kl}
+    if read.reading.alternatives is not None:
+        tensors |= {f"decoy_{name}": getattr(read.reading.alternatives, name)[..., 0] for name in ("rank", "logprob")}
     lists = {name: value.T.numpy() for name, value in (tensors | read.measures).items()}
     lists["argmax_text"] = _texts(lists["argmax"], text)
     own = {name: _lists(values) for name, values in lists.items()}
@@ -158,7 +162,7 @@ def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], sche
     return pa.table([columns[name] for name in schema.names], schema.names).cast(schema)
 
 
-def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str]) -> dict:
+def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str], schema: pa.Schema) -> dict:
     """Columns that all lenses have alike."""
     asked, context, next_ids = ran.input, ran.input.context, np.array(ran.input.next_ids)
     start, end = context.gold_span or (None, None)
@@ -168,6 +172,9 @@ def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[in
         "source_id": context.question.source_id,
         "documents": context.n_documents,
         "gold_position": context.gold_position,
+        "decoy_position": context.placement.decoy_position,
+        "decoy_answer": context.question.decoy_answer,
+        "decoy_id": context.decoy_id,
         "n_tokens": len(context.input_ids),
         "gold_start": start,
         "gold_end": end,
@@ -179,7 +186,9 @@ def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[in
     positions = np.array(asked.positions)
     answer_token = np.maximum(positions - (context.prompt_length - 1), NO_ANSWER_TOKEN)
     return {
-        name: pa.array([value] * len(next_ids), PREDICTIONS.field(name).type) for name, value in constants.items()
+        name: pa.array([value] * len(next_ids), schema.field(name).type)
+        for name, value in constants.items()
+        if name in schema.names
     } | {
         "position": positions,
         "answer_token": answer_token,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..config import ORACLE
 from ..machine import now
+from ..placement import ORACLE
 from ..store.folder import FolderWriter
 from ..store.layers import LayersFolder
 from ..store.results import LAYERS, Part, QuestionResult, Run, write_rows

@@ -15,11 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import CLOSED_BOOK, GENERATED_SETTLE, STATES, SweepConfig, check_top, gold_positions
+from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, STATES, SweepConfig, check_top
 from ..data.frequencies import TokenFrequencies, count_tokens
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
-from ..data.questions import QA, Question
+from ..data.questions import Question
+from ..data.shots import Shots, draw_shots
 from ..data.tasks import Task, choose_questions, load_task
 from ..data.texts import load_text
 from ..errors import InputError, resume_call
@@ -29,43 +30,23 @@ from ..machine import device_name, working_folder
 from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
 from ..op.backends import choose_backend
+from ..placement import CLOSED_BOOK
 from ..progress import Progress, unseen
 from ..report.rows import Report
 from ..report.summary import read_report
 from ..report.tables import write_outputs
 from ..store.files import check_disk
-from ..store.folder import MadeOf, go_on, process_entry
+from ..store.folder import go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
 from ..store.results import SCHEMA_VERSION, QuestionResult, Run
 from .contexts import ContextBuilder, choose_context, remarks
 from .predict import Predictor, groups_of, questions_together
 from .recorder import AccuracySoFar, RunWriter
+from .run_spec import RunSpec
 from .workers import Workers
 
 UNIT = "the current question, then its tables"
 QUESTIONS_PER_PART = 8
-WORDS = {"tiny", "smollm2", "builtin", "nq", *GENERATORS, "plain", *QA.templates}  # of options, which name no file
-
-
-@dataclass(frozen=True)
-class RunSpec(MadeOf):
-    """What a run was made of, its options among it."""
-
-    @property
-    def options(self) -> SweepConfig:
-        """The options that the run was made with; files and folders are found from any folder."""
-        values = dict(self.manifest["arguments"])
-        for name in ("model", "task", "template", "frequencies"):
-            values[name] = values.get(name) and self._from_here(values[name])
-        return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
-
-    def _from_here(self, name: str) -> str:
-        """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
-        folder = self.manifest.get("folder")
-        if folder in (None, working_folder()) or name in WORDS or Path(name).is_absolute():
-            return name
-        there = Path(folder) / name
-        return str(there) if there.exists() else name
 
 
 @dataclass(frozen=True)
@@ -105,9 +86,17 @@ class SweepInputs:
         require("task.sha256", task.sha256)
         template = Template(task.format, load_template(options.template, task.format))
         require("template", template.text)
-        if CLOSED_BOOK in options.documents and task.format.closed_book is None:
-            raise InputError(f"``documents='closed-book'``: expected a task that can be asked so, got {options.task}")
+        for option, is_given in (
+            ("documents='closed-book'", CLOSED_BOOK in options.documents),
+            ("keep='needs-document'", options.keep == NEEDS_DOCUMENT),
+        ):
+            if is_given and task.format.closed_book is None:
+                raise InputError(f"``{option}``: expected a task that can be asked closed-book, got {options.task}")
         questions = choose_questions(task, options.examples, options.seed)
+        if options.shots:
+            drawn = Shots.of_entries(spec.manifest["shots"]) if spec else draw_shots(options, task, questions, template)
+            template = replace(template, shots=drawn)
+            questions = [question for question in questions if question.id not in drawn.ids]
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
@@ -124,7 +113,7 @@ class SweepInputs:
         if options.chat:
             require("chat.template_sha256", template_hash(loaded.tokenizer))
             # The template may write the date: a run that goes on keeps the text that it began with.
-            chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer)
+            chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer, options.shots)
             template = replace(template, chat=chat)
         logit_lens = LogitLens(loaded.model)
         require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
@@ -184,6 +173,7 @@ class SweepInputs:
             "template": template.text,
             "closed_book_template": template.format.closed_book,
             "chat": None if template.chat is None else asdict(template.chat),
+            **({"shots": template.shots.entries()} if template.shots else {}),
             "platform": platform.platform(),
             "finished": None,
             "seconds": None,
@@ -198,10 +188,9 @@ class SweepInputs:
         """What builds contexts."""
         return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
 
-    def context(self, question: int | None, documents: int | None, gold_position: int | None) -> Context:
+    def context(self, *which: int | None) -> Context:
         """One context of a run to look at, see `choose_context`."""
-        sizes = self.options.documents
-        return choose_context(self.builder(), self.questions, sizes, question, documents, gold_position)
+        return choose_context(self.builder(), self.questions, self.options.documents, *which)
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
@@ -215,15 +204,6 @@ class SweepInputs:
             if stopped():
                 return
             yield from zip(group, predictor.ask(self.questions, group), strict=True)
-
-
-def _check_columns(spec: RunSpec) -> None:
-    """Refuse to go on with a run whose further columns would be others from here on."""
-    options = spec.options
-    if GENERATED_SETTLE in options.extras:
-        spec.require("extras", list(options.extras))  # a run of before has no such column
-    if options.frequencies is not None:
-        spec.require("frequencies.sha256", load_text(options.frequencies, "frequencies").sha256)
 
 
 def _check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
@@ -350,7 +330,7 @@ class _Sweep:
         manifest = self.run.checked_manifest()  # another process may have written it meanwhile
         spec, parts = RunSpec(self.run.path, manifest, "``resume``"), self.run.whole_parts(manifest, self.warn)
         try:
-            _check_columns(spec)
+            spec.check_columns()
             inputs = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None
@@ -379,8 +359,10 @@ class _Sweep:
             raise Interrupted(stop.signum, self.run if writer.has_rows else None)
         if not writer.has_rows:
             reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in writer.left_out.items())
+            keeps_all = writer.manifest["arguments"]["keep"] == EVERY_QUESTION
             raise InputError(
                 f"expected at least one question that can be asked, got none ({reasons}); change ``documents``"
+                f"{'' if keeps_all else ' or ``keep``'}"
             )
         return self.run
 
@@ -430,8 +412,9 @@ def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
     """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer and 512
     per prediction, 8 per generated token, of answer tokens 4 and 64 more per threshold, 2 per number of a state."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
-    n_contexts = [len(gold_positions(options.gold_positions, size)) for size in options.documents]
-    n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) for size in options.documents]
+    n_contexts = [len(options.placements(size)) for size in options.documents]
+    of_shots = 200 * options.shots * (options.shot_documents + 1)
+    n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) + of_shots for size in options.documents]
     per_row = (n_layers + 1) * 64 + 512 + 8 * options.generate
     per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
     per_context = sum(n * (tokens * per_row + per_answer) for n, tokens in zip(n_contexts, n_tokens, strict=True))

@@ -131,4 +131,4 @@ def test_sweep_of_generated_pairs(tmp_path, capsys):
     run.write_manifest(run.manifest | {"status": "interrupted"})
     assert main(["sweep", "--resume", str(tmp_path / "run")]) == 0
     assert main([*command, "--overwrite", "--documents", "closed-book,3"]) == 2
-    assert "--documents closed-book: expected a task that can be asked so, got kv" in capsys.readouterr().err
+    assert "--documents closed-book: expected a task that can be asked closed-book, got kv" in capsys.readouterr().err

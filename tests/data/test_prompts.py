@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refinelens.config import gold_positions
 from refinelens.data.prompts import DEFAULT_TEMPLATE, Template, build_context, load_template
 from refinelens.data.questions import QA, Document, Question
 from refinelens.errors import InputError
+from refinelens.placement import gold_positions
 from tiny import byte_tokenizer, word_tokenizer
 
 GOLD = Document("arven", "the door is black iron gate .")

@@ -69,7 +69,7 @@ def test_missing_files_and_variable(monkeypatch):
     monkeypatch.delenv("REFINELENS_NQ", raising=False)
     with pytest.raises(InputError, match="REFINELENS_NQ"):
         load_task("nq")
-    with pytest.raises(InputError, match="expected builtin, nq, kv, tiny, tiny-friends, tiny-hops or a .jsonl"):
+    with pytest.raises(InputError, match="expected builtin, cues, nq, kv, tiny, .* or a .jsonl"):
         load_task("no-such-file.jsonl")
 
 

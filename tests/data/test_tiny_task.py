@@ -11,6 +11,7 @@ from refinelens.data.generated import (
     HELD_OUT,
     HOPS,
     RELATIONS,
+    TINY_CUES,
     TRAINED,
     VALUES,
     WORDINGS,
@@ -66,7 +67,7 @@ def test_the_vocabulary_has_every_word_once():
         assert set(re.findall(r"\w+|[.?:]", text)) <= set(words)
 
 
-@pytest.mark.parametrize("name", ["tiny", FRIENDS, HOPS])
+@pytest.mark.parametrize("name", ["tiny", FRIENDS, HOPS, TINY_CUES])
 def test_a_question_depends_on_seed_and_number_alone(name):
     task = generate_task(name, 5, 10, seed=3)
     again, fewer = generate_task(name, 5, 10, seed=3), generate_task(name, 2, 4, seed=3)

@@ -13,7 +13,7 @@ from refinelens.cli import MARK, in_options
 from refinelens.config import BenchConfig, FitConfig, LayersConfig, SweepConfig, WidgetConfig
 from refinelens.errors import InputError, resume_call
 from refinelens.options import Config
-from refinelens.parser import build_parser, config_of, known_options
+from refinelens.parser import build_parser, config_of, known_options, option_of
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
@@ -24,12 +24,14 @@ COMMANDS = {  # config and what the command line alone is asked
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
     "read": (config.ReadConfig, {"text", "html", "png", "json"}),
     "report": (Config, {"folders", "out"}),
+    "convert": (Config, {"file", "from_", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
     "doctor": (config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
 REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
+REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
 REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
@@ -74,7 +76,7 @@ def test_defaults_are_those_of_the_config(command):
 def test_the_command_line_and_python_give_the_same():
     typed = (
         "sweep --model tiny --documents 10,closed-book --gold-positions 0,4 --examples 8 --top 5,1 --lens plain,x "
-        "--chat --batch-size 2 --measures top5,jsd"
+        "--chat --keep answered --shots 2 --shot-documents 3 --batch-size 2 --measures top5,jsd"
     )
     given = config_of(build_parser().parse_args(typed.split()), SweepConfig)
     options = SweepConfig(
@@ -85,6 +87,9 @@ def test_the_command_line_and_python_give_the_same():
         top=[5, 1],
         lens=["plain", Path("x")],
         chat=True,
+        keep="answered",
+        shots=2,
+        shot_documents=3,
         batch_size=2,
         measures=["jsd", "top5"],
     )
@@ -94,6 +99,9 @@ def test_the_command_line_and_python_give_the_same():
         "task": "tiny",
         "documents": [0, 10],
         "gold_positions": "0,4",
+        "golds": 1,
+        "decoys": None,
+        "decoy_positions": "all",
         "examples": 8,
         "target": "answer",
         "positions": "answer",
@@ -105,6 +113,9 @@ def test_the_command_line_and_python_give_the_same():
         "lens": ["plain", "x"],
         "template": "default",
         "chat": True,
+        "keep": "answered",
+        "shots": 2,
+        "shot_documents": 3,
         "alias": "first",
         "device": "auto",
         "dtype": "auto",
@@ -174,6 +185,7 @@ def test_what_does_not_fit_names_the_parameter(kind, given, message):
         ("``batch_size``: expected 1", "--batch-size: expected 1"),
         ("``model`` a/b: use ``dtype='float32'``", "--model a/b: use --dtype float32"),
         ("pass ``overwrite=True`` or leave ``chat`` out", "pass --overwrite or leave --chat out"),
+        ("``convert(from_='squad')`` makes one", "refinelens convert --from squad makes one"),
         (f"{resume_call('my runs/it')} goes on", "refinelens sweep --resume my runs/it goes on"),
         ("names as they are: `model`, ``none_of_ours``, {documents}, --x", None),
     ],
@@ -202,4 +214,4 @@ def test_the_library_speaks_of_parameters_alone():
             options -= {"--"} if name in LINES else set()
             assert options == KEPT.get(name, set()), name
             marks |= {found[1] for text in strings for found in MARK.findall(text)}
-    assert len(marks) > 20 and {f"--{mark.replace('_', '-')}" for mark in marks} <= known_options()
+    assert len(marks) > 20 and {option_of(mark) for mark in marks} <= known_options()

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "refinelens"
 # A package must not import one that stands after it, nor one beside it on its line.
 LINES = ("kernels", "op", "model store", "pages", "lens data", "report", "sweeping fitting bench", "layers")
 ORDER = [line.split() for line in LINES]
-BASE = {"errors", "options", "config", "machine", "progress", "stats", "_C"}  # which any package may import
+# Which any package may import.
+BASE = {"errors", "options", "placement", "config", "machine", "progress", "stats", "_C"}
 COMMANDS = {"api", "cli", "parser", "doctor", "lens_json", "read", "run_page"}  # which nothing imports
 
 

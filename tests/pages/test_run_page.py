@@ -285,3 +285,26 @@ def test_what_was_measured_is_drawn(chromium, tmp_path):
         assert probe.locator("svg circle").count() == 3 * 9  # probe, lens and chance at every layer
         settling = layers.locator("table").first.locator("tbody tr").first.locator("td").all()
         assert re.fullmatch(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", settling[-1].text_content())
+
+
+def test_two_answers_and_who_wins(chromium, tmp_path):
+    asked = {"task": "tiny-cues", "documents": ("oracle", 4), "examples": 4, "device": "cpu"}
+    refinelens.sweep("tiny", out=tmp_path / "run", **asked)
+    run = open_run(tmp_path / "run")
+    text, _ = report_page([run])
+    (head,) = head_of(text)["runs"]
+    assert head["decoys"] == 1 and len(head["contexts"]) == 4 * 13
+    write_report_page([run], tmp_path / "page.html")
+    row = next(r for r in rows_of(run) if (r["gold_position"], r["decoy_position"]) == (2, 0))
+    with opened(chromium, tmp_path / "page.html", height=1600) as page:
+        words = page.locator("#layers").text_content()
+        assert "Two answers" in words and "decoy first" in words and "no decoy" in words
+        page.fill("#filter", str(row["question_id"]))
+        page.locator(".rows .row", has_text="4 documents20").first.click()
+        tokens = page.locator("#tokens")
+        assert "gold position 2, decoy position 0" in tokens.text_content()
+        assert f"decoys: {row['decoy_answer']}" in tokens.text_content()
+        assert "--gold-position 2 --decoy-position 0" in tokens.text_content()
+        kinds = [item.get_attribute("class") for item in page.locator("#tokens ol.documents li").all()]
+        assert kinds == ["decoy", "", "gold", ""]
+        assert row["decoy_answer"] in page.locator("#tokens li.decoy").text_content()

@@ -70,6 +70,18 @@ def test_noise_and_permuted_labels_are_found_by_chance(permuted):
     assert missed <= 8
 
 
+def test_a_position_may_have_several_contexts_of_a_question():
+    """As with decoys, which stand at every other place: two contexts at one position, one at each other."""
+    one = planted(40)
+    several = {name: values[:, [0, 0, 1, 2]] for name, values in one.items()}
+    rows, wanted = list(rows_of_size(5, several, seed=0)), list(rows_of_size(5, one, seed=0))
+    assert {row.chance for row in rows} == {0.5} and len(rows) == len(wanted)
+    for row, alone in zip(rows, wanted, strict=True):
+        assert (row.gold_position, row.layer, row.questions) == (alone.gold_position, alone.layer, 40)
+        assert row.lens_accuracy.value == alone.lens_accuracy.value
+        assert row.layer < PLANTED or row.accuracy.value == 1
+
+
 def test_few_questions_have_no_probe():
     assert list(rows_of_size(5, planted(FEWEST - 1), seed=0)) == []
     assert len(list(rows_of_size(5, planted(FEWEST), seed=0))) == (N_LAYERS + 1) * 4

@@ -11,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refinelens.cli import main
-from refinelens.config import SweepConfig, condition_name, gold_positions
+from refinelens.config import SweepConfig
 from refinelens.data.prompts import DEFAULT_TEMPLATE, Chat, Template, build_context, render_chat
 from refinelens.data.questions import QA, QUERY_AWARE, Document, Question
 from refinelens.errors import InputError
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.runner import ForwardRunner
 from refinelens.model.loading import load_model
+from refinelens.placement import condition_name, gold_positions
 from refinelens.store.results import open_run
 from refinelens.sweeping.contexts import alias_scores
 from refinelens.sweeping.sweep import run_sweep

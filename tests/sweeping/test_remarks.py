@@ -93,13 +93,15 @@ def as_parquet(path):
         (
             "q.json",
             json.dumps({"version": "1.1", "data": [{"title": "a", "paragraphs": []}]}),
-            "got a file of SQuAD .*; write one line for each question",
+            r"got a file of SQuAD; ``convert\(from_='squad'\)`` makes a task of the file",
         ),
         (
             "q.json",
             json.dumps([{"_id": "5a", "supporting_facts": [["a", 0]], "context": [["a", ["b"]]]}]),
-            "got one JSON array of a question of HotpotQA",
+            r"got one JSON array of a question of HotpotQA; ``convert\(from_='hotpotqa'\)``",
         ),
+        ("q.json", json.dumps({"Version": 1, "Data": []}), "got a file of TriviaQA"),
+        ("q.jsonl", json.dumps({"question": "what ?", "entity_pages": {}}), "got a question of TriviaQA"),
         ("q.jsonl", json.dumps(SQUAD | {"answers": {"text": ["red"], "answer_start": [3]}}), "got a question of SQuAD"),
         ("q.jsonl", json.dumps({"title": "a", "paragraphs": []}), "got an article of SQuAD"),
     ],

@@ -3,7 +3,7 @@
 const ROWS = 28, STRIP = 26; // pixels of a row; rows that are elements at a time
 const PRINTED = 200; // rows on paper
 const HELP_OF = {
-  gold: "gold position", right: "the model's own prediction is the answer token",
+  gold: "gold position", decoy: "position of the first decoy", right: "the model's own prediction is the answer token",
   depth: "settle - first correct; - is censored", first: "first correct layer",
   settle: "layer from which it stays correct", flips: "changes of correctness", rank: "at the output",
 };
@@ -13,7 +13,8 @@ function questionsLevel(run, show) {
   const { rows, contextOf } = run;
   const columns = { // what a row is sorted by
     question: (r) => contextOf(r).question, text: (r) => run.textOf(contextOf(r)),
-    context: (r) => contextOf(r).documents, gold: (r) => contextOf(r).gold, right: (r) => rows.correct[r],
+    context: (r) => contextOf(r).documents, gold: (r) => contextOf(r).gold,
+    ...(run.decoys ? { decoy: (r) => contextOf(r).decoy } : {}), right: (r) => rows.correct[r],
     depth: (r) => run.depth(r) ?? -1, first: (r) => rows.first[r], settle: (r) => rows.settle[r],
     flips: (r) => rows.flips[r], rank: (r) => run.rank(r, run.n_layers) + 1,
   };
@@ -24,7 +25,7 @@ function questionsLevel(run, show) {
   const list = element("div", { class: "list", role: "table", tabindex: "0", "aria-label": "contexts",
     onscroll: () => requestAnimationFrame(() => paint()), onkeydown: key }, body);
   const count = element("span", { class: "faint", id: "count", "aria-live": "polite" });
-  const heads = element("div", { class: "row heads", role: "row" }, ...names.map((name) =>
+  const heads = element("div", { class: `row heads ${run.decoys ? "wider" : ""}`, role: "row" }, ...names.map((name) =>
     element("button", { type: "button", title: HELP_OF[name], onclick: () => sortBy(name) }, name)),
   element("span", {}, "rank over layers"));
 
@@ -64,7 +65,8 @@ function questionsLevel(run, show) {
   function paint(start = Math.max(0, Math.floor(list.scrollTop / ROWS) - 4), many = STRIP) {
     body.replaceChildren(...state.rows.slice(start, start + many).map((row, i) => {
       const context = rows.context[row], at = `top:${(start + i) * ROWS}px`;
-      return element("div", { class: `row ${chosen.includes(context) ? "chosen" : ""}`, role: "row", style: at,
+      const kind = `row ${run.decoys ? "wider" : ""} ${chosen.includes(context) ? "chosen" : ""}`;
+      return element("div", { class: kind, role: "row", style: at,
         "data-row": row, onclick: (event) => choose(context, event.shiftKey) },
       ...names.map((name) => cell(name, row)), element("i", { class: "strip", style: `background:${strip(row)}` }));
     }));
@@ -135,11 +137,13 @@ function tokensLevel(run) {
 
 function contextView(run, place) {
   const context = run.contexts[place], question = run.questions[context.question], parts = [];
-  const at = context.gold < 0 ? "" : `, gold position ${context.gold}`;
+  const at = (context.gold < 0 ? "" : `, gold position ${context.gold}`) +
+    (context.decoy < 0 ? "" : `, decoy position ${context.decoy}`);
   parts.push(element("h3", {}, `Question ${context.question}, ${condition(context.documents)}${at}`));
   if (question) {
+    const other = run.decoys ? `; decoys: ${question.decoy_answer}` : "";
     parts.push(element("p", {}, question.question),
-      element("p", { class: "faint" }, `answers: ${question.answers.join(" | ")}`));
+      element("p", { class: "faint" }, `answers: ${question.answers.join(" | ")}${other}`));
   }
   if (context.generated !== null) {
     const verdict = context.generated_correct ? " (right)" : " (wrong)";
@@ -152,9 +156,10 @@ function contextView(run, place) {
     const own = run.byContext[place].filter((row) => run.rows.lens[row] === number);
     if (own.length) parts.push(tokensTable(run, lens, own));
   });
-  parts.push(documentsView(run, context, question));
+  parts.push(...cueCharts(run, place), documentsView(run, context, question));
   const which = `--question ${context.question} --documents ${context.documents}` +
-    (context.gold < 0 ? "" : ` --gold-position ${context.gold}`);
+    (context.gold < 0 ? "" : ` --gold-position ${context.gold}`) +
+    (context.decoy < 0 ? "" : ` --decoy-position ${context.decoy}`);
   parts.push(element("p", { class: "faint" }, "every token of this context: ",
     element("code", {}, `refinelens read ${run.folder} ${which} --html context.html`)));
   return element("div", { class: "context" }, ...parts);
@@ -182,11 +187,10 @@ function tokensTable(run, lens, own) {
 function documentsView(run, context, question) {
   if (!question) return element("p", { class: "faint" }, run.documents_why || "");
   if (context.documents === 0) return element("p", { class: "faint" }, "closed-book: no document");
-  const places = question.distractors.slice(0, context.documents - 1);
-  places.splice(context.gold, 0, question.gold);
-  const items = places.map((place, i) => {
+  const places = documentsOf(run, context, question);
+  const items = places.map(([place, kind]) => {
     const [title, text] = run.documents[place];
-    return element("li", { class: i === context.gold ? "gold" : "" }, element("b", {}, title), ` ${text}`);
+    return element("li", { class: kind }, element("b", {}, title), ` ${text}`);
   });
   return element("details", {}, element("summary", {}, `${places.length} documents`),
     element("ol", { start: "0", class: "documents" }, ...items));

@@ -21,7 +21,7 @@ function readRun(run, arrays, prefix) {
   const own = Object.entries(arrays).filter(([name]) => name.startsWith(prefix));
   const rows = Object.fromEntries(own.map(([name, array]) => [name.slice(prefix.length), array]));
   const n = rows.rank ? rows.rank.shape[0] : 0, layers = run.n_layers + 1;
-  const places = new Map(run.contexts.map((c, i) => [`${c.question}/${c.documents}/${c.gold}`, i]));
+  const places = new Map(run.contexts.map((c, i) => [`${c.question}/${c.documents}/${c.gold}/${c.decoy}`, i]));
   const byContext = run.contexts.map(() => []);
   for (let row = 0; row < n; row++) byContext[rows.context[row]].push(row);
   return {
@@ -108,7 +108,8 @@ function layersLevel(run) {
     choice("lens", run.lenses.map((l) => [l, l]), state.lens, (v) => { state.lens = v; draw(); }),
     choice("context", sizes.map((s) => [String(s), condition(s)]), String(state.documents),
       (v) => { state.documents = +v; draw(); }));
-  return section("layers", "Layers", bar, charts, ...settlingParts(run), ...probeParts(run), ...analysisParts(run));
+  const measured = [...cuesParts(run), ...settlingParts(run), ...probeParts(run)];
+  return section("layers", "Layers", bar, charts, ...measured, ...analysisParts(run));
 }
 
 // Of an analysis of layers, from its own tables.

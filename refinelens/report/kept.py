@@ -1,0 +1,32 @@
+"""What is said of a run that keeps some questions alone."""
+
+from __future__ import annotations
+
+from ..config import ANSWERED, EVERY_QUESTION, NEEDS_DOCUMENT
+from .rows import counted
+
+# Reasons to leave a question out, as the manifest has them behind each context size.
+NOT_ANSWERED = "an answer that the model does not give after the gold document alone"
+KNOWN = "an answer that the model gives without a document"
+IN_WORDS = {
+    ANSWERED: "whose first answer token is the model's own prediction after the gold document alone",
+    NEEDS_DOCUMENT: "whose first answer token is the model's own prediction after the gold document alone, and is not "
+    "without documents",
+}
+
+
+def kept_lines(manifest: dict) -> list[str]:
+    """What all numbers of a run are about, and how many questions were left out for it; none of one that keeps all."""
+    keep, counts = manifest["arguments"].get("keep", EVERY_QUESTION), manifest["counts"]
+    if keep == EVERY_QUESTION:
+        return []
+    ids = {reason: set() for reason in (NOT_ANSWERED, KNOWN)}
+    for key, own in counts["left_out"].items():
+        for reason, found in ids.items():
+            found.update(own if key.endswith(f": {reason}") else ())
+    reasons = ", ".join(f"{len(found)} with {reason}" for reason, found in ids.items() if found)
+    return [
+        f"All numbers are about the questions {IN_WORDS[keep]}, and not about the task: of "
+        f"{counted(counts.get('done', 0), 'question')} {sum(map(len, ids.values()))} were left out for that"
+        f"{f' ({reasons})' if reasons else ''}."
+    ]
