@@ -16,8 +16,9 @@ import torch
 from harness import machine, options_of, turns
 
 from refinelens.bench.measure import torch_threads
+from refinelens.data.texts import load_text
 from refinelens.fitting.jacobian import SKIPPED, JacobianEstimator, _frozen, _graph
-from refinelens.fitting.text import load_text, sequences
+from refinelens.fitting.text import sequences
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.hooks import run_base
 from refinelens.model.loading import load_model

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config
 from .errors import FaultError, InputError, resume_call
-from .options import check_idle
+from .options import check_idle, check_utf8
 from .parser import build_parser, check_values, config_of, known_options, option_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         for word in argv:
-            config.check_utf8("command line", word)
+            check_utf8("command line", word)
         check_values(arguments)
         _calm_libraries()
         return COMMANDS[arguments.command](arguments, argv)

@@ -24,7 +24,9 @@ MOST_THREADS = 4096
 POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
 KEEP = EVERY_QUESTION, ANSWERED, NEEDS_DOCUMENT = ("all", "answered", "needs-document")
-MEASURES = JSD, TOP5, SUBLAYERS = ("jsd", "top5", "sublayers")  # of every layer, beside what is always stored
+# Stored beside what always is: of every layer, but for the states before an answer.
+MEASURES = JSD, TOP5, SUBLAYERS, FREQUENCY, STATES = ("jsd", "top5", "sublayers", "frequency", "states")
+GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
 CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
 DECOYS = "decoys"  # what their rows have more
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
@@ -130,10 +132,18 @@ class SweepConfig(Config):
         (),
         "also store of every layer: jsd, the Jensen-Shannon divergence from the output; top5, the share of its five "
         "likeliest tokens that are the output's; sublayers, what attention and feed-forward part of every block add to "
-        "the target's logit, in which direction and how much (default: none)",
+        "the target's logit, in which direction and how much; frequency, how frequent its best token is in a text; "
+        "states, the residual stream before each answer, and from it a probe of the gold position (default: none)",
         READ,
         MEASURED,
         "NAME[,NAME]",
+    )
+    frequencies: str | None = option(
+        None,
+        "text that tokens are counted in, for the measure frequency: builtin (Python's own reference), tiny, text or "
+        ".jsonl[.gz] (default: builtin; tiny for the model tiny)",
+        READ,
+        metavar="TEXT",
     )
     top: tuple[int, ...] = option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
     lens: tuple[str, ...] = option(
@@ -197,6 +207,10 @@ class SweepConfig(Config):
             self.shot_documents,
         )
         expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
+        if FREQUENCY not in self.measures:
+            check_idle(["frequencies"] if self.frequencies else [], ["frequencies"], "measures='frequency'", "none")
+        elif self.frequencies is None:
+            object.__setattr__(self, "frequencies", default_task(self.model))
         check_top(self.top)
         distinct = lenses and all(lenses) and len(set(lenses)) == len(lenses)
         expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))
@@ -210,7 +224,8 @@ class SweepConfig(Config):
     @property
     def extras(self) -> tuple[str, ...]:
         """What rows have beside what every run's have, names of `store.results.EXTRAS`."""
-        return (*self.measures, *([DECOYS] if self.n_decoys else []))
+        settle = [GENERATED_SETTLE] if self.generate and JSD in self.measures else []
+        return (*self.measures, *settle, *([DECOYS] if self.n_decoys else []))
 
     @property
     def n_decoys(self) -> int:
@@ -422,19 +437,3 @@ def check_top(top: tuple[int, ...], vocab_size: int | None = None) -> None:
     expect(fits, "top", f"numbers from 1 to {2**31 - 1} such as 1,5,10, each once", shown)
     if vocab_size is not None:
         expect(max(top) < vocab_size, "top", f"less than the {vocab_size} tokens of the vocabulary", max(top))
-
-
-def check_utf8(what: str, text: str) -> None:
-    """Refuse a text that no manifest can hold: the name of a file need not be UTF-8.
-
-    Args:
-        what: Where it was given.
-        text: What was given.
-
-    Raises:
-        InputError: It has bytes that are not UTF-8, as Python keeps them.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{what}: expected UTF-8, got {text!r}; rename the file or folder") from None

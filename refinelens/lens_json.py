@@ -30,7 +30,8 @@ from .report.rows import counted
 from .store.files import write_output
 from .store.results import Run
 from .sweeping.contexts import pick
-from .sweeping.sweep import RunSpec, SweepInputs
+from .sweeping.run_spec import RunSpec
+from .sweeping.sweep import SweepInputs
 
 DIGITS = 5  # of a probability
 

@@ -111,3 +111,19 @@ def check_idle(given: Container[str], names: Iterable[str], owner: str, got: str
 def expect(fits: object, name: str, expected: str, got: object) -> None:
     if not fits:
         raise InputError(f"``{name}``: expected {expected}, got {got}")
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Refuse a text that no manifest can hold: the name of a file need not be UTF-8.
+
+    Args:
+        what: Where it was given.
+        text: What was given.
+
+    Raises:
+        InputError: It has bytes that are not UTF-8, as Python keeps them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: expected UTF-8, got {text!r}; rename the file or folder") from None

@@ -29,7 +29,8 @@ from .pages.terminal import print_heatmap
 from .store.files import write_output
 from .store.results import Run
 from .sweeping.generate import Generator, check_cache
-from .sweeping.sweep import RunSpec, SweepInputs
+from .sweeping.run_spec import RunSpec
+from .sweeping.sweep import SweepInputs
 
 SHOWN_TOKENS = 24  # of a terminal
 INSIDE = {

@@ -23,9 +23,10 @@ from .pages.html import smallest, write_page
 from .placement import ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
 from .report.effective_depth import effective_depth_lines
+from .report.frequency import frequency_curves
 from .report.kept import kept_lines
 from .report.measures import cells_of
-from .report.rows import Report, SummaryRow, counted, format_estimate, lens_names, title
+from .report.rows import EVERY_POSITION, Report, SummaryRow, counted, format_estimate, lens_names, title
 from .report.summary import caution_lines, read_report
 from .report.tables import cue_lines, inverted_u_lines, notes, paired_lines
 from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, ratio, sums_and_counts
@@ -122,8 +123,10 @@ def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarra
         "golds": manifest["arguments"].get("golds", 1),
         "decoys": run.n_decoys,
         "measures": list(run.measures),
-        "settling": [_with_triples(row) for row in report.settling],
-        "effective": [_with_triples(row) for row in report.effective],
+        "settling": [_with_triples(vars(row)) for row in report.settling],
+        "effective": [_with_triples(vars(row)) for row in report.effective],
+        "frequency": [_with_triples(curve) for curve in frequency_curves(report)],
+        "probe": [_with_triples(vars(row)) for row in report.probe or [] if row.gold_position is EVERY_POSITION],
         "analysis": _analysis(run.path / LAYERS),
         "questions": questions,
         "documents_why": why,
@@ -318,15 +321,18 @@ def _cues(report: Report) -> dict[str, list[dict]] | None:
     if not report.cues:
         return None
     tables: dict[str, list[Any]] = {"rows": report.cues, "layers": report.cue_layers}
-    return {name: [_with_triples(row) for row in table] for name, table in tables.items()}
-
-
-def _with_triples(row: Any) -> dict:
-    return {name: _triple(value) if isinstance(value, Estimate) else value for name, value in vars(row).items()}
+    return {name: [_with_triples(vars(row)) for row in table] for name, table in tables.items()}
 
 
 def _triple(estimate: Estimate) -> list[float | None]:
     return [_or_null(value) for value in vars(estimate).values()]
+
+
+def _with_triples(values: dict) -> dict:
+    """The same with its estimates, and lists of them, as the page has them."""
+    made = {k: _triple(v) for k, v in values.items() if isinstance(v, Estimate)}
+    made |= {k: list(map(_triple, v)) for k, v in values.items() if isinstance(v, list)}
+    return values | made
 
 
 def _or_null(value: float) -> float | None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import check_utf8
 from ..errors import InputError
+from ..options import check_utf8
 from .questions import KV, QA, Document, Format, Question
 from .scoring import has_answer, word_forms
 

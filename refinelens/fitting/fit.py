@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import FitConfig
+from ..data.texts import load_text
 from ..errors import FaultError, InputError
 from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, save_lens
 from ..lens.logit_lens import LogitLens, model_entry
@@ -39,7 +40,7 @@ from .jacobian import (
 )
 from .objectives import Statistics, train
 from .quality import measure
-from .text import States, load_text
+from .text import States
 
 STATISTICS = "statistics.safetensors"
 JACOBIANS = "jacobians.safetensors"

@@ -1,81 +1,24 @@
-"""From ordinary text, streamed, to the residual stream of its tokens, and the roles that sequences play."""
+"""From ordinary text to the residual stream of its tokens, and the roles that sequences play."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import random
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SEQUENCES, SHORTEST, FitConfig
-from ..data.generated import TINY, training_texts
+from ..data.texts import Text
 from ..errors import InputError
 from ..lens.logit_lens import LogitLens
 from ..lens.runner import ForwardRunner
 from ..model.loading import LoadedModel
 
-BUILTIN = "builtin"
-PIECE = 1 << 14  # characters that are tokenized at a time
 LONGEST = 512  # tokens of a sequence
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text that can be read again and again, a piece at a time."""
-
-    name: str
-    path: Path | None  # None for a text of `OWN`
-    sha256: str  # of the file, or of the text
-
-    def pieces(self) -> Iterator[str]:
-        """Documents, each once however often it stands there, or pieces of about `PIECE` characters of a plain text.
-
-        Passages of a task are those of many questions: what is held out would else be among what is fitted on.
-
-        Raises:
-            InputError: A file that is not text, or lines of JSON without text; the line is named.
-        """
-        if self.path is None:
-            yield from _distinct(OWN[self.name]())
-            return
-        try:
-            with _open(self.path) as file:
-                if ".jsonl" in self.path.suffixes:
-                    yield from _distinct(_json_documents(self.path, file))
-                else:
-                    yield from _plain_pieces(file)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise InputError(f"``text`` {self.path}: expected readable UTF-8 text, got: {error}") from None
-
-
-def load_text(name: str) -> Text:
-    """The text that ``text`` names.
-
-    Args:
-        name: ``builtin`` (the language reference in the ``pydoc_data`` of this Python), ``tiny`` (what the model
-            of that name was trained on) or a file: plain text, or ``.jsonl`` with ``text`` or the ``ctxs`` of a task
-            in every line; gzip or not.
-
-    Raises:
-        InputError: No such file.
-    """
-    if name in OWN:
-        return Text(name, None, hashlib.sha256("\n".join(OWN[name]()).encode()).hexdigest())
-    path = Path(name)
-    if not path.is_file():
-        raise InputError(f"``text``: expected builtin, tiny or a file of text, got no file at {name}")
-    with path.open("rb") as file:
-        return Text(name, path, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> Iterator[list[int]]:
@@ -96,53 +39,6 @@ def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit
         if len(sequence) < length:
             return
         yield sequence
-
-
-def _builtin_documents() -> list[str]:
-    from pydoc_data.topics import topics
-
-    documents = [f"{topics[name].strip()}\n\n" for name in sorted(topics)]
-    random.Random(0).shuffle(documents)  # its alphabet puts one subject beside another
-    return documents
-
-
-OWN: dict[str, Callable[[], Iterable[str]]] = {BUILTIN: _builtin_documents, TINY.name: training_texts}
-
-
-def _open(path: Path) -> IO[str]:
-    reader = gzip.open if path.suffix == ".gz" else open
-    return reader(path, "rt", encoding="utf-8-sig")
-
-
-def _distinct(documents: Iterable[str]) -> Iterator[str]:
-    """The first of equal ones."""
-    seen: set[bytes] = set()
-    for document in documents:
-        digest = hashlib.sha256(document.encode()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            yield document
-
-
-def _plain_pieces(file: IO[str]) -> Iterator[str]:
-    while piece := file.read(PIECE):
-        yield piece + file.readline(PIECE)  # to the end of a line, so that no word is cut
-
-
-def _json_documents(path: Path, file: IO[str]) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            texts = [entry["text"]] if "text" in entry else [f"{c['title']}\n{c['text']}" for c in entry["ctxs"]]
-            documents = [f"{text.strip()}\n\n" for text in texts]
-            "".join(documents).encode()  # half a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(
-                f"``text`` {path}: expected a JSON object with text or ctxs in every line, got another in line {number}"
-            ) from None
-        yield from documents
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..config import check_utf8
 from ..errors import FaultError, InputError
 from ..machine import other_packages
+from ..options import check_utf8
 from ..store.files import check_entries, read_json_object, sha256_of, write_whole
 from ..store.folder import MANIFEST, Folder
 from .published import (

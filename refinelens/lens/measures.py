@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import JSD, TOP5
 from ..op.vocabulary import jsd_to_final, lens_top_k
+from ..store.trajectory import settle_by_divergence
 from .logit_lens import LogitLens
 from .reading import LayerReading
 from .translators import Translators, rows_at_a_time
 
 LISTED = 5  # tokens that overlap
+OF_DISTRIBUTIONS = (JSD, TOP5)  # what needs a layer's whole prediction
 
 
 def measures_of(
@@ -31,9 +34,9 @@ def measures_of(
         hidden: ``[n_layers + 1, ..., d_model]``, the residual stream.
         reading: What was read of it through ``translators``.
         translators: On the model's device and in its dtype; None for the plain lens.
-        names: Of `config.MEASURES`; what is no measure of a prediction is passed over.
+        names: Of `config.MEASURES`; those that are not `OF_DISTRIBUTIONS` are left out.
     """
-    names = [name for name in names if name in (JSD, TOP5)]
+    names = [name for name in names if name in OF_DISTRIBUTIONS]
     if not names:
         return {}
     states = hidden.reshape(len(hidden), -1, hidden.shape[-1]).to(lens.head.weight.device)
@@ -49,6 +52,18 @@ def measures_of(
         if TOP5 in found:
             found[TOP5].append(overlap_with_last(lens_top_k(block, lens.head, LISTED).ids).cpu())
     return {name: torch.cat(parts, 1).view(hidden.shape[:-1]) for name, parts in found.items()}
+
+
+def settling_layers(lens: LogitLens, hidden: Tensor, translators: Translators | None) -> np.ndarray:
+    """The layer at which each position settles by its divergence from the output, int64 ``[N]``.
+
+    Args:
+        lens: Of the model.
+        hidden: ``[n_layers + 1, N, d_model]``, the residual stream.
+        translators: As of `measures_of`.
+    """
+    reading = lens.read_states(hidden, None, translators, kl=False, top_k=0, check_last=False)
+    return settle_by_divergence(measures_of(lens, hidden, reading, translators, [JSD])[JSD].T.numpy())
 
 
 def overlap_with_last(ids: Tensor) -> Tensor:

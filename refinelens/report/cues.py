@@ -17,7 +17,8 @@ from ..placement import NO_POSITION
 from ..stats import MEAN, SHARE, groups, mean_estimates, ratio, sums_and_counts
 from ..store.results import Run
 from ..store.trajectory import NONE, choose_tokens, list_matrix, trajectories
-from .rows import EITHER, CueDifference, CueLayer, CueRow, lens_names
+from .further_rows import EITHER, CueDifference, CueLayer, CueRow
+from .rows import lens_names
 
 GOLD_FIRST, DECOY_FIRST, NO_DECOY = "gold first", "decoy first", "no decoy"
 ORDERS = (GOLD_FIRST, DECOY_FIRST, NO_DECOY)

@@ -27,7 +27,8 @@ import numpy as np
 from ..config import TOP5
 from ..placement import condition_name
 from ..stats import Estimate, estimate, resampled_means, sums_and_counts
-from .rows import EVERY_POSITION, EffectiveDepth, MeasuredCell, Report, format_estimate
+from .further_rows import EffectiveDepth, MeasuredCell
+from .rows import EVERY_POSITION, Report, format_estimate
 
 KL_SHARE = 0.5  # of the largest KL
 OVERLAP = 0.3

@@ -1,28 +1,24 @@
 """What a sweep measured of every layer beside ranks, by lens, context size and gold position.
 
-Settling by divergence follows Chen et al. 2026 (arXiv 2602.13517): the lowest layer from which the Jensen-Shannon
-divergence from the output stays at `SETTLED` or below; a token settles late where that layer lies in the last
-``1 - LATE`` of the layers, and the share of such tokens is its deep-thinking ratio. Only the abstract was at hand: both
-numbers, and that a layer counts from which the divergence *stays* low, are our choice.
+Settling by divergence is that of Chen et al. 2026 (arXiv 2602.13517), see `store.trajectory.settle_by_divergence`; the
+share of tokens that settle in the last layers is the deep-thinking ratio, of answer tokens and of generated ones.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from ..config import JSD, SUBLAYERS, TOP5
+from ..config import GENERATED_SETTLE, JSD, SUBLAYERS, TOP5
 from ..stats import MEAN, SHARE, groups, mean_estimates, sums_and_counts
 from ..store.results import Run
-from ..store.trajectory import choose_tokens, list_matrix, trajectories
+from ..store.trajectory import choose_tokens, is_deep, list_matrix, settle_by_divergence
 from .effective_depth import effective_depths
-from .rows import EffectiveDepth, MeasuredCell, MeasuredLayer, SettlingRow, lens_names, measured_layer
+from .further_rows import EffectiveDepth, MeasuredCell, MeasuredLayer, SettlingRow, measured_layer
+from .rows import lens_names
 
-SETTLED = 0.5 * math.log(2.0)  # nats: half of the largest divergence
-LATE = 0.85  # of the layers
 ALWAYS = ("entropy", "kl")  # of every layer, in every run
 KEYS = ("lens", "documents", "gold_position")
 
@@ -34,13 +30,14 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow], lis
         Means of every measure of every layer over questions, with intervals; where predictions settle by divergence,
         none without ``jsd``; and effective depth, none without ``top5`` or ``sublayers``.
     """
-    if not run.measures:
+    if not run.has_measures:
         return [], [], []
     names, seed = (*ALWAYS, *run.measures), run.manifest["seed"]
+    written = _ratios_of_generated(run)
     layers: list[MeasuredLayer] = []
     settling: list[SettlingRow] = []
-    cells = list(_cells(run, names))
-    for cell in cells:
+    every = list(cells(run, names))
+    for cell in every:
         key, ids, values = (cell.lens, cell.documents, cell.gold_position), cell.question_id, cell.values
         n_layers = values[names[0]].shape[1]
         owner = np.unique(ids, return_inverse=True)[1]
@@ -51,16 +48,39 @@ def measured_rows(run: Run) -> tuple[list[MeasuredLayer], list[SettlingRow], lis
             own = {name: found[place * n_layers + layer] for place, name in enumerate(names)}
             layers.append(measured_layer(run.measures)(*key, layer, n, **own))
         if JSD in values:
-            settle = trajectories((values[JSD] > SETTLED).astype(int), 1, axis=-1).settle
-            stacked = np.stack([settle, settle > LATE * (n_layers - 1)], axis=1).astype(float)
+            settle = settle_by_divergence(values[JSD])
+            stacked = np.stack([settle, is_deep(settle, n_layers - 1)], axis=1).astype(float)
             found = mean_estimates(*sums_and_counts(stacked, owner, n), seed, [MEAN, SHARE])
+            found += mean_estimates(*written[key], seed) if key in written else []
             settling.append(SettlingRow(*key, n, *found))
     wanted = {TOP5, SUBLAYERS}.intersection(run.extras)
-    return layers, settling, effective_depths(cells, seed) if wanted else []
+    return layers, settling, effective_depths(every, seed) if wanted else []
 
 
-def _cells(run: Run, names: tuple[str, ...]) -> Iterator[MeasuredCell]:
-    """The measures of a run, by lens, context size and gold position."""
+def _ratios_of_generated(run: Run) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """Deep-thinking ratios of generated texts by lens, context size and gold position: sums and counts of questions.
+
+    Each text counts once, as in the paper, however many tokens it or its answer has.
+    """
+    if GENERATED_SETTLE not in run.extras:
+        return {}
+    n_layers, found = run.manifest["model"]["n_layers"], dict[tuple, list[tuple[int, float]]]()
+    for part in run.parts([*KEYS, "question_id", "answer_token", GENERATED_SETTLE]):
+        part = choose_tokens(part, "first")
+        keys = zip(*(part[name].to_pylist() for name in KEYS), strict=True)
+        for key, id, settle in zip(keys, part["question_id"].to_pylist(), part[GENERATED_SETTLE], strict=True):
+            found.setdefault(key, []).append((id, float(is_deep(settle.values.to_numpy(), n_layers).mean())))
+    return {key: _sums_of_questions(*np.asarray(of).T) for key, of in found.items()}
+
+
+def _sums_of_questions(ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and counts of a statistic, ``[questions, 1]``."""
+    owner = np.unique(ids, return_inverse=True)[1]
+    return sums_and_counts(values[:, None], owner, int(owner.max()) + 1)
+
+
+def cells(run: Run, names: tuple[str, ...]) -> Iterator[MeasuredCell]:
+    """Lists over layers of a run's answer tokens, by lens, context size and gold position."""
     lenses = lens_names(run.manifest)
     ids: dict[tuple, list[np.ndarray]] = {}
     values: dict[tuple, list[dict[str, np.ndarray]]] = {}

@@ -7,14 +7,24 @@ computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, make_dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..stats import NO_ESTIMATE, Estimate, PairedTest
+from ..stats import Estimate, PairedTest
 from ..store.results import CUE_TABLES
+from .further_rows import (
+    CueDifference,
+    CueLayer,
+    CueRow,
+    EffectiveDepth,
+    FrequencyRow,
+    MeasuredLayer,
+    PredictionDepth,
+    ProbeRow,
+    SettlingRow,
+)
 
 # Names of statistics of a layer that more than one module looks for.
 LENS = "lens"  # what a statistic is of, where it is no intervention
@@ -117,127 +127,6 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
-class MeasuredLayer:
-    """One lens, context size, gold position and layer: means over the answer tokens that tables are about."""
-
-    lens: str
-    documents: int
-    gold_position: int
-    layer: int
-    questions: int
-    entropy: Estimate  # nats
-    kl: Estimate  # nats, KL(final || layer)
-    jsd: Estimate = NO_ESTIMATE  # nats, Jensen-Shannon divergence from the output; none where it was not measured
-    top5: Estimate = NO_ESTIMATE  # share of the five likeliest tokens that are the output's
-
-
-@lru_cache
-def measured_layer(names: tuple[str, ...]) -> type[MeasuredLayer]:
-    """`MeasuredLayer` with a field more for every measure that it lacks, so that other tables stay as they were."""
-    known = {one.name for one in fields(MeasuredLayer)}
-    more = [(name, "Estimate", NO_ESTIMATE) for name in names if name not in known]
-    return make_dataclass("MeasuredLayer", more, bases=(MeasuredLayer,), frozen=True) if more else MeasuredLayer
-
-
-@dataclass(frozen=True)
-class MeasuredCell:
-    """What was measured of the examples of one lens, context size and gold position."""
-
-    lens: str
-    documents: int
-    gold_position: int | None
-    question_id: np.ndarray  # [examples]
-    values: dict[str, np.ndarray]  # [examples, n_layers + 1] by measure
-
-
-@dataclass(frozen=True)
-class EffectiveDepth:
-    """Up to which layer the model works on its prediction, by one method, see `report.effective_depth`."""
-
-    lens: str
-    documents: int
-    gold_position: int | None  # None for all of them together
-    method: str  # cosine, kl or top5
-    questions: int
-    layer: Estimate  # of the mean curve; NaN where the curve has no such layer
-    ratio: Estimate  # layer / n_layers
-
-
-@dataclass(frozen=True)
-class SettlingRow:
-    """One lens, context size and gold position: where the prediction settles by its divergence from the output."""
-
-    lens: str
-    documents: int
-    gold_position: int
-    questions: int
-    mean_settle_jsd: Estimate  # layer from which the divergence stays low
-    deep_thinking: Estimate  # share of tokens for which that layer is among the last
-
-
-EITHER = "either"  # in place of an order: both together
-
-
-@dataclass(frozen=True)
-class CueRow:
-    """One lens, threshold, context size, order and distance of gold documents and decoys.
-
-    Depths are over the examples in which that answer is correct at the output. Shares and means are over examples,
-    their intervals over questions.
-    """
-
-    lens: str
-    top: int
-    documents: int
-    order: str  # gold first, decoy first, either, or no decoy
-    distance: int | None  # documents from the one kind to the other, 1 of neighbours; None for all together
-    questions: int
-    examples: int
-    gold_ahead: Estimate  # the gold answer has the lower rank at the output
-    gold_correct: Estimate  # it is of rank 1 to k there
-    decoy_correct: Estimate  # so is the decoys' answer
-    mean_decided: Estimate  # layer from which the answer that is ahead at the output stays ahead
-    share_switched: Estimate  # the lead changes after the first layer at which either is correct, if there is one
-    share_loser_seen: Estimate  # the answer that is behind at the output is correct at some layer
-    gold_first_correct: Estimate
-    gold_settle: Estimate
-    gold_depth: Estimate
-    decoy_first_correct: Estimate
-    decoy_settle: Estimate
-    decoy_depth: Estimate
-
-
-@dataclass(frozen=True)
-class CueLayer:
-    """One lens, context size, order and layer, all distances together."""
-
-    lens: str
-    documents: int
-    order: str
-    layer: int
-    questions: int
-    gold_ahead: Estimate  # share of examples
-    gold_best: Estimate  # share whose best token is the gold answer's
-    decoy_best: Estimate
-    lead: Estimate  # nats, log-probability of the gold answer less that of the decoys'
-
-
-@dataclass(frozen=True)
-class CueDifference:
-    """With the decoy first less with the gold document first, means of questions that have both."""
-
-    lens: str
-    top: int
-    documents: int
-    questions: int
-    gold_ahead: Estimate  # above 0: what comes last wins
-    gold_correct: Estimate
-    decoy_correct: Estimate
-    mean_decided: Estimate  # layers
-    gold_depth: Estimate  # layers
-
-
-@dataclass(frozen=True)
 class Report:
     """What the tables and figures of a run say of its chosen answer tokens."""
 
@@ -252,6 +141,9 @@ class Report:
     cues: list[CueRow] = field(default_factory=list)  # none of a run without decoys
     cue_layers: list[CueLayer] = field(default_factory=list)
     cue_differences: list[CueDifference] = field(default_factory=list)
+    frequency: list[FrequencyRow] = field(default_factory=list)
+    frequency_depth: list[PredictionDepth] = field(default_factory=list)
+    probe: list[ProbeRow] | None = None  # of a run that keeps states
 
     @property
     def tables(self) -> dict[str, tuple[type, list]]:
@@ -264,6 +156,9 @@ class Report:
             **({"settling.csv": (SettlingRow, self.settling)} if self.settling else {}),
             **({"effective_depth.csv": (EffectiveDepth, self.effective)} if self.effective else {}),
             **(dict(zip(CUE_TABLES, self._cue_tables, strict=True)) if self.cues else {}),
+            **({"frequency.csv": (FrequencyRow, self.frequency)} if self.frequency else {}),
+            **({"frequency_depth.csv": (PredictionDepth, self.frequency_depth)} if self.frequency else {}),
+            **({"probe.csv": (ProbeRow, self.probe)} if self.probe is not None else {}),
         }
 
     @property

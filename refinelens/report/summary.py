@@ -40,7 +40,9 @@ from ..stats import (
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, list_matrix, read_trajectories
 from .cues import cue_rows
+from .frequency import frequency_rows
 from .measures import measured_rows
+from .probe import probe_rows
 from .rows import Cautions, InvertedU, LayerProfile, PairedDifference, Report, SummaryRow, lens_names
 
 SHARES = ("accuracy", "share")  # what the names of shares begin with
@@ -73,7 +75,8 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     rows = summarise(readings, n_layers, seed, manifest["counts"]["left_out"])
     tests = inverted_u_tests(readings, cautions, seed)
     differences = paired_differences(readings, seed)
-    return Report(manifest, rows, differences, tests, cautions, *measured_rows(run), *cue_rows(run, tops))
+    further = (*measured_rows(run), *cue_rows(run, tops), *frequency_rows(run, tops), probe_rows(run))
+    return Report(manifest, rows, differences, tests, cautions, *further)
 
 
 def read_cells(table: pa.Table, lenses: tuple[str, ...], tops: tuple[int, ...]) -> Iterator[Reading]:

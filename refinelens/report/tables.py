@@ -25,11 +25,13 @@ from ..store.results import Run
 from ..store.trajectory import trajectory_tables
 from .effective_depth import effective_depth_lines
 from .figures import draw_figures
+from .frequency import frequency_lines
+from .further_rows import EITHER
 from .kept import kept_lines
+from .probe import probe_lines
 from .rows import (
     ATTRIBUTED,
     COST,
-    EITHER,
     EVERY_POSITION,
     FEW_LAYERS,
     GAIN,
@@ -167,6 +169,7 @@ def notes(report: Report) -> list[str]:
     if arguments["generate"]:
         written = counted(counts["tokens_generated"], "token")
         lines.append(f"{written} generated, at most {arguments['generate']} a context.")
+    lines += [*frequency_lines(report), *probe_lines(report)]
     if manifest["status"] != "finished":
         status = "unfinished" if manifest["status"] == "running" else manifest["status"]
         lines.append(

@@ -16,28 +16,44 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from ..config import STATES
 from ..errors import InputError
 from .files import write_output
 from .layers import ROWS, LayersFolder
-from .results import LAYERS, TRAJECTORIES, Run, open_run, predictions_schema
+from .results import LAYERS, NOT_OVER_LAYERS, TRAJECTORIES, Run, open_run, predictions_schema
 from .trajectory import trajectory_tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
+STATES_OF = (
+    "question_id",
+    "documents",
+    "gold_position",
+    "decoy_position",
+    "answer_id",
+)  # columns that tell whose states they are
 
 
 def long_schema(run: Run) -> pa.Schema:
-    """Columns of `long_tables`: those of the predictions, ``layer`` (0 .. n_layers) behind those that layers share."""
-    whole = predictions_schema(run.extras)
+    """Columns of `long_tables`: those of the predictions, ``layer`` (0 .. n_layers) behind those that layers share.
+
+    Lists over anything but layers are left out.
+    """
+    whole = _by_layer(run)
     shared = [field for field in whole if not pa.types.is_list(field.type)]
     lists = [(field.name, field.type.value_type) for field in whole if pa.types.is_list(field.type)]
     return pa.schema([*shared, ("layer", pa.int32()), *lists])
 
 
+def _by_layer(run: Run) -> pa.Schema:
+    """Of the predictions what a layer has a value of."""
+    return pa.schema([field for field in predictions_schema(run.extras) if field.name not in NOT_OVER_LAYERS])
+
+
 def long_tables(run: Run) -> Iterator[pa.Table]:
     """The predictions part by part with a row for every layer; columns as in `long_schema`."""
-    whole, long = predictions_schema(run.extras), long_schema(run)
+    whole, long = _by_layer(run), long_schema(run)
     lists = [field.name for field in whole if pa.types.is_list(field.type)]
     for part in run.parts(whole.names):
         if not len(part):
@@ -121,10 +137,11 @@ class LoadedRun:
     def __repr__(self) -> str:
         manifest, counts = self.manifest, self.manifest["counts"]
         lenses = ", ".join(entry["name"] for entry in manifest["lenses"])
+        states = f", {STATES}" if STATES in self.run.extras else ""
         return (
             f"Run {self.run.path}: {manifest['model']['name']} on {manifest['task']['name']}, {manifest['status']}, "
             f"{counts['done']} of {counts['questions']} questions; lenses {lenses}\n"
-            "  frames: summary, paired, trajectories, predictions, layers, interventions"
+            f"  frames: summary, paired, trajectories, predictions, layers, interventions{states}"
         )
 
     @property
@@ -134,9 +151,28 @@ class LoadedRun:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """A row per question, context size, gold position, answer token and lens; lists over layers as arrays."""
-        schema = predictions_schema(self.run.extras)
+        """A row per question, context size, gold position, answer token and lens; lists over layers as arrays.
+
+        Without the states, see `states`.
+        """
+        schema = pa.schema([field for field in predictions_schema(self.run.extras) if field.name != STATES])
         return _frame(self.run.parts(schema.names), schema)
+
+    @property
+    def states(self) -> pd.DataFrame:
+        """Of every context the residual stream at the token before the answer, float16 ``[n_layers + 1, d_model]``.
+
+        Raises:
+            InputError: A run that was not asked for ``measures='states'``.
+        """
+        if STATES not in self.run.extras:
+            raise InputError(f"{self.run.path}: expected a run with ``measures='states'``, got one without them")
+        schema = predictions_schema(self.run.extras)
+        names = [name for name in (*STATES_OF, STATES) if name in schema.names]
+        parts = (part.filter(pc.is_valid(part[STATES])).select(names) for part in self.run.parts(names))
+        frame = _frame(parts, pa.schema([schema.field(name) for name in names]))
+        n_layers = self.manifest["model"]["n_layers"]
+        return frame.assign(states=[flat.reshape(n_layers + 1, -1) for flat in frame[STATES]])
 
     @property
     def layers(self) -> pd.DataFrame:

@@ -9,7 +9,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import CUES, DECOYS, JSD, SUBLAYERS, TOP5, SweepConfig
+from ..config import (
+    CUES,
+    DECOYS,
+    FREQUENCY,
+    GENERATED_SETTLE,
+    JSD,
+    MEASURES,
+    STATES,
+    SUBLAYERS,
+    TOP5,
+    SweepConfig,
+)
 from ..errors import InputError, resume_call
 from .files import write_whole
 from .folder import Folder
@@ -17,7 +28,14 @@ from .folder import Folder
 SCHEMA_VERSION = 6
 TABLES = ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv")
 CUE_TABLES = ("cues.csv", "cues_layers.csv", "cues_paired.csv")  # of runs with decoys
-MEASURE_TABLES = ("measures.csv", "settling.csv", "effective_depth.csv")  # of runs that were asked for measures
+MEASURE_TABLES = {  # of runs that were asked for one of some measures
+    "measures.csv": MEASURES,
+    "settling.csv": (JSD,),
+    "effective_depth.csv": (TOP5, SUBLAYERS),
+    "frequency.csv": (FREQUENCY,),
+    "frequency_depth.csv": (FREQUENCY,),
+    "probe.csv": (STATES,),
+}
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 PAGE = "report.html"  # the page, which is made on request
@@ -90,6 +108,15 @@ EXTRAS = {  # further columns, by what a run was asked for
         ("mid_logprob", pa.list_(pa.float32())),  # nats, of the target, of resid_mid through the plain lens
         ("mid_rank", pa.list_(pa.int64())),  # 0-based
     ],
+    FREQUENCY: [
+        ("argmax_bucket", pa.list_(pa.int8())),  # 0-based bucket of the best token by its frequency, see BUCKET_ENDS
+        ("target_bucket", pa.int8()),
+    ],
+    # The residual stream of all layers at the token before the answer, [n_layers + 1, d_model] one layer after the
+    # other: in the row of the first answer token and the first lens, null in all others.
+    STATES: [(STATES, pa.list_(pa.float16()))],
+    # Over the tokens that the model wrote, the one that ended the text included: the layer at which each settles.
+    GENERATED_SETTLE: [(GENERATED_SETTLE, pa.list_(pa.int32()))],
     DECOYS: [
         ("decoy_position", pa.int32()),  # 0-based, of the first decoy; -1 without one
         ("decoy_answer", pa.string()),  # what the decoys state
@@ -98,6 +125,8 @@ EXTRAS = {  # further columns, by what a run was asked for
         ("decoy_logprob", pa.list_(pa.float32())),  # nats
     ],
 }
+NOT_OVER_LAYERS = (STATES, GENERATED_SETTLE)  # columns of lists over something else
+BUCKET_ENDS = (10, 100, 1000)  # the last frequency rank of every bucket but the last one, counted from 1
 
 
 def predictions_schema(extras: Iterable[str]) -> pa.Schema:
@@ -179,8 +208,9 @@ class Run(Folder):
     @property
     def extras(self) -> tuple[str, ...]:
         """What of `EXTRAS` it was asked for."""
-        arguments = self.manifest["arguments"]
-        return (*arguments.get("measures", ()), *([DECOYS] if self.n_decoys else []))
+        manifest = self.manifest
+        measures = manifest["arguments"].get("measures", ())
+        return tuple(manifest.get("extras", (*measures, *([DECOYS] if self.n_decoys else []))))
 
     @property
     def n_decoys(self) -> int:
@@ -188,6 +218,11 @@ class Run(Folder):
         arguments = self.manifest["arguments"]
         given = arguments.get("decoys")
         return int(arguments.get("task") in CUES) if given is None else given
+
+    @property
+    def has_measures(self) -> bool:
+        """Whether it was asked for any of `config.MEASURES`."""
+        return bool({*self.extras} & {*MEASURES})
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -198,9 +233,8 @@ class Run(Folder):
     @property
     def derived(self) -> tuple[str, ...]:
         """Tables and figures that are written from its predictions."""
-        cues = CUE_TABLES if self.n_decoys else ()
-        wanted = (bool(self.measures), JSD in self.extras, {TOP5, SUBLAYERS}.intersection(self.extras))
-        return (*DERIVED, *cues, *(name for name, asked in zip(MEASURE_TABLES, wanted, strict=True) if asked))
+        extras, cues = self.extras, CUE_TABLES if self.n_decoys else ()
+        return (*DERIVED, *cues, *(file for file, names in MEASURE_TABLES.items() if {*names}.intersection(extras)))
 
     @property
     def is_finished(self) -> bool:

@@ -10,10 +10,13 @@ when the target's rank there is below k. Of one example:
 - censored: not correct at ``n_layers``; settle and depth do not exist;
 - largest gain: the layer whose rank lies furthest below that of the layer before, the lowest among equals. It does
   not depend on k, and does not exist where the rank never falls.
+
+And by the divergence of a layer from the output, see `settle_by_divergence` and `is_deep`.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +39,8 @@ except ImportError:  # built without a compiler
 
 NONE = -1  # stands for a value that does not exist
 INT64_MAX = np.iinfo(np.int64).max
+SETTLED = 0.5 * math.log(2.0)  # nats: half of the largest Jensen-Shannon divergence
+LATE = 0.85  # of the layers: those of deep-thinking tokens begin there
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,6 +130,29 @@ def _checked_k(k: int) -> int:
     if not hasattr(k, "__index__") or not 1 <= operator.index(k) <= INT64_MAX:
         raise InputError(f"k: expected an integer of at least 1, got {k!r}")
     return operator.index(k)
+
+
+def settle_by_divergence(jsd: np.ndarray) -> np.ndarray:
+    """The lowest layer at which a prediction is as near to the output's as `SETTLED`, int64 ``[...]``.
+
+    This is the settling depth of Chen et al. 2026 (arXiv 2602.13517): the first layer at which the smallest divergence
+    so far is at or below the threshold. Layers above it may be further away again.
+
+    Args:
+        jsd: ``[..., n_layers + 1]`` nats, Jensen-Shannon divergence of every layer from the output; 0 at the last one,
+            so that every prediction settles.
+    """
+    return np.asarray((jsd <= SETTLED).argmax(axis=-1))
+
+
+def is_deep(settle: np.ndarray, n_layers: int) -> np.ndarray:
+    """Whether tokens are deep-thinking ones: they settle at layer ``ceil(LATE * n_layers)`` or above, bool ``[...]``.
+
+    Args:
+        settle: Of `settle_by_divergence`, ``[...]``.
+        n_layers: The layer of the output.
+    """
+    return np.asarray(settle) >= math.ceil(LATE * n_layers)
 
 
 def trajectory_tables(run: Run, tops: tuple[int, ...]) -> Iterator[pa.Table]:

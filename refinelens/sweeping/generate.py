@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
@@ -22,6 +23,10 @@ class Generation:
 
     text: str  # its first line, which is what is scored
     ids: tuple[int, ...]  # the one that ended it included
+    # [n_layers + 1, tokens, d_model], the residual stream that each of its tokens was predicted from; None unless kept
+    hidden: Tensor | None = field(default=None, compare=False)
+    # By the name of each lens the layers at which its tokens settle, int [tokens]; empty unless measured
+    settled: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,14 @@ class Generator:
     max_tokens: int | None  # positions that the model has, None if it states no limit
     end_ids: frozenset[int]
     one_line: bool = True
+    keeps_states: bool = False  # of every layer, of every token that is written
 
     @classmethod
-    def from_model(cls, loaded: LoadedModel, lens: LogitLens, limit: int, one_line: bool = True) -> Generator:
+    def from_model(
+        cls, loaded: LoadedModel, lens: LogitLens, limit: int, one_line: bool = True, keeps_states: bool = False
+    ) -> Generator:
         """What writes after the prompts of a model."""
-        return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, loaded.end_ids, one_line)
+        return cls(lens, loaded.tokenizer, limit, loaded.max_tokens, loaded.end_ids, one_line, keeps_states)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], n_shared: Sequence[int], cache: Cache | None
@@ -67,14 +75,20 @@ class Generator:
     def _go_on(self, ids: Tensor, cache: Cache | None) -> list[Generation]:
         """Texts that go on from prompts ``[prompt, token]``. Ended ones run along until all have."""
         n_prompt, ends = ids.shape[1], [0] * len(ids)  # tokens of a text, 0 while it goes on
+        kept: list[Tensor] = []  # [n_layers + 1, prompt, 1, d_model] a token
         while not all(ends):
             new = ids[:, 0 if cache is None else cache.get_seq_length() :]
             hidden = self.lens.hidden(new, torch.tensor([new.shape[1] - 1]), None, cache)
+            kept += [hidden] if self.keeps_states else []
             ids = torch.cat([ids, self.lens.stats(hidden[-1]).argmax.cpu()], 1)
             texts = ids[:, n_prompt:].tolist()
             ends = [end or self._end(text, n_prompt) for end, text in zip(ends, texts, strict=True)]
         whole = [text[:end] for text, end in zip(texts, ends, strict=True)]
-        return [Generation(first_line(self._decode(text)), tuple(text)) for text in whole]
+        states = torch.cat(kept, 2) if kept else None
+        own = [None if states is None else states[:, row, : len(text)] for row, text in enumerate(whole)]
+        return [
+            Generation(first_line(self._decode(text)), tuple(text), of) for text, of in zip(whole, own, strict=True)
+        ]
 
     def _end(self, text: list[int], n_prompt: int) -> int:
         """Number of tokens if the text ends with the last of them, else 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby, pairwise
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..config import SweepConfig
+from ..config import GENERATED_SETTLE, SweepConfig
 from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
 from ..lens.attribution import sublayer_measures
 from ..lens.files import Lens
 from ..lens.logit_lens import LogitLens
-from ..lens.measures import measures_of
+from ..lens.measures import measures_of, settling_layers
 from ..lens.prefix import choose_reuse
 from ..lens.reading import LayerReading
 from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
@@ -29,6 +29,7 @@ from ..model.identity import text_of
 from ..model.loading import LoadedModel
 from ..model.resid_mid import Sublayers
 from ..store.results import NO_ANSWER_TOKEN, QuestionResult, predictions_schema
+from .columns import FurtherColumns
 from .contexts import ContextBuilder
 from .generate import Generation, Generator, check_cache
 
@@ -131,7 +132,12 @@ def read_contexts(
 
 
 def prediction_table(
-    ran: ModelStates, target_ids: Tensor, read: dict[str, Read], text: Callable[[int], str], schema: pa.Schema
+    ran: ModelStates,
+    target_ids: Tensor,
+    read: dict[str, Read],
+    text: Callable[[int], str],
+    schema: pa.Schema,
+    further: FurtherColumns,
 ) -> pa.Table:
     """Predictions of one context, lens by lens, a row per position.
 
@@ -141,9 +147,15 @@ def prediction_table(
         read: By the names of the lenses.
         text: Gives the text of a token id.
         schema: Of the table, see `predictions_schema`.
+        further: Makes columns of it that are no measures of every layer.
     """
     shared = _shared_columns(ran, target_ids.numpy(), text, schema)
-    return pa.concat_tables([_table(shared, lens, own, text, schema) for lens, own in read.items()])
+    tables = []
+    for lens, own in read.items():
+        argmax = own.reading.argmax.T.numpy()
+        more = further.of(ran, lens, argmax, shared["target_id"], shared["answer_token"])
+        tables.append(_table(shared | more, lens, own, text, schema))
+    return pa.concat_tables(tables)
 
 
 def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], schema: pa.Schema) -> pa.Table:
@@ -219,14 +231,30 @@ class Predictor:
         logit_lens: LogitLens,
         lenses: list[Lens],
         rows_at_a_time: int = ROWS_AT_A_TIME,
+        buckets: np.ndarray | None = None,
         sublayers: Sequence[Sublayers] | None = None,
     ):
+        """
+        Args:
+            options: What is asked.
+            builder: Builds its contexts.
+            loaded: The model.
+            logit_lens: Of the model.
+            lenses: What every layer is read through.
+            rows_at_a_time: See `ROWS_AT_A_TIME`.
+            buckets: How frequent every token is, int8 ``[vocab_size]``, where that is measured.
+            sublayers: Attention and feed-forward part of every block, where these are measured.
+        """
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
         self._schema = predictions_schema(options.extras)
         self._together = questions_together(options, loaded.model.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
-        self._generator = Generator.from_model(loaded, logit_lens, options.generate) if options.generate else None
+        self._further, self._generator = FurtherColumns(options.extras, [lens.name for lens in lenses], buckets), None
+        if options.generate:
+            keeps_states = GENERATED_SETTLE in options.extras
+            generator = Generator.from_model(loaded, logit_lens, options.generate, keeps_states=keeps_states)
+            self._generator = generator
         reuse = choose_reuse(options, logit_lens)
         keeps_cache = bool(options.generate) and (reuse.used or check_cache(logit_lens).used)
         size = None if options.batch_size == "auto" else int(options.batch_size)
@@ -287,7 +315,14 @@ class Predictor:
         if self._generator is None:
             return [None] * len(asked)
         contexts = [one.context for one in asked]
-        return self._generator.generate([c.prompt_ids for c in contexts], [c.n_shared for c in contexts], cache)
+        found = self._generator.generate([c.prompt_ids for c in contexts], [c.n_shared for c in contexts], cache)
+        return [one if one.hidden is None else self._settled(one) for one in found]
+
+    def _settled(self, written: Generation) -> Generation:
+        """A text with the layers at which its tokens settle, in place of their states."""
+        lens, states = self._logit_lens, written.hidden
+        settled = {one.name: settling_layers(lens, states, one.translators) for one in self._lenses}
+        return replace(written, hidden=None, settled=settled)
 
     def _read(self, held: list[ModelStates]) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
         """Read contexts that were run, together unless something is wrong with one of them."""
@@ -295,7 +330,8 @@ class Predictor:
         def rows(ran: list[ModelStates]) -> list[pa.Table]:
             options = self._options
             read = read_contexts(ran, self._logit_lens, self._lenses, options.target, options.measures)
-            return [prediction_table(one, *own, self._text, self._schema) for one, own in zip(ran, read, strict=True)]
+            given = (self._text, self._schema, self._further)
+            return [prediction_table(one, *own, *given) for one, own in zip(ran, read, strict=True)]
 
         tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]
         for states, table in zip(held, tables, strict=True):

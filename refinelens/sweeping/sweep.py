@@ -11,15 +11,18 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, SUBLAYERS, SweepConfig, check_top
+from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, STATES, SUBLAYERS, SweepConfig, check_top
+from ..data.frequencies import TokenFrequencies, count_tokens
 from ..data.generated import GENERATORS, TINY, generate_task
 from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
-from ..data.questions import QA, Question
+from ..data.questions import Question
 from ..data.shots import Shots, draw_shots
 from ..data.tasks import Task, choose_questions, load_task
+from ..data.texts import load_text
 from ..errors import InputError, resume_call
 from ..lens.blocks import sublayers_of
 from ..lens.files import Lens, load_lenses
@@ -35,38 +38,17 @@ from ..report.rows import Report
 from ..report.summary import read_report
 from ..report.tables import write_outputs
 from ..store.files import check_disk
-from ..store.folder import MadeOf, go_on, process_entry
+from ..store.folder import go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
 from ..store.results import PREDICTIONS, SCHEMA_VERSION, QuestionResult, Run, predictions_schema
 from .contexts import ContextBuilder, choose_context, remarks
 from .predict import Predictor, groups_of, questions_together
 from .recorder import AccuracySoFar, RunWriter
+from .run_spec import RunSpec
 from .workers import Workers
 
 UNIT = "the current question, then its tables"
 QUESTIONS_PER_PART = 8
-WORDS = {"tiny", "smollm2", "builtin", "nq", *GENERATORS, "plain", *QA.templates}  # of options, which name no file
-
-
-@dataclass(frozen=True)
-class RunSpec(MadeOf):
-    """What a run was made of, its options among it."""
-
-    @property
-    def options(self) -> SweepConfig:
-        """The options that the run was made with; files and folders are found from any folder."""
-        values = dict(self.manifest["arguments"])
-        for name in ("model", "task", "template"):
-            values[name] = self._from_here(values[name])
-        return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
-
-    def _from_here(self, name: str) -> str:
-        """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
-        folder = self.manifest.get("folder")
-        if folder in (None, working_folder()) or name in WORDS or Path(name).is_absolute():
-            return name
-        there = Path(folder) / name
-        return str(there) if there.exists() else name
 
 
 @dataclass(frozen=True)
@@ -81,6 +63,12 @@ class SweepInputs:
     loaded: LoadedModel
     logit_lens: LogitLens
     sublayers: list[Sublayers] | None  # of every block, where they are measured
+
+    @cached_property
+    def frequencies(self) -> TokenFrequencies | None:
+        """How often tokens are in a text, where that is measured; counted when it is asked for."""
+        name, vocab_size = self.options.frequencies, self.logit_lens.head.vocab_size
+        return None if name is None else count_tokens(load_text(name, "frequencies"), self.loaded, vocab_size)
 
     @classmethod
     def load(cls, options: SweepConfig, spec: RunSpec | None = None) -> SweepInputs:
@@ -116,6 +104,8 @@ class SweepInputs:
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
+        if options.frequencies is not None and spec is None:  # a run that is there is also read without the text
+            load_text(options.frequencies, "frequencies")
         loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         _check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
@@ -146,6 +136,7 @@ class SweepInputs:
             "run_id": uuid.uuid4().hex,  # tells two runs in one folder apart
             "status": "running",
             "arguments": options.arguments(),
+            "extras": list(options.extras),
             "folder": working_folder(),  # that relative paths among the arguments start from
             "remarks": [
                 *remarks(options, template, self.questions, loaded),
@@ -183,6 +174,7 @@ class SweepInputs:
                 "sha256": task.sha256,
                 "questions": len(task.questions),
             },
+            "frequencies": self.frequencies and self.frequencies.entry(),
             "lenses": [lens.entry() for lens in self.lenses],
             "template": template.text,
             "closed_book_template": template.format.closed_book,
@@ -208,8 +200,8 @@ class SweepInputs:
 
     def predictor(self) -> Predictor:
         """What asks the questions."""
-        builder, inside = self.builder(), self.sublayers
-        return Predictor(self.options, builder, self.loaded, self.logit_lens, self.lenses, sublayers=inside)
+        parts = (self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
+        return Predictor(*parts, buckets=self.frequencies and self.frequencies.buckets, sublayers=self.sublayers)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
@@ -344,6 +336,7 @@ class _Sweep:
         manifest = self.run.checked_manifest()  # another process may have written it meanwhile
         spec, parts = RunSpec(self.run.path, manifest, "``resume``"), self.run.whole_parts(manifest, self.warn)
         try:
+            spec.check_columns()
             inputs = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None
@@ -423,13 +416,16 @@ class _Sweep:
 
 def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
     """Upper estimate, four answer tokens a question or 200 tokens a document: uncompressed, 64 bytes per layer, 8 per
-    further column, and 512 per prediction, 8 per generated token, and of answer tokens 4 and 64 more per threshold."""
+    further column, and 512 per prediction, 8 per generated token, of answer tokens 4 and 64 more per threshold, 2 per
+    number of a state."""
     n_questions, n_layers = manifest["counts"]["questions"], manifest["model"]["n_layers"]
     n_contexts = [len(options.placements(size)) for size in options.documents]
     of_shots = 200 * options.shots * (options.shot_documents + 1)
     n_tokens = [4 if options.positions == "answer" else 200 * (size + 1) + of_shots for size in options.documents]
-    per_layer = 64 + 8 * (len(predictions_schema(options.extras)) - len(PREDICTIONS))
+    extras = [extra for extra in options.extras if extra != STATES]
+    per_layer = 64 + 8 * (len(predictions_schema(extras)) - len(PREDICTIONS))
     per_row = (n_layers + 1) * per_layer + 512 + 8 * options.generate
     per_answer = 4 * len(options.top) * ((n_layers + 1) * 4 + 64)
     per_context = sum(n * (tokens * per_row + per_answer) for n, tokens in zip(n_contexts, n_tokens, strict=True))
-    return n_questions * per_context * len(options.lens) + (4 << 20)
+    states = 2 * (n_layers + 1) * manifest["model"]["d_model"] * sum(n_contexts) if STATES in options.extras else 0
+    return n_questions * (per_context * len(options.lens) + states) + (4 << 20)

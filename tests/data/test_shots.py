@@ -21,7 +21,8 @@ from refinelens.errors import InputError
 from refinelens.read import read_context
 from refinelens.store.results import open_run
 from refinelens.sweeping.contexts import ANSWER_IN_SHOTS
-from refinelens.sweeping.sweep import RunSpec, SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.run_spec import RunSpec
+from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from tiny import word_tokenizer
 
 TASK = "Write a high-quality answer for the given question using only the provided search results "

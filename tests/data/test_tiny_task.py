@@ -23,8 +23,8 @@ from refinelens.data.generated import (
     vocabulary,
 )
 from refinelens.data.tasks import DistractorSource
+from refinelens.data.texts import load_text
 from refinelens.errors import InputError
-from refinelens.fitting.text import load_text
 
 
 def test_entities_held_out_are_new_pairs_of_known_names():

@@ -15,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 from faults import at_pass, faulty_disk, full_disk_at
 from refinelens.cli import main
 from refinelens.config import FitConfig
+from refinelens.data.texts import load_text
 from refinelens.errors import FaultError, InputError
 from refinelens.fitting import fit, objectives
 from refinelens.fitting.objectives import Statistics, _Correction
 from refinelens.fitting.quality import measure
-from refinelens.fitting.text import States, load_text, sequences
+from refinelens.fitting.text import States, sequences
 from refinelens.lens.files import load_lens
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.prefix import PROBE_TOKENS

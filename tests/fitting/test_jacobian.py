@@ -178,7 +178,8 @@ def fitted(models, text, tmp_path_factory):
 
 
 def test_a_fit_is_the_mean_over_its_prompts(models, text, fitted):
-    from refinelens.fitting.text import States, load_text
+    from refinelens.data.texts import load_text
+    from refinelens.fitting.text import States
 
     loaded = load_model(str(models["gemma2"]), "cpu")
     lens = LogitLens(loaded.model)

@@ -108,6 +108,7 @@ def test_the_command_line_and_python_give_the_same():
         "answer_tokens": "first",
         "generate": 0,
         "measures": ["jsd", "top5"],
+        "frequencies": None,
         "top": [5, 1],
         "lens": ["plain", "x"],
         "template": "default",

@@ -267,6 +267,26 @@ def test_an_unfinished_run_says_so(run, tmp_path):
     assert "closed-book and 3 documents with every gold position" in said["finding"][0]
 
 
+def test_what_was_measured_is_drawn(chromium, tmp_path):
+    asked = {"documents": ("oracle", 3), "examples": 10, "generate": 2, "device": "cpu"}
+    refinelens.sweep("tiny", out=tmp_path / "run", measures="jsd,top5,frequency,states", **asked)
+    write_report_page([open_run(tmp_path / "run")], tmp_path / "run.html")
+    with opened(chromium, tmp_path / "run.html", height=1600) as page:
+        layers = page.locator("#layers")
+        titles = [caption.text_content() for caption in layers.locator("figcaption").all()]
+        assert titles[3:] == [
+            "Jensen-Shannon divergence from the output, mean",
+            "Five likeliest tokens that are the output's, mean",
+            "Best tokens by how frequent they are",
+            "Best tokens that are not the output's",
+            "Gold position found in the state, answer read from it, 3 documents",
+        ]
+        probe = layers.locator("figure").last
+        assert probe.locator("svg circle").count() == 3 * 9  # probe, lens and chance at every layer
+        settling = layers.locator("table").first.locator("tbody tr").first.locator("td").all()
+        assert re.fullmatch(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", settling[-1].text_content())
+
+
 def test_two_answers_and_who_wins(chromium, tmp_path):
     asked = {"task": "tiny-cues", "documents": ("oracle", 4), "examples": 4, "device": "cpu"}
     refinelens.sweep("tiny", out=tmp_path / "run", **asked)

@@ -5,7 +5,8 @@ import pytest
 
 from refinelens.report.effective_depth import cosine_layers, effective_depth_lines, effective_depths, kl_layers
 from refinelens.report.effective_depth import overlap_layers as top5_layers
-from refinelens.report.rows import MeasuredCell, Report
+from refinelens.report.further_rows import MeasuredCell
+from refinelens.report.rows import Report
 from refinelens.stats import RESAMPLES, _tail
 
 NONE = float("nan")

@@ -164,9 +164,7 @@ def test_both_ranks_are_those_of_the_whole_distribution(run):
     lens = refinelens.LogitLens(loaded.model, loaded.tokenizer)
     inputs = SweepInputs.load(SweepConfig("tiny", **ASKED))
     contexts = [context for q in inputs.questions for context in inputs.builder().build(q).contexts]
-    rows = {
-        (r["question_id"], r["documents"], r["gold_position"], r["decoy_position"]): r for r in rows_of(run)
-    }
+    rows = {(r["question_id"], r["documents"], r["gold_position"], r["decoy_position"]): r for r in rows_of(run)}
     assert len(rows) == len(contexts) == 6 * (1 + 1 + 12)
     for context in contexts[::5]:
         placement = context.placement
@@ -259,9 +257,7 @@ def test_layers_and_orders(run):
             continue
         layer = int(row["layer"])
         first = row["order"] == "gold first"
-        own = [
-            r for r in rows if row["order"] == "either" or (r["gold_position"] < r["decoy_position"]) == first
-        ]
+        own = [r for r in rows if row["order"] == "either" or (r["gold_position"] < r["decoy_position"]) == first]
         ahead = np.mean([r["target_rank"][layer] < r["decoy_rank"][layer] for r in own])
         lead = np.mean([r["target_logprob"][layer] - r["decoy_logprob"][layer] for r in own])
         assert float(row["gold_ahead"]) == pytest.approx(ahead, rel=1e-4, abs=1e-6)

@@ -13,9 +13,9 @@ import refinelens
 from refinelens.cli import main
 from refinelens.config import ReadConfig
 from refinelens.read import read_context
-from refinelens.report.measures import LATE, SETTLED
 from refinelens.run_page import report_page
 from refinelens.store.results import open_run
+from refinelens.store.trajectory import LATE, SETTLED
 
 pytestmark = pytest.mark.medium
 ASKED = {"documents": (3,), "examples": 6, "device": "cpu"}
@@ -84,10 +84,9 @@ def test_tables_are_means_over_questions(run):
         (settling,) = [row for row in csv.DictReader(file) if row["lens"] == "plain" and row["gold_position"] == "1"]
     layers = []
     for row in own:
-        high = [layer for layer, value in enumerate(row["jsd"]) if value > SETTLED]
-        layers.append(max(high, default=-1) + 1)
+        layers.append(next(layer for layer, value in enumerate(row["jsd"]) if value <= SETTLED))
     assert float(settling["mean_settle_jsd"]) == pytest.approx(np.mean(layers), rel=1e-5)
-    late = np.mean([layer > LATE * 8 for layer in layers])
+    late = np.mean([layer >= math.ceil(LATE * 8) for layer in layers])
     assert float(settling["deep_thinking"]) == pytest.approx(late, abs=1e-6)
     assert 0 < SETTLED < math.log(2) and np.mean(layers) > 0
 

@@ -18,7 +18,8 @@ from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.machine import PACKAGE_ROOT, module_path
 from refinelens.store.results import open_run
-from refinelens.sweeping.sweep import RunSpec, run_sweep
+from refinelens.sweeping.run_spec import RunSpec
+from refinelens.sweeping.sweep import run_sweep
 from refinelens.sweeping.workers import Workers, _Worker
 
 HAS_PROC = Path("/proc/self/stat").exists()

@@ -1,18 +1,5 @@
 // The page of a run: finding, layers, questions, tokens; of several runs also what differs between them.
 
-const MEASURED = {
-  jsd: { title: "Jensen-Shannon divergence from the output, mean", y: "nats", from: 0 },
-  top5: { title: "Five likeliest tokens that are the output's, mean", y: "share", from: 0, to: 1 },
-  attn_logit: { title: "What attention adds to the target's logit (layer 0: the embedding), mean", y: "nats" },
-  mlp_logit: { title: "What the feed-forward part adds to the target's logit, mean", y: "nats" },
-  attn_cosine: { title: "Cosine of what attention adds and the stream before it, mean", y: "cosine" },
-  mlp_cosine: { title: "Cosine of what the feed-forward part adds and the stream before it, mean", y: "cosine" },
-  block_cosine: { title: "Cosine of what the block adds and the stream before it, mean", y: "cosine" },
-  attn_size: { title: "Norm of what attention adds / of the stream before it, mean", y: "share", from: 0 },
-  mlp_size: { title: "Norm of what the feed-forward part adds / of the stream before it, mean", y: "share", from: 0 },
-  mid_logprob: { title: "Log-probability of the target behind attention, plain lens, mean", y: "nats" },
-};
-
 function runPage(root, head, arrays) {
   const runs = head.runs.map((run, number) => readRun(run, arrays, `${number}.`)), first = runs[0];
   const tabs = [["finding", "Finding"], ["layers", "Layers"], ["questions", "Questions"], ["tokens", "Tokens"]];
@@ -113,36 +100,16 @@ function layersLevel(run) {
         log: true, upside: true, from: 1 }),
       lineChart({ title: "KL(output || layer), mean", x: "layer", y: "nats", series: series("kl"), from: 0 }),
       lineChart({ title: "Entropy, mean", x: "layer", y: "nats", series: series("entropy"), from: 0 }),
-      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name) })));
+      ...run.measures.map((name) => lineChart({ ...MEASURED[name], x: "layer", series: series(name) })),
+      ...frequencyCharts(run, state.lens, state.documents));
   }
   draw();
   const bar = element("div", { class: "bar" },
     choice("lens", run.lenses.map((l) => [l, l]), state.lens, (v) => { state.lens = v; draw(); }),
     choice("context", sizes.map((s) => [String(s), condition(s)]), String(state.documents),
       (v) => { state.documents = +v; draw(); }));
-  return section("layers", "Layers", bar, charts, ...cuesParts(run), ...settlingParts(run), ...effectiveParts(run),
-    ...analysisParts(run));
-}
-
-// Where predictions settle by their divergence from the output.
-function settlingParts(run) {
-  if (!run.settling.length) return [];
-  const rows = run.settling.map((r) => [r.lens, condition(r.documents), r.gold_position < 0 ? "-" : r.gold_position,
-    r.questions, estimate(r.mean_settle_jsd, 1), estimate(r.deep_thinking, 2)]);
-  return [element("h3", {}, "Settling by divergence"),
-    grid(["lens", "context", "gold", "questions", "settles at layer", "share that settles late"], rows,
-      (i, column) => ({ class: column > 1 ? "number" : null }))];
-}
-
-// Up to which layer the model works on its prediction, by method.
-function effectiveParts(run) {
-  if (!run.effective.length) return [];
-  const rows = run.effective.map((r) => [r.lens, condition(r.documents),
-    r.gold_position === null ? "all" : r.gold_position < 0 ? "-" : r.gold_position, r.method, r.questions,
-    estimate(r.layer, 1), estimate(r.ratio, 2)]);
-  return [element("h3", {}, "Effective depth"),
-    grid(["lens", "context", "gold", "method", "questions", "layer", "share of the layers"], rows,
-      (i, column) => ({ class: column > 3 || column === 2 ? "number" : null }))];
+  const measured = [...cuesParts(run), ...settlingParts(run), ...effectiveParts(run), ...probeParts(run)];
+  return section("layers", "Layers", bar, charts, ...measured, ...analysisParts(run));
 }
 
 // Of an analysis of layers, from its own tables.
