@@ -17,12 +17,13 @@ extension = Pybind11Extension(
     optional=True,
 )
 
-PACKAGES = "bench data data.tiny fitting kernels layers lens model op pages report store sweeping".split()
+PACKAGES = "bench claims data data.tiny fitting kernels layers lens model op pages report store sweeping".split()
 
 setup(
     packages=["refinelens", *(f"refinelens.{name}" for name in PACKAGES)],
     package_data={
         "refinelens": ["py.typed", "_C.pyi"],
+        "refinelens.claims": ["recipes/*.toml"],
         "refinelens.data": ["*.jsonl"],
         "refinelens.data.tiny": ["*"],
         "refinelens.pages": ["assets/*"],

@@ -15,8 +15,8 @@ from harness import options_of
 from refinelens import _C, fused_lens
 from refinelens.bench.competitors import naive
 from refinelens.bench.problem import make_problem
-from refinelens.config import BenchConfig
 from refinelens.kernels.reference import LensHead, LensStats, apply_norm, fused_lens_reference
+from refinelens.view_config import BenchConfig
 
 ROWS = 1024  # at a time
 

@@ -17,10 +17,10 @@ from harness import NOT_MEASURED, Goal, goal_table
 
 from refinelens.bench.bench import run_bench
 from refinelens.bench.table import Report, text_table
-from refinelens.config import BenchConfig
 from refinelens.errors import InputError
 from refinelens.model.loading import find_smollm2
 from refinelens.op.backends import instruction_set
+from refinelens.view_config import BenchConfig
 
 # Rows are layers x positions.
 CPU_CASES = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .machine import __version__
 
 if TYPE_CHECKING:
-    from .api import essential_layers, fit, merge_lenses, sweep
+    from .api import essential_layers, fit, merge_lenses, recipe, sweep
     from .data.convert import convert
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
@@ -53,6 +53,7 @@ _PUBLIC = {
     "fit": "api",
     "merge_lenses": "api",
     "essential_layers": "api",
+    "recipe": "api",
     "convert": "data.convert",
     "load_run": "store.frames",
     "LoadedRun": "store.frames",
@@ -92,6 +93,7 @@ __all__ = [
     "fit",
     "merge_lenses",
     "essential_layers",
+    "recipe",
     "convert",
     "load_run",
     "LoadedRun",

@@ -1,4 +1,4 @@
-"""What the command line runs, as functions: a sweep, the fit of a lens, the analysis of layers.
+"""What the command line runs, as functions: a sweep, the fit of a lens, the analysis of layers, a recipe.
 
 Options are keywords and named as the fields of the configs in `refinelens.config`; they take Python's values and the
 command line's words alike. Lines that the command line says on the way are warnings here.
@@ -12,14 +12,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import FitConfig, LayersConfig, SweepConfig, check_objective
+from .claims.conduct import run_recipe
+from .config import FitConfig, LayersConfig, RecipeConfig, SweepConfig, check_objective
 from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .fitting.merge import merge_lenses as _merge_lenses
 from .layers.analysis import run_layers
 from .options import Config
 from .progress import progress_bar
+from .run_page import write_report_page
 from .store.frames import LoadedLayers, LoadedRun
+from .store.results import PAGE
 from .sweeping.sweep import resume_sweep, run_sweep
 
 
@@ -140,6 +143,41 @@ def essential_layers(
     with progress_bar(progress) as bar:
         folder, _ = run_layers(path, config, out, overwrite, None, bar, _warn)
     return LoadedLayers(folder)
+
+
+def recipe(
+    name: str | Path,
+    model: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Test the claim of a paper by a recipe: fits, a sweep, a verdict; ``refinelens recipe``.
+
+    Args:
+        name: A recipe of the package, such as ``"inverted-u"``, or a TOML file.
+        model: As in `sweep`.
+        out: Folder of all that is made.
+        resume: Go on with a recipe that was stopped there.
+        progress: Show a bar on a terminal or in a notebook.
+        **options: Fields of `refinelens.config.RecipeConfig`, such as ``budget="30m"``.
+
+    Returns:
+        What ``claim.json`` holds: ``verdict``, ``estimate``, ``p``, ``n``, ``detectable``, ``sides``, ``secondary`` and
+        what they rest on. ``load_run(out / "run")`` is the run.
+
+    Raises:
+        InputError: No such recipe, one that is not right, or a folder with something else in it.
+        FaultError: Something broke; with ``resume`` it goes on.
+        KeyboardInterrupt: SIGINT or SIGTERM, once the current step has written what it has.
+    """
+    config = _config(RecipeConfig, model=model, **options)
+    with progress_bar(progress) as bar:
+        claim, run = run_recipe(config, str(name), _folder(out), resume, None, bar, _warn)
+    write_report_page([run], Path(_folder(out)) / PAGE, claim)
+    return claim
 
 
 def _config(kind: type[Config], **options: Any) -> Any:

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config
+from . import config, view_config
 from .errors import FaultError, InputError, resume_call
 from .options import check_idle, check_utf8
 from .parser import build_parser, check_values, config_of, known_options, option_of
@@ -179,6 +179,39 @@ def _merge_lenses(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _recipe(arguments: argparse.Namespace, argv: list[str]) -> int:
+    options = config_of(arguments, config.RecipeConfig)
+    from .claims.conduct import run_recipe
+    from .report.claim import claim_lines
+    from .run_page import write_report_page
+    from .store.results import PAGE
+
+    name = arguments.recipe
+    out = Path(arguments.out or f"runs/{Path(name).stem}-{Path(options.model).stem}")
+    again = f"refinelens recipe {name} --out {out} --resume goes on with what is finished"
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    given = (options, name, out, arguments.resume, ["refinelens", *argv])
+    done, code = _work(partial(run_recipe, *given, say=say), lambda _: again)
+    if code == 0:
+        claim, run = done
+        print("\n".join(claim_lines(claim)))
+        print(f"\n{out / PAGE}: {write_report_page([run], out / PAGE, claim)}")
+        _list_files(out)
+    return code
+
+
+def _recipes(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .claims.recipe import built_in, load_recipe
+
+    for name in built_in():
+        recipe = load_recipe(name)
+        print(f"{name:<20} {recipe.claim} ({recipe.source})")
+    return 0
+
+
 def _work(work: Callable[..., Any], how_to_resume: Callable[[Any], str]) -> tuple[Any, int]:
     """What some work gives and 0, its progress on the terminal; or what a signal left of it, and its exit code."""
     from .progress import progress_bar
@@ -215,7 +248,7 @@ def _show(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .report.tables import show_run
     from .store.results import open_run
 
-    options = config_of(arguments, config.ShowConfig)
+    options = config_of(arguments, view_config.ShowConfig)
     show_run(open_run(arguments.folder), _console(), options.top, in_options)
     return 0
 
@@ -236,7 +269,7 @@ def _report(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _read(arguments: argparse.Namespace, argv: list[str]) -> int:
-    options = config_of(arguments, config.ReadConfig)
+    options = config_of(arguments, view_config.ReadConfig)
     from .store.frames import check_new_file
 
     files = {kind: getattr(arguments, kind) for kind in ("html", "png", "json")}
@@ -274,11 +307,11 @@ def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     run, out = open_run(arguments.folder), Path(arguments.out)
     if arguments.format != "lens-json":
-        names = [field.name for field in fields(config.WidgetConfig)]
+        names = [field.name for field in fields(view_config.WidgetConfig)]
         check_idle(arguments, names, "format='lens-json'", arguments.format)
         print(f"{out}: {export_run(run, out, arguments.format)} rows")
         return 0
-    choice = config_of(arguments, config.WidgetConfig)
+    choice = config_of(arguments, view_config.WidgetConfig)
     check_new_file(out)
     from .lens_json import export_lens_json
 
@@ -287,7 +320,7 @@ def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
-    options = config_of(arguments, config.DoctorConfig)
+    options = config_of(arguments, view_config.DoctorConfig)
     from .doctor import findings
 
     for name, value in findings(options):
@@ -298,7 +331,7 @@ def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
 
-    options = config_of(arguments, config.BenchConfig)
+    options = config_of(arguments, view_config.BenchConfig)
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise InputError(f"--json: expected a file in a folder that is there, got {arguments.json}")
     from .bench.bench import run_bench
@@ -342,6 +375,8 @@ COMMANDS = {
     "sweep": _sweep,
     "fit": _fit,
     "merge-lenses": _merge_lenses,
+    "recipe": _recipe,
+    "recipes": _recipes,
     "show": _show,
     "layers": _layers,
     "read": _read,

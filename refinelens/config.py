@@ -7,9 +7,8 @@ fields; the parser of the command line is made from the same fields (`refinelens
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 
-from .errors import InputError
 from .options import NAMES, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
 from .placement import MOST_DOCUMENTS, WORDS, Placement, placements
 
@@ -20,12 +19,12 @@ SHORTEST = 16  # tokens of a sequence
 SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one to report on
 PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
-MOST_THREADS = 4096
-POINTS = POST, MID, ALL = ("post", "mid", "all")  # of a block
 DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
 KEEP = EVERY_QUESTION, ANSWERED, NEEDS_DOCUMENT = ("all", "answered", "needs-document")
 # Stored beside what always is: of every layer, but for the states before an answer.
-MEASURES = JSD, TOP5, SUBLAYERS, FREQUENCY, STATES = ("jsd", "top5", "sublayers", "frequency", "states")
+MEASURES = JSD, TOP5, SUBLAYERS, OWN, FREQUENCY, STATES = (
+    *("jsd", "top5", "sublayers", "prediction", "frequency", "states"),
+)
 GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
 CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
 DECOYS = "decoys"  # what their rows have more
@@ -44,26 +43,20 @@ def _measures(value: object) -> tuple[str, ...]:
     return tuple(name for name in MEASURES if name in names)
 
 
-def _every(value: object) -> int:
-    """One layer of how many, of ``all``, ``4`` or ``every 4``."""
-    return 1 if value == "all" else number_of(value.removeprefix("every").strip() if isinstance(value, str) else value)
-
-
 SIZES = Kind(_sizes, "closed-book, oracle or sizes such as 5,10")
 EDITS = Kind(lambda value: () if value == "none" else NAMES.read(value), f"none or some of {','.join(INTERVENTIONS)}")
 MEASURED = Kind(_measures, f"some of {','.join(MEASURES)}, each once")
-LAYERS = Kind(_every, "all, or N for one layer of N")
 
 
-def _device(help: str = "(default: CUDA if there is one)", group: str | None = None):
+def device_option(help: str = "(default: CUDA if there is one)", group: str | None = None):
     return choice(help, group, "auto", "cpu", "cuda")
 
 
-def _dtype(help: str = "(default: float32 on a CPU, the checkpoint's own on CUDA)", group: str | None = None):
+def dtype_option(help: str = "(default: float32 on a CPU, the checkpoint's own on CUDA)", group: str | None = None):
     return choice(help, group, *DTYPE_NAMES)
 
 
-def _trust(group: str | None = None):
+def trust_option(group: str | None = None):
     return option(False, "run the code that a model brings (default: refuse it)", group)
 
 
@@ -97,7 +90,7 @@ class SweepConfig(Config):
         SIZES,
         "N[,N]",
     )
-    gold_positions: str = option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|P[,P]")
+    gold_positions: str = option("all", "of the gold document, from 0", ASKED, TYPED, "all|ends-middle|quarters|P[,P]")
     golds: int = option(1, "gold documents of a context, side by side, of tasks that have more than one", ASKED)
     decoys: int | None = option(
         None,
@@ -110,7 +103,7 @@ class SweepConfig(Config):
         "of the first decoy, from 0; where gold documents stand it does not",
         ASKED,
         TYPED,
-        "all|ends-middle|P[,P]",
+        "all|ends-middle|quarters|P[,P]",
     )
     examples: int | None = option(None, "questions drawn by the seed (default: all; of kv and tiny 100)", ASKED)
     target: str = choice(
@@ -132,7 +125,8 @@ class SweepConfig(Config):
         (),
         "also store of every layer: jsd, the Jensen-Shannon divergence from the output; top5, the share of its five "
         "likeliest tokens that are the output's; sublayers, what attention and feed-forward part of every block add to "
-        "the target's logit, in which direction and how much; frequency, how frequent its best token is in a text; "
+        "the target's logit, in which direction and how much; prediction, the rank of the model's own prediction; "
+        "frequency, how frequent its best token is in a text; "
         "states, the residual stream before each answer, and from it a probe of the gold position (default: none)",
         READ,
         MEASURED,
@@ -173,14 +167,14 @@ class SweepConfig(Config):
     alias: str = choice(
         "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
     )
-    device: str = _device(group=RUNS)
-    dtype: str = _dtype(group=RUNS)
+    device: str = device_option(group=RUNS)
+    dtype: str = dtype_option(group=RUNS)
     batch_size: str = option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
     reuse_prefix: str = choice(
         "run documents that contexts share once; auto: on a CPU in float32, if proven", RUNS, "auto", "on", "off"
     )
     seed: int = option(0, "of questions, distractors, intervals", ASKED)
-    trust_remote_code: bool = _trust(RUNS)
+    trust_remote_code: bool = trust_option(RUNS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -256,10 +250,10 @@ class FitConfig(Config):
     prompts: int = option(100, "of up to 128 tokens that a derivative is averaged over, for jacobian alone")
     prompts_from: int = option(0, "which sequence of the text is the first prompt, for jacobian alone", metavar="N")
     from_layer: int = option(0, "the lowest that is fitted; those below stay plain; for jacobian alone", metavar="L")
-    device: str = _device()
-    dtype: str = _dtype()
+    device: str = device_option()
+    dtype: str = dtype_option()
     seed: int = option(0, "of the training, for kl alone")
-    trust_remote_code: bool = _trust()
+    trust_remote_code: bool = trust_option()
 
     def __post_init__(self):
         super().__post_init__()
@@ -302,119 +296,17 @@ class LayersConfig(Config):
 
 
 @dataclass(frozen=True)
-class ShowConfig(Config):
-    """How a run is shown."""
+class RecipeConfig(Config):
+    """What a recipe does not say itself."""
 
-    top: tuple[int, ...] | None = option(
-        None, "the table at other thresholds, from the ranks the run has", metavar="K[,K]"
+    model: str = option("smollm2", "as in sweep")
+    budget: str | None = option(
+        None, "time for all of it, such as 90s, 30m or 2h: fewer questions, by a timed start (default: as many as the "
+        "recipe asks)",
+        metavar="TIME",
     )
-
-
-@dataclass(frozen=True)
-class WidgetConfig(Config):
-    """Which context of a run a widget shows, through which lens, and how much of it."""
-
-    question: int | None = option(
-        None,
-        "line of the task file, from 0 (default: the first that could be asked with so many documents)",
-        metavar="ID",
-    )
-    documents: int | None = option(
-        None,
-        "context size; 0 closed-book, 1 oracle (default: the run's smallest of 2 or more, else oracle, else 0)",
-        metavar="N",
-    )
-    gold_position: int | None = option(None, "0-based (default: the run's first)", metavar="P")
-    decoy_position: int | None = option(None, "0-based, of a run with decoys (default: its first)", metavar="P")
-    lens: str | None = option(None, "plain, or the name of a lens (default: the run's first)", metavar="NAME")
-    tokens: int = option(32, "at most, the last ones of the context")
-    k: int = option(5, "most likely tokens of every layer", metavar="K")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("tokens", "k"):
-            expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-
-
-@dataclass(frozen=True)
-class ReadConfig(Config):
-    """How one text, or one context of a run, is read and shown."""
-
-    model: str = option("smollm2", "as in sweep; of a run its own")
-    lens: tuple[str, ...] = option(("plain",), "as in sweep; of a run its own", metavar="LENS[,LENS]")
-    target: str = option(
-        "prediction",
-        "whose rank is shown: prediction, the model's own; next, the token that follows; or a token's text, such as "
-        "' Paris'",
-        metavar="prediction|next|TEXT",
-    )
-    top_k: int = option(10, "likeliest tokens of every cell")
-    layers: int = option(1, "all, or every N", kind=LAYERS, metavar="all|N")
-    points: str = choice(
-        "post: the stream behind every block; mid: behind its attention; all: both. With mid and all a page also has "
-        "what attention and feed-forward part add to the target's logit",
-        None,
-        *POINTS,
-    )
-    tokens: int | None = option(None, "the last N are read (default: all; a terminal shows the last 24)")
-    generate: int = option(0, "write up to N tokens after the text, greedily, and show them too (default: none)")
-    measure: str = choice("that a terminal and a picture colour by", None, "probability", "rank")
-    question: int | None = option(None, "of a run: line of the task file, from 0 (default: the first)", metavar="ID")
-    documents: int | None = option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
-    gold_position: int | None = option(None, "of a run: 0-based (default: its first)", metavar="P")
-    decoy_position: int | None = option(None, "of a run with decoys: 0-based (default: its first)", metavar="P")
-    device: str = _device()
-    dtype: str = _dtype()
-    trust_remote_code: bool = _trust()
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("top_k", "layers"):
-            expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        expect(self.tokens is None or self.tokens >= 1, "tokens", "1 or more", self.tokens)
-        expect(self.generate >= 0, "generate", "a number of tokens, 0 for none", self.generate)
-
-
-@dataclass(frozen=True)
-class DoctorConfig(Config):
-    """The model that is looked at, if there is one."""
-
-    model: str | None = option(
-        None, "find the parts of its lens and prove them, as sweep does (default: no model)", metavar="NAME"
-    )
-    device: str = _device("of the model (default: as in sweep)")
-    dtype: str = _dtype("of the model (default: as in sweep)")
-    trust_remote_code: bool = _trust()
-
-
-@dataclass(frozen=True)
-class BenchConfig(Config):
-    """What is measured; None means the device's default, or what the model has."""
-
-    device: str = _device()
-    rows: int | None = option(None, "layers x positions (default: 416, on CUDA 13312)")
-    d_model: int | None = option(None, "(default: 768)")
-    vocab: int | None = option(None, "(default: 50257)")
-    model: str | None = option(
-        None, "its states, norm and unembedding, as in sweep (default: random numbers)", metavar="NAME"
-    )
-    dtype: str = _dtype("(default: float32, on CUDA bfloat16)")
-    baselines: str = option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
-    rounds: int = option(7, "how often all take turns")
-    threads: int = option(1, "on a CPU; 1 is timed by CPU time")
-    trust_remote_code: bool = _trust()
-    peers: InitVar[object] = None  # an older name of ``baselines``
-
-    def __post_init__(self, peers: object):
-        if peers is not None:
-            object.__setattr__(self, "baselines", peers)
-        super().__post_init__()
-        for name in ("rows", "d_model", "vocab", "rounds", "threads"):
-            value = getattr(self, name)
-            expect(value is None or value >= 1, name, "at least 1", value)
-            if self.model is not None and value is not None and name in ("d_model", "vocab"):
-                raise InputError(f"``{name}``: expected none beside ``model``, whose own sizes are used; leave it out")
-        expect(self.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}", self.threads)
+    device: str = device_option()
+    dtype: str = dtype_option()
 
 
 def default_task(model: str) -> str:

@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import DoctorConfig
 from .errors import UnsupportedModelError
 from .kernels.reference import Norm
 from .lens.blocks import check_replay
@@ -21,6 +20,7 @@ from .model.head import find_blocks, find_head
 from .model.loading import LoadedModel, find_smollm2, load_model, resolve_device
 from .op.backends import choose_backend, choose_precision, instruction_set
 from .report.rows import counted
+from .view_config import DoctorConfig
 
 
 def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import WidgetConfig
 from .data.prompts import Context
 from .errors import InputError
 from .lens.files import Lens
@@ -32,6 +31,7 @@ from .store.results import Run
 from .sweeping.contexts import pick
 from .sweeping.run_spec import RunSpec
 from .sweeping.sweep import SweepInputs
+from .view_config import WidgetConfig
 
 DIGITS = 5  # of a probability
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import cache
 from typing import TypeVar
 
-from . import config
+from . import config, view_config
 from .errors import InputError
 from .machine import __version__
 from .options import FLAG, NUMBER, Config, kind_of
@@ -93,9 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="LENS", help="folder of the lens")
     merge.add_argument("--overwrite", action="store_true", help="replace a lens that is there")
 
+    recipe = add_command(
+        "recipe",
+        help="test the claim of a paper: fits, a sweep, a verdict",
+        description="A recipe says what is run and what is concluded, before it is run; refinelens recipes lists those "
+        "that come with the package.",
+    )
+    recipe.add_argument("recipe", metavar="NAME|FILE.toml", help="a recipe of the package, or a file of your own")
+    _add_config(recipe, config.RecipeConfig)
+    recipe.add_argument("--out", metavar="FOLDER", help="of all that is made (default: runs/RECIPE-MODEL)")
+    recipe.add_argument("--resume", action="store_true", help="go on with a recipe that was stopped there")
+    add_command("recipes", help="list the recipes of the package, each with its claim and source")
+
     show = add_command("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")
-    _add_config(show, config.ShowConfig)
+    _add_config(show, view_config.ShowConfig)
 
     report = add_command("report", help="write the page of a run, or of several to compare")
     report.add_argument("folders", metavar="RUN", nargs="+", help="a run; with several the page also compares them")
@@ -123,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = read.add_argument
     add("text", metavar="TEXT|RUN", help="a text, or the folder of a run")
-    _add_config(read, config.ReadConfig)
+    _add_config(read, view_config.ReadConfig)
     add("--html", metavar="FILE", help="write an interactive page")
     add("--png", metavar="FILE", help="write a picture of the last tokens")
     add("--json", metavar="FILE", help="write every number")
@@ -150,13 +162,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("folder", metavar="RUN", help="folder of a run")
     add("--format", choices=("csv", "jsonl", "parquet", "lens-json"), default="csv", help="(default: %(default)s)")
     add("--out", required=True, metavar="FILE", help="the file to write")
-    _add_config(export.add_argument_group("of lens-json"), config.WidgetConfig)
+    _add_config(export.add_argument_group("of lens-json"), view_config.WidgetConfig)
 
     doctor = add_command("doctor", help="say which backend would be used, and what is found in a model")
-    _add_config(doctor, config.DoctorConfig)
+    _add_config(doctor, view_config.DoctorConfig)
     bench = add_command("bench", help="measure the op here, beside what people use instead")
     bench.add_argument("--peers", dest="baselines", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its older name
-    _add_config(bench, config.BenchConfig)
+    _add_config(bench, view_config.BenchConfig)
     bench.add_argument("--json", metavar="FILE", help="write every number there too")
     return parser
 

@@ -13,6 +13,7 @@ from .options import expect
 CLOSED_BOOK, ORACLE = 0, 1  # no document; the gold document alone
 MOST_DOCUMENTS = 100_000  # of a context; no model reads so many
 NO_POSITION = -1  # of a document, where there is none
+PLACES = ("all", "ends-middle", "quarters")  # words for positions of the gold document
 WORDS = {"closed-book": CLOSED_BOOK, "oracle": ORACLE}
 
 
@@ -42,9 +43,10 @@ def condition_name(n_documents: int) -> str:
 
 
 def gold_positions(choice: str, n_documents: int, count: int = 1, name: str = "gold_positions") -> list[int]:
-    """Positions of the first of ``count`` neighbours: ``all``, ``ends-middle`` or a list such as ``0,4,9``.
+    """Positions of the first of ``count`` neighbours: those of a word of `PLACES`, or of a list such as ``0,4,9``.
 
-    Without documents it is `NO_POSITION`, and of one document 0, whatever the list.
+    ``ends-middle`` are the first, a middle and the last one, ``quarters`` also those halfway between. Without documents
+    it is `NO_POSITION`, and of one document 0, whatever the list.
 
     Args:
         choice: As above.
@@ -56,14 +58,17 @@ def gold_positions(choice: str, n_documents: int, count: int = 1, name: str = "g
         InputError: Not one of these, or a position from which they do not fit into the context.
     """
     try:
-        listed = [] if choice in ("all", "ends-middle") else [int(part) for part in choice.split(",")]
+        listed = [] if choice in PLACES else [int(part) for part in choice.split(",")]
     except ValueError:
-        raise InputError(f"``{name}``: expected all, ends-middle or a list like 0,4,9, got {choice!r}") from None
+        words = ", ".join(PLACES)
+        raise InputError(f"``{name}``: expected {words} or a list like 0,4,9, got {choice!r}") from None
     if n_documents == CLOSED_BOOK:
         return [NO_POSITION]
     last = n_documents - count
     if choice == "all":
         return list(range(last + 1))
+    if choice == "quarters":
+        return sorted({quarter * last // 4 for quarter in range(5)})
     if choice == "ends-middle" or n_documents == ORACLE:
         return sorted({0, last // 2, last})
     for position in listed:

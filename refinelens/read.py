@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache
 
-from .config import MID, POST, ReadConfig
 from .errors import InputError
 from .layers.sublayers import HALVES, by_layer, read_sublayers
 from .lens.files import load_lenses
@@ -31,6 +30,7 @@ from .store.results import Run
 from .sweeping.generate import Generator, check_cache
 from .sweeping.run_spec import RunSpec
 from .sweeping.sweep import SweepInputs
+from .view_config import MID, POST, ReadConfig
 
 SHOWN_TOKENS = 24  # of a terminal
 INSIDE = {

@@ -50,13 +50,13 @@ TABLES = {  # of an analysis of layers
 }
 
 
-def write_report_page(runs: list[Run], path: Path) -> str:
-    """Write the page of runs, and say in words what is on it.
+def write_report_page(runs: list[Run], path: Path, claim: dict | None = None) -> str:
+    """Write the page of runs, with the verdict on a claim if there is one, and say in words what is on it.
 
     Raises:
         InputError: A damaged run, or one without rows; a file that cannot be written.
     """
-    text, words = report_page(runs)
+    text, words = report_page(runs, claim=claim)
     write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return words
 
@@ -73,12 +73,15 @@ def write_run_page(run: Run) -> str:
         return f"{path}: {write_report_page([run], path)}"
 
 
-def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[str, str]:
+def report_page(
+    runs: list[Run], most_contexts: int = MOST_CONTEXTS, claim: dict | None = None
+) -> tuple[str, str]:
     """The text of the page, and in words what it holds.
 
     Args:
         runs: What it is about; of several it shows the first, and what differs over the questions they share.
         most_contexts: Of each run, in the levels of questions and tokens.
+        claim: As ``claim.json`` of a recipe has it, which the page then begins with.
     """
     heads, arrays, words = [], {}, []
     top = min(runs[0].manifest["arguments"]["top"])
@@ -91,7 +94,7 @@ def report_page(runs: list[Run], most_contexts: int = MOST_CONTEXTS) -> tuple[st
         heads.append(head)
         arrays |= {f"{number}.{name}": array for name, array in own.items()}
         words.append(said)
-    return write_page("run", heads[0]["title"], {"runs": heads}, arrays), "; ".join(words)
+    return write_page("run", heads[0]["title"], {"runs": heads, "claim": claim}, arrays), "; ".join(words)
 
 
 def _run(run: Run, chosen: _Chosen, top: int) -> tuple[dict, dict[str, np.ndarray], str]:

@@ -15,9 +15,9 @@ from statistics import median
 
 import torch
 
-from ..config import BenchConfig
 from ..machine import __version__, device_name, package_version
 from ..op.backends import instruction_set
+from ..view_config import BenchConfig
 from .competitors import BASELINE, COMPETITORS, NAIVE, OURS, Competitor, choose
 from .measure import DoesNotRun, Fp64Check, clock_of, extra_memory, peak_meter, spread, take_turns, timed, torch_threads
 from .problem import Problem, available_memory, can_measure_growth, make_problem, peak_growth_cuda

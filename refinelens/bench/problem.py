@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import BenchConfig
 from ..data.tasks import load_task
 from ..errors import InputError
 from ..kernels.reference import LayerNorm, Norm
 from ..lens.logit_lens import LogitLens
 from ..model.loading import DTYPES, load_model, resolve_device
+from ..view_config import BenchConfig
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 # GPT-2's sizes; rows are 13 layers x 32 positions on a CPU and 13 x 1024 on a GPU.

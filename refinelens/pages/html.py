@@ -20,7 +20,7 @@ import numpy as np
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = {  # of a page, in this order
     "heatmap": ("page", "heatmap"),
-    "run": ("page", "chart", "measures", "cues", "questions", "run"),
+    "run": ("page", "chart", "claim", "measures", "cues", "questions", "run"),
 }
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 TYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "f4": np.float32}

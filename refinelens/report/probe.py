@@ -41,11 +41,12 @@ def probe_rows(run: Run) -> list[ProbeRow] | None:
         return None
     found = _of_file(run)
     if found is None:
-        found = [row for documents, size in _sizes(run) for row in rows_of_size(documents, size, run.manifest["seed"])]
+        seed = run.manifest["seed"]
+        found = [row for documents, size in sizes_of_states(run) for row in rows_of_size(documents, size, seed)]
     return found
 
 
-def _sizes(run: Run) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def sizes_of_states(run: Run) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Columns of every context size with several gold positions, ``[questions, contexts of each, ...]``."""
     held: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for part in run.parts(COLUMNS):
@@ -76,12 +77,8 @@ def rows_of_size(documents: int, size: dict[str, np.ndarray], seed: int) -> Iter
     if n < FEWEST:
         return
     positions, classes = np.unique(size["gold_position"], return_inverse=True)
-    classes, folds = classes.reshape(n, n_contexts), fold_of_questions(n, seed)
     chance = float(np.bincount(classes.ravel()).max() / classes.size)
-    states = size[STATES].reshape(n, n_contexts, n_points, -1)
-    hits = np.stack(
-        [held_out_predictions(states[:, :, layer], classes, folds) == classes for layer in range(n_points)], axis=-1
-    )
+    hits = held_out_hits(size, seed)
     both = np.concatenate([hits, right], axis=-1).astype(float)
     for position in (EVERY_POSITION, *positions.tolist()):
         inside = np.full((n, n_contexts), True) if position is EVERY_POSITION else size["gold_position"] == position
@@ -90,6 +87,20 @@ def rows_of_size(documents: int, size: dict[str, np.ndarray], seed: int) -> Iter
         for layer in range(n_points):
             estimates = (own[layer], own[n_points + layer], own[-1])
             yield ProbeRow(documents, position, layer, n, chance, *estimates)
+
+
+def held_out_hits(size: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """Whether a probe of other questions finds the gold position, bool ``[questions, contexts, n_layers + 1]``.
+
+    Args:
+        size: Of `sizes_of_states`.
+        seed: Of the folds.
+    """
+    n, n_contexts, n_points = size["argmax"].shape
+    classes = np.unique(size["gold_position"], return_inverse=True)[1].reshape(n, n_contexts)
+    folds, states = fold_of_questions(n, seed), size[STATES].reshape(n, n_contexts, n_points, -1)
+    found = [held_out_predictions(states[:, :, layer], classes, folds) == classes for layer in range(n_points)]
+    return np.stack(found, axis=-1)
 
 
 def _of_file(run: Run) -> list[ProbeRow] | None:

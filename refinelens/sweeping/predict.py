@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..config import GENERATED_SETTLE, SweepConfig
+from ..config import GENERATED_SETTLE, OWN, SweepConfig
 from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
@@ -110,16 +110,24 @@ def read_contexts(
         targets = logit_lens.stats(hidden[-1]).argmax
     else:
         targets = torch.tensor([[id for one in ran for id in one.input.next_ids]], device=hidden.device)
-    decoys = [one.input.context.decoy_id for one in ran for _ in one.input.next_ids]
-    others = None if decoys[0] is None else torch.tensor(decoys, device=hidden.device)[None, :, None]
+    others = {}  # further targets by the beginning of their columns' names
+    if ran[0].input.context.decoy_id is not None:
+        decoys = [one.input.context.decoy_id for one in ran for _ in one.input.next_ids]
+        others["decoy"] = torch.tensor([decoys], device=hidden.device)
+    if OWN in measures:
+        others["prediction"] = logit_lens.stats(hidden[-1]).argmax
+    further = torch.stack([*others.values()], -1) if others else None
     inside, read = {}, {}
     if ran[0].mid is not None:
         found = sublayer_measures(logit_lens, hidden[:, 0], torch.cat([one.mid for one in ran], 1), targets[0])
         inside = {name: value[:, None] for name, value in found.items()}
     for lens in lenses:
-        reading = logit_lens.read_states(hidden, targets, lens.translators, alternatives=others, check_last=False)
-        measured = measures_of(logit_lens, hidden, reading, lens.translators, measures)
-        read[lens.name] = Read(reading.to("cpu"), measured | inside)
+        reading = logit_lens.read_states(hidden, targets, lens.translators, alternatives=further, check_last=False)
+        measured = measures_of(logit_lens, hidden, reading, lens.translators, measures) | inside
+        for place, name in enumerate(others):
+            for of in ("rank", "logprob"):
+                measured[f"{name}_{of}"] = getattr(reading.alternatives, of)[..., place].cpu()
+        read[lens.name] = Read(reading.to("cpu"), measured)
     targets, ends = targets[0].cpu(), np.cumsum([0, *(one.hidden.shape[1] for one in ran)]).tolist()
     for start, end in pairwise(ends):
         yield (
@@ -160,8 +168,6 @@ def prediction_table(
 
 def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], schema: pa.Schema) -> pa.Table:
     tensors = {name: getattr(read.reading.stats, name) for name in STATISTICS} | {"kl": read.reading.kl}
-    if read.reading.alternatives is not None:
-        tensors |= {f"decoy_{name}": getattr(read.reading.alternatives, name)[..., 0] for name in ("rank", "logprob")}
     lists = {name: value.T.numpy() for name, value in (tensors | read.measures).items()}
     lists["argmax_text"] = _texts(lists["argmax"], text)
     own = {name: _lists(values) for name, values in lists.items()}

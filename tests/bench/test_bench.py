@@ -20,9 +20,9 @@ from refinelens.bench.measure import DoesNotRun, Fp64Check, extra_memory
 from refinelens.bench.problem import can_measure_growth, make_problem, random_problem
 from refinelens.bench.table import CheckResult, Report, Result, text_table
 from refinelens.cli import main
-from refinelens.config import BenchConfig
 from refinelens.errors import InputError
 from refinelens.kernels.reference import LayerNorm, RMSNorm
+from refinelens.view_config import BenchConfig
 
 # One row and one token more than a chunk of the baselines; a prime d_model.
 SHAPE = {"rows": ROW_CHUNK + 1, "d_model": 37, "vocab": VOCAB_CHUNK + 1}

@@ -21,6 +21,8 @@ OTHERS = [Document("brosk", "red ."), Document("calmi", "white .")]
         ("all", 3, [0, 1, 2]),
         ("ends-middle", 10, [0, 4, 9]),
         ("ends-middle", 3, [0, 1, 2]),
+        ("quarters", 10, [0, 2, 4, 6, 9]),
+        ("quarters", 2, [0, 1]),
         ("ends-middle", 1, [0]),
         ("4,0", 5, [0, 4]),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from refinelens.cli import main
-from refinelens.config import ReadConfig, SweepConfig
+from refinelens.config import SweepConfig
 from refinelens.data.generated import generate_task
 from refinelens.data.prompts import DEFAULT_TEMPLATE, Chat, Template, build_context, find_documents, render_chat
 from refinelens.data.questions import DEFAULT, KV, QA, Document, Question
@@ -23,6 +23,7 @@ from refinelens.store.results import open_run
 from refinelens.sweeping.contexts import ANSWER_IN_SHOTS
 from refinelens.sweeping.run_spec import RunSpec
 from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from refinelens.view_config import ReadConfig
 from tiny import word_tokenizer
 
 TASK = "Write a high-quality answer for the given question using only the provided search results "

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from families import CASES, FAMILIES, SIZES, VOCAB, build, save
 from refinelens import LayerNorm, LogitLens, RMSNorm
 from refinelens.bench.problem import make_problem
-from refinelens.config import BenchConfig, SweepConfig
+from refinelens.config import SweepConfig
 from refinelens.doctor import describe_norm
 from refinelens.errors import InputError, UnsupportedModelError
 from refinelens.lens.parity import check_parity
 from refinelens.model.head import find_blocks, find_head
 from refinelens.model.loading import LoadedModel, load_model
 from refinelens.sweeping.sweep import run_sweep
+from refinelens.view_config import BenchConfig
 from tiny import tiny_gpt2
 
 

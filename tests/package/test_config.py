@@ -8,28 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from refinelens import config
+from refinelens import config, view_config
 from refinelens.cli import MARK, in_options
-from refinelens.config import BenchConfig, FitConfig, LayersConfig, SweepConfig, WidgetConfig
+from refinelens.config import FitConfig, LayersConfig, SweepConfig
 from refinelens.errors import InputError, resume_call
 from refinelens.options import Config
 from refinelens.parser import build_parser, config_of, known_options, option_of
+from refinelens.view_config import BenchConfig, WidgetConfig
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
     "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "merge-lenses": (Config, {"folders", "out", "overwrite"}),
-    "show": (config.ShowConfig, {"folder"}),
+    "recipe": (config.RecipeConfig, {"recipe", "out", "resume"}),
+    "recipes": (Config, set()),
+    "show": (view_config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
-    "read": (config.ReadConfig, {"text", "html", "png", "json"}),
+    "read": (view_config.ReadConfig, {"text", "html", "png", "json"}),
     "report": (Config, {"folders", "out"}),
     "convert": (Config, {"file", "from_", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
-    "doctor": (config.DoctorConfig, set()),
+    "doctor": (view_config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
-REQUIRED = {"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
+REQUIRED = {
+    "recipe": ["inverted-u"],"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
 REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}

@@ -13,12 +13,12 @@ from rich.console import Console
 
 import refinelens
 from refinelens.cli import main
-from refinelens.config import ReadConfig
 from refinelens.model.loading import load_model
 from refinelens.pages.heatmap import visible
 from refinelens.pages.terminal import print_heatmap
 from refinelens.read import read_context, read_text, written
 from refinelens.store.results import open_run
+from refinelens.view_config import ReadConfig
 
 TEXT = "The password of Alena Ashbury is acorn. What is the password of Alena Ashbury? Answer:"
 TINY = ("--model", "tiny", "--device", "cpu")

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import refinelens
 from refinelens.cli import main
-from refinelens.config import ReadConfig, SweepConfig
+from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.model.loading import TINY, load_model
 from refinelens.read import read_context
 from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.sweeping.sweep import _bytes_needed, resume_sweep, run_sweep
+from refinelens.view_config import ReadConfig
 
 pytestmark = pytest.mark.medium
 MEASURES = "jsd,frequency,states"

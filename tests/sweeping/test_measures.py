@@ -11,11 +11,11 @@ import pytest
 
 import refinelens
 from refinelens.cli import main
-from refinelens.config import ReadConfig
 from refinelens.read import read_context
 from refinelens.run_page import report_page
 from refinelens.store.results import open_run
 from refinelens.store.trajectory import LATE, SETTLED
+from refinelens.view_config import ReadConfig
 
 pytestmark = pytest.mark.medium
 ASKED = {"documents": (3,), "examples": 6, "device": "cpu"}

@@ -27,8 +27,10 @@ function ramp(count) {
 }
 
 // Lines over a common x. A series has a name, a colour and points [x, y, low, high, note], of which y may be null and
-// what follows may be left out. y may be logarithmic, from 1 on, and counted downwards ("upside": 1 on top).
-function lineChart({ title, x, y, series, log = false, upside = false, from = null, to = null, ticks = null }) {
+// what follows may be left out. y may be logarithmic, from 1 on, and counted downwards ("upside": 1 on top). Points
+// that belong to no line stand alone ("dots").
+function lineChart({ title, x, y, series, log = false, upside = false, from = null, to = null, ticks = null,
+  dots = false }) {
   const { width, height, left, right, above, below } = CHART;
   const figure = element("figure", {}, element("figcaption", {}, title));
   const points = series.flatMap((s) => s.points).filter((p) => p[1] !== null);
@@ -60,7 +62,7 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
   svg.append(drawn("text", { x: (left + width - right) / 2, y: height - 5, "text-anchor": "middle" }, x),
     drawn("text", { x: middle, y: 11, transform: "rotate(-90)", "text-anchor": "middle" }, y));
 
-  const beside = series.length > 1 && points.some((p) => typeof p[2] === "number"); // so that intervals do not overlap
+  const beside = !dots && series.length > 1 && points.some((p) => typeof p[2] === "number"); // so that intervals do not overlap
   series.forEach((one, number) => {
     const { colour, dash } = look(one, number), own = one.points.filter((p) => p[1] !== null);
     const shift = beside ? (number - (series.length - 1) / 2) * 3 : 0, at = (value) => (atX(value) + shift).toFixed(1);
@@ -69,8 +71,10 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
         "stroke-width": 1.2 }));
     }
     const path = own.map(([px, py], i) => `${i ? "L" : "M"}${at(px)} ${atY(py).toFixed(1)}`).join("");
-    svg.append(drawn("path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash }));
-    for (const [px, py, a, b, note] of own.length < MOST_DOTS ? own : []) {
+    if (!dots) {
+      svg.append(drawn("path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash }));
+    }
+    for (const [px, py, a, b, note] of dots || own.length < MOST_DOTS ? own : []) {
       const interval = typeof a === "number" ? ` [${+a.toPrecision(3)}, ${+b.toPrecision(3)}]` : "";
       const words = `${one.name}: ${x} ${px}, ${+py.toPrecision(4)}${interval}${note ? `, ${note}` : ""}`;
       svg.append(drawn("circle", { cx: at(px), cy: atY(py), r: 2.6, fill: colour }, drawn("title", {}, words)));

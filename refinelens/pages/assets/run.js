@@ -4,9 +4,11 @@ function runPage(root, head, arrays) {
   const runs = head.runs.map((run, number) => readRun(run, arrays, `${number}.`)), first = runs[0];
   const tabs = [["finding", "Finding"], ["layers", "Layers"], ["questions", "Questions"], ["tokens", "Tokens"]];
   if (runs.length > 1) tabs.push(["compare", "Runs compared"]);
+  if (head.claim) tabs.unshift(["claim", "Claim"]);
   const links = tabs.map(([id, name]) => element("a", { href: `#${id}` }, name));
   root.append(element("h1", {}, first.title), element("div", { class: "bar" }, themeButton()),
     element("nav", { class: "bar", "aria-label": "levels" }, ...links));
+  if (head.claim) root.append(claimLevel(head.claim));
   const tokens = tokensLevel(first);
   root.append(findingLevel(first), layersLevel(first), questionsLevel(first, tokens.show), tokens.section);
   if (runs.length > 1) {

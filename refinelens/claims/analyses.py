@@ -1,0 +1,216 @@
+"""The analyses that a recipe may name: each makes differences of questions of a run, and a verdict of them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..config import FREQUENCY, STATES, SUBLAYERS
+from ..errors import InputError
+from ..progress import Progress, unseen
+from ..report.probe import held_out_hits, sizes_of_states
+from ..stats import Estimate, holm, mean_estimates, ratio, sums_and_counts
+from ..store.results import LAYERS, Run
+from ..store.trajectory import choose_tokens, list_matrix, trajectories
+from .readings import Examples, Reading, by_position, contrasts, every_reading
+from .recipe import ANALYSES, Primary
+from .verdict import NOTHING, Finding, Rule, judge, of_estimate
+
+EARLY = 3  # early layers: the first one in so many
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A finished run, and its answers' rows once they are read."""
+
+    run: Run
+
+    @property
+    def seed(self) -> int:
+        """Of intervals and of resampled tests."""
+        return self.run.manifest["seed"]
+
+    @cached_property
+    def examples(self) -> Examples:
+        """All rows of answers."""
+        return Examples.read(self.run)
+
+    def curve(self, reading: Reading) -> list[dict[str, Any]]:
+        """Of every gold position the mean over questions that have a value there, with its interval."""
+        found = []
+        for position, means in by_position(self.examples, reading):
+            value, low, high = _numbers(_mean(means, self.seed))
+            entry = {"gold_position": position, "questions": len(means), "value": value, "low": low, "high": high}
+            found.append(entry)
+        return found
+
+    def needs(self, extra: str) -> None:
+        """Refuse a run without a measure."""
+        if extra not in self.run.extras:
+            raise InputError(f"{self.run.path}: expected a run with ``measures`` {extra}, got one without; add it")
+
+    def columns(self, reading: Reading, names: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Question ids and list columns of the first answer tokens of a lens and a context size."""
+        parts = []
+        for part in self.run.parts(["question_id", "documents", "answer_token", "lens", *names]):
+            part = choose_tokens(part, "first")
+            inside = pc.and_(pc.equal(part["lens"], reading.lens), pc.equal(part["documents"], reading.documents))
+            parts.append(part.filter(inside))
+        table = pa.concat_tables(parts)
+        return table["question_id"].to_numpy(), {name: list_matrix(table[name]) for name in names}
+
+
+def read_evidence(run: Run) -> Evidence:
+    """What a verdict follows from.
+
+    Raises:
+        InputError: The run is not finished.
+    """
+    if not run.is_finished:
+        raise InputError(f"{run.path}: expected a finished run, got one that is not; go on with it first")
+    return Evidence(run)
+
+
+def _middle(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
+    return _judge(contrasts(evidence.examples, reading, middle_above=True), rule, evidence.seed)
+
+
+def _ends(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
+    return _judge(contrasts(evidence.examples, reading, middle_above=False), rule, evidence.seed)
+
+
+def _judge(differences: dict[str, np.ndarray], rule: Rule, seed: int) -> Finding:
+    return judge(differences, rule, seed) if differences else NOTHING
+
+
+def _gain_and_cost(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
+    """Spearman of what a layer gains under the lens and what it costs to do without it, from an analysis of layers."""
+    intervention, threshold = options.get("intervention", "skip"), options.get("threshold", 0.5)
+    path = evidence.run.path / LAYERS / "agreement.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError:
+        raise InputError(f"{path}: expected the table of an analysis of layers, got none; add [layers]") from None
+    wanted = {
+        "documents": str(reading.documents),
+        "gold_position": "",
+        "intervention": intervention,
+        "lens_statistic": "logprob_gain",
+        "coefficient": "spearman",
+    }
+    found = next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+    if found is None:
+        return NOTHING
+    estimate = Estimate(*(float(found[f"value{end}"] or math.nan) for end in ("", "_low", "_high")))
+    n = len(np.unique(evidence.columns(reading, [])[0]))
+    return of_estimate(f"Spearman of gain and the cost of {intervention}", estimate, n, threshold)
+
+
+def _frequent_early(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
+    """Whether the ten most frequent tokens are the best token of early layers more often than of the output."""
+    evidence.needs(FREQUENCY)
+    ids, columns = evidence.columns(reading, ["argmax_bucket"])
+    frequent = columns["argmax_bucket"] == 0  # [examples, n_layers + 1]
+    early = max(1, (frequent.shape[1] - 1) // EARLY)
+    d = _of_questions(ids, frequent[:, :early].mean(1) - frequent[:, -1])
+    name = f"share of the 10 most frequent tokens, layers 0 to {early - 1} less the output"
+    return judge({name: d}, rule, evidence.seed)
+
+
+def _later_half(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
+    """Whether blocks of the later half add less than half of what those of the first half add, of the stream's norm."""
+    evidence.needs(SUBLAYERS)
+    ids, columns = evidence.columns(reading, ["attn_size", "mlp_size"])
+    size = (columns["attn_size"] + columns["mlp_size"])[:, 1:]  # of blocks
+    half = size.shape[1] // 2
+    d = _of_questions(ids, 0.5 * size[:, :half].mean(1) - size[:, half:].mean(1))
+    name = "half of what blocks of the first half add less what those of the later half add"
+    return judge({name: d}, rule, evidence.seed)
+
+
+def _known_before_told(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
+    """How many layers before the answer settles a probe knows where the gold document stands, and goes on to."""
+    evidence.needs(STATES)
+    size = dict(sizes_of_states(evidence.run)).get(reading.documents)
+    if size is None:
+        return NOTHING
+    hits = held_out_hits(size, evidence.seed)  # [questions, positions, n_layers + 1]
+    known = trajectories((~hits).astype(int), 1, axis=-1)
+    ids, columns = evidence.columns(reading, ["target_rank"])
+    told = trajectories(columns["target_rank"], reading.top, axis=-1)
+    keys = zip(size["question_id"].ravel().tolist(), size["gold_position"].ravel().tolist(), strict=True)
+    place = {key: i for i, key in enumerate(keys)}
+    positions = evidence.examples.of(reading)
+    first = positions["answer_token"] == 0
+    order = [place[key] for key in zip(ids.tolist(), positions["gold_position"][first].tolist(), strict=True)]
+    settle = known.settle.ravel()[order]
+    d = np.where((settle < 0) | told.censored, np.nan, told.settle - settle)
+    name = "layer from which the answer stays less layer from which the position stays known"
+    return judge({name: _of_questions(ids, d)}, rule, evidence.seed)
+
+
+_BY_NAME: dict[str, Callable[[Evidence, Reading, Rule, dict[str, Any]], Finding]] = dict(
+    zip(ANALYSES, (_middle, _ends, _gain_and_cost, _frequent_early, _later_half, _known_before_told), strict=True)
+)
+
+
+def analyse(evidence: Evidence, primary: Primary, reading: Reading) -> Finding:
+    """The verdict of an analysis on one reading.
+
+    Raises:
+        InputError: A run that lacks what the analysis is about.
+    """
+    return _BY_NAME[primary.analysis](evidence, reading, primary.rule, primary.options)
+
+
+def secondary(
+    evidence: Evidence, primary: Primary, dimensions: dict[str, list], progress: Progress = unseen
+) -> list[dict[str, Any]]:
+    """Every other reading with its differences; p values are corrected together (Holm), and verdicts follow from those.
+
+    Args:
+        evidence: The run.
+        primary: The analysis, whose rule holds for the others too.
+        dimensions: See `every_reading`.
+        progress: Told of each.
+    """
+    if not dimensions:
+        return []
+    readings = every_reading(primary.reading, dimensions)
+    findings = []
+    for done, reading in enumerate(readings):
+        findings.append(analyse(evidence, primary, reading))
+        progress("readings", done + 1, len(readings))
+    adjusted = holm([finding.p for finding in findings])
+    found = []
+    for reading, finding, p in zip(readings, findings, adjusted, strict=True):
+        entry = finding.entry()
+        sides = [{name: side[name] for name in ("name", "questions", "difference")} for side in entry["sides"]]
+        numbers = {name: entry[name] for name in ("n", "estimate", "p")}
+        supported = bool(p < primary.rule.alpha)
+        p_holm = None if math.isnan(p) else float(f"{p:.6g}")
+        found.append(asdict(reading) | numbers | {"p_holm": p_holm, "supported": supported, "sides": sides})
+    return found
+
+
+def _of_questions(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Means of every question over its examples; NaN where it has none."""
+    unique, owner = np.unique(ids, return_inverse=True)
+    return ratio(*sums_and_counts(values.astype(float)[:, None], owner, len(unique)))[:, 0]
+
+
+def _mean(values: np.ndarray, seed: int) -> Estimate:
+    return mean_estimates(values[:, None], np.ones((len(values), 1)), seed)[0]
+
+
+def _numbers(estimate: Estimate) -> list[float | None]:
+    return [None if math.isnan(value) else float(f"{value:.6g}") for value in vars(estimate).values()]
