@@ -32,8 +32,7 @@ COMMANDS = {  # config and what the command line alone is asked
     "doctor": (view_config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
-REQUIRED = {
-    "recipe": ["inverted-u"],"fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
+REQUIRED = {"recipe": ["inverted-u"], "fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
 REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}

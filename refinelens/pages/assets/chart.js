@@ -62,7 +62,8 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
   svg.append(drawn("text", { x: (left + width - right) / 2, y: height - 5, "text-anchor": "middle" }, x),
     drawn("text", { x: middle, y: 11, transform: "rotate(-90)", "text-anchor": "middle" }, y));
 
-  const beside = !dots && series.length > 1 && points.some((p) => typeof p[2] === "number"); // so that intervals do not overlap
+  // So that intervals do not overlap.
+  const beside = !dots && series.length > 1 && points.some((p) => typeof p[2] === "number");
   series.forEach((one, number) => {
     const { colour, dash } = look(one, number), own = one.points.filter((p) => p[1] !== null);
     const shift = beside ? (number - (series.length - 1) / 2) * 3 : 0, at = (value) => (atX(value) + shift).toFixed(1);
@@ -72,7 +73,8 @@ function lineChart({ title, x, y, series, log = false, upside = false, from = nu
     }
     const path = own.map(([px, py], i) => `${i ? "L" : "M"}${at(px)} ${atY(py).toFixed(1)}`).join("");
     if (!dots) {
-      svg.append(drawn("path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash }));
+      svg.append(drawn("path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.8,
+        "stroke-dasharray": dash }));
     }
     for (const [px, py, a, b, note] of dots || own.length < MOST_DOTS ? own : []) {
       const interval = typeof a === "number" ? ` [${+a.toPrecision(3)}, ${+b.toPrecision(3)}]` : "";

@@ -1,6 +1,8 @@
 // The verdict on a claim: what was asked, the rule, the differences, and every other reading of the sentence.
 
 function claimLevel(claim) {
+  const upper = (text) => text[0].toUpperCase() + text.slice(1);
+  const unit = claim.reading.statistic.startsWith("accuracy") ? "share" : "layers";
   const number = (value, digits = 2) => value === null ? "-" : value.toFixed(digits);
   const withInterval = ({ value, low, high }) => estimate([value, low, high], 2);
   const p = (value) => value === null ? "-" : value < 0.001 ? value.toExponential(0) : value.toFixed(3);
@@ -9,36 +11,37 @@ function claimLevel(claim) {
   const rule = Object.entries(claim.rule).map(([name, value]) => `${name} ${value}`).join(", ");
   const reading = Object.entries(claim.reading).map(([name, value]) => `${name} ${value}`).join(", ");
   const parts = [element("p", { class: "claim" }, claim.claim), element("p", { class: "faint" }, claim.source),
-    element("p", { class: "verdict", id: "verdict" }, claim.verdict), element("p", {}, `${claim.reason}.`),
-    element("p", {}, claim.note)];
+    element("p", { class: "verdict", id: "verdict" }, upper(claim.verdict)),
+    element("p", {}, `${upper(claim.reason)}.`), element("p", {}, claim.note)];
   const charts = [];
   if (claim.positions.length > 1) {
     const points = claim.positions.map((c) => [c.gold_position, c.value, c.low, c.high, `n = ${c.questions}`]);
-    charts.push(lineChart({ title: `${claim.reading.statistic.replaceAll("_", " ")} by gold position, primary reading`,
-      x: "gold position", y: "", series: [{ name: claim.reading.lens, points: points.filter((c) => c[1] !== null) }] }));
+    const title = `${upper(claim.reading.statistic.replaceAll("_", " "))} by gold position, primary reading`;
+    const series = [{ name: claim.reading.lens, points: points.filter((c) => c[1] !== null) }];
+    charts.push(lineChart({ title, x: "gold position", y: unit, series }));
   }
-  if (claim.secondary.length) charts.push(readingsChart(claim));
+  if (claim.secondary.length) charts.push(readingsChart(claim, unit));
   parts.push(element("div", { class: "charts" }, ...charts));
   if (sides.length) {
     parts.push(grid(["difference", "questions", "mean, 95 % interval", "p (above 0)", "p (below margin)",
       "smallest with 80 % power"], sides, (i, column) => ({ class: column ? "number" : null })));
   }
-  parts.push(element("p", { class: "faint" }, `Primary analysis, fixed ${claim.fixed}: ${claim.analysis}; ${reading}. ` +
-    `Rule: ${rule}. ${claim.questions_asked} questions were drawn` +
+  parts.push(element("p", { class: "faint" }, `Primary analysis, fixed ${claim.fixed}: ${claim.analysis}; ` +
+    `${reading}. Rule: ${rule}. ${claim.questions_asked} questions were drawn` +
     Object.entries(claim.left_out).map(([why, n]) => `; ${n} left out, ${why}`).join("") + "."));
   if (claim.secondary.length) parts.push(readingsTable(claim, withInterval, p));
   return section("claim", "Claim", ...parts);
 }
 
 // Every reading in the order of its smallest difference, those that support the claim after correction apart.
-function readingsChart(claim) {
+function readingsChart(claim, unit) {
   const sorted = claim.secondary.filter((r) => r.estimate.value !== null)
     .sort((a, b) => a.estimate.value - b.estimate.value);
   const points = (wanted) => sorted.map((r, i) => [i + 1, r, r.supported]).filter(([, , s]) => s === wanted)
     .map(([i, r]) => [i, r.estimate.value, r.estimate.low, r.estimate.high, nameOf(claim, r)]);
   const series = [{ name: "does not support the claim", points: points(false) },
     { name: "supports it after correction", points: points(true) }].filter((s) => s.points.length);
-  return lineChart({ title: "Every other reading: the smallest of its differences", x: "reading", y: "", series,
+  return lineChart({ title: "Every other reading: the smallest of its differences", x: "reading", y: unit, series,
     dots: true });
 }
 

@@ -40,9 +40,10 @@ function cueCharts(run, place) {
   if (!run.rows.decoy_rank) return [];
   const charts = run.byContext[place].filter((row) => run.rows.token[row] === 0).map((row) => {
     const ranks = (name) => Array.from({ length: run.layers }, (_, l) => [l, run.rows[name][row * run.layers + l] + 1]);
+    const series = [{ name: "gold answer", points: ranks("rank") },
+      { name: "decoys' answer", points: ranks("decoy_rank") }];
     return lineChart({ title: `Rank of both answers, ${run.lenses[run.rows.lens[row]]} lens`, x: "layer",
-      y: "rank (1 is best)", log: true, upside: true, from: 1,
-      series: [{ name: "gold answer", points: ranks("rank") }, { name: "decoys' answer", points: ranks("decoy_rank") }] });
+      y: "rank (1 is best)", log: true, upside: true, from: 1, series });
   });
   return [element("div", { class: "charts" }, ...charts)];
 }
