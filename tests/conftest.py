@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
+from browser import browser
 
 from lanes import pytest_runtest_call, pytest_terminal_summary  # noqa: F401 - what is measured of every test
 
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("medium")
     forking = {item.path for item in items if "fork_server" in item.fixturenames}
     items.sort(key=lambda item: item.path not in forking)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A browser; there can be one in a process."""
+    with browser() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

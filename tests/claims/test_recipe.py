@@ -1,5 +1,7 @@
 """Recipes: those of the package are sound, and one that is not is told so in a line."""
 
+from pathlib import Path
+
 import pytest
 
 from refinelens.claims.conduct import seconds_of
@@ -8,6 +10,7 @@ from refinelens.claims.recipe import built_in, load_recipe
 from refinelens.cli import main
 from refinelens.errors import InputError
 
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.toml"))
 GOOD = """
 claim = "c"
 source = "s"
@@ -34,10 +37,10 @@ def write(tmp_path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("name", built_in())
-def test_recipes_of_the_package(name):
+@pytest.mark.parametrize("name", [*built_in(), *map(str, EXAMPLES)])
+def test_recipes_of_the_package_and_examples(name):
     recipe = load_recipe(name)
-    assert recipe.name == name and recipe.claim.endswith(".") and "arXiv" in recipe.source and recipe.fixed
+    assert recipe.name == Path(name).stem and recipe.claim.endswith(".") and "arXiv" in recipe.source and recipe.fixed
     assert recipe.primary.reading.documents in recipe.sweep["documents"]
     assert set(recipe.readings.get("documents", [])) <= set(recipe.sweep["documents"])
     if "prediction" in recipe.readings.get("target", []):

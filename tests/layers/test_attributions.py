@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from browser import browser, opened
+from browser import opened
 from scipy import stats
 
 import refinelens
@@ -88,14 +88,14 @@ def test_means_and_their_correlation_with_the_cost(analysis):
     assert all(isinstance(row, LayerStatistic) for row in report.statistics)
 
 
-def test_a_line_in_the_terminal_and_on_the_page(swept, analysis, capsys, tmp_path):
+def test_a_line_in_the_terminal_and_on_the_page(swept, analysis, capsys, tmp_path, chromium):
     assert main(["layers", str(swept.path), "--interventions", "attn,mlp,skip"]) == 0
     out = capsys.readouterr().out
     for part in ("attn", "mlp"):
         assert f"Agreement of direct logit attribution and cost of {part} over 8 layers: Spearman" in out
     assert "attribution and cost of skip" not in out
     (tmp_path / "page.html").write_text(report_page([swept])[0])
-    with browser() as chromium, opened(chromium, tmp_path / "page.html") as page:
+    with opened(chromium, tmp_path / "page.html") as page:
         shown = page.locator("#layers").inner_text()
         assert (
             page.locator("#layers figcaption", has_text="Direct logit attribution by layer, 2 documents").count() == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from browser import browser, opened
+from browser import opened
 
 import refinelens
 from lens_folders import tiny
@@ -129,7 +129,7 @@ def page_of(text, points, folder):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("points, lenses", [("mid", 1), ("all", 2)])
-def test_the_command_shows_them(points, lenses, tmp_path, capsys):
+def test_the_command_shows_them(points, lenses, tmp_path, capsys, chromium):
     import json
 
     out = tmp_path / "numbers.json"
@@ -141,7 +141,7 @@ def test_the_command_shows_them(points, lenses, tmp_path, capsys):
     lens = refinelens.LogitLens(loaded.model, loaded.tokenizer)
     reading = read_sublayers(lens, text)
     assert found["lenses"][-1]["argmax"] == reading.mid.argmax.tolist()
-    with browser() as chromium, opened(chromium, page_of(text, points, tmp_path)) as page:
+    with opened(chromium, page_of(text, points, tmp_path)) as page:
         assert page.locator(".added path").count() == 2
         assert "feed-forward adds" in page.locator(".detail").inner_text() or points == "mid"  # beside the output none
         page.focus(".map")

@@ -1,13 +1,6 @@
-"""What tests of pages share: a browser, and a lens of the model in the package."""
+"""What tests of pages share: a lens of the model in the package."""
 
 import pytest
-from browser import browser
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    with browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from browser import browser, opened
+from browser import opened
 from transformers import DynamicCache
 
 import refinelens
@@ -228,9 +228,9 @@ def test_exports_frames_and_pages_have_them(run, tmp_path):
 
 
 @pytest.mark.medium
-def test_the_page_draws_them(run, tmp_path):
+def test_the_page_draws_them(run, tmp_path, chromium):
     (tmp_path / "page.html").write_text(report_page([run])[0])
-    with browser() as chromium, opened(chromium, tmp_path / "page.html") as page:
+    with opened(chromium, tmp_path / "page.html") as page:
         titles = page.locator("#layers figcaption").all_inner_texts()
         assert [title for title in titles if "adds" in title and "logit" in title and "attention" in title]
         assert len(titles) == 3 + 1 + 8, "rank, KL, entropy; top5; what the parts add"
