@@ -151,6 +151,7 @@ def recipe(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    workers: int = 1,
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def recipe(
         model: As in `sweep`.
         out: Folder of all that is made.
         resume: Go on with a recipe that was stopped there.
+        workers: Processes of the sweep.
         progress: Show a bar on a terminal or in a notebook.
         **options: Fields of `refinelens.config.RecipeConfig`, such as ``budget="30m"``.
 
@@ -175,7 +177,7 @@ def recipe(
     """
     config = _config(RecipeConfig, model=model, **options)
     with progress_bar(progress) as bar:
-        claim, run = run_recipe(config, str(name), _folder(out), resume, None, bar, _warn)
+        claim, run = run_recipe(config, str(name), _folder(out), resume, None, workers, bar, _warn)
     write_report_page([run], Path(_folder(out)) / PAGE, claim)
     return claim
 

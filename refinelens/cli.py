@@ -188,12 +188,12 @@ def _recipe(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     name = arguments.recipe
     out = Path(arguments.out or f"runs/{Path(name).stem}-{Path(options.model).stem}")
-    again = f"refinelens recipe {name} --out {out} --resume goes on with what is finished"
+    again = f"refinelens recipe {name} --model {options.model} --out {out} --resume goes on with what is finished"
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    given = (options, name, out, arguments.resume, ["refinelens", *argv])
+    given = (options, name, out, arguments.resume, ["refinelens", *argv], arguments.workers)
     done, code = _work(partial(run_recipe, *given, say=say), lambda _: again)
     if code == 0:
         claim, run = done

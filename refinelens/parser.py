@@ -103,6 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(recipe, config.RecipeConfig)
     recipe.add_argument("--out", metavar="FOLDER", help="of all that is made (default: runs/RECIPE-MODEL)")
     recipe.add_argument("--resume", action="store_true", help="go on with a recipe that was stopped there")
+    words = {"type": int, "default": 1, "metavar": "N"}
+    recipe.add_argument("--workers", **words, help="processes of the sweep (default: %(default)s)")
     add_command("recipes", help="list the recipes of the package, each with its claim and source")
 
     show = add_command("show", help="print the table of a run again")

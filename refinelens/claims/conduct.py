@@ -70,6 +70,7 @@ def run_recipe(
     out: str | Path,
     resume: bool = False,
     argv: list[str] | None = None,
+    workers: int = 1,
     progress: Progress = unseen,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], Run]:
@@ -81,6 +82,7 @@ def run_recipe(
         out: Folder, made here.
         resume: Whether to go on with what is there.
         argv: Command line, for the manifests.
+        workers: Processes of the sweep.
         progress: Of each step.
         say: Called with a line when a step begins.
 
@@ -115,10 +117,10 @@ def run_recipe(
     run = Run(folder / RUN)
     if not run.exists:
         say("sweep")
-        run_sweep(config, run.path, False, argv, progress=progress, warn=say)
+        run_sweep(config, run.path, False, argv, workers, progress, warn=say)
     elif not run.is_finished:
         say("sweep, gone on with")
-        resume_sweep(run.path, argv=argv, progress=progress, warn=say)
+        resume_sweep(run.path, argv=argv, workers=workers, progress=progress, warn=say)
     if recipe.layers is not None and not _is_finished(LayersFolder(run.path / LAYERS)):
         say("layers")
         run_layers(run.path, LayersConfig(**recipe.layers), None, False, argv, progress, say)

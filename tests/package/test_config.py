@@ -21,7 +21,7 @@ COMMANDS = {  # config and what the command line alone is asked
     "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "merge-lenses": (Config, {"folders", "out", "overwrite"}),
-    "recipe": (config.RecipeConfig, {"recipe", "out", "resume"}),
+    "recipe": (config.RecipeConfig, {"recipe", "out", "resume", "workers"}),
     "recipes": (Config, set()),
     "show": (view_config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),
