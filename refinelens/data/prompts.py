@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,10 @@ from ..model.identity import encode
 from ..placement import NO_POSITION, Placement, condition_name
 from .answer_tokens import Tokens, joint, token_span, tokenise
 from .questions import DEFAULT, QA, Document, Format, Question
+from .scoring import has_answer, word_forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .shots import Shots
 
 PROMPT, REPLY = "{prompt}", "{reply}"
 ROLES = ("user", "assistant")
@@ -113,6 +113,68 @@ def _space_before_reply(tokenizer: PreTrainedTokenizerBase, template: str, turn:
         return ""
     between = text.partition(REPLY)[0].removeprefix(opening)
     return between if between.isspace() else ""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One worked example, as text with its documents and, where the task can be asked so, closed-book."""
+
+    question_id: int
+    source_id: str | None  # what the task file calls the question
+    content: str  # documents, question and answer, without the words of the template
+    prompt: str
+    answer: str  # as it goes on with the prompt; in a chat the whole reply
+    closed_book_prompt: str | None = None
+    closed_book_answer: str | None = None
+
+    def turns(self, has_documents: bool) -> tuple[str, str]:
+        """Prompt and answer, with documents or without."""
+        if has_documents:
+            return self.prompt, self.answer
+        return self.closed_book_prompt, self.closed_book_answer
+
+
+@dataclass(frozen=True)
+class Shots:
+    """The worked examples of a run, in their order."""
+
+    shots: tuple[Shot, ...]
+
+    @classmethod
+    def of_entries(cls, entries: Sequence[dict]) -> Shots:
+        """Those that a manifest holds."""
+        return cls(tuple(Shot(**entry) for entry in entries))
+
+    def entries(self) -> list[dict]:
+        """What a manifest holds of them."""
+        return [asdict(shot) for shot in self.shots]
+
+    @property
+    def ids(self) -> list[int]:
+        """Of their questions."""
+        return [shot.question_id for shot in self.shots]
+
+    def before_prompt(self, has_documents: bool) -> str:
+        """The text before a prompt: each prompt with its answer, and a blank line."""
+        turns = (shot.turns(has_documents) for shot in self.shots)
+        return "".join(f"{prompt}{answer}\n\n" for prompt, answer in turns)
+
+    def in_chat(self, opening: str, has_documents: bool) -> str:
+        """What stands before the last prompt of a chat, with its fields (`shot_fields`) filled."""
+        texts = {
+            field: text
+            for number, shot in enumerate(self.shots)
+            for field, text in zip(shot_fields(number), shot.turns(has_documents), strict=True)
+        }
+        return FIELD.sub(lambda field: texts.get(field.group(), field.group()), opening)
+
+    def has_answer_of(self, question: Question) -> bool:
+        """Whether one of a question's answers, or that of its decoys, stands in them as whole words."""
+        return any(has_answer(self._forms, answer) for answer in (*question.answers, *question.wrong))
+
+    @cached_property
+    def _forms(self) -> tuple[str, ...]:
+        return word_forms("\n".join(shot.content for shot in self.shots))
 
 
 @dataclass(frozen=True)

@@ -8,80 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
 
 from ..config import SweepConfig
 from ..errors import InputError
 from ..placement import NO_POSITION
 from .answer_tokens import joint
 from .generated import GENERATORS, generate_questions
-from .prompts import FIELD, Template, shot_fields
+from .prompts import Shot, Shots, Template
 from .questions import Document, Question
-from .scoring import has_answer, word_forms
 from .tasks import DistractorSource, Task
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One worked example, as text with its documents and, where the task can be asked so, closed-book."""
-
-    question_id: int
-    source_id: str | None  # what the task file calls the question
-    content: str  # documents, question and answer, without the words of the template
-    prompt: str
-    answer: str  # as it goes on with the prompt; in a chat the whole reply
-    closed_book_prompt: str | None = None
-    closed_book_answer: str | None = None
-
-    def turns(self, has_documents: bool) -> tuple[str, str]:
-        """Prompt and answer, with documents or without."""
-        if has_documents:
-            return self.prompt, self.answer
-        return self.closed_book_prompt, self.closed_book_answer
-
-
-@dataclass(frozen=True)
-class Shots:
-    """The worked examples of a run, in their order."""
-
-    shots: tuple[Shot, ...]
-
-    @classmethod
-    def of_entries(cls, entries: Sequence[dict]) -> Shots:
-        """Those that a manifest holds."""
-        return cls(tuple(Shot(**entry) for entry in entries))
-
-    def entries(self) -> list[dict]:
-        """What a manifest holds of them."""
-        return [asdict(shot) for shot in self.shots]
-
-    @property
-    def ids(self) -> list[int]:
-        """Of their questions."""
-        return [shot.question_id for shot in self.shots]
-
-    def before_prompt(self, has_documents: bool) -> str:
-        """The text before a prompt: each prompt with its answer, and a blank line."""
-        turns = (shot.turns(has_documents) for shot in self.shots)
-        return "".join(f"{prompt}{answer}\n\n" for prompt, answer in turns)
-
-    def in_chat(self, opening: str, has_documents: bool) -> str:
-        """What stands before the last prompt of a chat, with its fields (`shot_fields`) filled."""
-        texts = {
-            field: text
-            for number, shot in enumerate(self.shots)
-            for field, text in zip(shot_fields(number), shot.turns(has_documents), strict=True)
-        }
-        return FIELD.sub(lambda field: texts.get(field.group(), field.group()), opening)
-
-    def has_answer_of(self, question: Question) -> bool:
-        """Whether one of a question's answers, or that of its decoys, stands in them as whole words."""
-        return any(has_answer(self._forms, answer) for answer in (*question.answers, *question.wrong))
-
-    @cached_property
-    def _forms(self) -> tuple[str, ...]:
-        return word_forms("\n".join(shot.content for shot in self.shots))
 
 
 def draw_shots(options: SweepConfig, task: Task, asked: Sequence[Question], template: Template) -> Shots:

@@ -18,9 +18,9 @@ from typing import Any
 from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, STATES, SUBLAYERS, SweepConfig, check_top
 from ..data.frequencies import TokenFrequencies, count_tokens
 from ..data.generated import GENERATORS, TINY, generate_task
-from ..data.prompts import FIELD, Chat, Context, Template, load_template, render_chat, template_hash
+from ..data.prompts import FIELD, Chat, Context, Shots, Template, load_template, render_chat, template_hash
 from ..data.questions import Question
-from ..data.shots import Shots, draw_shots
+from ..data.shots import draw_shots
 from ..data.tasks import Task, choose_questions, load_task
 from ..data.texts import load_text
 from ..errors import InputError, resume_call

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from refinelens.cli import main
 from refinelens.config import SweepConfig
 from refinelens.data.generated import generate_task
-from refinelens.data.prompts import DEFAULT_TEMPLATE, Chat, Template, build_context, find_documents, render_chat
+from refinelens.data.prompts import DEFAULT_TEMPLATE, Chat, Shots, Template, build_context, find_documents, render_chat
 from refinelens.data.questions import DEFAULT, KV, QA, Document, Question
-from refinelens.data.shots import Shots, draw_shots
+from refinelens.data.shots import draw_shots
 from refinelens.data.tasks import Task, choose_questions, load_task
 from refinelens.errors import InputError
 from refinelens.read import read_context
