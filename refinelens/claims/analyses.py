@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..config import FREQUENCY, STATES, SUBLAYERS
+from ..config import FREQUENCY, OWN, STATES, SUBLAYERS
 from ..errors import InputError
 from ..progress import Progress, unseen
 from ..report.probe import held_out_hits, sizes_of_states
 from ..stats import Estimate, holm, mean_estimates, ratio, sums_and_counts
+from ..store.layers import LayersFolder
 from ..store.results import LAYERS, Run
 from ..store.trajectory import choose_tokens, list_matrix, trajectories
 from .readings import Examples, Reading, by_position, contrasts, every_reading
@@ -94,7 +95,8 @@ def _judge(differences: dict[str, np.ndarray], rule: Rule, seed: int) -> Finding
 def _gain_and_cost(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
     """Spearman of what a layer gains under the lens and what it costs to do without it, from an analysis of layers."""
     intervention, threshold = options.get("intervention", "skip"), options.get("threshold", 0.5)
-    path = evidence.run.path / LAYERS / "agreement.csv"
+    folder = LayersFolder(evidence.run.path / LAYERS)
+    path = folder.path / "agreement.csv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -111,8 +113,8 @@ def _gain_and_cost(evidence: Evidence, reading: Reading, rule: Rule, options: di
     if found is None:
         return NOTHING
     estimate = Estimate(*(float(found[f"value{end}"] or math.nan) for end in ("", "_low", "_high")))
-    n = len(np.unique(evidence.columns(reading, [])[0]))
-    return of_estimate(f"Spearman of gain and the cost of {intervention}", estimate, n, threshold)
+    n, name = len(folder.manifest["questions"]), f"Spearman of gain and the cost of {intervention}"
+    return of_estimate(name, estimate, n, threshold)
 
 
 def _frequent_early(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
@@ -169,6 +171,8 @@ def analyse(evidence: Evidence, primary: Primary, reading: Reading) -> Finding:
     Raises:
         InputError: A run that lacks what the analysis is about.
     """
+    if reading.target == "prediction":
+        evidence.needs(OWN)
     return _BY_NAME[primary.analysis](evidence, reading, primary.rule, primary.options)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import FitConfig, LayersConfig, SweepConfig
+from ..config import FREQUENCY, OWN, STATES, SUBLAYERS, FitConfig, LayersConfig, SweepConfig
 from ..errors import InputError
 from ..options import Config
 from .readings import CENSORED, STATISTICS, TARGETS, TOKENS, Reading
@@ -22,6 +22,7 @@ from .verdict import Rule
 FOLDER = Path(__file__).parent / "recipes"
 SECTIONS = ("claim", "source", "fixed", "note", "sweep", "lenses", "layers", "primary", "readings")
 OF_THE_CALL = ("model", "device", "dtype", "trust_remote_code", "lens", "seed")  # options that no section has
+MEASURES = {"frequent-early": FREQUENCY, "later-half": SUBLAYERS, "known-before-told": STATES}  # that analyses need
 ANALYSES: dict[str, tuple[str, ...]] = {  # with what each takes beside a reading and a rule, see `claims.analyses`
     "middle-above-ends": (),
     "ends-above-middle": (),
@@ -115,6 +116,7 @@ class _Reader:
         names = ["plain", *lenses]
         primary = self.primary(names)
         readings = self.readings(names)
+        self.check_whole(sweep, layers, primary, readings)
         return Recipe(
             name=self.path.stem,
             text=text,
@@ -137,6 +139,8 @@ class _Reader:
             del given[name]
         self.expect(0 < rule.get("alpha", 0.05) < 1, "primary.alpha", "a number between 0 and 1", rule.get("alpha"))
         own = {name: given.pop(name) for name in ANALYSES[analysis] if name in given}
+        if "threshold" in own:
+            own["threshold"] = self.number("primary", own, "threshold")
         known = [one.name for one in fields(Reading)]
         for name, value in given.items():
             kinds = (*known, "alpha", "margin", *ANALYSES[analysis])
@@ -154,6 +158,26 @@ class _Reader:
             for value in values:
                 self.of_reading(key, name, value, lenses)
         return found
+
+    def check_whole(self, sweep: dict, layers: dict | None, primary: Primary, readings: dict[str, list]) -> None:
+        """Refuse a recipe whose sweep has not what its analysis is about: before it is run, not hours later."""
+        config, asked = SweepConfig(**sweep), {name: [value] for name, value in vars(primary.reading).items()}
+        for section, values in (("primary", asked), ("readings", readings)):
+            for size in values.get("documents", ()):
+                sizes = ", ".join(map(str, config.documents))
+                self.expect(size in config.documents, f"{section}.documents", f"one of the sweep's, {sizes}", size)
+            if "prediction" in values.get("target", ()):
+                self.expect(OWN in config.measures, "sweep.measures", f"{OWN}, of which readings are", "none such")
+            if "accuracy_generated" in values.get("statistic", ()):
+                self.expect(config.generate, "sweep.generate", "a number of tokens, which are scored", config.generate)
+        needed = MEASURES.get(primary.analysis)
+        fits = needed is None or needed in config.measures
+        self.expect(fits, "sweep.measures", f"{needed}, which {primary.analysis} is about", "none such")
+        if primary.analysis == "gain-and-cost":
+            done = LayersConfig(**layers).ablations if layers is not None else ()
+            wanted = primary.options.get("intervention", "skip")
+            names = ", ".join(done) or "none"
+            self.expect(wanted in done, "layers.interventions", f"{wanted}, whose cost is compared", names)
 
     def of_reading(self, key: str, name: str, value: Any, lenses: list[str]) -> None:
         if name in ("documents", "top"):

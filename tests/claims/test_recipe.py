@@ -80,6 +80,12 @@ def test_a_file_of_ones_own(tmp_path):
         ("top = [1, 5]", 'token = ["first"]', "[readings.token] expected one of"),
         ("[readings]", "[[readings]]", "[readings] expected a table"),
         ('claim = "c"', "claim = ", "expected TOML"),
+        ("documents = 5\n", "documents = 7\n", "[primary.documents] expected one of the sweep's, 5, got 7"),
+        ("top = [1, 5]", "documents = [5, 10]", "[readings.documents] expected one of the sweep's, 5, got 10"),
+        ("top = [1, 5]", 'target = ["prediction"]', "[sweep.measures] expected prediction"),
+        ("top = [1, 5]", 'statistic = ["accuracy_generated"]', "[sweep.generate] expected a number of tokens"),
+        ('"middle-above-ends"', '"later-half"', "[sweep.measures] expected sublayers, which later-half is about"),
+        ('"middle-above-ends"', '"gain-and-cost"', "[layers.interventions] expected skip, whose cost is compared"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_key(tmp_path, capsys, old, new, words):

@@ -1,0 +1,116 @@
+"""What each analysis makes of a run, against plain loops over its rows."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+import refinelens
+from refinelens.claims.analyses import analyse, read_evidence
+from refinelens.claims.readings import Reading
+from refinelens.claims.recipe import Primary
+from refinelens.claims.verdict import CANNOT_TELL, CONTRADICTED, SUPPORTED, Rule
+from refinelens.errors import InputError
+from refinelens.report.probe import held_out_hits, sizes_of_states
+from refinelens.store.results import open_run
+
+pytestmark = pytest.mark.medium
+READING = Reading(documents=4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "measured"
+    asked = {"task": "tiny-friends", "documents": (4,), "examples": 12, "device": "cpu"}
+    refinelens.sweep("tiny", out=path, measures="frequency,sublayers,states", **asked)
+    refinelens.essential_layers(path, interventions=("skip",), at="answer", examples=6)
+    return open_run(path)
+
+
+def rows_of(run):
+    rows = [row for part in run.parts() for row in part.to_pylist()]
+    return [row for row in rows if row["answer_token"] == 0]
+
+
+def finding(run, analysis, **words):
+    rule = Rule(**words.pop("rule", {}))
+    return analyse(read_evidence(run), Primary(analysis, READING, rule, words), READING)
+
+
+def by_question(rows, values):
+    ids = sorted({row["question_id"] for row in rows})
+    return [np.nanmean([v for row, v in zip(rows, values, strict=True) if row["question_id"] == id]) for id in ids]
+
+
+def test_early_layers_and_frequent_tokens(run):
+    found, rows = finding(run, "frequent-early"), rows_of(run)
+    early = 8 // 3
+    buckets = [row["argmax_bucket"] for row in rows]
+    values = [np.mean([bucket == 0 for bucket in own[:early]]) - (own[-1] == 0) for own in buckets]
+    assert found.n == 12 and found.estimate.value == pytest.approx(np.mean(by_question(rows, values)))
+    assert f"layers 0 to {early - 1}" in found.sides[0].name
+
+
+def test_the_later_half_of_the_blocks(run):
+    found, rows = finding(run, "later-half"), rows_of(run)
+    values = []
+    for row in rows:
+        size = np.asarray(row["attn_size"][1:]) + np.asarray(row["mlp_size"][1:])
+        assert len(size) == 8
+        values.append(size[:4].mean() / 2 - size[4:].mean())
+    assert found.estimate.value == pytest.approx(np.mean(by_question(rows, values)), rel=1e-6)
+    opposite = CONTRADICTED if found.sides[0].p_opposite < 0.05 else CANNOT_TELL
+    assert found.verdict == (SUPPORTED if found.p < 0.05 else opposite)
+
+
+def test_what_is_known_before_it_is_told(run):
+    found, rows = finding(run, "known-before-told"), rows_of(run)
+    ((documents, size),) = sizes_of_states(run)
+    hits = held_out_hits(size, run.manifest["seed"])
+    assert documents == 4 and hits.shape == (12, 4, 9)
+    values = []
+    for row in rows:
+        at = np.argwhere((size["question_id"] == row["question_id"]) & (size["gold_position"] == row["gold_position"]))
+        ((question, context),) = at
+        settles = []
+        for right in (hits[question, context].tolist(), [rank == 0 for rank in row["target_rank"]]):
+            layer = len(right)
+            while layer and right[layer - 1]:
+                layer -= 1
+            settles.append(math.nan if layer == len(right) else layer)
+        values.append(settles[1] - settles[0])
+    wanted = by_question(rows, values) if np.isfinite(values).any() else []
+    assert found.n == np.isfinite(wanted).sum() > 0
+    assert found.estimate.value == pytest.approx(np.nanmean(wanted))
+
+
+def test_gain_and_cost(run):
+    with (run.path / "layers" / "agreement.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (row,) = [
+        row
+        for row in rows
+        if (row["gold_position"], row["lens_statistic"], row["coefficient"]) == ("", "logprob_gain", "spearman")
+    ]
+    value, low = float(row["value"]), float(row["value_low"])
+    found = finding(run, "gain-and-cost", intervention="skip", threshold=low - 0.1)
+    assert found.estimate.value == value and found.verdict == SUPPORTED and found.n == 6
+    assert finding(run, "gain-and-cost", threshold=value).verdict == CANNOT_TELL
+    assert finding(run, "gain-and-cost", intervention="mean").verdict == CANNOT_TELL, "which was not done"
+
+
+def test_a_run_that_lacks_what_is_asked_is_refused(tmp_path):
+    refinelens.sweep("tiny", out=tmp_path / "run", documents=(4,), examples=5, device="cpu")
+    plain = open_run(tmp_path / "run")
+    needed = {"frequent-early": "frequency", "later-half": "sublayers", "known-before-told": "states"}
+    for analysis, name in needed.items():
+        with pytest.raises(InputError, match=f"expected a run with ``measures`` {name}"):
+            finding(plain, analysis)
+    with pytest.raises(InputError, match="expected the table of an analysis of layers"):
+        finding(plain, "gain-and-cost")
+    reading = Reading(documents=4, target="prediction")
+    with pytest.raises(InputError, match="expected a run with ``measures`` prediction"):
+        analyse(read_evidence(plain), Primary("middle-above-ends", reading, Rule()), reading)
+    reading = Reading(documents=7)
+    assert analyse(read_evidence(plain), Primary("middle-above-ends", reading, Rule()), reading).verdict == CANNOT_TELL
