@@ -132,8 +132,9 @@ BUCKET_ENDS = (10, 100, 1000)  # the last frequency rank of every bucket but the
 
 
 def predictions_schema(extras: Iterable[str]) -> pa.Schema:
-    """`PREDICTIONS`, and the columns of some of `EXTRAS`."""
-    return pa.schema([*PREDICTIONS, *(column for name in extras for column in EXTRAS[name])])
+    """`PREDICTIONS`, and the columns of some of `EXTRAS`, in the order of these."""
+    names = {*extras}
+    return pa.schema([*PREDICTIONS, *(one for name, columns in EXTRAS.items() if name in names for one in columns)])
 
 
 # One row per prediction and threshold.

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import refinelens
+from refinelens import config
 from refinelens.cli import main
 from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
@@ -205,3 +206,17 @@ def test_frames_and_exports(run, tmp_path):
         names = set(json.loads(first)) if kind == "jsonl" else set(first.strip().replace('"', "").split(","))
         assert {"argmax_bucket", "target_bucket", "jsd"} <= names
         assert not names & {"states", "generated_settle_jsd"}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("task", ["tiny", "tiny-cues"])
+def test_everything_at_once(tmp_path, task):
+    """Every measure beside generation and decoys: written, read again, and alike in any order of their names."""
+    asked = {"task": task, "documents": (3,), "examples": 2, "generate": 2, "device": "cpu"}
+    for name, measures in (("run", config.MEASURES), ("other", [*reversed(config.MEASURES)])):
+        refinelens.sweep("tiny", out=tmp_path / name, measures=measures, **asked)
+    run, other = (open_run(tmp_path / name) for name in ("run", "other"))
+    assert [part.to_pylist() for part in run.parts()] == [part.to_pylist() for part in other.parts()]
+    assert all((run.path / name).exists() for name in run.derived)
+    assert main(["show", str(run.path)]) == main(["report", str(run.path)]) == 0
+    assert len(refinelens.load_run(run.path).layers) == 9 * sum(map(len, run.parts()))
