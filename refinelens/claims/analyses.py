@@ -17,7 +17,7 @@ from ..config import FREQUENCY, OWN, STATES, SUBLAYERS
 from ..errors import InputError
 from ..progress import Progress, unseen
 from ..report.probe import held_out_hits, sizes_of_states
-from ..stats import Estimate, holm, mean_estimates, ratio, sums_and_counts
+from ..stats import NO_ESTIMATE, Estimate, holm, mean_estimates, ratio, sums_and_counts
 from ..store.layers import LayersFolder
 from ..store.results import LAYERS, Run
 from ..store.trajectory import choose_tokens, list_matrix, trajectories
@@ -213,7 +213,7 @@ def _of_questions(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray, seed: int) -> Estimate:
-    return mean_estimates(values[:, None], np.ones((len(values), 1)), seed)[0]
+    return mean_estimates(values[:, None], np.ones((len(values), 1)), seed)[0] if len(values) else NO_ESTIMATE
 
 
 def _numbers(estimate: Estimate) -> list[float | None]:

@@ -114,3 +114,13 @@ def test_a_run_that_lacks_what_is_asked_is_refused(tmp_path):
         analyse(read_evidence(plain), Primary("middle-above-ends", reading, Rule()), reading)
     reading = Reading(documents=7)
     assert analyse(read_evidence(plain), Primary("middle-above-ends", reading, Rule()), reading).verdict == CANNOT_TELL
+
+
+def test_a_position_at_which_nothing_settles_has_no_value(run):
+    """Random ranks through the embedding are right nowhere."""
+    evidence = read_evidence(run)
+    evidence.examples.columns["target_rank"] = np.full_like(evidence.examples.columns["target_rank"], 7)
+    (first, *_) = evidence.curve(READING)
+    assert (first["questions"], first["value"], first["low"]) == (0, None, None)
+    found = analyse(evidence, Primary("middle-above-ends", READING, Rule()), READING)
+    assert found.verdict == CANNOT_TELL and found.n == 0
