@@ -188,6 +188,8 @@ class SweepConfig(Config):
             expect(value is None or value >= least, name, f"{least} or more", value)
         for size in self.documents:
             self.placements(size)
+        idle = self.n_decoys or self.decoy_positions == "all"
+        expect(idle, "decoy_positions", "``decoys``, which it places, beside it", "none")
         if self.n_decoys:
             beside = "answer beside ``decoys``, whose answer is compared with it"
             expect(self.target == "answer", "target", beside, self.target)

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from ..config import FREQUENCY, OWN, STATES, SUBLAYERS
 from ..errors import InputError
 from ..progress import Progress, unseen
-from ..report.probe import held_out_hits, sizes_of_states
-from ..stats import NO_ESTIMATE, Estimate, holm, mean_estimates, ratio, sums_and_counts
+from ..report.probe import FEWEST, held_out_hits, sizes_of_states
+from ..stats import NO_ESTIMATE, Estimate, estimate, holm, mean_estimates, ratio, resampled_means, sums_and_counts
 from ..store.layers import LayersFolder
 from ..store.results import LAYERS, Run
 from ..store.trajectory import choose_tokens, list_matrix, trajectories
@@ -38,6 +38,11 @@ class Evidence:
     def seed(self) -> int:
         """Of intervals and of resampled tests."""
         return self.run.manifest["seed"]
+
+    @property
+    def n_layers(self) -> int:
+        """The layer of the output."""
+        return self.run.manifest["model"]["n_layers"]
 
     @cached_property
     def examples(self) -> Examples:
@@ -81,15 +86,17 @@ def read_evidence(run: Run) -> Evidence:
 
 
 def _middle(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
-    return _judge(contrasts(evidence.examples, reading, middle_above=True), rule, evidence.seed)
+    return _contrast(evidence, reading, rule, middle_above=True)
 
 
 def _ends(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
-    return _judge(contrasts(evidence.examples, reading, middle_above=False), rule, evidence.seed)
+    return _contrast(evidence, reading, rule, middle_above=False)
 
 
-def _judge(differences: dict[str, np.ndarray], rule: Rule, seed: int) -> Finding:
-    return judge(differences, rule, seed) if differences else NOTHING
+def _contrast(evidence: Evidence, reading: Reading, rule: Rule, middle_above: bool) -> Finding:
+    differences = contrasts(evidence.examples, reading, middle_above)
+    largest = 1.0 if reading.statistic.startswith("accuracy") else float(evidence.n_layers)
+    return judge(differences, rule, evidence.seed, largest) if differences else NOTHING
 
 
 def _gain_and_cost(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
@@ -112,9 +119,9 @@ def _gain_and_cost(evidence: Evidence, reading: Reading, rule: Rule, options: di
     found = next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
     if found is None:
         return NOTHING
-    estimate = Estimate(*(float(found[f"value{end}"] or math.nan) for end in ("", "_low", "_high")))
+    value = Estimate(*(float(found[f"value{end}"] or math.nan) for end in ("", "_low", "_high")))
     n, name = len(folder.manifest["questions"]), f"Spearman of gain and the cost of {intervention}"
-    return of_estimate(name, estimate, n, threshold)
+    return of_estimate(name, value, n, threshold)
 
 
 def _frequent_early(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
@@ -125,7 +132,7 @@ def _frequent_early(evidence: Evidence, reading: Reading, rule: Rule, options: d
     early = max(1, (frequent.shape[1] - 1) // EARLY)
     d = _of_questions(ids, frequent[:, :early].mean(1) - frequent[:, -1])
     name = f"share of the 10 most frequent tokens, layers 0 to {early - 1} less the output"
-    return judge({name: d}, rule, evidence.seed)
+    return judge({name: d}, rule, evidence.seed, 1.0)
 
 
 def _later_half(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
@@ -140,24 +147,33 @@ def _later_half(evidence: Evidence, reading: Reading, rule: Rule, options: dict[
 
 
 def _known_before_told(evidence: Evidence, reading: Reading, rule: Rule, options: dict[str, Any]) -> Finding:
-    """How many layers before the answer settles a probe knows where the gold document stands, and goes on to."""
+    """How many layers before the answer settles a probe knows where the gold document stands.
+
+    Known is the lowest layer from which the probe's accuracy over all contexts stays halfway or more between chance and
+    its largest; told is the mean layer from which the answer stays correct. Both are taken anew of resampled questions.
+    """
     evidence.needs(STATES)
     size = dict(sizes_of_states(evidence.run)).get(reading.documents)
-    if size is None:
+    if size is None or len(size["argmax"]) < FEWEST:
         return NOTHING
-    hits = held_out_hits(size, evidence.seed)  # [questions, positions, n_layers + 1]
-    known = trajectories((~hits).astype(int), 1, axis=-1)
+    name = "layer from which the answer stays less layer from which the position is known"
+    hits = held_out_hits(size, evidence.seed).astype(float)  # [questions, contexts, n_layers + 1]
+    n, n_contexts, _ = hits.shape
+    chance = float(np.unique(size["gold_position"], return_counts=True)[1].max() / size["gold_position"].size)
+    curves = resampled_means(hits.sum(1), np.full((n, hits.shape[2]), float(n_contexts)), evidence.seed)
+    best = int(curves[0].argmax())
+    if estimate(float(curves[0, best]), curves[1:, best], n).low <= chance:
+        return of_estimate(f"{name}: the probe finds no position", NO_ESTIMATE, n, 0.0)
+    halfway = chance + (curves.max(1, keepdims=True) - chance) / 2
+    settle = trajectories((curves < halfway).astype(int), 1, axis=-1).settle
+    known = np.where(settle < 0, np.nan, settle)
     ids, columns = evidence.columns(reading, ["target_rank"])
     told = trajectories(columns["target_rank"], reading.top, axis=-1)
-    keys = zip(size["question_id"].ravel().tolist(), size["gold_position"].ravel().tolist(), strict=True)
-    place = {key: i for i, key in enumerate(keys)}
-    positions = evidence.examples.of(reading)
-    first = positions["answer_token"] == 0
-    order = [place[key] for key in zip(ids.tolist(), positions["gold_position"][first].tolist(), strict=True)]
-    settle = known.settle.ravel()[order]
-    d = np.where((settle < 0) | told.censored, np.nan, told.settle - settle)
-    name = "layer from which the answer stays less layer from which the position stays known"
-    return judge({name: _of_questions(ids, d)}, rule, evidence.seed)
+    values = np.where(told.censored, np.nan, told.settle)[:, None].astype(float)
+    sums, counts = sums_and_counts(values, np.unique(ids, return_inverse=True)[1], n)
+    found = resampled_means(sums, counts, evidence.seed)[:, 0] - known
+    settled = int((counts[:, 0] > 0).sum())
+    return of_estimate(name, estimate(float(found[0]), found[1:], settled), settled, 0.0, rule.margin)
 
 
 _BY_NAME: dict[str, Callable[[Evidence, Reading, Rule, dict[str, Any]], Finding]] = dict(

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FitConfig, LayersConfig, RecipeConfig, SweepConfig
+from ..data.generated import GENERATORS
+from ..data.tasks import load_task
 from ..errors import InputError
 from ..fitting.fit import LensFolder, fit_lens
 from ..layers.analysis import run_layers
 from ..machine import packages
+from ..model.loading import load_model
 from ..progress import Progress, unseen
 from ..report.rows import lens_names
 from ..store.files import write_whole
@@ -27,11 +30,12 @@ from ..store.results import LAYERS, Run
 from ..sweeping.predict import groups_of, questions_together
 from ..sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from .analyses import analyse, read_evidence, secondary
-from .recipe import Recipe, load_recipe
+from .recipe import Primary, Recipe, load_recipe
 
 PLAN, CLAIM, RUN = "recipe.json", "claim.json", "run"  # of a recipe's folder
 TIMED = 3  # questions of a timed start
 SHARE = 0.9  # of what is left of a budget that the sweep is planned to take
+CONTRASTS = ("above-ends", "above-middle")  # how analyses by gold position end
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -96,6 +100,8 @@ def run_recipe(
     """
     recipe, folder, begun = load_recipe(name), Path(out), time.monotonic()
     budget = None if options.budget is None else seconds_of(options.budget)
+    if not resume:
+        _check_inputs(recipe, options)
     plan = _plan(recipe, options, folder, resume)
     lenses = ["plain"]
     common = {"model": plan.model, "device": plan.device, "dtype": plan.dtype}
@@ -123,12 +129,25 @@ def run_recipe(
         resume_sweep(run.path, argv=argv, workers=workers, progress=progress, warn=say)
     if recipe.layers is not None and not _is_finished(LayersFolder(run.path / LAYERS)):
         say("layers")
-        run_layers(run.path, LayersConfig(**recipe.layers), None, False, argv, progress, say)
+        layers = LayersConfig(**recipe.layers, lens=recipe.primary.reading.lens)
+        run_layers(run.path, layers, None, False, argv, progress, say)
     say("verdict")
     claim = claim_of(recipe, run, progress)
     text = json.dumps(claim, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / CLAIM, lambda path: path.write_text(text, encoding="utf-8"))
     return claim, run
+
+
+def _check_inputs(recipe: Recipe, options: RecipeConfig) -> None:
+    """Refuse a task or a model that is not there before anything is written.
+
+    Raises:
+        InputError: Which, and what was expected.
+    """
+    config = SweepConfig(options.model, **recipe.sweep)
+    if config.task not in GENERATORS:
+        load_task(config.task)
+    load_model(options.model, options.device, options.dtype)
 
 
 def _plan(recipe: Recipe, options: RecipeConfig, folder: Path, resume: bool) -> Plan:
@@ -187,6 +206,11 @@ def _is_finished(folder: LayersFolder) -> bool:
     return folder.exists and folder.manifest["status"] == "finished"
 
 
+def _unit(primary: Primary) -> str:
+    is_share = primary.reading.statistic.startswith("accuracy") or primary.analysis in ("frequent-early", "later-half")
+    return "" if primary.analysis == "gain-and-cost" else "share" if is_share else "layers"
+
+
 def claim_of(recipe: Recipe, run: Run, progress: Progress = unseen) -> dict[str, Any]:
     """The verdict on a recipe's claim from a finished run, as JSON holds it; nothing in it depends on when it was made.
 
@@ -211,7 +235,8 @@ def claim_of(recipe: Recipe, run: Run, progress: Progress = unseen) -> dict[str,
         "reading": asdict(primary.reading),
         "rule": asdict(primary.rule) | primary.options,
         **finding.entry(),
-        "positions": evidence.curve(primary.reading),
+        "unit": _unit(primary),
+        "positions": evidence.curve(primary.reading) if primary.analysis.endswith(CONTRASTS) else [],
         "secondary": others,
         "questions_asked": manifest["counts"]["questions"],
         "left_out": {reason: len(ids) for reason, ids in left_out.items()},

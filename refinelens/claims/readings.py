@@ -141,8 +141,15 @@ def every_reading(primary: Reading, dimensions: dict[str, Sequence]) -> list[Rea
     found = [primary]
     for name, values in dimensions.items():
         found = [replaced(one, name, value) for one in found for value in values]
-    unique = dict.fromkeys(replaced(one, "censored", "out") if one.target == "prediction" else one for one in found)
-    return [one for one in unique if one != primary]
+    unique = {canonical(one): one for one in reversed(found)}
+    return [one for one in reversed(unique.values()) if canonical(one) != canonical(primary)]
+
+
+def canonical(reading: Reading) -> Reading:
+    """The reading with what it does not depend on as it is by default, so that equal ones compare so."""
+    if reading.statistic.startswith("accuracy"):
+        return Reading(reading.statistic, documents=reading.documents)
+    return replaced(reading, "censored", "out") if reading.target == "prediction" else reading
 
 
 def replaced(reading: Reading, name: str, value: object) -> Reading:

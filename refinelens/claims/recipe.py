@@ -7,6 +7,8 @@ corrected together with the others.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -109,8 +111,8 @@ class _Reader:
         words = {name: self.entry(self.table, name, str, "a string") for name in ("claim", "source")}
         lenses = {name: self.options("lenses", FitConfig, own, name) for name, own in self.section("lenses").items()}
         for name in lenses:
-            plain = name == "plain" or "," in name or not name.strip()
-            self.expect(not plain, f"lenses.{name}", "a name other than plain, without a comma", repr(name))
+            fits = re.fullmatch(r"[\w-]+", name) and name not in ("plain", "run")
+            self.expect(fits, f"lenses.{name}", "a name of letters, digits and -, not plain or run", repr(name))
         sweep = self.options("sweep", SweepConfig, self.section("sweep"))
         layers = self.options("layers", LayersConfig, self.section("layers")) if "layers" in self.table else None
         names = ["plain", *lenses]
@@ -133,7 +135,8 @@ class _Reader:
     def primary(self, lenses: list[str]) -> Primary:
         given = dict(self.section("primary"))
         analysis = given.pop("analysis", None)
-        self.expect(analysis in ANALYSES, "primary.analysis", f"one of {', '.join(ANALYSES)}", repr(analysis))
+        known = isinstance(analysis, str) and analysis in ANALYSES
+        self.expect(known, "primary.analysis", f"one of {', '.join(ANALYSES)}", repr(analysis))
         rule = {name: self.number("primary", given, name) for name in ("alpha", "margin") if name in given}
         for name in rule:
             del given[name]
@@ -170,6 +173,8 @@ class _Reader:
                 self.expect(OWN in config.measures, "sweep.measures", f"{OWN}, of which readings are", "none such")
             if "accuracy_generated" in values.get("statistic", ()):
                 self.expect(config.generate, "sweep.generate", "a number of tokens, which are scored", config.generate)
+        odd = layers is not None or primary.analysis == "known-before-told"
+        self.expect(not (odd and config.n_decoys), "sweep.decoys", "none beside this analysis", config.n_decoys)
         needed = MEASURES.get(primary.analysis)
         fits = needed is None or needed in config.measures
         self.expect(fits, "sweep.measures", f"{needed}, which {primary.analysis} is about", "none such")
@@ -178,6 +183,7 @@ class _Reader:
             wanted = primary.options.get("intervention", "skip")
             names = ", ".join(done) or "none"
             self.expect(wanted in done, "layers.interventions", f"{wanted}, whose cost is compared", names)
+            self.expect(not readings, "readings", "none beside gain-and-cost, which is of one lens", "some")
 
     def of_reading(self, key: str, name: str, value: Any, lenses: list[str]) -> None:
         if name in ("documents", "top"):
@@ -210,8 +216,8 @@ class _Reader:
 
     def number(self, section: str, table: dict[str, Any], name: str) -> float:
         value = table[name]
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        self.expect(fits, f"{section}.{name}", "a number", repr(value))
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        self.expect(fits and (name != "margin" or value >= 0), f"{section}.{name}", "a number", repr(value))
         return float(value)
 
     def expect(self, fits: object, key: str, expected: str, got: object) -> None:

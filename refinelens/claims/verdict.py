@@ -58,18 +58,19 @@ class Finding:
         return _plain(asdict(self))
 
 
-def judge(differences: dict[str, np.ndarray], rule: Rule, seed: int) -> Finding:
+def judge(differences: dict[str, np.ndarray], rule: Rule, seed: int, largest: float | None = None) -> Finding:
     """The verdict on a claim that all means of some differences lie above 0.
 
     Args:
         differences: By name, fp64 ``[questions]`` each; NaN where a question has none.
         rule: Level and margin.
         seed: Of intervals and of resampled tests.
+        largest: The largest difference that a question can have, None for the largest that one has.
     """
-    sides = [_side(name, d[~np.isnan(d)], rule, seed) for name, d in differences.items()]
+    sides = [_side(name, d[~np.isnan(d)], rule, seed, largest) for name, d in differences.items()]
     smallest = min(sides, key=lambda side: (not math.isnan(side.difference.value), side.difference.value))
     p = max(side.p for side in sides) if not any(math.isnan(side.p) for side in sides) else math.nan
-    n, detectable = min(side.questions for side in sides), max(side.detectable for side in sides)
+    n, detectable = min(side.questions for side in sides), float(np.max([side.detectable for side in sides]))
     verdict, reason = _verdict(sides, p, n, rule)
     return Finding(verdict, reason, n, smallest.difference, p, detectable, tuple(sides))
 
@@ -88,9 +89,12 @@ def _verdict(sides: list[Side], p: float, n: int, rule: Rule) -> tuple[str, str]
     return CANNOT_TELL, "neither every difference above 0 nor one below the smallest that counts, for sure"
 
 
-def _side(name: str, d: np.ndarray, rule: Rule, seed: int) -> Side:
+def _side(name: str, d: np.ndarray, rule: Rule, seed: int, largest: float | None) -> Side:
     test = PairedTest.of(d, math.nan, seed)
     p, opposite = (_p(values, seed) for values in (d, rule.margin - d))
+    if len(d) > 1:
+        largest = float(np.abs(d).max()) if largest is None else largest
+        opposite = max(opposite, _p_with_one_more(d, rule.margin, largest))
     return Side(name, len(d), test.difference, p, opposite, _detectable(d, rule.alpha))
 
 
@@ -101,23 +105,42 @@ def _p(d: np.ndarray, seed: int) -> float:
     return sign_flip(d, seed)[0] if d.any() else 1.0
 
 
+def _p_with_one_more(d: np.ndarray, margin: float, largest: float) -> float:
+    """One-sided t test of a mean below the margin, with a question more that has the largest difference there can be.
+
+    Where most questions differ by nothing, those that would are few, and may be absent from a small sample: flipping
+    signs then takes equal values for sure ones. With the question more it takes some ``3 * largest / margin`` questions
+    without any difference to tell that their mean lies below the margin, as by the rule of three.
+    """
+    from scipy.special import stdtr
+
+    more = np.append(d, max(largest, margin))
+    error = more.std(ddof=1) / math.sqrt(len(more))
+    if error == 0.0:
+        return 1.0
+    return float(stdtr(len(more) - 1, (more.mean() - margin) / error))
+
+
 def _detectable(d: np.ndarray, alpha: float) -> float:
     """The mean that a one-sided t test of so many differences of such a spread finds with a power of `POWER`."""
-    if len(d) < 2:
+    if len(d) < 2 or not np.ptp(d):
         return math.nan
     quantiles = sum(float(t_quantile(tail, len(d))) for tail in (alpha, 1 - POWER))
     return float(quantiles * d.std(ddof=1) / math.sqrt(len(d)))
 
 
-def of_estimate(name: str, estimate: Estimate, n: int, threshold: float) -> Finding:
-    """The verdict on a claim that one number lies above a threshold, from its 95 % interval alone."""
+def of_estimate(name: str, estimate: Estimate, n: int, threshold: float, margin: float = 0.0) -> Finding:
+    """The verdict on a claim that one number lies above a threshold, from its 95 % interval alone.
+
+    It is contradicted where the interval lies below the threshold by so much that it does not reach ``margin`` above.
+    """
     side = Side(name, n, estimate, math.nan, math.nan, math.nan)
     exists = not math.isnan(estimate.low)
     verdict, reason = CANNOT_TELL, f"its interval holds {threshold:g}" if exists else "there is no interval"
     if exists and estimate.low > threshold:
         verdict, reason = SUPPORTED, f"its interval lies above {threshold:g}"
-    elif exists and estimate.high < threshold:
-        verdict, reason = CONTRADICTED, f"its interval lies below {threshold:g}"
+    elif exists and estimate.high < threshold + margin:
+        verdict, reason = CONTRADICTED, f"its interval lies below {threshold + margin:g}"
     return Finding(verdict, f"{name}: {reason}", n, estimate, math.nan, math.nan, (side,))
 
 

@@ -75,7 +75,7 @@ def convert(file: str | Path, *, from_: str, out: str | Path) -> Conversion:
             for one in _converted(file, source):
                 line, reason = _line_of(one)
                 left_out.update([reason] if reason else [])
-                counts.update(questions=not reason, passages=0 if reason else one.n_left_out)
+                counts.update(questions=int(not reason), passages=0 if reason else one.n_left_out)
                 lines.write(line)
         if not counts["questions"]:
             reasons = "; ".join(f"{count}, {reason}" for reason, count in left_out.items())

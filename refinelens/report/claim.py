@@ -14,10 +14,10 @@ def claim_lines(claim: dict[str, Any]) -> list[str]:
         f"Verdict: {claim['verdict'].upper()}. {claim['reason'][:1].upper()}{claim['reason'][1:]}.",
     ]
     for side in claim["sides"]:
-        detectable = _number(side["detectable"])
+        p = "" if side["p"] is None else f"; p = {side['p']:.3f}"
+        power = "" if side["detectable"] is None else f"; with 80 % power {side['detectable']:.2f} would have shown"
         lines.append(
-            f"  {side['name']}: {_estimate(side['difference'])} ({counted(side['questions'], 'question')}; "
-            f"p = {_number(side['p'], 3)}; with 80 % power {detectable} would have shown)"
+            f"  {side['name']}: {_estimate(side['difference'])} ({counted(side['questions'], 'question')}{p}{power})"
         )
     others = claim["secondary"]
     if others:
@@ -36,7 +36,3 @@ def _estimate(entry: dict[str, float | None]) -> str:
         return "-"
     interval = "" if entry["low"] is None else f" [{entry['low']:.2f}, {entry['high']:.2f}]"
     return f"{entry['value']:+.2f}{interval}"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

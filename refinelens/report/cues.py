@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..placement import NO_POSITION
-from ..stats import MEAN, SHARE, groups, mean_estimates, ratio, sums_and_counts
+from ..stats import MEAN, SHARE, SHARE_CHANGE, groups, mean_estimates, ratio, sums_and_counts
 from ..store.results import Run
 from ..store.trajectory import NONE, choose_tokens, list_matrix, trajectories
 from .further_rows import EITHER, CueDifference, CueLayer, CueRow
@@ -154,5 +154,6 @@ def _differences(
     both = ~np.isnan(found)
     if not both[:, 0].any():
         return []
-    estimates = mean_estimates(np.where(both, found, 0.0), both.astype(float), seed)
+    kinds = [SHARE_CHANGE if np.isin(found[both[:, i], i], (-1, 0, 1)).all() else MEAN for i in range(3)] + [MEAN] * 2
+    estimates = mean_estimates(np.where(both, found, 0.0), both.astype(float), seed, kinds)
     return [CueDifference(*key, int(both[:, 0].sum()), *estimates)]

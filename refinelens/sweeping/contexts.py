@@ -170,7 +170,9 @@ class ContextBuilder:
                 left_out[f"{condition_name(size)}: {found}"] = [question.id]
             else:
                 contexts += found
-                n_replaced = self._distractors.replaced(question, max(0, size - 1))  # of the largest size
+                placement = found[0].placement
+                others = max(0, size - placement.golds - placement.decoys)
+                n_replaced = self._distractors.replaced(question, others)  # of the largest size
         return QuestionContexts(alias, contexts, left_out, n_tokens, n_replaced)
 
     def document_spans(self, context: Context) -> list[tuple[int, int] | None]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from ..config import GENERATED_SETTLE, SweepConfig
 from ..data.generated import GENERATORS
 from ..data.questions import QA
+from ..data.tasks import CUES
 from ..data.texts import load_text
 from ..machine import working_folder
 from ..store.folder import MadeOf
 
-WORDS = {"tiny", "smollm2", "builtin", "nq", *GENERATORS, "plain", *QA.templates}  # of options, which name no file
+# Of options, which name no file.
+WORDS = {"tiny", "smollm2", "builtin", CUES, "nq", *GENERATORS, "plain", *QA.templates}
 
 
 @dataclass(frozen=True)

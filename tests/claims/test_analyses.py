@@ -1,18 +1,18 @@
 """What each analysis makes of a run, against plain loops over its rows."""
 
 import csv
-import math
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import refinelens
-from refinelens.claims.analyses import analyse, read_evidence
+from refinelens.claims.analyses import Evidence, analyse, read_evidence
 from refinelens.claims.readings import Reading
 from refinelens.claims.recipe import Primary
 from refinelens.claims.verdict import CANNOT_TELL, CONTRADICTED, SUPPORTED, Rule
 from refinelens.errors import InputError
-from refinelens.report.probe import held_out_hits, sizes_of_states
 from refinelens.store.results import open_run
 
 pytestmark = pytest.mark.medium
@@ -64,25 +64,44 @@ def test_the_later_half_of_the_blocks(run):
     assert found.verdict == (SUPPORTED if found.p < 0.05 else opposite)
 
 
-def test_what_is_known_before_it_is_told(run):
-    found, rows = finding(run, "known-before-told"), rows_of(run)
-    ((documents, size),) = sizes_of_states(run)
-    hits = held_out_hits(size, run.manifest["seed"])
-    assert documents == 4 and hits.shape == (12, 4, 9)
-    values = []
-    for row in rows:
-        at = np.argwhere((size["question_id"] == row["question_id"]) & (size["gold_position"] == row["gold_position"]))
-        ((question, context),) = at
-        settles = []
-        for right in (hits[question, context].tolist(), [rank == 0 for rank in row["target_rank"]]):
-            layer = len(right)
-            while layer and right[layer - 1]:
-                layer -= 1
-            settles.append(math.nan if layer == len(right) else layer)
-        values.append(settles[1] - settles[0])
-    wanted = by_question(rows, values) if np.isfinite(values).any() else []
-    assert found.n == np.isfinite(wanted).sum() > 0
-    assert found.estimate.value == pytest.approx(np.nanmean(wanted))
+def planted(hits, told, seed=0):
+    """The verdict of states whose probe is right where ``hits`` says, of answers that settle at ``told``."""
+    n, n_contexts, n_points = hits.shape
+    source = np.random.default_rng(seed)
+    positions = np.tile(np.arange(n_contexts), (n, 1))
+    states = source.standard_normal((n, n_contexts, n_points, n_contexts))
+    states += 20.0 * hits[..., None] * np.eye(n_contexts)[positions][:, :, None]
+    ranks = (np.arange(n_points) < told).astype(int)
+    rows = {
+        "question_id": np.repeat(np.arange(n), n_contexts),
+        "documents": np.full(n * n_contexts, 4),
+        "gold_position": positions.ravel(),
+        "answer_token": np.zeros(n * n_contexts, int),
+        "lens": np.repeat("plain", n * n_contexts),
+        "answer_id": np.zeros(n * n_contexts, int),
+        "argmax": [[0] * n_points] * (n * n_contexts),
+        "target_rank": [ranks.tolist()] * (n * n_contexts),
+        "states": states.reshape(n * n_contexts, -1).astype(np.float16).tolist(),
+    }
+    table = pa.table({name: pa.array(list(values)) for name, values in rows.items()})
+    run = SimpleNamespace(
+        manifest={"seed": 0, "model": {"n_layers": n_points - 1}, "lenses": [{"name": "plain"}]},
+        extras=("states",),
+        parts=lambda columns: [table.select(columns)],
+        path="planted",
+    )
+    primary = Primary("known-before-told", READING, Rule(margin=0.5))
+    return analyse(Evidence(run), primary, READING)
+
+
+def test_what_is_known_before_it_is_told():
+    hits = np.zeros((12, 4, 9), bool)
+    hits[..., 3:] = True  # the probe knows from layer 3 on
+    found = planted(hits, told=6)
+    assert found.estimate.value == 3 and found.verdict == SUPPORTED and found.n == 12
+    assert planted(hits, told=2).verdict == CONTRADICTED
+    assert planted(np.zeros((12, 4, 9), bool), told=6).verdict == CANNOT_TELL, "a probe that finds nothing"
+    assert planted(hits[:9], told=6).n == 0, "fewer than 10 questions"
 
 
 def test_gain_and_cost(run):

@@ -62,7 +62,7 @@ def conduct(folder, model, examples=24, **words):
     [
         ("inverted-u", 24, SUPPORTED),
         ("u", 24, CONTRADICTED),
-        ("rising", 24, CONTRADICTED),
+        ("rising", 80, CONTRADICTED),
         ("inverted-u", 4, CANNOT_TELL),
     ],
 )

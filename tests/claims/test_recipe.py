@@ -69,10 +69,15 @@ def test_a_file_of_ones_own(tmp_path):
         ('task = "tiny"', 'model = "tiny"', "[sweep.model] expected one of"),
         ("documents = [5]\n", "documents = [-1]\n", "[sweep] ``documents``: expected"),
         ("tokens = 4000", "tokens = 4", "[lenses.linear] ``tokens``: expected"),
-        ("[lenses.linear]", "[lenses.plain]", "[lenses.plain] expected a name other than plain"),
+        ("[lenses.linear]", "[lenses.plain]", "[lenses.plain] expected a name of letters"),
         ('"middle-above-ends"', '"middle"', "[primary.analysis] expected one of middle-above-ends"),
         ('lens = "linear"', 'lens = "tuned"', "[primary.lens] expected one of plain, linear, got 'tuned'"),
         ("margin = 0.25", 'margin = "much"', "[primary.margin] expected a number"),
+        ("[lenses.linear]", "[lenses.run]", "[lenses.run] expected a name of letters"),
+        ("[lenses.linear]", '[lenses."../away"]', "[lenses.../away] expected a name of letters"),
+        ('"middle-above-ends"', '["middle-above-ends"]', "[primary.analysis] expected one of middle-above-ends"),
+        ("margin = 0.25", "margin = nan", "[primary.margin] expected a number"),
+        ("margin = 0.25", "margin = -1", "[primary.margin] expected a number"),
         ("margin = 0.25", "alpha = 2", "[primary.alpha] expected a number between 0 and 1"),
         ("margin = 0.25", "threshold = 0.5", "[primary.threshold] expected one of"),
         ("top = [1, 5]", "top = 5", "[readings.top] expected a list of values"),
@@ -108,6 +113,10 @@ def test_every_other_reading_once():
     primary = Reading(documents=5)
     found = every_reading(primary, {"target": ["answer", "prediction"], "top": [1, 5], "censored": ["out", "after"]})
     assert len(found) == len(set(found)) == 5, "of the model's own prediction nothing is censored"
+    accuracy = Reading("accuracy", documents=5)
+    assert every_reading(accuracy, {"top": [1, 5], "censored": ["out", "after"]}) == [], "which change no accuracy"
+    own = Reading(target="prediction", censored="after")
+    assert every_reading(own, {"target": ["prediction"]}) == []
     assert primary not in found and Reading(documents=5, top=5, censored="after") in found
     assert every_reading(primary, {}) == []
 

@@ -31,7 +31,7 @@ def test_the_smallest_difference_speaks_for_all():
 
 
 def test_a_margin_lets_no_effect_be_shown():
-    exact = {"depth": np.zeros(40) + np.tile([0.1, -0.1], 20)}
+    exact = {"depth": np.tile([0.1, -0.1], 20)}
     assert judge(exact, Rule(), 0).verdict == CANNOT_TELL
     found = judge(exact, Rule(margin=0.25), 0)
     assert found.verdict == CONTRADICTED and "smallest that counts" in found.reason
@@ -50,7 +50,8 @@ def test_missing_values_and_few_questions():
 def test_what_differs_nowhere_is_no_support():
     found = judge({"depth": np.zeros(50)}, Rule(), 0)
     assert found.verdict == CANNOT_TELL and found.p == 1.0
-    assert judge({"depth": np.zeros(50)}, Rule(margin=0.1), 0).verdict == CONTRADICTED
+    for n, verdict in ((50, CANNOT_TELL), (100, CONTRADICTED)):  # by the rule of three 3 / n lies below 0.04 from 75 on
+        assert judge({"share": np.zeros(n)}, Rule(margin=0.04), 0, largest=1.0).verdict == verdict
 
 
 def test_the_smallest_effect_that_would_have_shown():
@@ -79,6 +80,17 @@ def test_the_smallest_effect_that_would_have_shown():
 )
 def test_one_number_against_a_threshold(estimate, verdict):
     assert of_estimate("Spearman", Estimate(*estimate), 12, 0.5).verdict == verdict
+
+
+@pytest.mark.parametrize("n", [10, 20, 30, 50])
+@pytest.mark.parametrize("share, effect, margin, largest", [(0.05, 1.0, 0.02, 1.0), (0.1, 4.0, 0.25, 8.0)])
+def test_an_effect_of_few_questions_is_not_contradicted(n, share, effect, margin, largest):
+    """Most questions differ by nothing, a small sample may have none of the others; the mean is above the margin."""
+    verdicts = []
+    for seed in range(60):
+        d = effect * (np.random.default_rng(seed).random(n) < share)
+        verdicts.append(judge({"d": d}, Rule(margin=margin), seed, largest).verdict)
+    assert verdicts.count(CONTRADICTED) <= 60 * 0.05
 
 
 @pytest.mark.slow

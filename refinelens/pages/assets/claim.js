@@ -2,7 +2,7 @@
 
 function claimLevel(claim) {
   const upper = (text) => text[0].toUpperCase() + text.slice(1);
-  const unit = claim.reading.statistic.startsWith("accuracy") ? "share" : "layers";
+  const unit = claim.unit;
   const number = (value, digits = 2) => value === null ? "-" : value.toFixed(digits);
   const withInterval = ({ value, low, high }) => estimate([value, low, high], 2);
   const p = (value) => value === null ? "-" : value < 0.001 ? value.toExponential(0) : value.toFixed(3);
