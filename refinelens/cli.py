@@ -188,13 +188,15 @@ def _recipe(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     name = arguments.recipe
     out = Path(arguments.out or f"runs/{Path(name).stem}-{Path(options.model).stem}")
-    again = f"refinelens recipe {name} --model {options.model} --out {out} --resume goes on with what is finished"
+    own = {"model": options.model, "device": options.device, "dtype": options.dtype}
+    given = " ".join(f"--{option} {value}" for option, value in own.items() if value != "auto")
+    again = f"refinelens recipe {name} {given} --out {out} --resume goes on with what is finished"
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    given = (options, name, out, arguments.resume, ["refinelens", *argv], arguments.workers)
-    done, code = _work(partial(run_recipe, *given, say=say), lambda _: again)
+    asked = (options, name, out, arguments.resume, ["refinelens", *argv], arguments.workers)
+    done, code = _work(partial(run_recipe, *asked, say=say), lambda _: again)
     if code == 0:
         claim, run = done
         print("\n".join(claim_lines(claim)))
