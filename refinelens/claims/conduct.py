@@ -26,13 +26,13 @@ from ..progress import Progress, unseen
 from ..report.rows import lens_names
 from ..store.files import write_whole
 from ..store.layers import LayersFolder
-from ..store.results import LAYERS, Run
+from ..store.results import LAYERS, RECIPE_RUN, Run
 from ..sweeping.predict import groups_of, questions_together
 from ..sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from .analyses import analyse, read_evidence, secondary
 from .recipe import Primary, Recipe, load_recipe
 
-PLAN, CLAIM, RUN = "recipe.json", "claim.json", "run"  # of a recipe's folder
+PLAN, CLAIM = "recipe.json", "claim.json"  # of a recipe's folder, beside its run
 TIMED = 3  # questions of a timed start
 SHARE = 0.9  # of what is left of a budget that the sweep is planned to take
 CONTRASTS = ("above-ends", "above-middle")  # how analyses by gold position end
@@ -120,7 +120,7 @@ def run_recipe(
         plan = replace(plan, examples=config.examples, chosen=True)
         plan.write(folder)
     config = replace(config, examples=plan.examples)
-    run = Run(folder / RUN)
+    run = Run(folder / RECIPE_RUN)
     if not run.exists:
         say("sweep")
         run_sweep(config, run.path, False, argv, workers, progress, warn=say)

@@ -8,14 +8,14 @@ import pytest
 from planted import save_planted_model
 
 from refinelens.claims.analyses import read_evidence
-from refinelens.claims.conduct import CLAIM, PLAN, RUN, run_recipe
+from refinelens.claims.conduct import CLAIM, PLAN, run_recipe
 from refinelens.claims.readings import Examples, Reading, by_position, contrasts, values_of
 from refinelens.claims.verdict import CANNOT_TELL, CONTRADICTED, SUPPORTED, Rule, judge
 from refinelens.cli import main
 from refinelens.config import RecipeConfig
 from refinelens.errors import InputError
 from refinelens.run_page import report_page
-from refinelens.store.results import Run
+from refinelens.store.results import RECIPE_RUN, Run
 
 pytestmark = pytest.mark.medium
 RECIPE = """
@@ -139,7 +139,7 @@ def test_a_lens_that_a_recipe_fits_is_read_through(tmp_path):
     assert claim["lenses"] == ["plain", "linear"] and len(claim["secondary"]) == 15
     assert (out / "linear" / "lens.safetensors").exists()
     head = json.loads(re.search(r'id="head">(.*?)</script>', (out / "report.html").read_text(), re.DOTALL)[1])
-    assert head["claim"] == claim and head["runs"][0]["name"] == RUN
+    assert head["claim"] == claim and head["runs"][0]["name"] == RECIPE_RUN
 
 
 def test_the_command_line_says_what_came_out(models, tmp_path, capsys):
@@ -148,6 +148,9 @@ def test_the_command_line_says_what_came_out(models, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Claim: Depth is larger" in printed and "Verdict: SUPPORTED." in printed
     assert "middle less first: +" in printed and "Other readings: " in printed and "report.html" in printed
+    assert main(["show", str(out)]) == 2
+    assert f"got that of a recipe; its run is {out / RECIPE_RUN}" in capsys.readouterr().err
+    assert main(["show", str(out / RECIPE_RUN)]) == 0
 
 
 def test_a_page_begins_with_the_verdict(models, tmp_path):
