@@ -26,13 +26,13 @@ from ..progress import Progress, unseen
 from ..report.rows import lens_names
 from ..store.files import write_whole
 from ..store.layers import LayersFolder
-from ..store.results import LAYERS, RECIPE_RUN, Run
+from ..store.results import LAYERS, RECIPE, RECIPE_RUN, Run
 from ..sweeping.predict import groups_of, questions_together
 from ..sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from .analyses import analyse, read_evidence, secondary
 from .recipe import Primary, Recipe, load_recipe
 
-PLAN, CLAIM = "recipe.json", "claim.json"  # of a recipe's folder, beside its run
+CLAIM = "claim.json"  # of a recipe's folder, beside its plan and its run
 TIMED = 3  # questions of a timed start
 SHARE = 0.9  # of what is left of a budget that the sweep is planned to take
 CONTRASTS = ("above-ends", "above-middle")  # how analyses by gold position end
@@ -53,7 +53,7 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Into a recipe's folder."""
-        write_whole(folder / PLAN, lambda path: path.write_text(json.dumps(asdict(self), indent=1) + "\n"))
+        write_whole(folder / RECIPE, lambda path: path.write_text(json.dumps(asdict(self), indent=1) + "\n"))
 
 
 def seconds_of(budget: str) -> float:
@@ -153,10 +153,10 @@ def _check_inputs(recipe: Recipe, options: RecipeConfig) -> None:
 def _plan(recipe: Recipe, options: RecipeConfig, folder: Path, resume: bool) -> Plan:
     """What is there, held to what is asked for, or a new plan, written."""
     asked = Plan(recipe.name, recipe.sha256, options.model, options.device, options.dtype, recipe.sweep.get("examples"))
-    path = folder / PLAN
+    path = folder / RECIPE
     if not path.exists():
         if resume:
-            raise InputError(f"``resume``: expected the folder of a recipe, got {folder} without {PLAN}")
+            raise InputError(f"``resume``: expected the folder of a recipe, got {folder} without {RECIPE}")
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"``out`` {folder}: expected a new folder, got one that holds something; choose another")
         folder.mkdir(parents=True, exist_ok=True)

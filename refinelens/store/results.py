@@ -40,7 +40,7 @@ MEASURE_TABLES = {  # of runs that were asked for one of some measures
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 PAGE = "report.html"  # the page, which is made on request
-RECIPE_RUN = "run"  # folder of the run in that of a recipe
+RECIPE, RECIPE_RUN = "recipe.json", "run"  # what a recipe's folder is known by, and its run there
 LAYERS = "layers"  # folder of what `refinelens layers` makes of the run
 # What tables and figures read of a manifest: types, objects with entries, lists of one thing or more.
 SHAPE = {
@@ -302,9 +302,9 @@ def open_run(path: str | Path) -> Run:
         InputError: The folder does not hold a run, or one of another schema version.
     """
     run = Run(Path(path))
-    inside = Run(run.path / RECIPE_RUN)
-    if inside.exists and not run.exists:
-        raise InputError(f"{path}: expected the folder of a run, got that of a recipe; its run is {inside.path}")
+    if (run.path / RECIPE).exists() and not run.exists:
+        inside = run.path / RECIPE_RUN
+        raise InputError(f"{path}: expected the folder of a run, got that of a recipe; its run is {inside}")
     run.checked_manifest()
     return run
 

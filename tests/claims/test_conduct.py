@@ -8,17 +8,17 @@ import pytest
 from planted import save_planted_model
 
 from refinelens.claims.analyses import read_evidence
-from refinelens.claims.conduct import CLAIM, PLAN, run_recipe
+from refinelens.claims.conduct import CLAIM, run_recipe
 from refinelens.claims.readings import Examples, Reading, by_position, contrasts, values_of
 from refinelens.claims.verdict import CANNOT_TELL, CONTRADICTED, SUPPORTED, Rule, judge
 from refinelens.cli import main
 from refinelens.config import RecipeConfig
 from refinelens.errors import InputError
 from refinelens.run_page import report_page
-from refinelens.store.results import RECIPE_RUN, Run
+from refinelens.store.results import RECIPE, RECIPE_RUN, Run
 
 pytestmark = pytest.mark.medium
-RECIPE = """
+TEXT = """
 claim = "Depth is larger in the middle than at either end."
 source = "a planted model"
 fixed = 2026-11-29
@@ -48,7 +48,7 @@ def models(tmp_path_factory):
 
 def recipe(folder, examples):
     path = folder / "planted.toml"
-    path.write_text(RECIPE.format(examples=examples))
+    path.write_text(TEXT.format(examples=examples))
     return str(path)
 
 
@@ -95,7 +95,7 @@ def test_a_recipe_that_was_stopped_comes_to_the_same_end(models, tmp_path):
     for resume, place in enumerate((("questions", 1), ("questions", 9), ("readings", 3))):
         with pytest.raises(KeyboardInterrupt):
             conduct(*given, resume=bool(resume), progress=stop_at(*place))
-        assert (out / PLAN).exists() and not (out / CLAIM).exists()
+        assert (out / RECIPE).exists() and not (out / CLAIM).exists()
     conduct(tmp_path / "stopped", models["inverted-u"], 12, resume=True)
     assert (out / CLAIM).read_bytes() == (whole / CLAIM).read_bytes()
     conduct(tmp_path / "stopped", models["inverted-u"], 12, resume=True)
@@ -114,7 +114,7 @@ def test_a_folder_is_held_to_what_it_was_begun_with(models, tmp_path):
         run_recipe(RecipeConfig("tiny"), recipe(tmp_path, 4), tmp_path / "none", resume=True)
     with pytest.raises(InputError, match="holds something"):
         run_recipe(RecipeConfig("tiny"), recipe(tmp_path, 4), tmp_path)
-    (tmp_path / "out" / PLAN).write_text("{}")
+    (tmp_path / "out" / RECIPE).write_text("{}")
     with pytest.raises(InputError, match="expected what a recipe wrote there"):
         conduct(tmp_path, models["u"], 4, resume=True)
 
@@ -124,13 +124,13 @@ def test_a_budget_asks_fewer_questions_and_a_resumed_one_the_same(models, tmp_pa
     claim, run = conduct(tmp_path, models["u"], 2000, budget="4s", say=said.append)
     asked = run.manifest["counts"]["questions"]
     assert 0 < asked < 2000 and any(f"{asked} of 2000" in line for line in said)
-    assert json.loads((tmp_path / "out" / PLAN).read_text())["examples"] == asked
+    assert json.loads((tmp_path / "out" / RECIPE).read_text())["examples"] == asked
     again, _ = conduct(tmp_path, models["u"], 2000, resume=True)
     assert again == claim
 
 
 def test_a_lens_that_a_recipe_fits_is_read_through(tmp_path):
-    text = RECIPE.format(examples=6) + 'lens = ["plain", "linear"]\n[lenses.linear]\ntokens = 4000\n'
+    text = TEXT.format(examples=6) + 'lens = ["plain", "linear"]\n[lenses.linear]\ntokens = 4000\n'
     path = tmp_path / "own.toml"
     path.write_text(text.replace('"rising"', '"tiny"'))
     out = tmp_path / "out"
