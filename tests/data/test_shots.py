@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from refinelens.sweeping.contexts import ANSWER_IN_SHOTS
 from refinelens.sweeping.run_spec import RunSpec
 from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from refinelens.view_config import ReadConfig
+from sweeps import predictions
 from tiny import word_tokenizer
 
 TASK = "Write a high-quality answer for the given question using only the provided search results "
@@ -217,10 +217,6 @@ def options(tiny_model, question_file):
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory):
     return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 def test_examples_are_held_out_and_said(finished, question_file):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as tf
@@ -19,6 +18,7 @@ from refinelens.lens.prefix import PROBE_TOKENS, Branches, branch_order, check_b
 from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.model.loading import LoadedModel
 from refinelens.sweeping.sweep import run_sweep
+from sweeps import predictions
 from tiny import shake
 
 WINDOWS = ["mistral", "gemma2", "gemma3", "gpt_oss", "phi3-tied", "starcoder2-no-bias", "gpt_neo", "falcon-alibi"]
@@ -197,10 +197,6 @@ def ran_whole(options, tmp_path_factory):
 @pytest.fixture(scope="module")
 def branched(options, tmp_path_factory):
     return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 def assert_same(run, other):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from faults import at_pass
@@ -13,6 +12,7 @@ from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.sweeping.predict import groups_of, questions_together
 from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from sweeps import predictions, stop_after
 
 FLOATS = ("target_logprob", "max_logprob", "entropy", "kl")
 
@@ -26,10 +26,6 @@ def options(tiny_model, question_file):
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
     return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 def assert_same_bits(run, whole):
@@ -58,13 +54,8 @@ def test_a_batch_is_filled_with_contexts_of_several_questions(options, whole, tm
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_sweep_that_goes_on_has_the_same_batches(options, whole, tmp_path, after):
     """Stopped within the questions that share them: those that are finished run again beside the others."""
-
-    def stop(stage, done, total, *so_far):
-        if done == after:
-            raise KeyboardInterrupt
-
     with pytest.raises(Interrupted):
-        run_sweep(options, tmp_path / "run", progress=stop, questions_per_part=2)
+        run_sweep(options, tmp_path / "run", progress=stop_after(after), questions_per_part=2)
     assert open_run(tmp_path / "run").manifest["counts"]["done"] == after
     assert_same_bits(resume_sweep(str(tmp_path / "run")), whole)
 

@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +21,7 @@ from refinelens.placement import condition_name, gold_positions
 from refinelens.store.results import open_run
 from refinelens.sweeping.contexts import alias_scores
 from refinelens.sweeping.sweep import run_sweep
+from sweeps import predictions
 from tiny import byte_tokenizer, save_tiny_model, word_tokenizer
 
 GOLD, OTHER = Document("arven", "the door of arven is red ."), Document("brosk", "white .")
@@ -58,10 +58,6 @@ def chat_model(tmp_path_factory):
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 def summary(run):

@@ -20,6 +20,7 @@ from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.sweeping.sweep import _bytes_needed, resume_sweep, run_sweep
 from refinelens.view_config import ReadConfig
+from sweeps import stop_after
 
 pytestmark = pytest.mark.medium
 MEASURES = "jsd,frequency,states"
@@ -124,13 +125,8 @@ def test_they_do_not_depend_on_batches_or_other_rows(run, text, lens, tmp_path, 
 
 def test_a_run_that_goes_on_has_the_same_bytes(run, text, lens, tmp_path):
     options = SweepConfig("tiny", lens=("plain", lens), measures=MEASURES, frequencies=text, **ASKED)
-
-    def stop(what, done, total, *_):
-        if done == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(Interrupted):
-        run_sweep(options, tmp_path / "run", progress=stop)
+        run_sweep(options, tmp_path / "run", progress=stop_after(3))
     assert open_run(tmp_path / "run").manifest["status"] == "interrupted"
     resumed = resume_sweep(tmp_path / "run")
     for path in sorted(run.path.rglob("*.parquet")) + sorted(run.path.glob("*.csv")):
@@ -141,13 +137,8 @@ def test_a_text_that_changed_is_refused(text, tmp_path, capsys):
     own = tmp_path / "text.txt"
     own.write_text(text.read_text())
     options = SweepConfig("tiny", measures="frequency", frequencies=own, **ASKED)
-
-    def stop(what, done, total, *_):
-        if done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(Interrupted):
-        run_sweep(options, tmp_path / "run", progress=stop)
+        run_sweep(options, tmp_path / "run", progress=stop_after(1))
     own.write_text("another text")
     with pytest.raises(InputError, match="expected frequencies.sha256 [0-9a-f]{12}, as the run has it, got"):
         resume_sweep(tmp_path / "run")

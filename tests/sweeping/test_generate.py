@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +15,7 @@ from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.loading import load_model
 from refinelens.sweeping.generate import Generator
 from refinelens.sweeping.sweep import SweepInputs, run_sweep
+from sweeps import predictions
 from tiny import byte_tokenizer, save_tiny_model
 
 N = 5
@@ -55,10 +55,6 @@ def loaded(model_folder):
 @pytest.fixture(scope="module")
 def logit_lens(loaded):
     return LogitLens(loaded.model)
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 def own_text(model, tokenizer, prompt):

@@ -23,6 +23,7 @@ from refinelens.run_page import report_page
 from refinelens.store.process import Interrupted
 from refinelens.store.results import EXTRAS, open_run
 from refinelens.sweeping.sweep import RunSpec, SweepInputs, resume_sweep, run_sweep
+from sweeps import stop_after
 
 COLUMNS = [name for name, _ in EXTRAS["sublayers"]]
 IDS = torch.randint(3, 101, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -192,12 +193,8 @@ def test_batches_and_one_by_one_are_the_same(name, question_file, tmp_path):
 
 @pytest.mark.medium
 def test_a_run_that_was_stopped_has_the_same_bytes(run, tmp_path):
-    def stop(stage, done, total, *so_far):
-        if done == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(Interrupted):
-        run_sweep(TINY, tmp_path / "run", progress=stop)
+        run_sweep(TINY, tmp_path / "run", progress=stop_after(2))
     resume_sweep(str(tmp_path / "run"))
     for name in ("measures.csv", "effective_depth.csv", "predictions/part-00000.parquet"):
         assert (tmp_path / "run" / name).read_bytes() == (run.path / name).read_bytes()

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from refinelens.layers.analysis import run_layers
 from refinelens.report.kept import KNOWN, NOT_ANSWERED
 from refinelens.run_page import report_page
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
+from sweeps import predictions
 
 pytestmark = pytest.mark.medium
 N = 12
@@ -72,10 +72,6 @@ def expected(files):
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory):
     return run_sweep(replace(options, keep="needs-document"), tmp_path_factory.mktemp("runs") / "run")
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 @pytest.mark.parametrize("keep", ["all", "answered", "needs-document"])

@@ -17,6 +17,7 @@ from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.store.trajectory import is_deep, settle_by_divergence
 from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from sweeps import stop_after
 
 N = 6
 ASKED = {"documents": (0, 3), "examples": 5, "device": "cpu", "generate": N}
@@ -112,13 +113,8 @@ def test_exports_by_layer_leave_it_out(run, tmp_path):
 def test_a_run_of_before_is_read_and_does_not_go_on(tmp_path):
     """Its manifest does not say what its rows have: they have no layers of generated tokens."""
     options = SweepConfig("tiny", measures="jsd", **ASKED | {"documents": (3,)})
-
-    def stop(what, done, total, *_):
-        if done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(Interrupted):
-        run_sweep(options, tmp_path / "run", progress=stop)
+        run_sweep(options, tmp_path / "run", progress=stop_after(1))
     run = open_run(tmp_path / "run")
     assert run.extras == ("jsd", "generated_settle_jsd")
     run.write_manifest({name: value for name, value in run.manifest.items() if name != "extras"})

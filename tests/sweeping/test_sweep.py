@@ -28,6 +28,7 @@ from refinelens.store.results import PREDICTIONS, open_run
 from refinelens.store.trajectory import choose_tokens, read_trajectories
 from refinelens.sweeping.predict import Predictor
 from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from sweeps import predictions, stop_after
 from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
 
 TABLES = {"trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"}
@@ -43,10 +44,6 @@ def options(tiny_model, question_file):
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory):
     return run_sweep(options, tmp_path_factory.mktemp("runs") / "run")
-
-
-def predictions(run):
-    return pq.read_table(run.path / "predictions").to_pylist()
 
 
 def test_all_outputs_are_there(finished):
@@ -312,12 +309,8 @@ def test_no_question_can_be_asked_and_the_old_run_stays(options, tmp_path):
 
 
 def test_interrupt_keeps_finished_questions(options, tmp_path):
-    def stop(stage, done, total, *so_far):
-        if done == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(options, tmp_path / "run", progress=stop)
+        run_sweep(options, tmp_path / "run", progress=stop_after(2))
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "interrupted" and run.manifest["counts"]["done"] == 2
     assert len({r["question_id"] for r in predictions(run)}) == 2
