@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from .data.page_documents import texts_of
 from .errors import InputError
 from .pages.html import smallest, write_page
-from .placement import ORACLE, condition_name
+from .placement import NO_POSITION, ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
 from .report.effective_depth import effective_depth_lines
 from .report.frequency import frequency_curves
@@ -243,7 +243,8 @@ class _Rows:
         if not len(part):
             return
         columns = [part[name].to_pylist() for name in ("question_id", "documents", "gold_position")]
-        decoys = part["decoy_position"].to_pylist() if "decoy_position" in part.column_names else [-1] * len(part)
+        has_decoys = "decoy_position" in part.column_names
+        decoys = part["decoy_position"].to_pylist() if has_decoys else [NO_POSITION] * len(part)
         keys = zip(*columns, decoys, strict=True)
         context = [self._context(key, part, row) for row, key in enumerate(keys)]
         ranks = list_matrix(part["target_rank"])

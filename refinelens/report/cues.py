@@ -46,8 +46,8 @@ def cue_rows(run: Run, tops: tuple[int, ...]) -> tuple[list[CueRow], list[CueLay
         for top in tops:
             values = _values(cell, top)
             for order, distance, inside in _conditions(cell):
-                found = _estimates(values, cell["question"], inside, seed)
-                counts = (len(np.unique(cell["question"][inside])), int(inside.sum()))
+                found = _estimates(values, cell["question_id"], inside, seed)
+                counts = (len(np.unique(cell["question_id"][inside])), int(inside.sum()))
                 rows.append(CueRow(lens, top, documents, order, distance, *counts, **found))
             differences += _differences(values, cell, seed, (lens, top, documents))
         for order, distance, inside in _conditions(cell):
@@ -68,7 +68,7 @@ def _cells(run: Run) -> Iterator[tuple[str, int, Cell]]:
     # Documents from the last one of the earlier kind to the first one of the later; 1 of neighbours.
     apart = np.where(gold < decoy, decoy - gold - (arguments.get("golds", 1) - 1), gold - decoy - (run.n_decoys - 1))
     order = np.where(decoy == NO_POSITION, 2, np.where(gold < decoy, 0, 1))
-    columns |= {"order": order, "distance": apart, "question": columns["question_id"]}
+    columns |= {"order": order, "distance": apart}
     for which, documents, inside in groups(lens, columns["documents"]):
         yield lenses[which], documents, {name: column[inside] for name, column in columns.items()}
 
@@ -128,7 +128,7 @@ def _layers(cell: Cell, inside: np.ndarray, seed: int, key: tuple[str, int, str]
         "decoy_best": own["decoy_rank"] == 0,
         "lead": own["target_logprob"].astype(float) - own["decoy_logprob"],
     }
-    ids, owner = np.unique(cell["question"][inside], return_inverse=True)
+    ids, owner = np.unique(cell["question_id"][inside], return_inverse=True)
     n_layers = own["target_rank"].shape[1]
     stacked = np.concatenate([value.astype(float) for value in values.values()], axis=1)
     kinds = [kind for kind in (SHARE, SHARE, SHARE, MEAN) for _ in range(n_layers)]
@@ -143,7 +143,7 @@ def _differences(
     values: dict[str, tuple[str, np.ndarray]], cell: Cell, seed: int, key: tuple[str, int, int]
 ) -> list[CueDifference]:
     """With the decoy first less with the gold document first, of the questions that have both."""
-    ids, owner = np.unique(cell["question"], return_inverse=True)
+    ids, owner = np.unique(cell["question_id"], return_inverse=True)
     names = ("gold_ahead", "gold_correct", "decoy_correct", "mean_decided", "gold_depth")
     stacked = np.stack([values[name][1].astype(float) for name in names], axis=1)
     means = []

@@ -27,6 +27,7 @@ import numpy as np
 from ..config import TOP5
 from ..placement import condition_name
 from ..stats import Estimate, estimate, resampled_means, sums_and_counts
+from ..store.trajectory import first_layer
 from .further_rows import EffectiveDepth, MeasuredCell
 from .rows import EVERY_POSITION, Report, format_estimate
 
@@ -45,16 +46,12 @@ def cosine_layers(curves: np.ndarray) -> np.ndarray:
 
 def kl_layers(curves: np.ndarray) -> np.ndarray:
     """Effective depth by KL of curves ``[n, n_layers + 1]``, nats; NaN where the divergence is 0 everywhere."""
-    return _first(curves < KL_SHARE * curves.max(1, keepdims=True))
+    return first_layer(curves < KL_SHARE * curves.max(1, keepdims=True))
 
 
 def overlap_layers(curves: np.ndarray) -> np.ndarray:
     """Effective depth by the overlap of the likeliest tokens, curves ``[n, n_layers + 1]`` of shares."""
-    return _first(curves > OVERLAP + ROUNDING)
-
-
-def _first(fits: np.ndarray) -> np.ndarray:
-    return np.where(fits.any(1), fits.argmax(1), np.nan)
+    return first_layer(curves > OVERLAP + ROUNDING)
 
 
 METHODS: dict[str, tuple[tuple[str, ...], Callable[[np.ndarray], np.ndarray]]] = {
@@ -72,14 +69,9 @@ def effective_depths(cells: list[MeasuredCell], seed: int) -> list[EffectiveDept
         seed: Seed of the bootstrap, which takes the mean curve of every resample of the questions.
     """
     rows = []
-    for (lens, documents), group in groupby(cells, lambda cell: (cell.lens, cell.documents)):
+    for _, group in groupby(cells, lambda cell: (cell.lens, cell.documents)):
         own = list(group)
-        whole = MeasuredCell(
-            *(lens, documents, EVERY_POSITION),
-            np.concatenate([cell.question_id for cell in own]),
-            {name: np.concatenate([cell.values[name] for cell in own]) for name in own[0].values},
-        )
-        for cell in (whole, *own):
+        for cell in (MeasuredCell.of_all_positions(own), *own):
             for method, (names, layers) in METHODS.items():
                 if cell.values.keys() >= set(names):
                     curves = np.mean([cell.values[name] for name in names], axis=0, dtype=float)

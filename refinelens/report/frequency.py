@@ -7,6 +7,7 @@ refine"), and a frequent token is the model's own prediction at an earlier layer
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -14,12 +15,13 @@ from ..config import FREQUENCY
 from ..placement import ORACLE, condition_name
 from ..stats import SHARE, mean_estimates, sums_and_counts
 from ..store.results import BUCKET_ENDS, Run
-from .further_rows import BUCKETS, FrequencyRow, PredictionDepth
+from ..store.trajectory import first_layer
+from .further_rows import BUCKETS, FrequencyRow, MeasuredCell, PredictionDepth
 from .measures import cells
 from .rows import EVERY_POSITION, Report, format_estimate
 
 COLUMNS = ("argmax_bucket", "argmax", "target_rank")
-Cell = dict[str, np.ndarray]  # question ids ``[examples]`` and `COLUMNS`, ``[examples, n_layers + 1]`` each
+Values = dict[str, np.ndarray]  # of `COLUMNS`, ``[examples, n_layers + 1]`` each
 
 
 def frequency_rows(run: Run, tops: Sequence[int]) -> tuple[list[FrequencyRow], list[PredictionDepth]]:
@@ -33,30 +35,25 @@ def frequency_rows(run: Run, tops: Sequence[int]) -> tuple[list[FrequencyRow], l
         return [], []
     layers: list[FrequencyRow] = []
     depths: list[PredictionDepth] = []
-    for lens, documents, position, cell in _levels(run):
-        ids, owner = np.unique(cell["question_id"], return_inverse=True)
-        where, n, seed = (lens, documents, position), len(ids), run.manifest["seed"]
-        layers += _by_layer(where, cell, owner, n, seed)
-        depths += _depths(where, cell, owner, n, seed, tops)
+    for cell in _levels(run):
+        ids, owner = np.unique(cell.question_id, return_inverse=True)
+        where, n, seed = (cell.lens, cell.documents, cell.gold_position), len(ids), run.manifest["seed"]
+        layers += _by_layer(where, cell.values, owner, n, seed)
+        depths += _depths(where, cell.values, owner, n, seed, tops)
     return layers, depths
 
 
-def _levels(run: Run) -> Iterator[tuple[str, int, int | None, Cell]]:
+def _levels(run: Run) -> Iterator[MeasuredCell]:
     """Examples of every lens and context size, at all gold positions, then at each where there are several."""
-    held: dict[tuple[str, int], list[tuple[int, Cell]]] = {}
-    for one in cells(run, COLUMNS):
-        own = {"question_id": one.question_id} | one.values
-        held.setdefault((one.lens, one.documents), []).append((one.gold_position, own))
-    for (lens, documents), of_size in held.items():
-        whole = {name: np.concatenate([cell[name] for _, cell in of_size]) for name in of_size[0][1]}
-        yield lens, documents, EVERY_POSITION, whole
+    for _, group in groupby(cells(run, COLUMNS), lambda cell: (cell.lens, cell.documents)):
+        of_size = list(group)
+        yield MeasuredCell.of_all_positions(of_size)
         if len(of_size) > 1:
-            for position, cell in of_size:
-                yield lens, documents, position, cell
+            yield from of_size
 
 
-def _by_layer(where: tuple, cell: Cell, owner: np.ndarray, n: int, seed: int) -> Iterator[FrequencyRow]:
-    buckets, best = cell["argmax_bucket"], cell["argmax"]
+def _by_layer(where: tuple, values: Values, owner: np.ndarray, n: int, seed: int) -> Iterator[FrequencyRow]:
+    buckets, best = values["argmax_bucket"], values["argmax"]
     is_own = buckets[:, None] == np.arange(len(BUCKETS))[None, :, None]  # [examples, buckets, n_layers + 1]
     differs = np.where(is_own, (best != best[:, -1:])[:, None], np.nan)
     stacked = np.stack([is_own, differs], axis=1).astype(float).reshape(len(best), -1)
@@ -70,26 +67,22 @@ def _by_layer(where: tuple, cell: Cell, owner: np.ndarray, n: int, seed: int) ->
 
 
 def _depths(
-    where: tuple, cell: Cell, owner: np.ndarray, n: int, seed: int, tops: Sequence[int]
+    where: tuple, values: Values, owner: np.ndarray, n: int, seed: int, tops: Sequence[int]
 ) -> Iterator[PredictionDepth]:
     """Ranks are those of the target: of the model's own prediction where it is the target, at rank 1 always."""
-    best, ranks = cell["argmax"], cell["target_rank"]
-    first = np.stack([_first(best == best[:, -1:] if top == 1 else ranks < top) for top in tops], axis=1).astype(float)
+    best, ranks = values["argmax"], values["target_rank"]
+    there = [best == best[:, -1:] if top == 1 else ranks < top for top in tops]
+    first = np.stack([first_layer(of_top) for of_top in there], axis=1)
     is_prediction = ranks[:, -1] == 0
     first[~is_prediction[:, None] & (np.asarray(tops) != 1)] = np.nan
-    is_own = cell["argmax_bucket"][:, -1:] == np.arange(len(BUCKETS))  # [examples, buckets], of the prediction
-    values = np.where(is_own[:, :, None], first[:, None], np.nan).reshape(len(best), -1)
-    sums, counts = sums_and_counts(values, owner, n)
+    is_own = values["argmax_bucket"][:, -1:] == np.arange(len(BUCKETS))  # [examples, buckets], of the prediction
+    stacked = np.where(is_own[:, :, None], first[:, None], np.nan).reshape(len(best), -1)
+    sums, counts = sums_and_counts(stacked, owner, n)
     estimates = iter(mean_estimates(sums, counts, seed))
     examples, questions = (number.astype(int).tolist() for number in (counts.sum(0), (counts > 0).sum(0)))
     places = ((name, top) for name in BUCKETS for top in tops)
     for place, (name, top) in enumerate(places):
         yield PredictionDepth(*where, name, top, questions[place], examples[place], next(estimates))
-
-
-def _first(there: np.ndarray) -> np.ndarray:
-    """The first layer that is true of ``[examples, n_layers + 1]``; the last one is, or the row does not count."""
-    return there.argmax(axis=1)
 
 
 def frequency_lines(report: Report) -> list[str]:

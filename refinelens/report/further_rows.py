@@ -5,6 +5,7 @@ A class is a CSV file, as in `report.rows`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -50,6 +51,13 @@ class MeasuredCell:
     gold_position: int | None
     question_id: np.ndarray  # [examples]
     values: dict[str, np.ndarray]  # [examples, n_layers + 1] by measure
+
+    @classmethod
+    def of_all_positions(cls, cells: Sequence[MeasuredCell]) -> MeasuredCell:
+        """Those of one lens and context size together."""
+        first = cells[0]
+        values = {name: np.concatenate([cell.values[name] for cell in cells]) for name in first.values}
+        return cls(first.lens, first.documents, None, np.concatenate([cell.question_id for cell in cells]), values)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ def rows_of_size(documents: int, size: dict[str, np.ndarray], seed: int) -> Iter
     n, n_contexts, n_points = right.shape
     if n < FEWEST:
         return
-    positions, classes = np.unique(size["gold_position"], return_inverse=True)
-    chance = float(np.bincount(classes.ravel()).max() / classes.size)
+    positions, chance = np.unique(size["gold_position"]), chance_of(size)
     hits = held_out_hits(size, seed)
     both = np.concatenate([hits, right], axis=-1).astype(float)
     for position in (EVERY_POSITION, *positions.tolist()):
@@ -87,6 +86,12 @@ def rows_of_size(documents: int, size: dict[str, np.ndarray], seed: int) -> Iter
         for layer in range(n_points):
             estimates = (own[layer], own[n_points + layer], own[-1])
             yield ProbeRow(documents, position, layer, n, chance, *estimates)
+
+
+def chance_of(size: dict[str, np.ndarray]) -> float:
+    """Accuracy of guessing: the share of the most frequent gold position of a size as of `sizes_of_states`."""
+    counts = np.unique(size["gold_position"], return_counts=True)[1]
+    return float(counts.max() / counts.sum())
 
 
 def held_out_hits(size: dict[str, np.ndarray], seed: int) -> np.ndarray:

@@ -145,6 +145,11 @@ def settle_by_divergence(jsd: np.ndarray) -> np.ndarray:
     return np.asarray((jsd <= SETTLED).argmax(axis=-1))
 
 
+def first_layer(fits: np.ndarray) -> np.ndarray:
+    """The lowest layer at which bool ``[n, n_layers + 1]`` is true, fp64 ``[n]``, NaN where none is."""
+    return np.where(fits.any(1), fits.argmax(1), np.nan)
+
+
 def is_deep(settle: np.ndarray, n_layers: int) -> np.ndarray:
     """Whether tokens are deep-thinking ones: they settle at layer ``ceil(LATE * n_layers)`` or above, bool ``[...]``.
 
