@@ -19,10 +19,11 @@ SHORTEST = 16  # tokens of a sequence
 SEQUENCES = 10  # at least: eight to fit, one to choose the ridge strength, one to report on
 PATCH = "patch"
 INTERVENTIONS = ("skip", "mean", "attn", "mlp", PATCH)
+PLAIN = "plain"  # the lens that has no translators
 DATA_SETS = ("squad", "hotpotqa", "triviaqa")  # data sets that a task can be made of
 KEEP = EVERY_QUESTION, ANSWERED, NEEDS_DOCUMENT = ("all", "answered", "needs-document")
 # Stored beside what always is: of every layer, but for the states before an answer.
-MEASURES = JSD, TOP5, SUBLAYERS, OWN, FREQUENCY, STATES = (
+MEASURES = JSD, TOP5, SUBLAYERS, PREDICTION, FREQUENCY, STATES = (
     *("jsd", "top5", "sublayers", "prediction", "frequency", "states"),
 )
 GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
@@ -141,7 +142,7 @@ class SweepConfig(Config):
     )
     top: tuple[int, ...] = option((1,), "correct means rank 1 to K, for each K", READ, metavar="K[,K]")
     lens: tuple[str, ...] = option(
-        ("plain",),
+        (PLAIN,),
         "plain, folders of lenses, .pt files of Jacobian lenses, or hub:OWNER/NAME/PATH",
         READ,
         metavar="LENS[,LENS]",

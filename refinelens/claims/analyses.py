@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..config import FREQUENCY, OWN, STATES, SUBLAYERS
+from ..config import FREQUENCY, PREDICTION, STATES, SUBLAYERS
 from ..errors import InputError
 from ..progress import Progress, unseen
-from ..report.probe import FEWEST, held_out_hits, sizes_of_states
+from ..report.probe import FEWEST, chance_of, held_out_hits, sizes_of_states
 from ..stats import NO_ESTIMATE, Estimate, estimate, holm, mean_estimates, ratio, resampled_means, sums_and_counts
 from ..store.layers import LayersFolder
 from ..store.results import LAYERS, Run
 from ..store.trajectory import choose_tokens, list_matrix, trajectories
 from .readings import Examples, Reading, by_position, contrasts, every_reading
-from .recipe import ANALYSES, Primary
-from .verdict import NOTHING, Finding, Rule, judge, of_estimate
+from .recipe import Primary
+from .verdict import NOTHING, Finding, Rule, judge, of_estimate, plain
 
 EARLY = 3  # early layers: the first one in so many
 
@@ -53,9 +53,8 @@ class Evidence:
         """Of every gold position the mean over questions that have a value there, with its interval."""
         found = []
         for position, means in by_position(self.examples, reading):
-            value, low, high = _numbers(_mean(means, self.seed))
-            entry = {"gold_position": position, "questions": len(means), "value": value, "low": low, "high": high}
-            found.append(entry)
+            entry = {"gold_position": position, "questions": len(means)}
+            found.append(entry | plain(asdict(_mean(means, self.seed))))
         return found
 
     def needs(self, extra: str) -> None:
@@ -159,7 +158,7 @@ def _known_before_told(evidence: Evidence, reading: Reading, rule: Rule, options
     name = "layer from which the answer stays less layer from which the position is known"
     hits = held_out_hits(size, evidence.seed).astype(float)  # [questions, contexts, n_layers + 1]
     n, n_contexts, _ = hits.shape
-    chance = float(np.unique(size["gold_position"], return_counts=True)[1].max() / size["gold_position"].size)
+    chance = chance_of(size)
     curves = resampled_means(hits.sum(1), np.full((n, hits.shape[2]), float(n_contexts)), evidence.seed)
     best = int(curves[0].argmax())
     if estimate(float(curves[0, best]), curves[1:, best], n).low <= chance:
@@ -176,9 +175,14 @@ def _known_before_told(evidence: Evidence, reading: Reading, rule: Rule, options
     return of_estimate(name, estimate(float(found[0]), found[1:], settled), settled, 0.0, rule.margin)
 
 
-_BY_NAME: dict[str, Callable[[Evidence, Reading, Rule, dict[str, Any]], Finding]] = dict(
-    zip(ANALYSES, (_middle, _ends, _gain_and_cost, _frequent_early, _later_half, _known_before_told), strict=True)
-)
+_BY_NAME: dict[str, Callable[[Evidence, Reading, Rule, dict[str, Any]], Finding]] = {  # each of `recipe.ANALYSES`
+    "middle-above-ends": _middle,
+    "ends-above-middle": _ends,
+    "gain-and-cost": _gain_and_cost,
+    "frequent-early": _frequent_early,
+    "later-half": _later_half,
+    "known-before-told": _known_before_told,
+}
 
 
 def analyse(evidence: Evidence, primary: Primary, reading: Reading) -> Finding:
@@ -187,8 +191,8 @@ def analyse(evidence: Evidence, primary: Primary, reading: Reading) -> Finding:
     Raises:
         InputError: A run that lacks what the analysis is about.
     """
-    if reading.target == "prediction":
-        evidence.needs(OWN)
+    if reading.target == PREDICTION:
+        evidence.needs(PREDICTION)
     return _BY_NAME[primary.analysis](evidence, reading, primary.rule, primary.options)
 
 
@@ -217,8 +221,7 @@ def secondary(
         sides = [{name: side[name] for name in ("name", "questions", "difference")} for side in entry["sides"]]
         numbers = {name: entry[name] for name in ("n", "estimate", "p")}
         supported = bool(p < primary.rule.alpha)
-        p_holm = None if math.isnan(p) else float(f"{p:.6g}")
-        found.append(asdict(reading) | numbers | {"p_holm": p_holm, "supported": supported, "sides": sides})
+        found.append(asdict(reading) | numbers | {"p_holm": plain(p), "supported": supported, "sides": sides})
     return found
 
 
@@ -230,7 +233,3 @@ def _of_questions(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _mean(values: np.ndarray, seed: int) -> Estimate:
     return mean_estimates(values[:, None], np.ones((len(values), 1)), seed)[0] if len(values) else NO_ESTIMATE
-
-
-def _numbers(estimate: Estimate) -> list[float | None]:
-    return [None if math.isnan(value) else float(f"{value:.6g}") for value in vars(estimate).values()]

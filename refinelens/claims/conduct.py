@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import FitConfig, LayersConfig, RecipeConfig, SweepConfig
+from ..config import PLAIN, FitConfig, LayersConfig, RecipeConfig, SweepConfig
 from ..data.generated import GENERATORS
 from ..data.tasks import load_task
 from ..errors import InputError
@@ -27,15 +27,14 @@ from ..report.rows import lens_names
 from ..store.files import write_whole
 from ..store.layers import LayersFolder
 from ..store.results import LAYERS, RECIPE, RECIPE_RUN, Run
-from ..sweeping.predict import groups_of, questions_together
+from ..sweeping.predict import questions_together
 from ..sweeping.sweep import SweepInputs, resume_sweep, run_sweep
 from .analyses import analyse, read_evidence, secondary
-from .recipe import Primary, Recipe, load_recipe
+from .recipe import ANALYSES, Recipe, load_recipe
 
 CLAIM = "claim.json"  # of a recipe's folder, beside its plan and its run
 TIMED = 3  # questions of a timed start
 SHARE = 0.9  # of what is left of a budget that the sweep is planned to take
-CONTRASTS = ("above-ends", "above-middle")  # how analyses by gold position end
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -103,7 +102,7 @@ def run_recipe(
     if not resume:
         _check_inputs(recipe, options)
     plan = _plan(recipe, options, folder, resume)
-    lenses = ["plain"]
+    lenses = [PLAIN]
     common = {"model": plan.model, "device": plan.device, "dtype": plan.dtype}
     for lens, given in recipe.lenses.items():
         path = folder / lens
@@ -186,10 +185,9 @@ def _affordable(config: SweepConfig, seconds: float, say: Callable[[str], None])
     inputs = SweepInputs.load(config)
     together = questions_together(config, inputs.loaded.model.device.type)
     places = list(range(min(len(inputs.questions), max(TIMED, together))))
-    predictor = inputs.predictor()
     begun = time.monotonic()
-    for group in groups_of(places, together):
-        predictor.ask(inputs.questions, group)
+    for _ in inputs.ask(places, lambda: False):
+        pass
     each = (time.monotonic() - begun) / len(places)
     most = len(inputs.questions)
     found = min(most, int(SHARE * (seconds - each * len(places)) / each))
@@ -206,11 +204,6 @@ def _is_finished(folder: LayersFolder) -> bool:
     return folder.exists and folder.manifest["status"] == "finished"
 
 
-def _unit(primary: Primary) -> str:
-    is_share = primary.reading.statistic.startswith("accuracy") or primary.analysis in ("frequent-early", "later-half")
-    return "" if primary.analysis == "gain-and-cost" else "share" if is_share else "layers"
-
-
 def claim_of(recipe: Recipe, run: Run, progress: Progress = unseen) -> dict[str, Any]:
     """The verdict on a recipe's claim from a finished run, as JSON holds it; nothing in it depends on when it was made.
 
@@ -223,7 +216,8 @@ def claim_of(recipe: Recipe, run: Run, progress: Progress = unseen) -> dict[str,
     evidence = read_evidence(run)
     finding = analyse(evidence, primary, primary.reading)
     others = secondary(evidence, primary, recipe.readings, progress)
-    left_out = manifest["counts"]["left_out"]
+    kind, left_out = ANALYSES[primary.analysis], manifest["counts"]["left_out"]
+    unit_read = "share" if primary.reading.statistic.startswith("accuracy") else "layers"
     return {
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,
@@ -235,8 +229,8 @@ def claim_of(recipe: Recipe, run: Run, progress: Progress = unseen) -> dict[str,
         "reading": asdict(primary.reading),
         "rule": asdict(primary.rule) | primary.options,
         **finding.entry(),
-        "unit": _unit(primary),
-        "positions": evidence.curve(primary.reading) if primary.analysis.endswith(CONTRASTS) else [],
+        "unit": unit_read if kind.unit is None else kind.unit,
+        "positions": evidence.curve(primary.reading) if kind.by_position else [],
         "secondary": others,
         "questions_asked": manifest["counts"]["questions"],
         "left_out": {reason: len(ids) for reason, ids in left_out.items()},

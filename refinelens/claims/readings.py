@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from ..config import PLAIN, PREDICTION
 from ..report.rows import lens_names
 from ..report.summary import middle_positions, question_means
 from ..stats import groups
 from ..store.results import Run
 from ..store.trajectory import choose_tokens, list_matrix, trajectories
 
-TARGETS = ("answer", "prediction")  # whose rank: the answer's token, or the model's own at the output
+TARGETS = ("answer", PREDICTION)  # whose rank: the answer's token, or the model's own at the output
 TOKENS = ("first", "each", "whole")  # the first answer token; every one; all of them at once
 CENSORED = ("out", "after")  # examples not correct at the output: left out, or settled at the layer after it
 STATISTICS = ("depth", "first_correct", "settle", "accuracy", "accuracy_all", "accuracy_generated")
@@ -30,7 +31,7 @@ class Reading:
     """One reading of a sentence about where an answer is predicted."""
 
     statistic: str = "depth"
-    lens: str = "plain"
+    lens: str = PLAIN
     documents: int = 10
     top: int = 1  # correct is rank 1 to this
     target: str = "answer"
@@ -49,7 +50,7 @@ class Examples:
     def read(cls, run: Run) -> Examples:
         """All rows of a finished run; ``prediction_rank`` where it was measured."""
         keys = ("question_id", "documents", "gold_position", "answer_token", "answer_id")
-        lists = ["target_rank", "argmax", *(["prediction_rank"] if "prediction" in run.extras else [])]
+        lists = ["target_rank", "argmax", *(["prediction_rank"] if PREDICTION in run.extras else [])]
         names = lens_names(run.manifest)
         parts = [choose_tokens(part, "all") for part in run.parts([*keys, "lens", "generated_correct", *lists])]
         table = pa.concat_tables(parts)
@@ -149,7 +150,7 @@ def canonical(reading: Reading) -> Reading:
     """The reading with what it does not depend on as it is by default, so that equal ones compare so."""
     if reading.statistic.startswith("accuracy"):
         return Reading(reading.statistic, documents=reading.documents)
-    return replaced(reading, "censored", "out") if reading.target == "prediction" else reading
+    return replaced(reading, "censored", "out") if reading.target == PREDICTION else reading
 
 
 def replaced(reading: Reading, name: str, value: object) -> Reading:

@@ -15,23 +15,36 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import FREQUENCY, OWN, STATES, SUBLAYERS, FitConfig, LayersConfig, SweepConfig
+from ..config import FREQUENCY, PLAIN, PREDICTION, STATES, SUBLAYERS, FitConfig, LayersConfig, SweepConfig
 from ..errors import InputError
 from ..options import Config
+from ..store.results import RECIPE_RUN
 from .readings import CENSORED, STATISTICS, TARGETS, TOKENS, Reading
 from .verdict import Rule
 
 FOLDER = Path(__file__).parent / "recipes"
 SECTIONS = ("claim", "source", "fixed", "note", "sweep", "lenses", "layers", "primary", "readings")
 OF_THE_CALL = ("model", "device", "dtype", "trust_remote_code", "lens", "seed")  # options that no section has
-MEASURES = {"frequent-early": FREQUENCY, "later-half": SUBLAYERS, "known-before-told": STATES}  # that analyses need
-ANALYSES: dict[str, tuple[str, ...]] = {  # with what each takes beside a reading and a rule, see `claims.analyses`
-    "middle-above-ends": (),
-    "ends-above-middle": (),
-    "gain-and-cost": ("intervention", "threshold"),
-    "frequent-early": (),
-    "later-half": (),
-    "known-before-told": (),
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What an analysis takes and gives; `claims.analyses` has what it does."""
+
+    options: tuple[str, ...] = ()  # beside a reading and a rule
+    measure: str | None = None  # that its sweep must have
+    unit: str | None = None  # of its differences; None for that of the reading's statistic
+    by_position: bool = False  # of gold positions, so that a curve over them says more
+    tested: bool = True  # by a test; else its verdict follows from an interval, and there is no p to be corrected
+
+
+ANALYSES = {
+    "middle-above-ends": Analysis(by_position=True),
+    "ends-above-middle": Analysis(by_position=True),
+    "gain-and-cost": Analysis(options=("intervention", "threshold"), unit="", tested=False),
+    "frequent-early": Analysis(measure=FREQUENCY, unit="share"),
+    "later-half": Analysis(measure=SUBLAYERS, unit="share"),
+    "known-before-told": Analysis(measure=STATES, unit="layers", tested=False),
 }
 CHOICES: dict[str, Sequence[str]] = {
     "statistic": STATISTICS,
@@ -111,11 +124,12 @@ class _Reader:
         words = {name: self.entry(self.table, name, str, "a string") for name in ("claim", "source")}
         lenses = {name: self.options("lenses", FitConfig, own, name) for name, own in self.section("lenses").items()}
         for name in lenses:
-            fits = re.fullmatch(r"[\w-]+", name) and name not in ("plain", "run")
-            self.expect(fits, f"lenses.{name}", "a name of letters, digits and -, not plain or run", repr(name))
+            fits = re.fullmatch(r"[\w-]+", name) and name not in (PLAIN, RECIPE_RUN)
+            expected = f"a name of letters, digits and -, not {PLAIN} or {RECIPE_RUN}"
+            self.expect(fits, f"lenses.{name}", expected, repr(name))
         sweep = self.options("sweep", SweepConfig, self.section("sweep"))
         layers = self.options("layers", LayersConfig, self.section("layers")) if "layers" in self.table else None
-        names = ["plain", *lenses]
+        names = [PLAIN, *lenses]
         primary = self.primary(names)
         readings = self.readings(names)
         self.check_whole(sweep, layers, primary, readings)
@@ -141,12 +155,12 @@ class _Reader:
         for name in rule:
             del given[name]
         self.expect(0 < rule.get("alpha", 0.05) < 1, "primary.alpha", "a number between 0 and 1", rule.get("alpha"))
-        own = {name: given.pop(name) for name in ANALYSES[analysis] if name in given}
+        own = {name: given.pop(name) for name in ANALYSES[analysis].options if name in given}
         if "threshold" in own:
             own["threshold"] = self.number("primary", own, "threshold")
         known = [one.name for one in fields(Reading)]
         for name, value in given.items():
-            kinds = (*known, "alpha", "margin", *ANALYSES[analysis])
+            kinds = (*known, "alpha", "margin", *ANALYSES[analysis].options)
             self.expect(name in known, f"primary.{name}", f"one of {', '.join(kinds)}", "another entry")
             self.of_reading(f"primary.{name}", name, value, lenses)
         return Primary(analysis, Reading(**given), Rule(**rule), own)
@@ -169,21 +183,23 @@ class _Reader:
             for size in values.get("documents", ()):
                 sizes = ", ".join(map(str, config.documents))
                 self.expect(size in config.documents, f"{section}.documents", f"one of the sweep's, {sizes}", size)
-            if "prediction" in values.get("target", ()):
-                self.expect(OWN in config.measures, "sweep.measures", f"{OWN}, of which readings are", "none such")
+            if PREDICTION in values.get("target", ()):
+                expected = f"{PREDICTION}, of which readings are"
+                self.expect(PREDICTION in config.measures, "sweep.measures", expected, "none such")
             if "accuracy_generated" in values.get("statistic", ()):
                 self.expect(config.generate, "sweep.generate", "a number of tokens, which are scored", config.generate)
         odd = layers is not None or primary.analysis == "known-before-told"
         self.expect(not (odd and config.n_decoys), "sweep.decoys", "none beside this analysis", config.n_decoys)
-        needed = MEASURES.get(primary.analysis)
-        fits = needed is None or needed in config.measures
-        self.expect(fits, "sweep.measures", f"{needed}, which {primary.analysis} is about", "none such")
+        kind = ANALYSES[primary.analysis]
+        fits = kind.measure is None or kind.measure in config.measures
+        self.expect(fits, "sweep.measures", f"{kind.measure}, which {primary.analysis} is about", "none such")
         if primary.analysis == "gain-and-cost":
             done = LayersConfig(**layers).ablations if layers is not None else ()
             wanted = primary.options.get("intervention", "skip")
             names = ", ".join(done) or "none"
             self.expect(wanted in done, "layers.interventions", f"{wanted}, whose cost is compared", names)
-            self.expect(not readings, "readings", "none beside gain-and-cost, which is of one lens", "some")
+        none = f"none beside {primary.analysis}, whose verdict follows from an interval and has no p to be corrected"
+        self.expect(kind.tested or not readings, "readings", none, "some")
 
     def of_reading(self, key: str, name: str, value: Any, lenses: list[str]) -> None:
         if name in ("documents", "top"):
@@ -223,5 +239,3 @@ class _Reader:
     def expect(self, fits: object, key: str, expected: str, got: object) -> None:
         if not fits:
             raise InputError(f"{self.path}: [{key}] expected {expected}, got {got}")
-
-

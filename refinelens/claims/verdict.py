@@ -4,7 +4,8 @@ A claim says that one or more differences lie above 0: depth in the middle less 
 that at the last one. It is *supported* where the one-sided test of every difference says so (an intersection-union
 test, Berger 1982). It is *contradicted* where for at least one of them the opposite test says that its mean lies below
 a margin, the smallest effect that counts, which a recipe names; with k differences each at a k-th of the level. Else
-the data *cannot tell*. All tests flip signs of questions, as those of `report.summary`.
+the data *cannot tell*. Tests flip signs of questions, as those of `report.summary`; the opposite one is also taken as a
+t test with a question more, and the larger p of the two counts.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Finding:
     sides: tuple[Side, ...]
 
     def entry(self) -> dict[str, Any]:
-        """As JSON holds it: None where a number does not exist, numbers to six digits."""
-        return _plain(asdict(self))
+        """As JSON holds it, see `plain`."""
+        return plain(asdict(self))
 
 
 def judge(differences: dict[str, np.ndarray], rule: Rule, seed: int, largest: float | None = None) -> Finding:
@@ -147,11 +148,12 @@ def of_estimate(name: str, estimate: Estimate, n: int, threshold: float, margin:
 NOTHING = Finding(CANNOT_TELL, "there is nothing to compare", 0, NO_ESTIMATE, math.nan, math.nan, ())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: None where a number does not exist, numbers to six digits."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.6g}")
     return value

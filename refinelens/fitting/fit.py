@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import FitConfig
+from ..config import PLAIN, FitConfig
 from ..data.texts import load_text
 from ..errors import FaultError, InputError
-from ..lens.files import FORMAT_VERSION, PLAIN, TENSORS, Lens, load_lens, save_lens
+from ..lens.files import FORMAT_VERSION, TENSORS, Lens, load_lens, save_lens
 from ..lens.logit_lens import LogitLens, model_entry
 from ..lens.translators import Translators
 from ..machine import __version__, now, packages
@@ -166,7 +166,7 @@ class _Fit:
         statistics = self._gather()
         jacobians = self._differentiate(prompts) if prompts else None
         lenses, strengths = self._solve(*statistics, jacobians)
-        quality = measure(states.lens, self._sample(split.report), {"plain": None, **lenses})
+        quality = measure(states.lens, self._sample(split.report), {PLAIN: None, **lenses})
         manifest = {
             "format_version": FORMAT_VERSION,
             "kind": objective,
@@ -181,7 +181,7 @@ class _Fit:
             "tokens": {
                 "fit": split.tokens(split.fit),
                 "choose": split.tokens(split.choose),
-                "report": quality["plain"].tokens,
+                "report": quality[PLAIN].tokens,
             },
             "ridge": strengths,
             **({} if jacobians is None else {"jacobian": self._jacobian_entry(jacobians)}),

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..config import PLAIN
 from ..errors import FaultError, InputError
 from ..machine import other_packages
 from ..options import check_utf8
@@ -27,7 +28,6 @@ from .published import (
 )
 from .translators import MODEL_KEYS, Translators
 
-PLAIN = "plain"
 FORMAT_VERSION = 1
 TENSORS = "lens.safetensors"
 

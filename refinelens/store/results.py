@@ -16,7 +16,7 @@ from ..config import (
     GENERATED_SETTLE,
     JSD,
     MEASURES,
-    OWN,
+    PREDICTION,
     STATES,
     SUBLAYERS,
     TOP5,
@@ -99,7 +99,7 @@ PREDICTIONS = pa.schema(
 EXTRAS = {  # further columns, by what a run was asked for
     JSD: [(JSD, pa.list_(pa.float32()))],  # nats, Jensen-Shannon divergence from the output
     TOP5: [(TOP5, pa.list_(pa.float32()))],  # share of the five likeliest tokens that are the output's
-    OWN: [("prediction_rank", pa.list_(pa.int64()))],  # 0-based, of the model's own prediction
+    PREDICTION: [("prediction_rank", pa.list_(pa.int64()))],  # 0-based, of the model's own prediction
     SUBLAYERS: [  # entry i of block i; entry 0 is null, but for what the embedding adds to the target's logit
         ("attn_logit", pa.list_(pa.float32())),  # nats, direct logit attribution of attention; 0: of the embedding
         ("mlp_logit", pa.list_(pa.float32())),  # nats, of the feed-forward part

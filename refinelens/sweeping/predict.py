@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..config import GENERATED_SETTLE, OWN, SweepConfig
+from ..config import GENERATED_SETTLE, PREDICTION, SweepConfig
 from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
@@ -114,7 +114,7 @@ def read_contexts(
     if ran[0].input.context.decoy_id is not None:
         decoys = [one.input.context.decoy_id for one in ran for _ in one.input.next_ids]
         others["decoy"] = torch.tensor([decoys], device=hidden.device)
-    if OWN in measures:
+    if PREDICTION in measures:
         others["prediction"] = logit_lens.stats(hidden[-1]).argmax
     further = torch.stack([*others.values()], -1) if others else None
     inside, read = {}, {}

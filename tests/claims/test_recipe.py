@@ -104,6 +104,18 @@ def test_what_is_wrong_is_named_with_file_and_key(tmp_path, capsys, old, new, wo
     assert line.count("\n") == 1 and "Traceback" not in line and not (tmp_path / "out").exists()
 
 
+def test_a_verdict_without_a_p_value_has_no_other_readings(tmp_path):
+    """Corrected together with nothing, each would say in silence that it does not support the claim."""
+    layers = '[layers]\ninterventions = ["skip"]\n[primary]'
+    measured = 'examples = 6\nmeasures = ["states"]'
+    changes = {"gain-and-cost": ("[primary]", layers), "known-before-told": ("examples = 6", measured)}
+    for analysis, change in changes.items():
+        text = GOOD.replace("middle-above-ends", analysis).replace(*change)
+        with pytest.raises(InputError, match=rf"\[readings\] expected none beside {analysis}, .* got some"):
+            load_recipe(write(tmp_path, text))
+        assert load_recipe(write(tmp_path, text.partition("[readings]")[0])).primary.analysis == analysis
+
+
 def test_no_such_recipe(capsys):
     assert main(["recipe", "inverted-v"]) == 2
     assert "expected a recipe, one of depth-use, effective-depth" in capsys.readouterr().err
