@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .claims.conduct import run_recipe
-from .config import FitConfig, LayersConfig, RecipeConfig, SweepConfig, check_objective
+from .config import EngineConfig, FitConfig, LayersConfig, RecipeConfig, SweepConfig, check_objective
 from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .fitting.merge import merge_lenses as _merge_lenses
@@ -56,6 +56,7 @@ def sweep(
         FaultError: Something broke; what was written stays, and ``resume`` goes on with it.
         KeyboardInterrupt: SIGINT or SIGTERM, once the current question is written.
     """
+    engine = EngineConfig(workers)
     with progress_bar(progress) as bar:
         if resume is not None:
             others = {"model": model, "out": out, "overwrite": overwrite or None, **options}
@@ -64,9 +65,9 @@ def sweep(
                 raise InputError(
                     f"``resume``: expected no other option but ``workers``: the run has its own, got {', '.join(given)}"
                 )
-            return LoadedRun(resume_sweep(resume, workers=workers, progress=bar, warn=_warn))
+            return LoadedRun(resume_sweep(resume, engine=engine, progress=bar, warn=_warn))
         config = _config(SweepConfig, model=model, **options)
-        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, workers, bar, warn=_warn))
+        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, engine, bar, warn=_warn))
 
 
 def fit(
@@ -177,7 +178,7 @@ def recipe(
     """
     config = _config(RecipeConfig, model=model, **options)
     with progress_bar(progress) as bar:
-        claim, run = run_recipe(config, str(name), _folder(out), resume, None, workers, bar, _warn)
+        claim, run = run_recipe(config, str(name), _folder(out), resume, None, EngineConfig(workers), bar, _warn)
     write_report_page([run], Path(_folder(out)) / PAGE, claim)
     return claim
 

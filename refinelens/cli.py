@@ -88,15 +88,17 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .sweeping.sweep import run_sweep
 
     with _folder_of_its_own(arguments.out, options) as out:
-        given = (options, out, arguments.overwrite, ["refinelens", *argv], arguments.workers)
+        given = (options, out, arguments.overwrite, ["refinelens", *argv], config_of(arguments, config.EngineConfig))
         return _watch(partial(run_sweep, *given), not arguments.no_report)
 
 
 def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     path, words = arguments.resume, [word.split("=")[0] for word in argv[1:] if word.startswith("--")]
-    others = [word for word in words if not any(o.startswith(word) for o in ("--resume", "--workers", "--no-report"))]
+    engine = [option_of(field.name) for field in fields(config.EngineConfig)]
+    others = [word for word in words if not any(o.startswith(word) for o in ("--resume", *engine, "--no-report"))]
     if others:
-        raise InputError(f"--resume: expected no other option but --workers: the run has its own, got {others[0]}")
+        allowed = " or ".join(engine)
+        raise InputError(f"--resume: expected no other option but {allowed}: the run has its own, got {others[0]}")
     from .store.results import PAGE, open_run
 
     run = open_run(path)
@@ -110,7 +112,7 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
         return 0
     from .sweeping.sweep import resume_sweep
 
-    sweep = partial(resume_sweep, path, argv=["refinelens", *argv], workers=arguments.workers)
+    sweep = partial(resume_sweep, path, argv=["refinelens", *argv], engine=config_of(arguments, config.EngineConfig))
     return _watch(sweep, not arguments.no_report)
 
 
@@ -195,7 +197,7 @@ def _recipe(arguments: argparse.Namespace, argv: list[str]) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    asked = (options, name, out, arguments.resume, ["refinelens", *argv], arguments.workers)
+    asked = (options, name, out, arguments.resume, ["refinelens", *argv], config_of(arguments, config.EngineConfig))
     done, code = _work(partial(run_recipe, *asked, say=say), lambda _: again)
     if code == 0:
         claim, run = done

@@ -299,6 +299,20 @@ class LayersConfig(Config):
 
 
 @dataclass(frozen=True)
+class EngineConfig(Config):
+    """Who asks the questions of a sweep; nothing of it changes a number, and a run can go on with another."""
+
+    workers: int = option(1, "processes, a model in each", RUNS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        expect(self.workers >= 1, "workers", "1 or more processes", self.workers)
+
+
+ONE_PROCESS = EngineConfig()
+
+
+@dataclass(frozen=True)
 class RecipeConfig(Config):
     """What a recipe does not say itself."""
 

@@ -29,8 +29,8 @@ from .report.rows import counted
 from .store.files import write_output
 from .store.results import Run
 from .sweeping.contexts import pick
+from .sweeping.inputs import SweepInputs
 from .sweeping.run_spec import RunSpec
-from .sweeping.sweep import SweepInputs
 from .view_config import WidgetConfig
 
 DIGITS = 5  # of a probability

@@ -68,8 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     words = {"epilog": EXAMPLES, "formatter_class": as_written}
     sweep = add_command("sweep", help="move the gold document through the context and read every layer", **words)
     _add_config(sweep, config.SweepConfig)
-    add = _group(sweep, config.RUNS).add_argument
-    add("--workers", type=int, default=1, metavar="N", help="processes, a model in each (default: %(default)s)")
+    _add_config(sweep, config.EngineConfig)
     add = sweep.add_argument_group("the run").add_argument
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
@@ -103,8 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(recipe, config.RecipeConfig)
     recipe.add_argument("--out", metavar="FOLDER", help="of all that is made (default: runs/RECIPE-MODEL)")
     recipe.add_argument("--resume", action="store_true", help="go on with a recipe that was stopped there")
-    words = {"type": int, "default": 1, "metavar": "N"}
-    recipe.add_argument("--workers", **words, help="processes of the sweep (default: %(default)s)")
+    _add_config(recipe, config.EngineConfig)
     add_command("recipes", help="list the recipes of the package, each with its claim and source")
 
     show = add_command("show", help="print the table of a run again")

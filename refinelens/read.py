@@ -28,8 +28,8 @@ from .pages.terminal import print_heatmap
 from .store.files import write_output
 from .store.results import Run
 from .sweeping.generate import Generator, check_cache
+from .sweeping.inputs import SweepInputs
 from .sweeping.run_spec import RunSpec
-from .sweeping.sweep import SweepInputs
 from .view_config import MID, POST, ReadConfig
 
 SHOWN_TOKENS = 24  # of a terminal

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import PLAIN, FitConfig, LayersConfig, RecipeConfig, SweepConfig
+from ..config import ONE_PROCESS, PLAIN, EngineConfig, FitConfig, LayersConfig, RecipeConfig, SweepConfig
 from ..data.generated import GENERATORS
 from ..data.tasks import load_task
 from ..errors import InputError
@@ -27,8 +27,9 @@ from ..report.rows import lens_names
 from ..store.files import write_whole
 from ..store.layers import LayersFolder
 from ..store.results import LAYERS, RECIPE, RECIPE_RUN, Run
+from ..sweeping.inputs import SweepInputs
 from ..sweeping.predict import questions_together
-from ..sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from ..sweeping.sweep import resume_sweep, run_sweep
 from .analyses import analyse, read_evidence, secondary
 from .recipe import ANALYSES, Recipe, load_recipe
 
@@ -73,7 +74,7 @@ def run_recipe(
     out: str | Path,
     resume: bool = False,
     argv: list[str] | None = None,
-    workers: int = 1,
+    engine: EngineConfig = ONE_PROCESS,
     progress: Progress = unseen,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], Run]:
@@ -85,7 +86,7 @@ def run_recipe(
         out: Folder, made here.
         resume: Whether to go on with what is there.
         argv: Command line, for the manifests.
-        workers: Processes of the sweep.
+        engine: Who asks the questions of the sweep.
         progress: Of each step.
         say: Called with a line when a step begins.
 
@@ -122,10 +123,10 @@ def run_recipe(
     run = Run(folder / RECIPE_RUN)
     if not run.exists:
         say("sweep")
-        run_sweep(config, run.path, False, argv, workers, progress, warn=say)
+        run_sweep(config, run.path, False, argv, engine, progress, warn=say)
     elif not run.is_finished:
         say("sweep, gone on with")
-        resume_sweep(run.path, argv=argv, workers=workers, progress=progress, warn=say)
+        resume_sweep(run.path, argv=argv, engine=engine, progress=progress, warn=say)
     if recipe.layers is not None and not _is_finished(LayersFolder(run.path / LAYERS)):
         say("layers")
         layers = LayersConfig(**recipe.layers, lens=recipe.primary.reading.lens)

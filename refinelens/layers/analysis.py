@@ -21,8 +21,8 @@ from ..store.folder import FolderWriter, MadeOf, go_on, process_entry
 from ..store.layers import MEANS, SCHEMA_VERSION, LayersFolder, QuestionPart, write_rows
 from ..store.process import StopSignals, working_on
 from ..store.results import LAYERS, Run, open_run
+from ..sweeping.inputs import SweepInputs
 from ..sweeping.run_spec import RunSpec
-from ..sweeping.sweep import SweepInputs
 from .ablation import AblationRunner
 from .examples import RunExamples
 from .interventions import MeanContributions

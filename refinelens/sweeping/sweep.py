@@ -1,38 +1,17 @@
-"""The sweep: questions -> prompts -> states -> lens -> results, one question at a time.
-
-What a run is made of is loaded here, said in its manifest, and held to that when the run goes on.
-"""
+"""The sweep: questions -> prompts -> states -> lens -> results, one question at a time."""
 
 from __future__ import annotations
 
-import platform
 import signal
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EVERY_QUESTION, NEEDS_DOCUMENT, STATES, SUBLAYERS, SweepConfig, check_top
-from ..data.frequencies import TokenFrequencies, count_tokens
-from ..data.generated import GENERATORS, TINY, generate_task
-from ..data.prompts import FIELD, Chat, Context, Shots, Template, load_template, render_chat, template_hash
-from ..data.questions import Question
-from ..data.shots import draw_shots
-from ..data.tasks import Task, choose_questions, load_task
-from ..data.texts import load_text
+from ..config import EVERY_QUESTION, ONE_PROCESS, STATES, EngineConfig, SweepConfig, check_top
 from ..errors import InputError, resume_call
-from ..lens.blocks import sublayers_of
-from ..lens.files import Lens, load_lenses
-from ..lens.logit_lens import LogitLens, fit_to_model
-from ..machine import device_name, working_folder
-from ..model.identity import ids_of
-from ..model.loading import LoadedModel, load_model
-from ..model.resid_mid import Sublayers
-from ..op.backends import choose_backend
-from ..placement import CLOSED_BOOK
+from ..machine import device_name
 from ..progress import Progress, unseen
 from ..report.rows import Report
 from ..report.summary import read_report
@@ -40,9 +19,8 @@ from ..report.tables import write_outputs
 from ..store.files import check_disk
 from ..store.folder import go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
-from ..store.results import PREDICTIONS, SCHEMA_VERSION, QuestionResult, Run, predictions_schema
-from .contexts import ContextBuilder, choose_context, remarks
-from .predict import Predictor, groups_of, questions_together
+from ..store.results import PREDICTIONS, Run, predictions_schema
+from .inputs import SweepInputs
 from .recorder import AccuracySoFar, RunWriter
 from .run_spec import RunSpec
 from .workers import Workers
@@ -51,204 +29,12 @@ UNIT = "the current question, then its tables"
 QUESTIONS_PER_PART = 8
 
 
-@dataclass(frozen=True)
-class SweepInputs:
-    """Task, questions, template, lenses and model of a sweep; make one with `SweepInputs.load`."""
-
-    options: SweepConfig
-    task: Task
-    template: Template
-    questions: list[Question]
-    lenses: list[Lens]
-    loaded: LoadedModel
-    logit_lens: LogitLens
-    sublayers: list[Sublayers] | None  # of every block, where they are measured
-
-    @cached_property
-    def frequencies(self) -> TokenFrequencies | None:
-        """How often tokens are in a text, where that is measured; counted when it is asked for."""
-        name, vocab_size = self.options.frequencies, self.logit_lens.head.vocab_size
-        return None if name is None else count_tokens(load_text(name, "frequencies"), self.loaded, vocab_size)
-
-    @classmethod
-    def load(cls, options: SweepConfig, spec: RunSpec | None = None) -> SweepInputs:
-        """Load everything, the quick things first.
-
-        Args:
-            options: What to run.
-            spec: Of the run that goes on, None where one begins.
-
-        Raises:
-            InputError: Anything that cannot be loaded, or is not as the run has it.
-            UnsupportedModelError: Blocks without the parts that are to be measured.
-        """
-        require = spec.require if spec else lambda field, here: None
-        if options.task in GENERATORS:
-            task = generate_task(options.task, options.examples, max(options.documents), options.seed)
-        else:
-            task = load_task(options.task)
-        require("task.sha256", task.sha256)
-        template = Template(task.format, load_template(options.template, task.format))
-        require("template", template.text)
-        for option, is_given in (
-            ("documents='closed-book'", CLOSED_BOOK in options.documents),
-            ("keep='needs-document'", options.keep == NEEDS_DOCUMENT),
-        ):
-            if is_given and task.format.closed_book is None:
-                raise InputError(f"``{option}``: expected a task that can be asked closed-book, got {options.task}")
-        questions = choose_questions(task, options.examples, options.seed)
-        if options.shots:
-            drawn = Shots.of_entries(spec.manifest["shots"]) if spec else draw_shots(options, task, questions, template)
-            template = replace(template, shots=drawn)
-            questions = [question for question in questions if question.id not in drawn.ids]
-        lenses = load_lenses(options.lens)
-        for index, lens in enumerate(lenses):
-            require(f"lenses.{index}.sha256", lens.sha256)
-        if options.frequencies is not None and spec is None:  # a run that is there is also read without the text
-            load_text(options.frequencies, "frequencies")
-        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-        _check_words(options, template, questions, loaded)
-        require("model.device", loaded.model.device.type)
-        require("model.dtype", loaded.dtype_name)
-        for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
-            require(f"model.{name}", getattr(loaded, name))
-        if options.generate:
-            require("model.end_ids", sorted(loaded.end_ids))
-        if options.chat:
-            require("chat.template_sha256", template_hash(loaded.tokenizer))
-            # The template may write the date: a run that goes on keeps the text that it began with.
-            chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer, options.shots)
-            template = replace(template, chat=chat)
-        logit_lens = LogitLens(loaded.model)
-        require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
-        lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
-        measured = SUBLAYERS in options.measures
-        sublayers = sublayers_of(logit_lens, f"leave {SUBLAYERS} out of ``measures``") if measured else None
-        return cls(options, task, template, questions, lenses, loaded, logit_lens, sublayers)
-
-    def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
-        """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
-        options, task, template, loaded, lens = self.options, self.task, self.template, self.loaded, self.logit_lens
-        device = loaded.model.device.type
-        return {
-            "schema_version": SCHEMA_VERSION,
-            **process_entry(argv),
-            "run_id": uuid.uuid4().hex,  # tells two runs in one folder apart
-            "status": "running",
-            "arguments": options.arguments(),
-            "extras": list(options.extras),
-            "folder": working_folder(),  # that relative paths among the arguments start from
-            "remarks": [
-                *remarks(options, template, self.questions, loaded),
-                *(f"``lens`` {lens.name}: {lens.note}" for lens in self.lenses if lens.note),
-            ],
-            "seed": options.seed,
-            "model": {
-                "name": loaded.name,
-                "class": type(loaded.model).__name__,
-                "config_sha256": loaded.config_sha256,
-                "weights_sha256": loaded.weights_sha256,
-                "weights_sample_sha256": loaded.weights_sample_sha256,
-                "tokenizer_sha256": loaded.tokenizer_sha256,
-                "unused_weights": list(loaded.unused_weights),
-                "n_layers": lens.n_layers,
-                "d_model": lens.d_model,
-                "vocab_size": lens.head.vocab_size,
-                "max_tokens": loaded.max_tokens,
-                "end_ids": sorted(loaded.end_ids) if options.generate else None,
-                "dtype": loaded.dtype_name,
-                "device": device,
-                "device_name": device_name(device),
-                "backend": choose_backend(device, lens.backend)[0],
-                "norm": None if lens.head.norm is None else type(lens.head.norm).__name__,
-                "projection": None if lens.head.projection is None else list(lens.head.projection.shape),
-                "softcap": lens.head.softcap,
-                "logit_scale": lens.head.scale,
-                "parity": asdict(lens.parity),
-                "one_at_a_time": lens.independence.one_at_a_time,
-            },
-            "task": {
-                "name": task.name,
-                "path": None if task.path is None else str(task.path),
-                "format": task.format.name,
-                "sha256": task.sha256,
-                "questions": len(task.questions),
-            },
-            "frequencies": self.frequencies and self.frequencies.entry(),
-            "lenses": [lens.entry() for lens in self.lenses],
-            "template": template.text,
-            "closed_book_template": template.format.closed_book,
-            "chat": None if template.chat is None else asdict(template.chat),
-            **({"shots": template.shots.entries()} if template.shots else {}),
-            "platform": platform.platform(),
-            "finished": None,
-            "seconds": None,
-            "workers": workers,
-            "resumed": [],
-            "counts": {"questions": len(self.questions), "done": 0, "left_out": {}},
-            "questions_per_part": questions_per_part,
-            "parts": [],
-        }
-
-    def builder(self) -> ContextBuilder:
-        """What builds contexts."""
-        return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
-
-    def context(self, *which: int | None) -> Context:
-        """One context of a run to look at, see `choose_context`."""
-        return choose_context(self.builder(), self.questions, self.options.documents, *which)
-
-    def predictor(self) -> Predictor:
-        """What asks the questions."""
-        parts = (self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
-        return Predictor(*parts, buckets=self.frequencies and self.frequencies.buckets, sublayers=self.sublayers)
-
-    def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
-        predictor = self.predictor()
-        for group in groups_of(places, questions_together(self.options, self.loaded.model.device.type)):
-            if stopped():
-                return
-            yield from zip(group, predictor.ask(self.questions, group), strict=True)
-
-
-def _check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
-    """Refuse a template of one's own with words that the model's tokenizer does not have, and questions mostly in such.
-
-    OPT's puts the token that stands for them before every text, as its beginning.
-    """
-    unknown = loaded.tokenizer.unk_token_id
-    if unknown is None:
-        return
-
-    def is_odd(text: str) -> bool:
-        return unknown in ids_of(loaded.tokenizer, text)
-
-    own_text = "" if options.template in template.format.templates else FIELD.sub(" ", template.text)
-    for special in loaded.tokenizer.all_special_tokens:  # one of them may stand for unknown words too
-        own_text = own_text.replace(special, " ")
-    strange = next(filter(is_odd, own_text.split()), None)
-    if strange is not None:
-        raise InputError(
-            f"``template`` {options.template}: expected words that the tokenizer of ``model`` {options.model} has, got "
-            f"{strange!r}; write others"
-        )
-    looked_at = questions[:100]
-    odd = [q for q in looked_at if is_odd(q.question)]
-    if 2 * len(odd) > len(looked_at):
-        remedy = "; use ``task='tiny'``" if options.model == TINY.name else ""
-        raise InputError(
-            f"``task`` {options.task}: expected questions in words that the tokenizer of ``model`` {options.model} "
-            f"has, got {len(odd)} of the first {len(looked_at)} with others, such as {odd[0].question!r}{remedy}"
-        )
-
-
 def run_sweep(
     options: SweepConfig | None,
     out: str | Path,
     overwrite: bool = False,
     argv: list[str] | None = None,
-    workers: int = 1,
+    engine: EngineConfig = ONE_PROCESS,
     progress: Progress = unseen,
     summary: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
@@ -261,7 +47,7 @@ def run_sweep(
         out: Folder of the run, made here.
         overwrite: Replace a run that is there.
         argv: Command line, for the manifest.
-        workers: Processes that ask; with more than one, each loads the model for itself.
+        engine: Who asks; of several processes each loads the model for itself.
         progress: Called after every question.
         summary: Called with what the tables and figures say, once they are written.
         warn: Called with a line about what went wrong and was put right, or about the texts, see `remarks`.
@@ -273,14 +59,12 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM, after the current question, all finished ones and their summary were
             written; a second signal writes nothing more.
     """
-    if workers < 1:
-        raise InputError(f"``workers``: expected 1 or more processes, got {workers}")
     run = Run(Path(out))
     if options is None:
         run.checked_manifest()  # before the lock makes a folder
     else:
         run.check_replaceable()
-    sweep = _Sweep(run, argv, workers, progress, summary, warn, questions_per_part)
+    sweep = _Sweep(run, argv, engine, progress, summary, warn, questions_per_part)
     with working_on(run.path, UNIT, sweep.advice) as signals:
         if options is None:
             sweep.go_on()
@@ -311,7 +95,7 @@ class _Sweep:
 
     run: Run
     argv: list[str] | None
-    workers: int
+    engine: EngineConfig
     progress: Progress
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
@@ -325,7 +109,7 @@ class _Sweep:
         inputs = SweepInputs.load(options)
         check_top(options.top, inputs.logit_lens.head.vocab_size)
         size = 1 if options.positions == "all" else self.questions_per_part
-        manifest = inputs.manifest(self.argv, self.workers, size)
+        manifest = inputs.manifest(self.argv, self.engine.workers, size)
         check_disk(self.run.path, _bytes_needed(options, manifest))
         for line in manifest["remarks"]:
             self.warn(line)
@@ -340,14 +124,15 @@ class _Sweep:
             inputs = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None
-        entry = process_entry(self.argv) | {"workers": self.workers}
+        entry = process_entry(self.argv) | {"workers": self.engine.workers}
         entry["device_name"] = device_name(inputs.loaded.model.device.type)
         manifest = go_on(manifest, parts, entry) | {"finished": None}
         self._start(inputs, replace(spec, manifest=manifest), resumed=True)
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""
-        self.runner = Workers(inputs.options, spec, self.workers, self.warn) if self.workers > 1 else inputs
+        workers = self.engine.workers
+        self.runner = Workers(inputs.options, spec, workers, self.warn) if workers > 1 else inputs
         self.writer = RunWriter(self.run, spec.manifest, resumed)
 
     def finish(self, signals: StopSignals) -> Run:

@@ -30,7 +30,7 @@ def main() -> None:
 
 def _answer(connection: Connection) -> None:
     options, spec = connection.recv()
-    from .sweep import SweepInputs
+    from .inputs import SweepInputs
 
     inputs = SweepInputs.load(options, spec)
     predictor = inputs.predictor()

@@ -20,8 +20,9 @@ from refinelens.errors import InputError
 from refinelens.read import read_context
 from refinelens.store.results import open_run
 from refinelens.sweeping.contexts import ANSWER_IN_SHOTS
+from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.run_spec import RunSpec
-from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from refinelens.view_config import ReadConfig
 from sweeps import predictions
 from tiny import word_tokenizer

@@ -20,7 +20,8 @@ from refinelens.run_page import report_page
 from refinelens.store.files import sha256_of
 from refinelens.store.frames import load_run
 from refinelens.store.layers import LAYER_ROWS, PARTS, ROWS, QuestionPart, rows_schema
-from refinelens.sweeping.sweep import RunSpec, SweepInputs, run_sweep
+from refinelens.sweeping.inputs import SweepInputs
+from refinelens.sweeping.sweep import RunSpec, run_sweep
 
 pytestmark = pytest.mark.medium
 N_LAYERS = 8

@@ -15,7 +15,7 @@ from refinelens.lens.files import load_lens, load_lenses
 from refinelens.lens.logit_lens import LogitLens, fit_to_model
 from refinelens.lens.translators import Translators
 from refinelens.model.loading import load_model
-from refinelens.sweeping.sweep import SweepInputs
+from refinelens.sweeping.inputs import SweepInputs
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
     """Loading takes seconds; all sweeps of this file share one model."""
-    from refinelens.sweeping import sweep
+    from refinelens.sweeping import inputs
 
     loaded = load_model("smollm2", "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "load_model", lambda *arguments: loaded)
+        patch.setattr(inputs, "load_model", lambda *arguments: loaded)
         yield loaded
 
 

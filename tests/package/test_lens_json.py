@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from refinelens.cli import main
 from refinelens.lens_json import DIGITS, _names
 from refinelens.store.results import open_run
+from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.run_spec import RunSpec
-from refinelens.sweeping.sweep import SweepInputs
 from tiny import save_tiny_lens
 
 

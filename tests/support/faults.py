@@ -304,15 +304,15 @@ def _serve(*arguments):
     from matplotlib.figure import Figure
 
     from refinelens import cli
-    from refinelens.sweeping import sweep
+    from refinelens.sweeping import inputs
 
     Figure.savefig, Figure.subplots = save_stand_in, panels_stand_in(Figure.subplots)
     torch.set_num_threads(1)  # threads do not survive a fork
-    load, loaded = sweep.load_model, {}
-    sweep.load_model = lambda *model: loaded.setdefault(model, load(*model))
+    load, loaded = inputs.load_model, {}
+    inputs.load_model = lambda *model: loaded.setdefault(model, load(*model))
     with redirect_stdout(StringIO()):
         assert cli.main(list(arguments)) == 0
-    sweep.load_model = lambda *model: loaded.get(model) or load(*model)  # children need not load that one again
+    inputs.load_model = lambda *model: loaded.get(model) or load(*model)  # children need not load that one again
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

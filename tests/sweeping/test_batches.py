@@ -10,8 +10,9 @@ from refinelens.config import SweepConfig
 from refinelens.errors import FaultError
 from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
+from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.predict import groups_of, questions_together
-from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from sweeps import predictions, stop_after
 
 FLOATS = ("target_logprob", "max_logprob", "entropy", "kl")

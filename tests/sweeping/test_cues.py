@@ -19,7 +19,7 @@ from refinelens.errors import InputError
 from refinelens.placement import Placement, placements
 from refinelens.report.cues import cue_rows
 from refinelens.store.results import open_run
-from refinelens.sweeping.sweep import SweepInputs
+from refinelens.sweeping.inputs import SweepInputs
 
 ASKED = {"task": "tiny-cues", "documents": ("closed-book", "oracle", 4), "examples": 6, "device": "cpu"}
 

@@ -14,7 +14,8 @@ from refinelens.data.scoring import best_subspan_em, first_line
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.loading import load_model
 from refinelens.sweeping.generate import Generator
-from refinelens.sweeping.sweep import SweepInputs, run_sweep
+from refinelens.sweeping.inputs import SweepInputs
+from refinelens.sweeping.sweep import run_sweep
 from sweeps import predictions
 from tiny import byte_tokenizer, save_tiny_model
 

@@ -22,7 +22,8 @@ from refinelens.lens.blocks import sublayers_of
 from refinelens.run_page import report_page
 from refinelens.store.process import Interrupted
 from refinelens.store.results import EXTRAS, open_run
-from refinelens.sweeping.sweep import RunSpec, SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.inputs import SweepInputs
+from refinelens.sweeping.sweep import RunSpec, resume_sweep, run_sweep
 from sweeps import stop_after
 
 COLUMNS = [name for name, _ in EXTRAS["sublayers"]]

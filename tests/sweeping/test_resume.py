@@ -23,8 +23,9 @@ from refinelens.errors import FaultError
 from refinelens.store.folder import MANIFEST
 from refinelens.store.process import LOCK, RunLock
 from refinelens.store.results import DERIVED, LAYERS, PAGE, open_run
+from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.predict import Predictor
-from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from tiny import save_tiny_lens, save_tiny_model
 
 PART = 4  # questions per part, of 14

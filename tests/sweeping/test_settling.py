@@ -16,7 +16,8 @@ from refinelens.model.loading import TINY
 from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.store.trajectory import is_deep, settle_by_divergence
-from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.inputs import SweepInputs
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from sweeps import stop_after
 
 N = 6

@@ -26,8 +26,9 @@ from refinelens.store import results
 from refinelens.store.process import LOCK, Interrupted, RunLock
 from refinelens.store.results import PREDICTIONS, open_run
 from refinelens.store.trajectory import choose_tokens, read_trajectories
+from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.predict import Predictor
-from refinelens.sweeping.sweep import SweepInputs, resume_sweep, run_sweep
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from sweeps import predictions, stop_after
 from tiny import save_tiny_lens, save_tiny_model, word_tokenizer
 

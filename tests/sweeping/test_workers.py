@@ -14,7 +14,7 @@ import torch
 
 from faults import errors_in, wait_for
 from refinelens.cli import main
-from refinelens.config import SweepConfig
+from refinelens.config import EngineConfig, SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.machine import PACKAGE_ROOT, module_path
 from refinelens.store.results import open_run
@@ -106,7 +106,7 @@ def test_equal_to_one_process(tiny_model, task, whole, tmp_path, capfd, threads)
     """Started as they are for users; the last part is short. `test_batches.py` has this of workers that are forked."""
     threads(1)  # as the run has that it is compared with
     options = SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
-    run_sweep(options, tmp_path / "run", workers=2, warn=pytest.fail, questions_per_part=4)
+    run_sweep(options, tmp_path / "run", engine=EngineConfig(2), warn=pytest.fail, questions_per_part=4)
     assert_same(tmp_path / "run", whole)
     assert open_run(tmp_path / "run").manifest["workers"] == 2
     assert capfd.readouterr().err == ""
@@ -282,5 +282,5 @@ def test_a_process_imports_this_package(monkeypatch, path, imported):
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_such_number(count, tmp_path):
     with pytest.raises(InputError, match=f"``workers``: expected 1 or more processes, got {count}"):
-        run_sweep(SweepConfig(), tmp_path / "run", workers=count)
+        run_sweep(SweepConfig(), tmp_path / "run", engine=EngineConfig(count))
     assert not (tmp_path / "run").exists()
