@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .machine import __version__
 
 if TYPE_CHECKING:
-    from .api import essential_layers, fit, merge_lenses, recipe, sweep
+    from .api import essential_layers, fit, merge_lenses, merge_runs, recipe, sweep
     from .data.convert import convert
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
@@ -51,6 +51,7 @@ _PUBLIC = {
     # Experiments.
     "sweep": "api",
     "fit": "api",
+    "merge_runs": "api",
     "merge_lenses": "api",
     "essential_layers": "api",
     "recipe": "api",
@@ -91,6 +92,7 @@ __all__ = [
     "Trajectories",
     "sweep",
     "fit",
+    "merge_runs",
     "merge_lenses",
     "essential_layers",
     "recipe",

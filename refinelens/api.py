@@ -23,6 +23,7 @@ from .progress import progress_bar
 from .run_page import write_report_page
 from .store.frames import LoadedLayers, LoadedRun
 from .store.results import PAGE
+from .sweeping.shards import merge_runs as _merge_runs
 from .sweeping.sweep import resume_sweep, run_sweep
 
 
@@ -33,6 +34,7 @@ def sweep(
     overwrite: bool = False,
     resume: str | Path | None = None,
     workers: int = 1,
+    shard: str | None = None,
     progress: bool = False,
     **options: Any,
 ) -> LoadedRun:
@@ -44,6 +46,7 @@ def sweep(
         overwrite: Replace a run that is there.
         resume: Folder of an interrupted run to go on with instead, with its own options.
         workers: Processes that ask, a model in each.
+        shard: ``"I/N"``: a part of the run, of N that several machines make side by side, for `merge_runs`.
         progress: Show a bar on a terminal or in a notebook.
         **options: Fields of `refinelens.config.SweepConfig`, such as ``documents=(5, 10)``, ``examples=8``,
             ``task="nq"``, ``lens=["plain", "lenses/mine"]``, ``top=(1, 5)``, ``dtype="bfloat16"``.
@@ -59,7 +62,7 @@ def sweep(
     engine = EngineConfig(workers)
     with progress_bar(progress) as bar:
         if resume is not None:
-            others = {"model": model, "out": out, "overwrite": overwrite or None, **options}
+            others = {"model": model, "out": out, "overwrite": overwrite or None, "shard": shard, **options}
             given = [name for name, value in others.items() if value is not None]
             if given:
                 raise InputError(
@@ -67,7 +70,21 @@ def sweep(
                 )
             return LoadedRun(resume_sweep(resume, engine=engine, progress=bar, warn=_warn))
         config = _config(SweepConfig, model=model, **options)
-        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, engine, bar, warn=_warn))
+        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, engine, bar, warn=_warn, shard=shard))
+
+
+def merge_runs(shards: Sequence[str | Path], *, out: str | Path | None = None, overwrite: bool = False) -> LoadedRun:
+    """Make one run of all its shards, byte for byte the one that a single process makes; ``refinelens merge``.
+
+    Args:
+        shards: Folders that ``sweep(shard="I/N")`` made, every one of the N, in any order; they stay as they are.
+        out: Folder of the run, made here.
+        overwrite: Replace a run that is there.
+
+    Raises:
+        InputError: Shards that are missing, doubled, unfinished, damaged or of another run; names them.
+    """
+    return LoadedRun(_merge_runs(shards, _folder(out), overwrite, None, _warn))
 
 
 def fit(

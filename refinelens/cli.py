@@ -89,7 +89,7 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     with _folder_of_its_own(arguments.out, options) as out:
         given = (options, out, arguments.overwrite, ["refinelens", *argv], config_of(arguments, config.EngineConfig))
-        return _watch(partial(run_sweep, *given), not arguments.no_report)
+        return _watch(partial(run_sweep, *given, shard=arguments.shard), not arguments.no_report)
 
 
 def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -178,6 +178,18 @@ def _merge_lenses(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     print(merge_lenses(arguments.folders, arguments.out, arguments.overwrite, ["refinelens", *argv]))
     _list_files(arguments.out)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, argv: list[str]) -> int:
+    from .report.tables import show_run
+    from .sweeping.shards import merge_runs
+
+    run = merge_runs(arguments.folders, arguments.out, arguments.overwrite, ["refinelens", *argv], _say)
+    show_run(run, _console(), in_words=in_options)
+    if not arguments.no_report:
+        _write_page(run)
+    _list_files(run.path)
     return 0
 
 
@@ -378,6 +390,7 @@ def _folder_of_its_own(wanted: str | None, options: config.SweepConfig) -> Itera
 COMMANDS = {
     "sweep": _sweep,
     "fit": _fit,
+    "merge": _merge,
     "merge-lenses": _merge_lenses,
     "recipe": _recipe,
     "recipes": _recipes,

@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
     add("--no-report", action="store_true", help="write no page of the run")
+    add("--shard", metavar="I/N", help="one of N shards of the run, made side by side; merge makes a run of them")
     add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
 
     words = {"epilog": FIT_EXAMPLE, "formatter_class": as_written}
@@ -104,6 +105,17 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--resume", action="store_true", help="go on with a recipe that was stopped there")
     _add_config(recipe, config.EngineConfig)
     add_command("recipes", help="list the recipes of the package, each with its claim and source")
+
+    merge = add_command(
+        "merge",
+        help="make one run of its shards",
+        description="The run that one process would have made, of all shards that sweep --shard I/N made, on any "
+        "machine; they stay as they are.",
+    )
+    merge.add_argument("folders", metavar="SHARD", nargs="+", help="folders of all shards, in any order")
+    merge.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
+    merge.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    merge.add_argument("--no-report", action="store_true", help="write no page of the run")
 
     show = add_command("show", help="print the table of a run again")
     show.add_argument("folder", metavar="RUN", help="folder of a run")

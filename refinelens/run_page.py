@@ -24,9 +24,9 @@ from .placement import NO_POSITION, ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
 from .report.effective_depth import effective_depth_lines
 from .report.frequency import frequency_curves
-from .report.kept import kept_lines
 from .report.measures import cells_of
 from .report.rows import EVERY_POSITION, Report, SummaryRow, counted, format_estimate, lens_names, title
+from .report.scope import scope_lines
 from .report.summary import caution_lines, read_report
 from .report.tables import cue_lines, inverted_u_lines, notes, paired_lines
 from .stats import MEAN, SHARE_CHANGE, Estimate, mean_estimates, ratio, sums_and_counts
@@ -351,7 +351,7 @@ def _finding(report: Report) -> list[str]:
         f"{manifest['model']['name']} was asked {counted(counts.get('done', 0), 'question')} of the task "
         f"{manifest['task']['name']}, {_conditions(report)}; {manifest['model']['n_layers']} layers were read through "
         f"{' and '.join(f'the {lens} lens' for lens in report.lenses)}.",
-        *kept_lines(manifest),
+        *scope_lines(manifest),
     ]
     for test in report.tests:
         where = f"Lens {test.lens}, {test.documents} documents, rank <= {test.top}"

@@ -68,6 +68,9 @@ def read_report(run: Run, tops: tuple[int, ...] | None = None) -> Report:
     tops, n_layers, seed = tuple(manifest["arguments"]["top"]), manifest["model"]["n_layers"], manifest["seed"]
     table = read_trajectories(run, tops)
     if not len(table):
+        if run.manifest["status"] == "finished":
+            why = "no question of this shard could be asked"
+            raise InputError(f"{run.path}: expected a run with rows, got none: {why}; look at the merged run")
         raise InputError(f"{run.path}: expected a run with rows, got none yet; {resume_call(run.path)} goes on with it")
     table = choose_tokens(table, manifest["arguments"]["answer_tokens"])
     readings = list(read_cells(table, lens_names(manifest), tops))

@@ -27,7 +27,6 @@ from .effective_depth import effective_depth_lines
 from .figures import draw_figures
 from .frequency import frequency_lines
 from .further_rows import EITHER
-from .kept import kept_lines
 from .probe import probe_lines
 from .rows import (
     ATTRIBUTED,
@@ -50,6 +49,7 @@ from .rows import (
     format_estimate,
     title,
 )
+from .scope import scope_lines
 from .summary import caution_lines, layer_profiles, read_report
 
 WIDTH = 120
@@ -149,7 +149,7 @@ def notes(report: Report) -> list[str]:
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
         f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}, seed {manifest['seed']}. Lens: {lenses}, "
         f"backend {model['backend']}, {model['dtype']} on {model['device']}.",
-        *kept_lines(manifest),
+        *scope_lines(manifest),
     ]
     if model["unused_weights"]:
         first, count = model["unused_weights"][0], len(model["unused_weights"])

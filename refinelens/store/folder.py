@@ -352,12 +352,12 @@ class MadeOf:
             there = there[int(key)] if isinstance(there, list) else there.get(key)
         if there != here:
             raise InputError(
-                f"{self.command} {self.path}: expected {field} {_short(there)}, as {self.name} has it, got "
-                f"{_short(here)}; {self.remedy}"
+                f"{self.command} {self.path}: expected {field} {short(there)}, as {self.name} has it, got "
+                f"{short(here)}; {self.remedy}"
             )
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value on one line; of a longer text its hash."""
     text = str(value)
     if len(text) > 64 or "\n" in text:

@@ -12,7 +12,7 @@ from ..config import ANSWERED, EVERY_QUESTION, NEEDS_DOCUMENT
 from ..data.prompts import Context
 from ..lens.runner import ForwardRunner
 from ..placement import CLOSED_BOOK, ORACLE
-from ..report.kept import KNOWN, NOT_ANSWERED
+from ..report.scope import KNOWN, NOT_ANSWERED
 
 ANSWERED_WITH_GOLD = (ORACLE, True, NOT_ANSWERED)
 # By ``keep``: context sizes in order, whether the first answer token has to be predicted there, and the reason to leave

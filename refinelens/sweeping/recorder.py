@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -76,6 +78,7 @@ class RunWriter(FolderWriter):
         self.run = run
         self._parts = {part.first: part for part in run.parts_of(manifest)}  # by their first question
         self._open: _Open | None = None
+        self._shard: dict[str, int] | None = manifest.get("shard")
         self._resumed = resumed
         self._replaced: list[Path] = []  # files that the next manifest no longer names
         if resumed or not run.exists:
@@ -95,23 +98,31 @@ class RunWriter(FolderWriter):
     @property
     def left_out(self) -> dict[str, list[int]]:
         """Questions of the parts that could not be asked, as reason: ids."""
-        left_out: dict[str, list[int]] = {}
-        for part in self._in_order:
-            _add_to(left_out, part.left_out)
-        return left_out
+        return totals(self._in_order)["left_out"]
 
     @property
     def _in_order(self) -> list[Part]:
         return [self._parts[first] for first in sorted(self._parts)]
 
+    @property
+    def _n_places(self) -> int:
+        """Questions drawn, of a shard those of the whole run."""
+        return (self._shard or self.manifest["counts"])["questions"]
+
+    @property
+    def _firsts(self) -> range:
+        """First places of the parts that this run is to have."""
+        firsts = range(0, self._n_places, self.manifest["questions_per_part"])
+        return firsts[self._shard["index"] - 1 :: self._shard["of"]] if self._shard else firsts
+
     def _end(self, first: int) -> int:
         """Place behind the last question of a part once it is whole."""
-        return min(first + self.manifest["questions_per_part"], self.manifest["counts"]["questions"])
+        return min(first + self.manifest["questions_per_part"], self._n_places)
 
     def missing(self) -> list[int]:
         """Places of the questions that no part holds, in order."""
         places: list[int] = []
-        for first in range(0, self.manifest["counts"]["questions"], self.manifest["questions_per_part"]):
+        for first in self._firsts:
             part = self._parts.get(first)
             places += range(part.questions[1] if part else first, self._end(first))
         return places
@@ -132,11 +143,17 @@ class RunWriter(FolderWriter):
             self._save("running")
 
     def close(self, status: str) -> None:
-        """Write what is left and the status; a new run without rows goes, and a failed one replaces no other."""
+        """Write what is left and the status; a new run without rows goes, and a failed one replaces no other.
+
+        A shard without rows stays: it says why its questions were left out.
+        """
         if self._open and (self.is_placed or status != "failed"):
             self._write_part()
         self._open = None
-        if self.has_rows or (self._resumed and status != "finished"):
+        is_whole_shard = self._shard is not None and status == "finished"
+        if is_whole_shard:
+            self.place()
+        if self.has_rows or is_whole_shard or (self._resumed and status != "finished"):
             self._save(status)
         elif self.is_placed:
             self.withdraw()
@@ -179,14 +196,20 @@ class RunWriter(FolderWriter):
 
     def _save(self, status: str) -> None:
         if self.is_placed:
-            sums = Counter(done=self.done, rows=0)
-            for part in self._in_order:
-                sums.update(part.counts | {"rows": part.rows})
-            counts = self.manifest["counts"] | {**sums, "left_out": self.left_out}
+            counts = self.manifest["counts"] | totals(self._in_order)
             finished = None if status == "running" else now()
             self.save(status=status, finished=finished, parts=list(map(vars, self._in_order)), counts=counts)
             while self._replaced:
                 self._replaced.pop().unlink(missing_ok=True)
+
+
+def totals(parts: Iterable[Part]) -> dict[str, Any]:
+    """What a manifest counts of its parts: questions done, rows, contexts and the like, and what was left out."""
+    sums, left_out = Counter(done=0, rows=0), {}  # type: ignore[var-annotated]
+    for part in parts:
+        sums.update(part.counts | {"done": part.questions[1] - part.first, "rows": part.rows})
+        _add_to(left_out, part.left_out)
+    return {**sums, "left_out": left_out}
 
 
 def _add_to(left_out: dict[str, list[int]], more: dict[str, list[int]]) -> None:

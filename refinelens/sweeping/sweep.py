@@ -23,6 +23,7 @@ from ..store.results import PREDICTIONS, Run, predictions_schema
 from .inputs import SweepInputs
 from .recorder import AccuracySoFar, RunWriter
 from .run_spec import RunSpec
+from .shards import shard_entry
 from .workers import Workers
 
 UNIT = "the current question, then its tables"
@@ -39,6 +40,7 @@ def run_sweep(
     summary: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
     questions_per_part: int = QUESTIONS_PER_PART,
+    shard: str | None = None,
 ) -> Run:
     """Run a sweep and write its folder; an interrupt keeps what is finished, with its summary.
 
@@ -52,6 +54,7 @@ def run_sweep(
         summary: Called with what the tables and figures say, once they are written.
         warn: Called with a line about what went wrong and was put right, or about the texts, see `remarks`.
         questions_per_part: How many are written together; where every token is read each has a part of its own.
+        shard: ``I/N``: every N-th part of the run alone, from the I-th on, for `merge_runs`; a run that goes on has it.
 
     Raises:
         InputError: Input that does not fit, or another process that writes to the folder.
@@ -64,7 +67,7 @@ def run_sweep(
         run.checked_manifest()  # before the lock makes a folder
     else:
         run.check_replaceable()
-    sweep = _Sweep(run, argv, engine, progress, summary, warn, questions_per_part)
+    sweep = _Sweep(run, argv, engine, progress, summary, warn, questions_per_part, shard)
     with working_on(run.path, UNIT, sweep.advice) as signals:
         if options is None:
             sweep.go_on()
@@ -100,6 +103,7 @@ class _Sweep:
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
     questions_per_part: int
+    shard: str | None = None
     runner: SweepInputs | Workers | None = None
     writer: RunWriter | None = None
 
@@ -110,6 +114,8 @@ class _Sweep:
         check_top(options.top, inputs.logit_lens.head.vocab_size)
         size = 1 if options.positions == "all" else self.questions_per_part
         manifest = inputs.manifest(self.argv, self.engine.workers, size)
+        if self.shard is not None:
+            manifest |= shard_entry(self.shard, manifest)
         check_disk(self.run.path, _bytes_needed(options, manifest))
         for line in manifest["remarks"]:
             self.warn(line)
@@ -150,6 +156,9 @@ class _Sweep:
             raise Interrupted(stop.signum, self.run if writer.has_rows else None)
         if not writer.has_rows:
             reasons = "; ".join(f"{len(ids)} at {reason}" for reason, ids in writer.left_out.items())
+            if "shard" in writer.manifest:
+                self.warn(f"none of the questions of this shard could be asked ({reasons}); the others may have some")
+                return self.run
             keeps_all = writer.manifest["arguments"]["keep"] == EVERY_QUESTION
             raise InputError(
                 f"expected at least one question that can be asked, got none ({reasons}); change ``documents``"

@@ -285,6 +285,7 @@ def test_show_of_something_else(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, message)
 
 
+@pytest.mark.medium
 def test_show_of_a_damaged_run(sweep, tmp_path, capsys):
     assert main(sweep) == 0
     run = tmp_path / "run"

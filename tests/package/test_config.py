@@ -18,8 +18,9 @@ from refinelens.view_config import BenchConfig, WidgetConfig
 
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
-    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
+    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "shard", "no_report"}),
     "fit": (FitConfig, {"out", "overwrite"}),
+    "merge": (Config, {"folders", "out", "overwrite", "no_report"}),
     "merge-lenses": (Config, {"folders", "out", "overwrite"}),
     "recipe": (config.RecipeConfig, {"recipe", "out", "resume", "workers"}),
     "recipes": (Config, set()),
@@ -35,7 +36,7 @@ COMMANDS = {  # config and what the command line alone is asked
 REQUIRED = {"recipe": ["inverted-u"], "fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
-REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}
+REQUIRED |= {"merge": ["run", "--out", "merged"], "merge-lenses": ["lens", "--out", "merged"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
     "report/summary.py": {"--model", "--top", "--out", "--lens"},

@@ -1,4 +1,4 @@
-"""What is said of a run that keeps some questions alone."""
+"""What is said of a run that is about some questions of its task alone: a shard, or one that keeps some."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ IN_WORDS = {
 }
 
 
-def kept_lines(manifest: dict) -> list[str]:
+def scope_lines(manifest: dict) -> list[str]:
     """What all numbers of a run are about, and how many questions were left out for it; none of one that keeps all."""
-    keep, counts = manifest["arguments"].get("keep", EVERY_QUESTION), manifest["counts"]
+    keep, counts, shard = manifest["arguments"].get("keep", EVERY_QUESTION), manifest["counts"], manifest.get("shard")
+    lines = []
+    if shard:
+        lines.append(
+            f"This is shard {shard['index']} of {shard['of']}: {counts['questions']} of "
+            f"{counted(shard['questions'], 'question')}; refinelens merge makes one run of all of them."
+        )
     if keep == EVERY_QUESTION:
-        return []
+        return lines
     ids = {reason: set() for reason in (NOT_ANSWERED, KNOWN)}
     for key, own in counts["left_out"].items():
         for reason, found in ids.items():
             found.update(own if key.endswith(f": {reason}") else ())
     reasons = ", ".join(f"{len(found)} with {reason}" for reason, found in ids.items() if found)
     return [
+        *lines,
         f"All numbers are about the questions {IN_WORDS[keep]}, and not about the task: of "
         f"{counted(counts.get('done', 0), 'question')} {sum(map(len, ids.values()))} were left out for that"
-        f"{f' ({reasons})' if reasons else ''}."
+        f"{f' ({reasons})' if reasons else ''}.",
     ]
