@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .fitting.merge import merge_lenses as _merge_lenses
 from .layers.analysis import run_layers
-from .options import Config
+from .options import Config, options_of
 from .progress import progress_bar
 from .run_page import write_report_page
 from .store.frames import LoadedLayers, LoadedRun
@@ -201,7 +200,7 @@ def recipe(
 
 
 def _config(kind: type[Config], **options: Any) -> Any:
-    known = [field.name for field in fields(kind)]
+    known = [option.name for option in options_of(kind)]
     for name in options:
         if name not in known:
             raise InputError(f"``{name}``: expected one of {', '.join(known)}, got another option")

@@ -257,7 +257,8 @@ def _calm_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for library in ("huggingface_hub", "accelerate", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:

@@ -7,12 +7,14 @@ fields; the parser of the command line is made from the same fields (`refinelens
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from .options import NAMES, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
 from .placement import MOST_DOCUMENTS, WORDS, Placement, placements
 
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZE = ("int8", "llm-int8", "nf4", "fp4")
 OBJECTIVES = ("linear", "kl", "jacobian")
 OF_OBJECTIVE = {"kl": ("steps", "seed"), "jacobian": ("prompts", "prompts_from", "from_layer")}  # options of it alone
 SHORTEST = 16  # tokens of a sequence
@@ -57,8 +59,46 @@ def dtype_option(help: str = "(default: float32 on a CPU, the checkpoint's own o
     return choice(help, group, *DTYPE_NAMES)
 
 
-def trust_option(group: str | None = None):
-    return option(False, "run the code that a model brings (default: refuse it)", group)
+LOADED = "how the model is loaded"  # a group of options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """How a model is loaded."""
+
+    device: str = device_option(group=LOADED)
+    dtype: str = dtype_option(group=LOADED)
+    device_map: str | None = option(
+        None,
+        "put a model that fits no single device on several: auto, or a JSON file that names a GPU, cpu or disk by "
+        "module (default: one device)",
+        LOADED,
+        metavar="auto|FILE",
+    )
+    max_memory: str | None = option(
+        None, "by device, beside a device map of auto (default: all of it)", LOADED, metavar="0=20GiB,cpu=60GiB"
+    )
+    quantize: str | None = option(
+        None,
+        "int8, weights by torchao; llm-int8, nf4 or fp4, by bitsandbytes (default: as the checkpoint is)",
+        LOADED,
+        choices=QUANTIZE,
+    )
+    revision: str | None = option(
+        None, "branch, tag or commit on the hub (default: its main one)", LOADED, metavar="NAME"
+    )
+    subfolder: str | None = option(None, "that the model lies in, of a folder or on the hub", LOADED, metavar="NAME")
+    trust_remote_code: bool = option(False, "run the code that a model brings (default: refuse it)", LOADED)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.device_map is not None:
+            expect(self.device == "auto", "device", "auto beside ``device_map``, which says where it lies", self.device)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `model.loading.load_model` takes beside the name."""
+        return {option.name: getattr(self, option.name) for option in fields(ModelConfig)}
 
 
 def check_objective(given: Container[str], objective: str) -> None:
@@ -73,7 +113,7 @@ def check_objective(given: Container[str], objective: str) -> None:
 
 
 @dataclass(frozen=True)
-class SweepConfig(Config):
+class SweepConfig(ModelConfig):
     """Everything that decides the numbers of a run, except what the machine decides."""
 
     model: str = option("smollm2", "smollm2, tiny, a hub name, a folder or a .gguf file", ASKED)
@@ -168,14 +208,11 @@ class SweepConfig(Config):
     alias: str = choice(
         "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
     )
-    device: str = device_option(group=RUNS)
-    dtype: str = dtype_option(group=RUNS)
     batch_size: str = option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
     reuse_prefix: str = choice(
         "run documents that contexts share once; auto: on a CPU in float32, if proven", RUNS, "auto", "on", "off"
     )
     seed: int = option(0, "of questions, distractors, intervals", ASKED)
-    trust_remote_code: bool = trust_option(RUNS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -235,7 +272,7 @@ class SweepConfig(Config):
 
 
 @dataclass(frozen=True)
-class FitConfig(Config):
+class FitConfig(ModelConfig):
     """Everything that decides the numbers of a lens, except what the machine decides."""
 
     model: str = option("smollm2", "as in sweep")
@@ -253,10 +290,7 @@ class FitConfig(Config):
     prompts: int = option(100, "of up to 128 tokens that a derivative is averaged over, for jacobian alone")
     prompts_from: int = option(0, "which sequence of the text is the first prompt, for jacobian alone", metavar="N")
     from_layer: int = option(0, "the lowest that is fitted; those below stay plain; for jacobian alone", metavar="L")
-    device: str = device_option()
-    dtype: str = dtype_option()
     seed: int = option(0, "of the training, for kl alone")
-    trust_remote_code: bool = trust_option()
 
     def __post_init__(self):
         super().__post_init__()
@@ -313,17 +347,16 @@ ONE_PROCESS = EngineConfig()
 
 
 @dataclass(frozen=True)
-class RecipeConfig(Config):
+class RecipeConfig(ModelConfig):
     """What a recipe does not say itself."""
 
     model: str = option("smollm2", "as in sweep")
     budget: str | None = option(
-        None, "time for all of it, such as 90s, 30m or 2h: fewer questions, by a timed start (default: as many as the "
+        None,
+        "time for all of it, such as 90s, 30m or 2h: fewer questions, by a timed start (default: as many as the "
         "recipe asks)",
         metavar="TIME",
     )
-    device: str = device_option()
-    dtype: str = dtype_option()
 
 
 def default_task(model: str) -> str:

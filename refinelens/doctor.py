@@ -18,6 +18,8 @@ from .lens.prefix import check_branching
 from .machine import __version__, package_version
 from .model.head import find_blocks, find_head
 from .model.loading import LoadedModel, find_smollm2, load_model, resolve_device
+from .model.quantize import method_of
+from .model.split import is_split, places
 from .op.backends import choose_backend, choose_precision, instruction_set
 from .report.rows import counted
 from .view_config import DoctorConfig
@@ -30,7 +32,15 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
         UnsupportedModelError: A part was not found, or the lens is not the model; what was found came first.
     """
     model = loaded.model
-    yield "model", f"{loaded.name}: {type(model).__name__} on {model.device.type}"
+    yield "model", f"{loaded.name}: {type(model).__name__} on {loaded.device.type}"
+    method = method_of(model.config)
+    if method is not None:
+        yield "quantised", f"by {method}"
+    if is_split(model):
+        whole = loaded.whole_difference
+        held = "no memory to hold it against the whole model" if whole is None else f"whole model within {whole:.2g}"
+        parts = (f"{name or 'all'}: {place}" for name, place in places(model).items())
+        yield "split over", f"{', '.join(parts)}; {held}"
     head, blocks = find_head(model), find_blocks(model)
     path = next(name for name, module in model.named_modules() if module is blocks)
     yield "blocks", f"{len(blocks)} in {path}, d_model {head.d_model}"
@@ -80,7 +90,8 @@ def _norm_findings(model: PreTrainedModel, norm: Norm) -> Iterator[tuple[str, st
     if norm is not None:
         yield "norm eps", f"{norm.eps:g}"
         # A LayerNorm's offset is summed into its weight, which then is none of the model's own.
-        stored = norm.weight is None or norm.weight.data_ptr() in {p.data_ptr() for p in model.parameters()}
+        in_memory = {p.data_ptr() for p in model.parameters()}
+        stored = is_split(model) or norm.weight is None or norm.weight.data_ptr() in in_memory
         yield "norm offset", f"{norm.offset:g}" if stored else "1"
         yield "norm weight", "yes" if norm.weight is not None else "none"
         yield "norm bias", "yes" if norm.bias is not None else "none"
@@ -107,7 +118,7 @@ def findings(options: DoctorConfig) -> Iterator[tuple[str, str]]:
         ("GGUF files", _gguf()),
     )
     if options.model is not None:
-        yield from model_findings(load_model(*options.arguments().values()))
+        yield from model_findings(load_model(options.model, **options.loading))
 
 
 def _cuda() -> str:

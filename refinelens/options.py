@@ -70,6 +70,11 @@ def kind_of(option: Field) -> Kind:
     return option.metadata["kind"] or KINDS[option.type.removesuffix(" | None")]
 
 
+def options_of(kind: type[Config] | Config) -> list[Field]:
+    """The fields of a config: its own, then those that several have."""
+    return sorted(fields(kind), key=lambda option: bool(option.kw_only))
+
+
 def choice(help: str, group: str | None, *words: str):
     """One of a few words, by default the first."""
     return option(words[0], help, group, choices=words)
@@ -88,7 +93,7 @@ class Config:
                 read = None if value is None else kind.read(value)
             except (TypeError, ValueError):
                 raise InputError(f"``{name}``: expected {kind.expected}, got {value!r}") from None
-            expect(choices is None or read in choices, name, ", ".join(choices or ()), repr(value))
+            expect(choices is None or read is None or read in choices, name, ", ".join(choices or ()), repr(value))
             object.__setattr__(self, name, read)
 
     def arguments(self) -> dict:

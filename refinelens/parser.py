@@ -13,7 +13,7 @@ from typing import TypeVar
 from . import config, view_config
 from .errors import InputError
 from .machine import __version__
-from .options import FLAG, NUMBER, Config, kind_of
+from .options import FLAG, NUMBER, Config, kind_of, options_of
 
 EXAMPLES = """examples:
   refinelens sweep --model tiny --documents 5,10,20
@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse._ActionsContainer, kind: type[Config]) -> None:
     """The options of a config; what is not given stays out of the namespace, so that the config's defaults hold."""
-    for field in fields(kind):
+    for field in options_of(kind):
         takes, help, default = kind_of(field), field.metadata["help"], field.default
         if takes is not FLAG and default is not None and "(default: " not in help:
             help += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"

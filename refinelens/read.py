@@ -64,7 +64,7 @@ def read_text(
             raise InputError(f"``{name}``: expected the folder of a run beside this option, got a text: {text!r}")
     if options.points == MID:
         check_idle(given, ["lens"], "points='post'", "mid, which the plain lens alone reads")
-    loaded = load_model(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
+    loaded = load_model(options.model, **options.loading)
     lens = LogitLens(loaded.model, loaded.tokenizer)
     lenses, facts = [], _command(argv)
     for own in load_lenses(options.lens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
 
-from .config import device_option, dtype_option, trust_option
+from .config import ModelConfig, device_option, dtype_option
 from .errors import InputError
 from .options import TYPED, Config, Kind, choice, expect, number_of, option
 
@@ -56,7 +56,7 @@ class WidgetConfig(Config):
 
 
 @dataclass(frozen=True)
-class ReadConfig(Config):
+class ReadConfig(ModelConfig):
     """How one text, or one context of a run, is read and shown."""
 
     model: str = option("smollm2", "as in sweep; of a run its own")
@@ -82,9 +82,6 @@ class ReadConfig(Config):
     documents: int | None = option(None, "of a run: context size (default: its smallest of 2 or more)", metavar="N")
     gold_position: int | None = option(None, "of a run: 0-based (default: its first)", metavar="P")
     decoy_position: int | None = option(None, "of a run with decoys: 0-based (default: its first)", metavar="P")
-    device: str = device_option()
-    dtype: str = dtype_option()
-    trust_remote_code: bool = trust_option()
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,15 +92,12 @@ class ReadConfig(Config):
 
 
 @dataclass(frozen=True)
-class DoctorConfig(Config):
+class DoctorConfig(ModelConfig):
     """The model that is looked at, if there is one."""
 
     model: str | None = option(
         None, "find the parts of its lens and prove them, as sweep does (default: no model)", metavar="NAME"
     )
-    device: str = device_option("of the model (default: as in sweep)")
-    dtype: str = dtype_option("of the model (default: as in sweep)")
-    trust_remote_code: bool = trust_option()
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ class BenchConfig(Config):
     baselines: str = option("all", "all, none or names such as compiled,row-chunks", kind=TYPED)
     rounds: int = option(7, "how often all take turns")
     threads: int = option(1, "on a CPU; 1 is timed by CPU time")
-    trust_remote_code: bool = trust_option()
+    trust_remote_code: bool = option(False, "run the code that a model brings (default: refuse it)")
     peers: InitVar[object] = None  # an older name of ``baselines``
 
     def __post_init__(self, peers: object):

@@ -130,7 +130,7 @@ def random_problem(rows: int, d_model: int, vocab: int, dtype: torch.dtype, devi
 def _model_problem(options: BenchConfig, device: str, rows: int) -> Problem:
     """States of every layer on the built-in passages, position by position; targets are the next tokens."""
     name = options.model
-    loaded = load_model(name, device, options.dtype, options.trust_remote_code)
+    loaded = load_model(name, device, options.dtype, trust_remote_code=options.trust_remote_code)
     lens = LogitLens(loaded.model)
     head = lens.head
     if head.bias is not None or head.softcap is not None or head.scale != 1.0 or head.projection is not None:

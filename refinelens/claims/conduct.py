@@ -36,6 +36,7 @@ from .recipe import ANALYSES, Recipe, load_recipe
 CLAIM = "claim.json"  # of a recipe's folder, beside its plan and its run
 TIMED = 3  # questions of a timed start
 SHARE = 0.9  # of what is left of a budget that the sweep is planned to take
+DECIDING = ("quantize", "revision", "subfolder")  # how a model is loaded, beside device and dtype
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -50,6 +51,9 @@ class Plan:
     dtype: str
     examples: int | None  # questions, None for all; chosen once the lenses are there
     chosen: bool = False  # whether that is decided
+    quantize: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
 
     def write(self, folder: Path) -> None:
         """Into a recipe's folder."""
@@ -104,7 +108,7 @@ def run_recipe(
         _check_inputs(recipe, options)
     plan = _plan(recipe, options, folder, resume)
     lenses = [PLAIN]
-    common = {"model": plan.model, "device": plan.device, "dtype": plan.dtype}
+    common = {"model": plan.model, **options.loading, "device": plan.device, "dtype": plan.dtype}
     for lens, given in recipe.lenses.items():
         path = folder / lens
         lenses.append(str(path))
@@ -147,12 +151,15 @@ def _check_inputs(recipe: Recipe, options: RecipeConfig) -> None:
     config = SweepConfig(options.model, **recipe.sweep)
     if config.task not in GENERATORS:
         load_task(config.task)
-    load_model(options.model, options.device, options.dtype)
+    load_model(options.model, **options.loading)
 
 
 def _plan(recipe: Recipe, options: RecipeConfig, folder: Path, resume: bool) -> Plan:
     """What is there, held to what is asked for, or a new plan, written."""
-    asked = Plan(recipe.name, recipe.sha256, options.model, options.device, options.dtype, recipe.sweep.get("examples"))
+    asked = Plan(
+        *(recipe.name, recipe.sha256, options.model, options.device, options.dtype, recipe.sweep.get("examples")),
+        **{name: options.loading[name] for name in DECIDING},
+    )
     path = folder / RECIPE
     if not path.exists():
         if resume:
@@ -170,7 +177,7 @@ def _plan(recipe: Recipe, options: RecipeConfig, folder: Path, resume: bool) -> 
         there = Plan(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise InputError(f"{path}: expected what a recipe wrote there, got something else; bring it back") from None
-    for field in ("recipe", "sha256", "model", "device", "dtype"):
+    for field in ("recipe", "sha256", "model", "device", "dtype", *DECIDING):
         wanted, got = getattr(there, field), getattr(asked, field)
         if wanted != got:
             raise InputError(f"``out`` {folder}: expected a recipe begun with {field} {got}, got {wanted}")

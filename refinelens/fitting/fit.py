@@ -125,9 +125,14 @@ def fit_lens(
                 f"``out`` {out}: expected a new folder, got a lens; choose another or pass ``overwrite=True``"
             )
         text = load_text(options.text)
-        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
+        loaded = load_model(options.model, **options.loading)
         logit_lens = LogitLens(loaded.model)
         if options.objective == "jacobian":
+            if any(parameter.is_meta for parameter in loaded.model.parameters()):
+                raise InputError(
+                    "``objective='jacobian'``: expected a model whose weights stay in memory, got some that are loaded "
+                    "when they are needed; use another ``device_map`` or objective"
+                )
             check_from_layer(logit_lens, options.from_layer)
         statistics_bytes = 2 * 2 * 8 * logit_lens.n_layers * logit_lens.d_model**2  # fit, choose; two sums each; fp64
         check_disk(out, 2 * statistics_bytes)
@@ -204,7 +209,7 @@ class _Fit:
             "config_sha256": loaded.config_sha256,
             "weights_sha256": loaded.weights_sha256,
             "tokenizer_sha256": loaded.tokenizer_sha256,
-            "device": loaded.model.device.type,
+            "device": loaded.device.type,
             "sequences": [len(split.fit), len(split.choose), len(split.report)],
         }
 
@@ -278,7 +283,7 @@ class _Fit:
     def _gather(self) -> tuple[Statistics, Statistics]:
         """Statistics of the sequences to fit on and to choose by."""
         lens, split, identity = self.states.lens, self.states.split, self._identity()
-        fit, choose = (Statistics.empty(lens.n_layers, lens.d_model, lens.model.device) for _ in range(2))
+        fit, choose = (Statistics.empty(lens.n_layers, lens.d_model, lens.head.weight.device) for _ in range(2))
         sums = fit.tensors("fit") | choose.tensors("choose")
         done = self._begun(STATISTICS, identity, sums)
         self._sum(

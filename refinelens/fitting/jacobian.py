@@ -140,7 +140,7 @@ class JacobianEstimator:
             InputError: A prompt too short, see `valid_positions`.
         """
         valid, lens = valid_positions(len(ids)), self._lens
-        tokens = torch.tensor([list(ids)], device=lens.model.device)[:, : valid.stop]
+        tokens = torch.tensor([list(ids)], device=lens.device)[:, : valid.stop]
         cache, start = None, 0
         with lens.undisturbed(), _frozen(lens.model), sdpa_kernel(SDPBackend.MATH):  # which has batched gradients
             if self._branches:

@@ -186,7 +186,7 @@ class AblationRunner:
     @property
     def device(self) -> torch.device:
         """Of the model."""
-        return self.logit_lens.model.device
+        return self.logit_lens.device
 
     def begin_means(self, n_tokens: int) -> None:
         """Start the mean contributions of contexts of up to ``n_tokens``."""

@@ -88,7 +88,7 @@ class ActivationCache:
             input_ids: ``[1, token]`` int64.
             cached: Hold keys and values of all tokens but the last, and states of the last alone.
         """
-        ids, cache = input_ids.to(lens.model.device), None
+        ids, cache = input_ids.to(lens.device), None
         if cached:
             filled = DynamicCache()  # without a configuration it keeps every token, also behind a sliding window
             run_base(lens.model, ids[:, :-1], None, filled)

@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError, UnsupportedModelError
 from ..kernels.reference import LensHead, LensStats
 from ..model.head import check_device, find_blocks, find_head
-from ..model.hooks import hooks_on, keep_positions, modules_around, probe_ids, run_base
+from ..model.hooks import hooks_on, input_device, keep_positions, modules_around, probe_ids, run_base
 from ..model.identity import config_sha256, weights_sample_sha256
 from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
@@ -63,7 +63,7 @@ class LogitLens:
     Several threads may use one lens.
 
     Args:
-        model: A Hugging Face causal LM on one device; set to evaluation mode.
+        model: A Hugging Face causal LM, on one device or split by ``device_map``; set to evaluation mode.
         tokenizer: For text; None where only token ids and states are read.
         backend: Backend of `fused_lens`.
 
@@ -81,7 +81,7 @@ class LogitLens:
             raise InputError(f"model: expected a causal LM of Transformers, got {type(model).__name__}")
         model.eval()
         check_device(model)
-        with memory_for(type(model).__name__), torch.autocast(model.device.type, enabled=False):  # type: ignore[arg-type]
+        with memory_for(type(model).__name__), torch.autocast(input_device(model).type, enabled=False):
             head, blocks = find_head(model), find_blocks(model)
             parity = check_parity(model, head, blocks, backend)
             if not parity.passed:
@@ -132,6 +132,11 @@ class LogitLens:
     def n_layers(self) -> int:
         """Number of transformer blocks; layers run from 0 (embedding output) to this."""
         return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return input_device(self.model)
 
     @property
     def d_model(self) -> int:
@@ -260,7 +265,7 @@ class LogitLens:
     def _states(self, rows: Rows, cache: Cache | None, sublayers: Sequence[Sublayers] | None) -> Tensor:
         """One pass."""
         n_tokens = rows.input_ids.shape[1]
-        device = self.model.device
+        device = self.device
         mask = None if rows.mask is None else rows.mask.to(device)
         with (
             self.undisturbed(),
@@ -268,7 +273,7 @@ class LogitLens:
             keep_mid(self.blocks, sublayers, rows.positions) as mid,
         ):
             run_base(self.model, rows.input_ids.to(device), mask, cache)
-        return torch.stack([*kept, *mid])
+        return torch.stack([state.to(self.head.weight.device) for state in (*kept, *mid)])
 
     def read(
         self,

@@ -12,6 +12,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..kernels.reference import LensHead, LensStats, apply_norm
 from ..model.head import check_widths
 from ..model.hooks import difference, keep_positions, probe_ids, run_base, run_whole
+from ..model.split import is_split
 from ..op.fused_lens import fused_lens
 
 # Largest difference between lens and model that counts as rounding, as a share of the logit range. A model
@@ -51,7 +52,7 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
     ids, own = probe_ids(model), output.logits[0].float()
     with keep_positions(model, blocks, torch.arange(ids.shape[1])[None], ids.shape[1]) as kept:
         run_base(model, ids)
-    last = kept[-1][0]
+    last = kept[-1][0].to(head.weight.device)
     check_widths(model, head, last, own)
     eps = torch.finfo(head.weight.dtype).eps
     tolerance = FP32_PARITY if head.weight.dtype == torch.float32 else ROUNDINGS * eps
@@ -62,10 +63,15 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
                 f"got others from layer {layer} on (difference {found:.2g} of the largest, allowed {tolerance:.2g}): "
                 "it changes what goes in, as prompts of virtual tokens, scaled embeddings or hooks do; undo that"
             )
+        if is_split(model) and not pair[0].any():
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected states from every device, got nothing but zeros at layer {layer}; "
+                "use another ``device_map``"
+            )
     lens = head.logits(last).to(own.device)
     logit_range = float(own.max() - own.min())
     allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
-    stats = fused_lens(last.to(head.weight.device), head, backend=backend).to(own.device)
+    stats = fused_lens(last, head, backend=backend).to(own.device)
     close = [
         (stats.max_logit - own.amax(-1)).abs().max() <= allowed,
         (stats.logsumexp - own.logsumexp(-1)).abs().max() <= allowed,
@@ -111,15 +117,15 @@ def returns_normed(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList
         UnsupportedModelError: It is neither what the last block puts out nor that, normed.
     """
     kept, output = run_whole(model, blocks, output_hidden_states=True)
-    found = output.hidden_states[-1]
-    normed = apply_norm(kept[-1], head.norm).to(found.dtype)
+    last, found = (states.to(head.weight.device) for states in (kept[-1], output.hidden_states[-1]))
+    normed = apply_norm(last, head.norm).to(found.dtype)
     allowed = max(FP32_PARITY, ROUNDINGS * torch.finfo(found.dtype).eps)
-    if found.shape != normed.shape or min(difference(found, kept[-1]), difference(found, normed)) > allowed:
+    if found.shape != normed.shape or min(difference(found, last), difference(found, normed)) > allowed:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected the last of its hidden_states to be what its last block puts out, "
             "normed or not, got other states; pass those of LogitLens.hidden"
         )
-    return head.norm is not None and difference(found, normed) <= difference(found, kept[-1])
+    return head.norm is not None and difference(found, normed) <= difference(found, last)
 
 
 def looks_normed(states: Tensor, head: LensHead, exactly: bool = False) -> bool:

@@ -93,8 +93,8 @@ def choose_reuse(options: SweepConfig, lens: LogitLens) -> PrefixReuse:
         return PrefixReuse(False, "every token is read")
     if choice == "auto" and batch_size not in ("auto", "1"):
         return PrefixReuse(False, f"``batch_size='{batch_size}'``")
-    if choice == "auto" and model.device.type != "cpu":
-        return PrefixReuse(False, f"on {model.device.type} contexts run in batches")
+    if choice == "auto" and lens.device.type != "cpu":
+        return PrefixReuse(False, f"on {lens.device.type} contexts run in batches")
     if choice == "auto" and model.dtype != torch.float32:
         return PrefixReuse(False, "in half precision rounding may change ranks")
     reuse = check_branching(lens)

@@ -179,7 +179,7 @@ class ForwardRunner:
             keeps_cache: Whether a pass keeps keys and values for ``then`` to go on from.
             sublayers: Of every block, where passes keep ``resid_mid`` too; None where they do not.
         """
-        if batch_size is None and lens.model.device.type == "cpu":
+        if batch_size is None and lens.device.type == "cpu":
             batch_size = 1  # several gain nothing there
         self.lens, self.reuse, self.limit = lens, reuse, MemoryLimit()
         self._batch_size, self._keeps_cache, self._sublayers = batch_size, keeps_cache, sublayers

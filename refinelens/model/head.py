@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..kernels.reference import LayerNorm, LensHead, Norm, RMSNorm, apply_norm
 from .hooks import HALF_REMEDY, first_state, hooked, probe_ids, run_whole, text_config
+from .split import in_memory, is_split, stored
 
 ROUNDINGS = 8  # of fp32, in which modules and formulas are compared
 SMALL = 1e-4  # magnitude of rows on which an epsilon is measured
@@ -157,11 +158,14 @@ def find_head(model: PreTrainedModel) -> LensHead:
         )
     states, tail, logits = _run_tail(model, find_blocks(model), module)
     _check_finite(model, states, logits)
-    last = states[-1]
+    weight, bias = stored(module, "weight"), stored(module, "bias") if hasattr(module, "bias") else None
+    last = states[-1].to(weight.device)
     norm, projection = _read_tail(model, tail)
-    bias = None if getattr(module, "bias", None) is None else module.bias.detach()
+    if norm is not None:
+        norm = replace(norm, **{name: value.to(weight.device) for name, value in _tensors_of(norm)})
+    projection = None if projection is None else projection.to(weight.device)
     try:
-        head = LensHead(module.weight.detach(), norm, bias, projection=projection)
+        head = LensHead(weight.detach(), norm, None if bias is None else bias.detach(), projection=projection)
     except ValueError as error:
         raise UnsupportedModelError(f"{type(model).__name__}: {error}") from None
     check_widths(model, head, last, logits)
@@ -169,17 +173,18 @@ def find_head(model: PreTrainedModel) -> LensHead:
 
 
 def check_device(model: PreTrainedModel) -> None:
-    """Raise ``UnsupportedModelError`` for weights that lie in several places, or in none until they are needed."""
+    """Raise ``UnsupportedModelError`` for weights in several places, or in none, that accelerate does not move."""
+    if is_split(model):
+        return
     devices = {parameter.device for parameter in model.parameters()}
     if torch.device("meta") in devices:
-        got = "weights that are loaded when they are needed (offloaded to the CPU or to disk)"
+        got = "weights that are nowhere (on the meta device)"
     elif len(devices) > 1:
         got = f"one over {', '.join(sorted(map(str, devices)))}"
     else:
         return
     raise UnsupportedModelError(
-        f"{type(model).__name__}: expected a whole model on one device, got {got}; load it without device_map, or a "
-        "smaller one"
+        f"{type(model).__name__}: expected a whole model on one device, or one loaded with device_map, got {got}"
     )
 
 
@@ -283,7 +288,9 @@ def _run(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Tensor], T
 
 
 def _same(state: Tensor, output: object) -> bool:
-    return isinstance(output, Tensor) and state.shape == output.shape and torch.equal(state, output)
+    if not isinstance(output, Tensor) or state.shape != output.shape:
+        return False
+    return torch.equal(state, output.to(state.device))
 
 
 def _read_tail(model: PreTrainedModel, tail: list[tuple[nn.Module, int]]) -> tuple[Norm, Tensor | None]:
@@ -296,11 +303,16 @@ def _read_tail(model: PreTrainedModel, tail: list[tuple[nn.Module, int]]) -> tup
             f"embedding, got {names}"
         )
     try:
-        norm = identify_norm(*tail[0]) if False in kinds else None
-        projection = identify_projection(*tail[-1]) if True in kinds else None
+        parts = [(in_memory(module), width) for module, width in tail]
+        norm = identify_norm(*parts[0]) if False in kinds else None
+        projection = identify_projection(*parts[-1]) if True in kinds else None
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{type(model).__name__}: {error}") from None
     return norm, projection
+
+
+def _tensors_of(norm: Norm) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in vars(norm).items() if isinstance(value, Tensor))
 
 
 def _is_matrix(module: nn.Module) -> bool:

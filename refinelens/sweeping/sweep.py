@@ -12,6 +12,7 @@ from typing import Any
 from ..config import EVERY_QUESTION, ONE_PROCESS, STATES, EngineConfig, SweepConfig, check_top
 from ..errors import InputError, resume_call
 from ..machine import device_name
+from ..options import expect
 from ..progress import Progress, unseen
 from ..report.rows import Report
 from ..report.summary import read_report
@@ -109,6 +110,7 @@ class _Sweep:
 
     def begin(self, options: SweepConfig, overwrite: bool) -> None:
         """Load everything, and put the manifest of a new run in its place."""
+        self._check_engine(options)
         self.run.check_overwrite(overwrite, options.arguments())
         inputs = SweepInputs.load(options)
         check_top(options.top, inputs.logit_lens.head.vocab_size)
@@ -127,13 +129,19 @@ class _Sweep:
         spec, parts = RunSpec(self.run.path, manifest, "``resume``"), self.run.whole_parts(manifest, self.warn)
         try:
             spec.check_columns()
+            self._check_engine(spec.options)
             inputs = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None
         entry = process_entry(self.argv) | {"workers": self.engine.workers}
-        entry["device_name"] = device_name(inputs.loaded.model.device.type)
+        entry["device_name"] = device_name(inputs.loaded.device.type)
         manifest = go_on(manifest, parts, entry) | {"finished": None}
         self._start(inputs, replace(spec, manifest=manifest), resumed=True)
+
+    def _check_engine(self, options: SweepConfig) -> None:
+        """One process has all devices that a model is split over."""
+        if options.device_map is not None:
+            expect(self.engine.workers == 1, "workers", "1 beside ``device_map``", self.engine.workers)
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""

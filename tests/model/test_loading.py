@@ -72,6 +72,55 @@ def test_an_adapter_is_loaded_with_its_base(base_and_adapter, tmp_path):
     assert loaded.weights_sha256 != bare.weights_sha256
 
 
+def test_an_adapter_by_itself_and_merged(base_and_adapter, tmp_path):
+    """A folder of the adapter alone has its base's tokenizer; merged, the model is the same to rounding."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for path in base_and_adapter.glob("adapter*"):
+        shutil.copy(path, alone)
+    loaded, beside = load_model(str(alone), "cpu"), load_model(str(base_and_adapter), "cpu")
+    assert loaded.tokenizer_sha256 == beside.tokenizer_sha256
+    own = LogitLens(loaded.model).read(IDS, 5)
+    assert torch.equal(own.stats.max_logit, LogitLens(beside.model).read(IDS, 5).stats.max_logit)
+    import peft
+
+    base = tmp_path / "base"
+    shutil.copytree(base_and_adapter, base, ignore=shutil.ignore_patterns("adapter*"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    merged = peft.PeftModel.from_pretrained(model, alone).merge_and_unload()
+    found = LogitLens(merged.eval()).read(IDS, 5)
+    torch.testing.assert_close(found.stats.max_logit, own.stats.max_logit)
+    assert torch.equal(found.stats.argmax, own.stats.argmax) and torch.equal(found.rank, own.rank)
+
+
+def test_checkpoints_of_several_files(tmp_path):
+    whole = load_model(str(save_tiny_model(tmp_path / "whole")), "cpu")
+    whole.model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    whole.tokenizer.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    assert load_model(str(tmp_path / "shards"), "cpu").weights_sha256 == whole.weights_sha256
+
+
+def test_a_subfolder_and_a_revision(tmp_path, monkeypatch):
+    """Of a folder, and on the hub, here its cache."""
+    folders = [save_tiny_model(tmp_path / name / "inside", n_layer=layers) for name, layers in (("a", 2), ("b", 3))]
+    own = [load_model(str(folder), "cpu") for folder in folders]
+    assert load_model(str(tmp_path / "a"), "cpu", subfolder="inside").weights_sha256 == own[0].weights_sha256
+    hub = tmp_path / "hub" / "models--someone--model"
+    (hub / "refs").mkdir(parents=True)
+    for commit, name, folder in (("0" * 40, "main", folders[0]), ("1" * 40, "step3000", folders[1])):
+        (hub / "refs" / name).write_text(commit)
+        shutil.copytree(folder, hub / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision, wanted in zip((None, "step3000", "1" * 40), (own[0], own[1], own[1]), strict=True):
+        assert load_model("someone/model", "cpu", revision=revision).weights_sha256 == wanted.weights_sha256
+    with pytest.raises(InputError, match="``model`` someone/model: expected .* got OSError"):
+        load_model("someone/model", "cpu", revision="none")
+    with pytest.raises(InputError, match="``revision``: expected a name on the hub as ``model`` beside it"):
+        load_model(str(folders[0]), "cpu", revision="main")
+
+
 def test_an_adapter_is_not_left_out_without_a_word(base_and_adapter, without, capsys):
     without("peft")
     assert main(["doctor", "--model", str(base_and_adapter), "--device", "cpu"]) == 2

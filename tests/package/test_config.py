@@ -126,6 +126,11 @@ def test_the_command_line_and_python_give_the_same():
         "batch_size": "2",
         "reuse_prefix": "auto",
         "seed": 0,
+        "device_map": None,
+        "max_memory": None,
+        "quantize": None,
+        "revision": None,
+        "subfolder": None,
         "trust_remote_code": False,
     }
 

@@ -1,0 +1,54 @@
+"""Loading a model quantised, by the packages that Transformers knows for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+
+from ..config import QUANTIZE
+from ..errors import InputError
+
+PACKAGES = dict(zip(QUANTIZE, ("torchao", "bitsandbytes", "bitsandbytes", "bitsandbytes"), strict=True))
+
+
+def quantization(word: str, dtype: torch.dtype, config: Any) -> Any:
+    """What Transformers takes as ``quantization_config``; the unembedding stays as it is, so that a lens can read it.
+
+    Args:
+        word: One of `config.QUANTIZE`.
+        dtype: That it computes in.
+        config: Of the model.
+
+    Raises:
+        InputError: The package is not installed, or the checkpoint is quantised already.
+    """
+    method = method_of(config)
+    if method is not None:
+        raise InputError(f"``quantize``: expected none beside a checkpoint that is quantised by {method}, got {word!r}")
+    package = PACKAGES[word]
+    missing = next((name for name in (package, "accelerate") if importlib.util.find_spec(name) is None), None)
+    if missing is not None:
+        raise InputError(
+            f"``quantize={word!r}``: expected the package {missing}, which is not installed; pip install {missing}"
+        )
+    if word == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product of fp32 states
+    if word == "llm-int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=word, bnb_4bit_compute_dtype=dtype)
+
+
+def method_of(config: Any) -> str | None:
+    """How the weights of a model of this configuration are quantised, such as ``torchao`` or ``gptq``; None: not."""
+    own = getattr(config, "quantization_config", None)
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
