@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .machine import __version__
 
 if TYPE_CHECKING:
-    from .api import essential_layers, fit, merge_lenses, merge_runs, recipe, sweep
+    from .api import drift, essential_layers, fit, merge_lenses, merge_runs, recipe, sweep
     from .data.convert import convert
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
@@ -55,6 +55,7 @@ _PUBLIC = {
     "merge_lenses": "api",
     "essential_layers": "api",
     "recipe": "api",
+    "drift": "api",
     "convert": "data.convert",
     "load_run": "store.frames",
     "LoadedRun": "store.frames",
@@ -96,6 +97,7 @@ __all__ = [
     "merge_lenses",
     "essential_layers",
     "recipe",
+    "drift",
     "convert",
     "load_run",
     "LoadedRun",

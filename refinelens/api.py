@@ -17,6 +17,7 @@ from .errors import InputError
 from .fitting.fit import Fitted, fit_lens
 from .fitting.merge import merge_lenses as _merge_lenses
 from .layers.analysis import run_layers
+from .model_drift import Drift, run_drift
 from .options import Config, options_of
 from .progress import progress_bar
 from .run_page import write_report_page
@@ -24,6 +25,7 @@ from .store.frames import LoadedLayers, LoadedRun
 from .store.results import PAGE
 from .sweeping.shards import merge_runs as _merge_runs
 from .sweeping.sweep import resume_sweep, run_sweep
+from .view_config import DriftConfig
 
 
 def sweep(
@@ -197,6 +199,27 @@ def recipe(
         claim, run = run_recipe(config, str(name), _folder(out), resume, None, EngineConfig(workers), bar, _warn)
     write_report_page([run], Path(_folder(out)) / PAGE, claim)
     return claim
+
+
+def drift(model: str | Path | None = None, *, progress: bool = False, **options: Any) -> Drift:
+    """Compare two models layer by layer on a text, a quantised one with its original; ``refinelens drift``.
+
+    Args:
+        model: As in `sweep`: the one that may differ.
+        progress: Show a bar on a terminal or in a notebook.
+        **options: Fields of `refinelens.view_config.DriftConfig`, such as ``quantize="int8"`` or
+            ``against="./original"``.
+
+    Returns:
+        Drift: Its ``layers`` by number, each by name, with ``to_frame``, ``to_csv`` and ``to_html``.
+
+    Raises:
+        InputError: Models that cannot be compared, or too short a text.
+        FaultError: No memory for both.
+    """
+    config = _config(DriftConfig, model=model, **options)
+    with progress_bar(progress) as bar:
+        return run_drift(config, bar)
 
 
 def _config(kind: type[Config], **options: Any) -> Any:

@@ -257,7 +257,7 @@ def _calm_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for library in ("huggingface_hub", "accelerate", "torchao"):
+    for library in ("huggingface_hub", "accelerate", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
@@ -336,6 +336,26 @@ def _export(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _drift(arguments: argparse.Namespace, argv: list[str]) -> int:
+    options = config_of(arguments, view_config.DriftConfig)
+    from .store.frames import check_new_file
+
+    for kind in ("html", "csv"):
+        if getattr(arguments, kind) is not None:
+            check_new_file(Path(getattr(arguments, kind)), kind)
+    from .model_drift import print_drift, run_drift
+    from .progress import progress_bar
+
+    with progress_bar() as progress:
+        drift = run_drift(options, progress)
+    print_drift(drift, _console())
+    if arguments.html is not None:
+        drift.to_html(arguments.html, ["refinelens", *argv])
+    if arguments.csv is not None:
+        drift.to_csv(arguments.csv)
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
     options = config_of(arguments, view_config.DoctorConfig)
     from .doctor import findings
@@ -401,6 +421,7 @@ COMMANDS = {
     "report": _report,
     "convert": _convert,
     "export": _export,
+    "drift": _drift,
     "doctor": _doctor,
     "bench": _bench,
 }

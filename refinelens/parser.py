@@ -176,6 +176,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", required=True, metavar="FILE", help="the file to write")
     _add_config(export.add_argument_group("of lens-json"), view_config.WidgetConfig)
 
+    drift = add_command(
+        "drift",
+        help="how far a quantised model's layers are from its original's",
+        description="Two models of the same layers and tokenizer read one text, and their readouts are compared layer "
+        "by layer: divergence, best token, rank of the next token, and where predictions settle. Both are in memory.",
+    )
+    _add_config(drift, view_config.DriftConfig)
+    drift.add_argument("--html", metavar="FILE", help="write a page of it")
+    drift.add_argument("--csv", metavar="FILE", help="write every number")
+
     doctor = add_command("doctor", help="say which backend would be used, and what is found in a model")
     _add_config(doctor, view_config.DoctorConfig)
     bench = add_command("bench", help="measure the op here, beside what people use instead")

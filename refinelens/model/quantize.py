@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import QUANTIZE
 from ..errors import InputError
@@ -45,6 +46,20 @@ def quantization(word: str, dtype: torch.dtype, config: Any) -> Any:
     if word == "llm-int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=word, bnb_4bit_compute_dtype=dtype)
+
+
+def check_quantised(model: nn.Module, word: str) -> None:
+    """Refuse a model none of whose weights took the quantisation, such as one of layers that the package does not know.
+
+    Raises:
+        InputError: Says so.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    if not any(hasattr(weight, "__tensor_flatten__") or not weight.is_floating_point() for weight in weights):
+        raise InputError(
+            f"``quantize={word!r}``: expected linear layers, got none in {type(model).__name__} that {PACKAGES[word]} "
+            "quantises; use another word"
+        )
 
 
 def method_of(config: Any) -> str | None:

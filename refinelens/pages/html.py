@@ -20,6 +20,7 @@ import numpy as np
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = {  # of a page, in this order
     "heatmap": ("page", "heatmap"),
+    "drift": ("page", "chart", "drift"),
     "run": ("page", "chart", "claim", "measures", "cues", "questions", "run"),
 }
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"

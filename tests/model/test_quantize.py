@@ -97,3 +97,10 @@ def test_without_the_package(llama, monkeypatch, word):
 def test_a_word_that_there_is_not():
     with pytest.raises(InputError, match="``quantize``: expected int8, llm-int8, nf4, fp4, got 'int3'"):
         SweepConfig("tiny", quantize="int3")
+
+
+def test_layers_that_nothing_quantises(tiny_model):
+    """GPT-2's are no linear ones to torchao."""
+    needs("int8")
+    with pytest.raises(InputError, match="``quantize='int8'``: expected linear layers, got none in GPT2LMHead"):
+        load_model(str(tiny_model), "cpu", quantize="int8")

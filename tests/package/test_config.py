@@ -30,6 +30,7 @@ COMMANDS = {  # config and what the command line alone is asked
     "report": (Config, {"folders", "out"}),
     "convert": (Config, {"file", "from_", "out"}),
     "export": (WidgetConfig, {"folder", "format", "out"}),
+    "drift": (view_config.DriftConfig, {"html", "csv"}),
     "doctor": (view_config.DoctorConfig, set()),
     "bench": (BenchConfig, {"json"}),
 }
