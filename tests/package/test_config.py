@@ -19,6 +19,7 @@ from refinelens.view_config import BenchConfig, WidgetConfig
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
     "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "no_report"}),
+    "prompts": (SweepConfig, {"out"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "merge-lenses": (Config, {"folders", "out", "overwrite"}),
     "recipe": (config.RecipeConfig, {"recipe", "out", "resume", "workers"}),
@@ -35,6 +36,7 @@ COMMANDS = {  # config and what the command line alone is asked
 REQUIRED = {"recipe": ["inverted-u"], "fit": ["--out", "lens"], "export": ["run", "--out", "file"]}
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
+REQUIRED |= {"prompts": ["--out", "prompts.jsonl"]}
 REQUIRED |= {"merge-lenses": ["lens", "--out", "merged"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
@@ -123,6 +125,7 @@ def test_the_command_line_and_python_give_the_same():
         "device": "auto",
         "dtype": "auto",
         "batch_size": "2",
+        "states": None,
         "reuse_prefix": "auto",
         "seed": 0,
         "trust_remote_code": False,
