@@ -80,9 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     prompts = add_command(
         "prompts",
         help="write the contexts of a sweep as token ids, for another engine to run",
-        description="A JSON object a line, for every context that refinelens sweep with these options asks a model for. "
-        "The model is not run, and its weights are not loaded. With --states contexts that have a file there are left "
-        "out.",
+        description="A JSON object a line, for every context that refinelens sweep with these options would run. The "
+        "model is not run, and its weights are not loaded. With --states contexts that have a file there are left out.",
     )
     _add_config(prompts, config.SweepConfig)
     prompts.add_argument("--out", required=True, metavar="FILE.jsonl[.gz]", help="the file to write, a new one")

@@ -199,15 +199,24 @@ class StoredStates:
         if len(n_tokens) != 1 or shape != [*n_rows, n_layers + 1, d_model]:
             wanted = [*n_rows, n_layers + 1, d_model]
             raise self._refused(f"{STATES} {wanted} in {path.name}", f"{shape} of {TOKENS} {n_tokens}")
-        if LOGPROBS in names and file.get_slice(LOGPROBS).get_shape() != n_tokens:
-            got = file.get_slice(LOGPROBS).get_shape()
-            raise self._refused(f"{LOGPROBS} {n_tokens} in {path.name}, a number a token", got)
         own, dtype = self.lens.head.weight.dtype, file.get_slice(STATES)[:0].dtype
         if not dtype.is_floating_point or (own != torch.float32 and own != dtype):
             raise self._refused(
                 f"states in {path.name} that fit {own}, in which the head is", f"{dtype}; use ``dtype='float32'``"
             )
         self.dtypes.add(str(dtype).removeprefix("torch."))
+        self._check_further(path, file, n_tokens[0])
+
+    def _check_further(self, path: Path, file: Any, n_tokens: int) -> None:
+        """Refuse tensors that need not be there, of another shape or with other values than they may have."""
+        names = set(file.keys())
+        places = file.get_tensor(POSITIONS).tolist() if POSITIONS in names else []
+        if places and not 0 <= min(places) <= max(places) < n_tokens:
+            got = f"{min(places)} to {max(places)}"
+            raise self._refused(f"{POSITIONS} from 0 to {n_tokens - 1} in {path.name}", got)
+        if LOGPROBS in names and file.get_slice(LOGPROBS).get_shape() != [n_tokens]:
+            got = file.get_slice(LOGPROBS).get_shape()
+            raise self._refused(f"{LOGPROBS} [{n_tokens}] in {path.name}, a number a token", got)
 
     def _rows(self, file: Any, rows: Sequence[int]) -> Tensor:
         """``[n_rows, n_layers + 1, d_model]`` in the dtype of the file, which is read between them alone."""
@@ -226,7 +235,7 @@ class StoredStates:
             raise self._refused(
                 f"layer 0 of {where} to be the embedding that ``model`` has of its tokens",
                 f"a difference of {found:.2g} of the largest number, allowed {allowed:.2g}; extract layers 0 to "
-                f"{self.lens.n_layers}, in order, of that model",
+                f"{self.lens.n_layers}, in order, of that model, and keep the dtype that it ran in",
             )
         self._is_proven = True
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
 from .head import BLOCK_COUNTS, find_blocks
@@ -51,3 +53,14 @@ def without_other_blocks(keys: Iterable[str], model: PreTrainedModel) -> list[st
     path = next(name for name, module in model.named_modules() if module is blocks)
     of_block = re.compile(rf"(^|\.){re.escape(path.rpartition('.')[2])}\.[1-9]\d*\.")
     return [key for key in keys if not of_block.search(key)]
+
+
+@contextmanager
+def unlisted() -> Iterator[None]:
+    """Within the block Transformers does not list the tensors of the other blocks, which it has no place for."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

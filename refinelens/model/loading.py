@@ -29,7 +29,7 @@ from transformers.utils import find_adapter_config_file
 from ..config import DTYPE_NAMES
 from ..errors import FaultError, InputError
 from . import identity
-from .head_only import cut_to_one_block, without_other_blocks
+from .head_only import cut_to_one_block, unlisted, without_other_blocks
 from .identity import added_ids
 from .positions import position_limit
 
@@ -138,7 +138,7 @@ def load_model(
     with memory_for(f"``model`` {name}"):
         try:
             _check_adapter(name, source, extra)
-            with _gguf_read_once() if gguf_file else nullcontext():
+            with _gguf_read_once() if gguf_file else nullcontext(), nullcontext() if part == WHOLE else unlisted():
                 tokenizer = AutoTokenizer.from_pretrained(source, **extra)
                 whole = None if part == WHOLE else AutoConfig.from_pretrained(source, **extra)
                 cut = {} if whole is None else {"config": cut_to_one_block(whole)}
