@@ -242,8 +242,9 @@ class StoredStates:
     def _compare(self, file: Any, tokens: list[int], where: str) -> None:
         """Hold what the last layer gives to tokens of a context against the engine's own log-probabilities.
 
-        The engine rounds normed state and logits in its dtype, here both are fp32: as for the parity gate, a logit may
-        differ by `_tolerance` of the logit range, and a log-probability, a difference of two, by twice that.
+        The engine rounds normed state and logits in its dtype. A log-probability is the difference of two logits, each
+        rounded by half an epsilon of its size: of both together, an epsilon of the logit range. As much is left for the
+        rounding of the normed state, which makes `_tolerance` of the range, as for the parity gate.
 
         Raises:
             InputError: They differ by more.
@@ -257,7 +258,7 @@ class StoredStates:
             logits = self.lens.head.logits(last.to(self.lens.head.weight)).cpu()
         own = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[following, None])[:, 0]
         found = (own - file.get_tensor(LOGPROBS)[following].float()).abs()
-        allowed = 2 * _tolerance(dtype) * (logits.amax(-1) - logits.amin(-1))
+        allowed = _tolerance(dtype) * (logits.amax(-1) - logits.amin(-1))
         worst = int((found - allowed).nan_to_num(torch.inf).argmax())
         if not bool((found <= allowed).all()):
             raise self._refused(

@@ -24,7 +24,7 @@ from ..lens.runner import ForwardRunner
 from ..lens.stored_states import HeadLens, StoredStates, context_id
 from ..machine import device_name, working_folder
 from ..model.identity import ids_of
-from ..model.loading import HEAD, WHOLE, LoadedModel, load_model
+from ..model.loading import HEAD, LoadedModel, load_model
 from ..model.resid_mid import Sublayers
 from ..op.backends import choose_backend
 from ..placement import CLOSED_BOOK
@@ -74,8 +74,8 @@ class SweepInputs:
             require(f"lenses.{index}.sha256", lens.sha256)
         if options.frequencies is not None and spec is None:  # a run that is there is also read without the text
             load_text(options.frequencies, "frequencies")
-        part = WHOLE if options.states is None else HEAD
-        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code, part=part)
+        part = {} if options.states is None else {"part": HEAD}
+        loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code, **part)
         check_words(options, template, questions, loaded)
         require("model.device", loaded.model.device.type)
         require("model.dtype", loaded.dtype_name)
