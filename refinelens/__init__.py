@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .machine import __version__
 
 if TYPE_CHECKING:
-    from .api import drift, essential_layers, fit, merge_lenses, merge_runs, recipe, sweep
+    from .api import drift, essential_layers, fit, merge_lenses, merge_runs, prompts, recipe, sweep
     from .data.convert import convert
     from .errors import FaultError, InputError, UnsupportedModelError
     from .kernels.reference import LayerNorm, LensHead, LensStats, RMSNorm
@@ -50,6 +50,7 @@ _PUBLIC = {
     "Trajectories": "store.trajectory",
     # Experiments.
     "sweep": "api",
+    "prompts": "api",
     "fit": "api",
     "merge_runs": "api",
     "merge_lenses": "api",
@@ -92,6 +93,7 @@ __all__ = [
     "trajectories",
     "Trajectories",
     "sweep",
+    "prompts",
     "fit",
     "merge_runs",
     "merge_lenses",

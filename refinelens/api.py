@@ -1,4 +1,4 @@
-"""What the command line runs, as functions: a sweep, the fit of a lens, the analysis of layers, a recipe.
+"""What the command line runs, as functions: a sweep, its contexts, the fit of a lens, the analysis of layers, a recipe.
 
 Options are keywords and named as the fields of the configs in `refinelens.config`; they take Python's values and the
 command line's words alike. Lines that the command line says on the way are warnings here.
@@ -23,6 +23,7 @@ from .progress import progress_bar
 from .run_page import write_report_page
 from .store.frames import LoadedLayers, LoadedRun
 from .store.results import PAGE
+from .sweeping.prompt_file import Prompts, write_prompts
 from .sweeping.shards import merge_runs as _merge_runs
 from .sweeping.sweep import resume_sweep, run_sweep
 from .view_config import DriftConfig
@@ -86,6 +87,26 @@ def merge_runs(shards: Sequence[str | Path], *, out: str | Path | None = None, o
         InputError: Shards that are missing, doubled, unfinished, damaged or of another run; names them.
     """
     return LoadedRun(_merge_runs(shards, _folder(out), overwrite, None, _warn))
+
+
+def prompts(model: str | Path | None = None, *, out: str | Path | None = None, **options: Any) -> Prompts:
+    """Write the contexts of a sweep as token ids, for another engine to run; ``refinelens prompts``.
+
+    What the engine writes is read by `sweep` with the same options and ``states``, the folder of its files.
+
+    Args:
+        model: As in `sweep`; its weights are not loaded.
+        out: A new file, a JSON object a line, packed with gzip if its name ends in ``.gz``.
+        **options: As of `sweep`; with ``states`` contexts that have a file there are left out.
+
+    Returns:
+        Prompts: how many ``contexts`` and ``tokens`` there are, and the ``longest``.
+
+    Raises:
+        InputError: Input that does not fit, an option that there is not, or an ``out`` that cannot be written.
+        FaultError: No free disk.
+    """
+    return write_prompts(_config(SweepConfig, model=model, **options), _file(out))
 
 
 def fit(
@@ -228,6 +249,12 @@ def _config(kind: type[Config], **options: Any) -> Any:
         if name not in known:
             raise InputError(f"``{name}``: expected one of {', '.join(known)}, got another option")
     return kind(**options)
+
+
+def _file(out: str | Path | None) -> str:
+    if out is None:
+        raise InputError("``out``: expected the file to write, got none")
+    return str(out)
 
 
 def _folder(out: str | Path | None) -> str:

@@ -92,6 +92,14 @@ def _sweep(arguments: argparse.Namespace, argv: list[str]) -> int:
         return _watch(partial(run_sweep, *given, shard=arguments.shard), not arguments.no_report)
 
 
+def _prompts(arguments: argparse.Namespace, argv: list[str]) -> int:
+    options = config_of(arguments, config.SweepConfig)
+    from .sweeping.prompt_file import write_prompts
+
+    print(write_prompts(options, arguments.out))
+    return 0
+
+
 def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     path, words = arguments.resume, [word.split("=")[0] for word in argv[1:] if word.startswith("--")]
     engine = [option_of(field.name) for field in fields(config.EngineConfig)]
@@ -410,6 +418,7 @@ def _folder_of_its_own(wanted: str | None, options: config.SweepConfig) -> Itera
 
 COMMANDS = {
     "sweep": _sweep,
+    "prompts": _prompts,
     "fit": _fit,
     "merge": _merge,
     "merge-lenses": _merge_lenses,

@@ -209,6 +209,13 @@ class SweepConfig(ModelConfig):
         "which of several answers is the target; best: the likeliest after the oracle context", ASKED, "first", "best"
     )
     batch_size: str = option("auto", "contexts per forward pass", RUNS, TYPED, "auto|N")
+    states: str | None = option(
+        None,
+        "folder of files with the hidden states of every context, of another engine that ran what refinelens prompts "
+        "writes; of the model the head alone is loaded (default: run the model)",
+        RUNS,
+        metavar="FOLDER",
+    )
     reuse_prefix: str = choice(
         "run documents that contexts share once; auto: on a CPU in float32, if proven", RUNS, "auto", "on", "off"
     )
@@ -250,6 +257,13 @@ class SweepConfig(ModelConfig):
         expect(distinct, "lens", "plain or folders, each once", repr(",".join(lenses)))
         fits = batch == "auto" or (batch.isdecimal() and int(batch) > 0)
         expect(fits, "batch_size", "auto or a positive number", repr(batch))
+        if self.states is not None:
+            beside = "beside ``states``, where no model runs"
+            expect(not self.generate, "generate", f"0 {beside}", self.generate)
+            for name in ("device_map", "quantize"):
+                expect(getattr(self, name) is None, name, f"none {beside}", getattr(self, name))
+            expect(SUBLAYERS not in self.measures, "measures", f"others than {SUBLAYERS} {beside}", SUBLAYERS)
+            expect(self.reuse_prefix != "on", "reuse_prefix", f"auto or off {beside}", "on")
         if self.reuse_prefix == "on":
             on = "reuse_prefix='on'"
             expect(self.positions == "answer", on, "``positions='answer'``", "all, which runs every token")

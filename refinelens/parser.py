@@ -22,6 +22,8 @@ EXAMPLES = """examples:
   refinelens sweep --task kv --documents 10,50 --examples 100 --template query-aware
   refinelens sweep --task nq --documents closed-book,oracle,10 --alias best --chat
   refinelens sweep --resume runs/first
+  refinelens prompts --model ./my-model --documents 5 --out prompts.jsonl
+  refinelens sweep --model ./my-model --documents 5 --states states
   refinelens convert dev-v2.0.json --from squad --out squad.jsonl.gz
   refinelens show runs/first --top 1,5
   refinelens layers runs/first --interventions skip,attn --examples 10
@@ -75,6 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-report", action="store_true", help="write no page of the run")
     add("--shard", metavar="I/N", help="one of N shards of the run, made side by side; merge makes a run of them")
     add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
+
+    prompts = add_command(
+        "prompts",
+        help="write the contexts of a sweep as token ids, for another engine to run",
+        description="A JSON object a line, for every context that refinelens sweep with these options would run. The "
+        "model is not run, and its weights are not loaded. With --states contexts that have a file there are left out.",
+    )
+    _add_config(prompts, config.SweepConfig)
+    prompts.add_argument("--out", required=True, metavar="FILE.jsonl[.gz]", help="the file to write, a new one")
 
     words = {"epilog": FIT_EXAMPLE, "formatter_class": as_written}
     fit = add_command("fit", help="fit a lens that sees what the plain logit lens cannot", **words)

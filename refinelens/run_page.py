@@ -22,6 +22,7 @@ from .errors import InputError
 from .pages.html import smallest, write_page
 from .placement import NO_POSITION, ORACLE, condition_name
 from .report.agreement import compare_runs, share_questions
+from .report.checks import parity_lines
 from .report.effective_depth import effective_depth_lines
 from .report.frequency import frequency_curves
 from .report.measures import cells_of
@@ -367,6 +368,8 @@ def _finding(report: Report) -> list[str]:
         verdict = "this supports an inverted U" if test.p_holm < 0.05 else "this shows no inverted U"
         lines.append(f"{where}: {how}; {verdict}.")
     allowed = parity["tolerance"] * parity["logit_range"]
+    if "states" in manifest:
+        return [*lines, *parity_lines(manifest), "Ranks are exact."]
     lines.append(
         f"Checked before anything was read: at the last layer the lens is the model's own prediction (largest "
         f"difference of logits {parity['max_difference']:.2g}, allowed {allowed:.2g}). Ranks are exact."

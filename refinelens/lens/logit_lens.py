@@ -147,7 +147,7 @@ class LogitLens:
     def entry(self) -> dict[str, Any]:
         """What identifies the model to a lens that was made for it, by `translators.MODEL_KEYS`."""
         name = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
-        hashes = (config_sha256(self.model), weights_sample_sha256(self.model))
+        hashes = (config_sha256(self.model.config), weights_sample_sha256(self.model))
         values = (name, type(self.model).__name__, *hashes, self.n_layers, self.d_model)
         return dict(zip(MODEL_KEYS, values, strict=True))
 

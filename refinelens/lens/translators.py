@@ -134,6 +134,8 @@ def check_made_for(made_for: dict[str, Any], here: dict[str, Any], unembedding: 
     for key in ("class", "n_layers", "d_model", "config_sha256", "weights_sample_sha256"):
         if key not in made_for or made_for[key] == here[key]:
             continue
+        if here[key] is None:
+            return "of the model the head alone is here; the weights that the lens was made for were not compared"
         what = "another model"
         if key == "weights_sample_sha256":  # of numbers rounded to bf16, so that fp32 and bf16 agree but not fp16
             half = " or one in another dtype" if unembedding.dtype == torch.float16 else ""

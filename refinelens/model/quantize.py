@@ -36,7 +36,7 @@ def quantization(word: str, dtype: torch.dtype, config: Any) -> Any:
             f"``quantize={word!r}``: expected the package {missing}, which is not installed; pip install {missing}"
         )
     if word == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
+        from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig())

@@ -23,6 +23,7 @@ from ..store.layers import DESTROY, RESTORE
 from ..store.process import RunLock
 from ..store.results import Run
 from ..store.trajectory import trajectory_tables
+from .checks import parity_lines
 from .effective_depth import effective_depth_lines
 from .figures import draw_figures
 from .frequency import frequency_lines
@@ -130,7 +131,7 @@ def notes(report: Report) -> list[str]:
     """The lines under the table: what the numbers are, and the checks behind them."""
     manifest = report.manifest
     model, counts, arguments = manifest["model"], manifest["counts"], manifest["arguments"]
-    parity, n_layers = model["parity"], model["n_layers"]
+    n_layers = model["n_layers"]
     reasons = ", ".join(f"{len(ids)} at {reason}" for reason, ids in counts["left_out"].items())
     lenses = ", ".join(_lens_words(entry) for entry in manifest["lenses"])
     tops = ", ".join(map(str, arguments["top"]))
@@ -144,8 +145,7 @@ def notes(report: Report) -> list[str]:
         f"{FEW_QUESTIONS} questions has no interval. first, settle: mean layers, 0 (embedding) to "
         f"{n_layers} (output); depth = settle - first. at out.: share whose settle is layer {n_layers}; unseen: not "
         "correct at any layer before it. Brackets: 95 % intervals over questions, all of them in summary.csv.",
-        f"Parity: the lens at layer {n_layers} equals the model's own logits: largest difference "
-        f"{parity['max_difference']:.2g}, allowed {parity['tolerance'] * parity['logit_range']:.2g}, same predictions.",
+        *parity_lines(manifest),
         f"Left out: {reasons or 'no question'} (of {counts['questions']}). Target: {arguments['target']}, "
         f"rank <= {tops}, answer tokens: {arguments['answer_tokens']}, seed {manifest['seed']}. Lens: {lenses}, "
         f"backend {model['backend']}, {model['dtype']} on {model['device']}.",
@@ -164,7 +164,7 @@ def notes(report: Report) -> list[str]:
         rate = f", {counts['positions_read'] / manifest['seconds']:.0f} a second" if manifest["seconds"] else ""
         read = counted(counts["positions_read"], "token")
         lines.append(f"{read} read{rate}; tables and figures are about the answers.")
-    if "tokens_saved" in counts:
+    if "tokens_saved" in counts and "states" not in manifest:
         lines.append(_prefix_words(manifest["prefix_reuse"], counts["tokens_computed"], counts["tokens_saved"]))
     if arguments["generate"]:
         written = counted(counts["tokens_generated"], "token")

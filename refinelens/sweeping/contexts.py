@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,8 +20,8 @@ from ..data.questions import Alias, Document, Question
 from ..data.scoring import fold, has_word_boundaries
 from ..data.tasks import DistractorSource, Task
 from ..errors import CannotAskError, InputError
-from ..lens.logit_lens import LogitLens
-from ..lens.runner import ForwardRunner, ModelInput, blamed_on_context
+from ..lens.runner import ModelInput, blamed_on_context
+from ..lens.stored_states import Runner
 from ..model.identity import encode, ids_of
 from ..model.loading import LoadedModel
 from ..placement import CLOSED_BOOK, ORACLE, Placement, condition_name
@@ -55,7 +56,7 @@ def best_alias(scores: dict[int, float]) -> Alias:
     return Alias(index, f"best of {len(scores)}: {found}")
 
 
-def alias_scores(runner: ForwardRunner, contexts: Sequence[Context]) -> list[float]:
+def alias_scores(runner: Runner, contexts: Sequence[Context]) -> list[float]:
     """Mean log-probability per token, nats, that the model gives all that follows each prompt by itself.
 
     That is the teacher-forced answer, with the space before it where that is a token: no answer gets one for nothing.
@@ -143,12 +144,20 @@ class ContextBuilder:
     """Builds the contexts of questions: always the same for one task, template, model and seed."""
 
     def __init__(
-        self, options: SweepConfig, task: Task, template: Template, loaded: LoadedModel, logit_lens: LogitLens
+        self, options: SweepConfig, task: Task, template: Template, loaded: LoadedModel, runner: Runner | None
     ):
+        """
+        Args:
+            options: What is asked.
+            task: Where other documents come from.
+            template: What prompts look like.
+            loaded: The model, of which tokenizer, positions and embedding are asked.
+            runner: Of the model, where answers or questions are chosen by what it says; None where `build` is not used.
+        """
         self._options = options
         self._template = template
         self._loaded = loaded
-        self._runner = ForwardRunner(logit_lens)
+        self._runner = runner
         self._distractors = DistractorSource(task, options.seed)
 
     def build(self, question: Question) -> QuestionContexts:
@@ -174,6 +183,35 @@ class ContextBuilder:
                 others = max(0, size - placement.golds - placement.decoys)
                 n_replaced = self._distractors.replaced(question, others)  # of the largest size
         return QuestionContexts(alias, contexts, left_out, n_tokens, n_replaced)
+
+    def every_context(self, question: Question) -> list[tuple[int, Context]]:
+        """Every context that `build` may run or return, whatever the model says, each with the place of its answer.
+
+        Where the answer is chosen by the model, these are the contexts of all its answers.
+        """
+        try:
+            oracles = self._oracles(question)
+        except CannotAskError:
+            return []
+        if self._any_too_long(list(oracles.values())):
+            found, aliases = [], [min(oracles)]
+        else:
+            found, aliases = list(oracles.items()), list(oracles) or [0]
+        for alias in aliases:
+            with suppress(CannotAskError):
+                found += ((alias, context) for context in self._of_alias(question, alias))
+        return found
+
+    def _of_alias(self, question: Question, alias: int) -> Iterator[Context]:
+        """Contexts that one answer is decided by and asked in, up to where the question would be left out."""
+        for size, *_ in CONDITIONS[self._options.keep]:
+            context = self._condition(question, size, alias)
+            if self._any_too_long([context]):
+                return
+            yield context
+        for size in self._options.documents:
+            found = self._of_size(question, size, alias)
+            yield from () if isinstance(found, str) else found
 
     def document_spans(self, context: Context) -> list[tuple[int, int] | None]:
         """Tokens of every document of a context, end exclusive; None where the tokenizer knows no offsets."""
@@ -216,13 +254,28 @@ class ContextBuilder:
         Raises:
             CannotAskError: There is none, or none that this model can be asked for.
         """
+        oracles = self._oracles(question)
+        if self._options.alias == "first" or len(question.answers) == 1:
+            return Alias(0, "first" if len(question.answers) > 1 else "only"), 0
+        contexts = list(oracles.values())
+        if self._any_too_long(contexts):
+            return Alias(min(oracles), f"first: {CONTEXT_TOO_LONG}"), 0
+        n_tokens = sum(len(context.input_ids) for context in contexts)
+        return best_alias(dict(zip(oracles, alias_scores(self._runner, contexts), strict=True))), n_tokens
+
+    def _oracles(self, question: Question) -> dict[int, Context]:
+        """Contexts with the gold document alone, by the answers that can be the target; none for a single one.
+
+        Raises:
+            CannotAskError: There is no answer, or none that this model can be asked for.
+        """
         if not question.answers:
             raise CannotAskError(NO_ANSWER)
         if self._template.shots and self._template.shots.has_answer_of(question):
             raise CannotAskError(ANSWER_IN_SHOTS)
         if self._options.alias == "first" or len(question.answers) == 1:
-            return Alias(0, "first" if len(question.answers) > 1 else "only"), 0
-        oracles: dict[int, Context] = {}  # by the answers that the model can be asked for
+            return {}
+        oracles: dict[int, Context] = {}
         for alias in range(len(question.answers)):
             try:
                 oracles[alias] = self._build(question, [], Placement(0), alias, decoy=False)
@@ -230,11 +283,12 @@ class ContextBuilder:
                 reason = error
         if not oracles:
             raise reason
-        contexts = list(oracles.values())
-        if self._any_too_long(contexts):
-            return Alias(min(oracles), f"first: {CONTEXT_TOO_LONG}"), 0
-        n_tokens = sum(len(context.input_ids) for context in contexts)
-        return best_alias(dict(zip(oracles, alias_scores(self._runner, contexts), strict=True))), n_tokens
+        return oracles
+
+    def _condition(self, question: Question, size: int, alias: int) -> Context:
+        """The context without documents, or with the gold one alone, that decides whether a question is kept."""
+        placement = Placement() if size == CLOSED_BOOK else Placement(0)
+        return self._build(question, [], placement, alias, decoy=False)
 
     def _why_not_kept(self, question: Question, alias: int) -> tuple[str | None, int]:
         """The reason to leave a question out by what the model says of it, None to keep it, and the tokens this took.
@@ -244,8 +298,7 @@ class ContextBuilder:
         """
         n_tokens = 0
         for size, is_wanted, reason in CONDITIONS[self._options.keep]:
-            placement = Placement() if size == CLOSED_BOOK else Placement(0)
-            context = self._build(question, [], placement, alias, decoy=False)
+            context = self._condition(question, size, alias)
             if self._any_too_long([context]):
                 return CONTEXT_TOO_LONG, n_tokens
             n_tokens += len(context.input_ids)

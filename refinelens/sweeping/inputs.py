@@ -20,9 +20,11 @@ from ..errors import InputError
 from ..lens.blocks import sublayers_of
 from ..lens.files import Lens, load_lenses
 from ..lens.logit_lens import LogitLens, fit_to_model
+from ..lens.runner import ForwardRunner
+from ..lens.stored_states import HeadLens, StoredStates, context_id
 from ..machine import device_name, working_folder
 from ..model.identity import ids_of
-from ..model.loading import LoadedModel, load_model
+from ..model.loading import HEAD, LoadedModel, load_model
 from ..model.quantize import method_of
 from ..model.resid_mid import Sublayers
 from ..model.split import places
@@ -47,6 +49,7 @@ class SweepInputs:
     loaded: LoadedModel
     logit_lens: LogitLens
     sublayers: list[Sublayers] | None  # of every block, where they are measured
+    stored: StoredStates | None = None  # of every context, where another engine ran the model
 
     @cached_property
     def frequencies(self) -> TokenFrequencies | None:
@@ -67,31 +70,15 @@ class SweepInputs:
             UnsupportedModelError: Blocks without the parts that are to be measured.
         """
         require = spec.require if spec else lambda field, here: None
-        if options.task in GENERATORS:
-            task = generate_task(options.task, options.examples, max(options.documents), options.seed)
-        else:
-            task = load_task(options.task)
-        require("task.sha256", task.sha256)
-        template = Template(task.format, load_template(options.template, task.format))
-        require("template", template.text)
-        for option, is_given in (
-            ("documents='closed-book'", CLOSED_BOOK in options.documents),
-            ("keep='needs-document'", options.keep == NEEDS_DOCUMENT),
-        ):
-            if is_given and task.format.closed_book is None:
-                raise InputError(f"``{option}``: expected a task that can be asked closed-book, got {options.task}")
-        questions = choose_questions(task, options.examples, options.seed)
-        if options.shots:
-            drawn = Shots.of_entries(spec.manifest["shots"]) if spec else draw_shots(options, task, questions, template)
-            template = replace(template, shots=drawn)
-            questions = [question for question in questions if question.id not in drawn.ids]
+        task, template, questions = load_questions(options, spec)
         lenses = load_lenses(options.lens)
         for index, lens in enumerate(lenses):
             require(f"lenses.{index}.sha256", lens.sha256)
         if options.frequencies is not None and spec is None:  # a run that is there is also read without the text
             load_text(options.frequencies, "frequencies")
-        loaded = load_model(options.model, **options.loading)
-        _check_words(options, template, questions, loaded)
+        part = {} if options.states is None else {"part": HEAD}
+        loaded = load_model(options.model, **options.loading, **part)
+        check_words(options, template, questions, loaded)
         require("model.device", loaded.device.type)
         require("model.dtype", loaded.dtype_name)
         for name in ("config_sha256", "weights_sha256", "tokenizer_sha256"):
@@ -103,12 +90,13 @@ class SweepInputs:
             # The template may write the date: a run that goes on keeps the text that it began with.
             chat = Chat(**spec.manifest["chat"]) if spec else render_chat(loaded.tokenizer, options.shots)
             template = replace(template, chat=chat)
-        logit_lens = LogitLens(loaded.model)
+        logit_lens = LogitLens(loaded.model) if options.states is None else HeadLens(loaded)
+        stored = StoredStates(options.states, logit_lens) if isinstance(logit_lens, HeadLens) else None
         require("model.backend", choose_backend(loaded.device.type, logit_lens.backend)[0])
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         measured = SUBLAYERS in options.measures
         sublayers = sublayers_of(logit_lens, f"leave {SUBLAYERS} out of ``measures``") if measured else None
-        return cls(options, task, template, questions, lenses, loaded, logit_lens, sublayers)
+        return cls(options, task, template, questions, lenses, loaded, logit_lens, sublayers, stored)
 
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
@@ -161,6 +149,7 @@ class SweepInputs:
                 "sha256": task.sha256,
                 "questions": len(task.questions),
             },
+            **({"states": self.stored.entry()} if self.stored else {}),
             "frequencies": self.frequencies and self.frequencies.entry(),
             "lenses": [lens.entry() for lens in self.lenses],
             "template": template.text,
@@ -179,7 +168,30 @@ class SweepInputs:
 
     def builder(self) -> ContextBuilder:
         """What builds contexts."""
-        return ContextBuilder(self.options, self.task, self.template, self.loaded, self.logit_lens)
+        runner = self.stored or ForwardRunner(self.logit_lens)
+        return ContextBuilder(self.options, self.task, self.template, self.loaded, runner)
+
+    def check_stored(self, places: list[int]) -> None:
+        """Refuse to ask the questions at these places while a context of theirs lacks its states, where these are read.
+
+        Raises:
+            InputError: Says how many contexts and files there are, and names the first context without one.
+        """
+        if self.stored is None:
+            return
+        builder, there = self.builder(), {}  # by the ids of contexts, whose token ids are not kept
+        absent = None
+        for place in places:
+            for _, context in builder.every_context(self.questions[place]):
+                id = context_id(context.input_ids)
+                there[id] = self.stored.has(context.input_ids)
+                absent = absent or (None if there[id] else f"{context.where} ({id})")
+        if absent is not None:
+            folder = self.options.states
+            raise InputError(
+                f"``states`` {folder}: expected a file for each of {len(there)} contexts, got {sum(there.values())}; "
+                f"the first without one is {absent}; ``prompts(states='{folder}')`` writes those that are missing"
+            )
 
     def context(self, *which: int | None) -> Context:
         """One context of a run to look at, see `choose_context`."""
@@ -188,7 +200,8 @@ class SweepInputs:
     def predictor(self) -> Predictor:
         """What asks the questions."""
         parts = (self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
-        return Predictor(*parts, buckets=self.frequencies and self.frequencies.buckets, sublayers=self.sublayers)
+        buckets = self.frequencies and self.frequencies.buckets
+        return Predictor(*parts, buckets=buckets, sublayers=self.sublayers, stored=self.stored)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
@@ -199,7 +212,39 @@ class SweepInputs:
             yield from zip(group, predictor.ask(self.questions, group), strict=True)
 
 
-def _check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
+def load_questions(options: SweepConfig, spec: RunSpec | None = None) -> tuple[Task, Template, list[Question]]:
+    """Task, template and the questions that are asked, by the options alone, which take no model.
+
+    Args:
+        options: What to run.
+        spec: Of the run that goes on, None where one begins.
+
+    Raises:
+        InputError: Anything that cannot be loaded, or is not as the run has it.
+    """
+    require = spec.require if spec else lambda field, here: None
+    if options.task in GENERATORS:
+        task = generate_task(options.task, options.examples, max(options.documents), options.seed)
+    else:
+        task = load_task(options.task)
+    require("task.sha256", task.sha256)
+    template = Template(task.format, load_template(options.template, task.format))
+    require("template", template.text)
+    for option, is_given in (
+        ("documents='closed-book'", CLOSED_BOOK in options.documents),
+        ("keep='needs-document'", options.keep == NEEDS_DOCUMENT),
+    ):
+        if is_given and task.format.closed_book is None:
+            raise InputError(f"``{option}``: expected a task that can be asked closed-book, got {options.task}")
+    questions = choose_questions(task, options.examples, options.seed)
+    if options.shots:
+        drawn = Shots.of_entries(spec.manifest["shots"]) if spec else draw_shots(options, task, questions, template)
+        template = replace(template, shots=drawn)
+        questions = [question for question in questions if question.id not in drawn.ids]
+    return task, template, questions
+
+
+def check_words(options: SweepConfig, template: Template, questions: list[Question], loaded: LoadedModel) -> None:
     """Refuse a template of one's own with words that the model's tokenizer does not have, and questions mostly in such.
 
     OPT's puts the token that stands for them before every text, as its beginning.

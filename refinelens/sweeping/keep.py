@@ -10,7 +10,7 @@ import torch
 
 from ..config import ANSWERED, EVERY_QUESTION, NEEDS_DOCUMENT
 from ..data.prompts import Context
-from ..lens.runner import ForwardRunner
+from ..lens.stored_states import Runner
 from ..placement import CLOSED_BOOK, ORACLE
 from ..report.scope import KNOWN, NOT_ANSWERED
 
@@ -24,7 +24,7 @@ CONDITIONS = {
 }
 
 
-def is_predicted(runner: ForwardRunner, context: Context) -> bool:
+def is_predicted(runner: Runner, context: Context) -> bool:
     """Whether the first answer token of a context has rank 1 at the output of the model.
 
     The context runs with its whole answer, as the sweep runs it.

@@ -25,6 +25,7 @@ from ..lens.measures import measures_of, settling_layers
 from ..lens.prefix import choose_reuse
 from ..lens.reading import LayerReading
 from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
+from ..lens.stored_states import StoredStates
 from ..model.identity import text_of
 from ..model.loading import LoadedModel
 from ..model.resid_mid import Sublayers
@@ -239,6 +240,7 @@ class Predictor:
         rows_at_a_time: int = ROWS_AT_A_TIME,
         buckets: np.ndarray | None = None,
         sublayers: Sequence[Sublayers] | None = None,
+        stored: StoredStates | None = None,
     ):
         """
         Args:
@@ -250,6 +252,7 @@ class Predictor:
             rows_at_a_time: See `ROWS_AT_A_TIME`.
             buckets: How frequent every token is, int8 ``[vocab_size]``, where that is measured.
             sublayers: Attention and feed-forward part of every block, where these are measured.
+            stored: States of every context, where no model runs.
         """
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
@@ -257,6 +260,11 @@ class Predictor:
         self._together = questions_together(options, loaded.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
         self._further, self._generator = FurtherColumns(options.extras, [lens.name for lens in lenses], buckets), None
+        self._runner = stored or self._forward_runner(loaded, sublayers)
+
+    def _forward_runner(self, loaded: LoadedModel, sublayers: Sequence[Sublayers] | None) -> ForwardRunner:
+        """What runs contexts, and the generator that goes on from them."""
+        options, logit_lens = self._options, self._logit_lens
         if options.generate:
             keeps_states = GENERATED_SETTLE in options.extras
             generator = Generator.from_model(loaded, logit_lens, options.generate, keeps_states=keeps_states)
@@ -265,7 +273,7 @@ class Predictor:
         keeps_cache = bool(options.generate) and (reuse.used or check_cache(logit_lens).used)
         size = None if options.batch_size == "auto" else int(options.batch_size)
         size = 1 if size is None and options.positions == "all" else size  # all states of a context are much to hold
-        self._runner = ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers)
+        return ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers)
 
     def ask(self, questions: Sequence[Question], places: Sequence[int]) -> list[QuestionResult]:
         """All that comes of the questions at some places, at every context size and gold position.

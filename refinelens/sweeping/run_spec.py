@@ -25,7 +25,7 @@ class RunSpec(MadeOf):
     def options(self) -> SweepConfig:
         """The options that the run was made with; files and folders are found from any folder."""
         values = dict(self.manifest["arguments"])
-        for name in ("model", "task", "template", "frequencies", "device_map"):
+        for name in ("model", "task", "template", "frequencies", "device_map", "states"):
             values[name] = values.get(name) and self._from_here(values[name])
         return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
 

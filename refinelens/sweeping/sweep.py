@@ -107,6 +107,7 @@ class _Sweep:
     shard: str | None = None
     runner: SweepInputs | Workers | None = None
     writer: RunWriter | None = None
+    check: Callable[[list[int]], None] = lambda places: None  # that the questions at some places can be asked
 
     def begin(self, options: SweepConfig, overwrite: bool) -> None:
         """Load everything, and put the manifest of a new run in its place."""
@@ -147,6 +148,8 @@ class _Sweep:
         """Of several workers each loads the model for itself; ours goes."""
         workers = self.engine.workers
         self.runner = Workers(inputs.options, spec, workers, self.warn) if workers > 1 else inputs
+        if inputs.stored:
+            self.check = inputs.check_stored
         self.writer = RunWriter(self.run, spec.manifest, resumed)
 
     def finish(self, signals: StopSignals) -> Run:
@@ -191,6 +194,7 @@ class _Sweep:
         """Ask every question that has no rows yet, until a signal comes."""
         writer, missing, rows, contexts, so_far = self.writer, self.writer.missing(), 0, 0, AccuracySoFar()
         total = writer.done + len(missing)
+        self.check(missing)
         self.progress("questions", writer.done, total)
         signals.finish_first()
         with closing(self.runner.ask(missing, stopped=lambda: signals.received is not None)) as results:

@@ -19,6 +19,7 @@ from refinelens.view_config import BenchConfig, WidgetConfig
 PACKAGE = Path(config.__file__).parent
 COMMANDS = {  # config and what the command line alone is asked
     "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "shard", "no_report"}),
+    "prompts": (SweepConfig, {"out"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "merge": (Config, {"folders", "out", "overwrite", "no_report"}),
     "merge-lenses": (Config, {"folders", "out", "overwrite"}),
@@ -38,6 +39,7 @@ REQUIRED = {"recipe": ["inverted-u"], "fit": ["--out", "lens"], "export": ["run"
 REQUIRED |= {"show": ["run"], "layers": ["run"], "read": ["text"], "report": ["run"]}
 REQUIRED |= {"convert": ["file", "--from", "squad", "--out", "task.jsonl"]}
 REQUIRED |= {"merge": ["run", "--out", "merged"], "merge-lenses": ["lens", "--out", "merged"]}
+REQUIRED |= {"prompts": ["--out", "prompts.jsonl"]}
 PIP = {"--no-deps"}
 KEPT = {  # texts that runs keep and tables print, commands to type; options of pip, and of a script of its own
     "report/summary.py": {"--model", "--top", "--out", "--lens"},
@@ -125,6 +127,7 @@ def test_the_command_line_and_python_give_the_same():
         "device": "auto",
         "dtype": "auto",
         "batch_size": "2",
+        "states": None,
         "reuse_prefix": "auto",
         "seed": 0,
         "device_map": None,

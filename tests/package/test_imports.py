@@ -13,7 +13,7 @@ LINES = ("kernels", "op", "model store", "pages", "lens data", "report", "sweepi
 ORDER = [line.split() for line in LINES]
 # Which any package may import.
 BASE = {"errors", "options", "placement", "config", "view_config", "machine", "progress", "stats", "_C"}
-COMMANDS = {"api", "cli", "parser", "doctor", "lens_json", "read", "run_page"}  # which nothing imports
+COMMANDS = {"api", "cli", "parser", "doctor", "lens_json", "model_drift", "read", "run_page"}  # which nothing imports
 
 
 def modules():
