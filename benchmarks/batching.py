@@ -36,8 +36,8 @@ from refinelens.data.prompts import Context
 from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.model.hooks import run_base
 from refinelens.model.positions import padded
+from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.predict import Predictor, groups_of, questions_together
-from refinelens.sweeping.sweep import SweepInputs
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from refinelens.machine import device_name
 
 if TYPE_CHECKING:
     from refinelens.data.prompts import Context
-    from refinelens.sweeping.sweep import SweepInputs
+    from refinelens.sweeping.inputs import SweepInputs
 
 ROUNDS = 9
 SPIN_CYCLES = 3_000_000  # 1.5 ms

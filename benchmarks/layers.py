@@ -26,7 +26,7 @@ from refinelens.layers.interventions import EVERY, LAST, Intervention, MeanContr
 from refinelens.lens.blocks import ActivationCache, BlockReplay, check_replay
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.model.hooks import first_state
-from refinelens.sweeping.sweep import SweepInputs
+from refinelens.sweeping.inputs import SweepInputs
 
 GOAL = 0.6  # forward passes a layer
 CHECKED = 3  # blocks whose skip is compared with the whole model

@@ -27,7 +27,7 @@ from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.prefix import PrefixReuse, check_branching
 from refinelens.lens.runner import ForwardRunner, ModelInput, ModelStates
 from refinelens.model.hooks import difference
-from refinelens.sweeping.sweep import SweepInputs
+from refinelens.sweeping.inputs import SweepInputs
 
 GOALS = {10: 1.3, 20: 1.5}  # documents: times faster
 
