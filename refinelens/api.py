@@ -86,6 +86,7 @@ def merge_runs(shards: Sequence[str | Path], *, out: str | Path | None = None, o
     Raises:
         InputError: Shards that are missing, doubled, unfinished, damaged or of another run; names them.
     """
+    shards = [shards] if isinstance(shards, str | Path) else shards
     return LoadedRun(_merge_runs(shards, _folder(out), overwrite, None, _warn))
 
 

@@ -210,8 +210,9 @@ def _recipe(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     name = arguments.recipe
     out = Path(arguments.out or f"runs/{Path(name).stem}-{Path(options.model).stem}")
-    own = {"model": options.model, "device": options.device, "dtype": options.dtype}
-    given = " ".join(f"--{option} {value}" for option, value in own.items() if value != "auto")
+    own = {"model": options.model, **options.loading}
+    words = {option_of(option): value for option, value in own.items() if value not in ("auto", None, False)}
+    given = " ".join(option if value is True else f"{option} {value}" for option, value in words.items())
     again = f"refinelens recipe {name} {given} --out {out} --resume goes on with what is finished"
 
     def say(line: str) -> None:
@@ -351,6 +352,8 @@ def _drift(arguments: argparse.Namespace, argv: list[str]) -> int:
     for kind in ("html", "csv"):
         if getattr(arguments, kind) is not None:
             check_new_file(Path(getattr(arguments, kind)), kind)
+    if arguments.html is not None and arguments.html == arguments.csv:
+        raise InputError(f"--csv: expected another file than --html, got {arguments.csv}")
     from .model_drift import print_drift, run_drift
     from .progress import progress_bar
 

@@ -17,6 +17,7 @@ from .lens.logit_lens import LogitLens
 from .lens.prefix import check_branching
 from .machine import __version__, package_version
 from .model.head import find_blocks, find_head
+from .model.hooks import text_config
 from .model.loading import LoadedModel, find_smollm2, load_model, resolve_device
 from .model.quantize import method_of
 from .model.split import is_split, places
@@ -38,7 +39,7 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
         yield "quantised", f"by {method}"
     if is_split(model):
         whole = loaded.whole_difference
-        held = "no memory to hold it against the whole model" if whole is None else f"whole model within {whole:.2g}"
+        held = "not held against the whole model" if whole is None else f"whole model within {whole:.2g}"
         parts = (f"{name or 'all'}: {place}" for name, place in places(model).items())
         yield "split over", f"{', '.join(parts)}; {held}"
     head, blocks = find_head(model), find_blocks(model)
@@ -47,6 +48,8 @@ def model_findings(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     yield from _norm_findings(model, head.norm)
     yield "projection", "none" if head.projection is None else f"{_shape(head.projection)}, d_embed x d_model"
     tied = head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    if is_split(model):  # what is put away has no address
+        tied = bool(getattr(text_config(model), "tie_word_embeddings", False))
     yield "unembedding", f"{_shape(head.weight)}, {'tied to the embedding' if tied else 'its own weights'}"
     yield "unembedding bias", "yes" if head.bias is not None else "none"
     yield "softcap", "none" if head.softcap is None else f"{head.softcap:g}"

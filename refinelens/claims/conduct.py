@@ -29,7 +29,7 @@ from ..store.layers import LayersFolder
 from ..store.results import LAYERS, RECIPE, RECIPE_RUN, Run
 from ..sweeping.inputs import SweepInputs
 from ..sweeping.predict import questions_together
-from ..sweeping.sweep import resume_sweep, run_sweep
+from ..sweeping.sweep import check_one_process, resume_sweep, run_sweep
 from .analyses import analyse, read_evidence, secondary
 from .recipe import ANALYSES, Recipe, load_recipe
 
@@ -102,6 +102,7 @@ def run_recipe(
         FaultError: Something broke; with ``resume`` the recipe goes on.
         Interrupted: As of the step under way.
     """
+    check_one_process(options, engine)
     recipe, folder, begun = load_recipe(name), Path(out), time.monotonic()
     budget = None if options.budget is None else seconds_of(options.budget)
     if not resume:

@@ -63,7 +63,7 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
                 f"got others from layer {layer} on (difference {found:.2g} of the largest, allowed {tolerance:.2g}): "
                 "it changes what goes in, as prompts of virtual tokens, scaled embeddings or hooks do; undo that"
             )
-        if is_split(model) and not pair[0].any():
+        if is_split(model) and not pair[0].any(-1).all():
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected states from every device, got nothing but zeros at layer {layer}; "
                 "use another ``device_map``"

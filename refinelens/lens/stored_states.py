@@ -174,6 +174,8 @@ class StoredStates:
             if absent:
                 raise self._refused(f"states at position {absent[0]} of {where}", f"those at {len(places)} others")
             hidden = self._rows(file, [rows[position] for position in positions]).transpose(0, 1)
+            if not hidden.isfinite().all():
+                raise self._refused(f"finite states of {where}", "NaN or infinity")
             if entry.compared:
                 self._compare(file, tokens, where)
         if not self._is_proven:
@@ -196,6 +198,9 @@ class StoredStates:
                 f"{shape[1]}; extract layers 0 to {n_layers}",
             )
         n_rows = file.get_slice(POSITIONS).get_shape() if POSITIONS in names else n_tokens
+        for name in (TOKENS, POSITIONS):
+            if name in names and (len(file.get_slice(name).get_shape()) != 1 or not _holds_whole_numbers(file, name)):
+                raise self._refused(f"{name} in {path.name} as a row of whole numbers", "others")
         if len(n_tokens) != 1 or shape != [*n_rows, n_layers + 1, d_model]:
             wanted = [*n_rows, n_layers + 1, d_model]
             raise self._refused(f"{STATES} {wanted} in {path.name}", f"{shape} of {TOKENS} {n_tokens}")
@@ -214,6 +219,8 @@ class StoredStates:
         if places and not 0 <= min(places) <= max(places) < n_tokens:
             got = f"{min(places)} to {max(places)}"
             raise self._refused(f"{POSITIONS} from 0 to {n_tokens - 1} in {path.name}", got)
+        if len({*places}) != len(places):
+            raise self._refused(f"each of {POSITIONS} once in {path.name}", "some twice")
         if LOGPROBS in names and file.get_slice(LOGPROBS).get_shape() != [n_tokens]:
             got = file.get_slice(LOGPROBS).get_shape()
             raise self._refused(f"{LOGPROBS} [{n_tokens}] in {path.name}, a number a token", got)
@@ -285,6 +292,11 @@ def _opened(path: Path) -> Any:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"``states`` {path}: expected a whole safetensors file, got: {error}") from None
+
+
+def _holds_whole_numbers(file: Any, name: str) -> bool:
+    dtype = file.get_slice(name)[:0].dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _places(file: Any, tokens: list[int]) -> Sequence[int]:

@@ -237,8 +237,7 @@ def _how(source: str, extra: dict, dtype: torch.dtype | None, target: str, quant
         config = AutoConfig.from_pretrained(source, **extra)
         computes = how["dtype"] if how["dtype"] != "auto" else getattr(config, "dtype", None) or torch.float32
         how["quantization_config"] = quantization(quantize, computes, config)
-        if target != "cpu":
-            how["device_map"] = {"": target}  # it is quantised where it will be
+        how["device_map"] = {"": target}  # it is quantised where it will be
     return how
 
 

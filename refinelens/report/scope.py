@@ -1,4 +1,4 @@
-"""What is said of a run that is about some questions of its task alone: a shard, or one that keeps some."""
+"""What all numbers of a run are about: a model that is quantised or split, a shard, some questions alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scope_lines(manifest: dict) -> list[str]:
         lines.append(f"The model is quantised ({model['quantization']}): what it does is not what its original does.")
     if model.get("places"):
         difference = model["whole_difference"]
-        held = "it was not run in one piece, for which there was no memory"
+        held = "it was not held against the whole model"
         if difference is not None:
             held = f"in one piece it has the same states, to {difference:.2g} of the largest of a layer"
         lines.append(f"The model was split over {', '.join(sorted({*model['places'].values()}))}; {held}.")

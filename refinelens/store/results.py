@@ -40,6 +40,7 @@ MEASURE_TABLES = {  # of runs that were asked for one of some measures
 FIGURES = ("depth.png", "accuracy.png", "layers.png")
 DERIVED = (*TABLES, *FIGURES)  # written from the predictions
 PAGE = "report.html"  # the page, which is made on request
+MERGING = "merging"  # of a manifest, while the parts of shards are brought together
 RECIPE, RECIPE_RUN = "recipe.json", "run"  # what a recipe's folder is known by, and its run there
 LAYERS = "layers"  # folder of what `refinelens layers` makes of the run
 # What tables and figures read of a manifest: types, objects with entries, lists of one thing or more.

@@ -90,12 +90,18 @@ def _lines(options: SweepConfig) -> Iterator[dict[str, Any]]:
     builder = ContextBuilder(options, task, template, loaded, stored)
 
     def lines() -> Iterator[dict[str, Any]]:
+        written: dict[str, int] = {}  # the first position of what has a line
         for question in questions:
             own: dict[str, dict[str, Any]] = {}
             for alias, context in builder.every_context(question):
                 if stored is None or not stored.has(context.input_ids):
                     _add(own, alias, context, options)
-            yield from own.values()
+            for id, line in own.items():
+                # Another question may have the same context: a line that reads more takes the place of the first.
+                first = line["positions"][0]
+                if first < written.get(id, first + 1):
+                    written[id] = first
+                    yield line
 
     return lines()
 

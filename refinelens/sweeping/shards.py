@@ -22,39 +22,49 @@ from ..report.tables import write_outputs
 from ..store.files import check_disk
 from ..store.folder import process_entry, short
 from ..store.process import working_on
-from ..store.results import Part, Run, open_run, status_words
+from ..store.results import MERGING, Part, Run, open_run, status_words
 from .recorder import RunWriter, totals
 
 SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 # Arguments that name files or say where it runs: of these the manifest has checksums, or what was found there.
-NAMES = (
-    *("model", "subfolder", "task", "template", "frequencies", "lens"),
+MAY_DIFFER = (
+    *("model", "subfolder", "task", "template", "frequencies", "lens", "states"),
     *("device", "dtype", "device_map", "max_memory", "trust_remote_code"),
 )
 # Entries of a manifest that all shards of a run have alike.
-SAME = (
+MUST_AGREE = (
     *("schema_version", "extras", "seed", "questions_per_part", "template", "closed_book_template", "chat", "shots"),
-    *("task.format", "task.sha256", "frequencies.sha256", "shard.of", "shard.questions"),
+    *("task.format", "task.sha256", "frequencies.sha256", "states.dtypes", "shard.of", "shard.questions"),
     *("model.config_sha256", "model.weights_sha256", "model.tokenizer_sha256", "model.device", "model.dtype"),
     *("model.backend", "model.end_ids", "model.one_at_a_time"),
 )
-OF_SHARD = ("run_id", "started", "finished", "seconds", "workers", "resumed", "platform")  # kept in the merged manifest
+KEPT = ("run_id", "started", "finished", "seconds", "workers", "resumed", "platform")  # kept in the merged manifest
+
+
+def index_and_count(text: str) -> tuple[int, int]:
+    """Of ``I/N``, I from 1 to N.
+
+    Raises:
+        InputError: Anything else.
+    """
+    found = SHARD.fullmatch(text)
+    index, of = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= of:
+        raise InputError(f"``shard``: expected I/N such as 2/7, with I from 1 to N, got {text!r}")
+    return index, of
 
 
 def shard_entry(text: str, manifest: dict) -> dict:
     """The entries that make the manifest of a run that of one of its shards.
 
     Args:
-        text: ``I/N``, I from 1 to N.
+        text: See `index_and_count`.
         manifest: Of the whole run.
 
     Raises:
-        InputError: Anything else, or more shards than the run has parts.
+        InputError: As there, or more shards than the run has parts.
     """
-    found = SHARD.fullmatch(text)
-    index, of = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= index <= of:
-        raise InputError(f"``shard``: expected I/N such as 2/7, with I from 1 to N, got {text!r}")
+    index, of = index_and_count(text)
     n, size = manifest["counts"]["questions"], manifest["questions_per_part"]
     firsts = range(0, n, size)
     if of > len(firsts):
@@ -80,8 +90,9 @@ class _Shard:
     @property
     def entry(self) -> dict[str, Any]:
         """What the merged manifest says of it."""
-        kept = {name: self.manifest.get(name) for name in (*process_entry(None), *OF_SHARD)}
-        return {"shard": self.name, **kept, "device_name": self.manifest["model"].get("device_name")}
+        kept = {name: self.manifest.get(name) for name in (*process_entry(None), *KEPT)}
+        model = {name: self.manifest["model"].get(name) for name in ("device_name", "places", "whole_difference")}
+        return {"shard": self.name, **kept, **model}
 
 
 def merge_runs(
@@ -106,26 +117,26 @@ def merge_runs(
     """
     shards = _in_order([_opened(folder) for folder in folders])
     run, manifest = Run(Path(out)), _merged([shard.manifest for shard in shards], argv)
-    manifest["merged"] = [shard.entry for shard in shards]
     if not manifest["counts"]["rows"]:
         raise InputError("runs: expected one question or more that could be asked in one of the shards, got none")
     for line in _other_versions(shards):
         warn(line)
     run.check_replaceable()
+    for shard in shards:
+        if run.path.resolve() == shard.run.path.resolve():
+            raise InputError(f"``out`` {out}: expected a folder of its own, got that of shard {shard.name}")
     with working_on(run.path, "the run", lambda: "the shards are as they were; the same command begins again"):
-        run.check_overwrite(overwrite, manifest["arguments"])
+        begun = run.exists and bool(run.any_manifest().get(MERGING))
+        run.check_overwrite(overwrite or begun, manifest["arguments"])
         files = [(s.run, part) for s in shards for part in s.run.parts_of(s.manifest) if part.file is not None]
         check_disk(run.path, sum((source.parts_path / part.file).stat().st_size for source, part in files))
-        was_there = run.exists
-        try:
-            writer = RunWriter(run, manifest | {"status": "running", "parts": []})
-            for source, part in files:
-                _copy(writer, source, part)
-            writer.save(status="finished", parts=manifest["parts"])
-        except BaseException:
-            if not was_there:
-                run.remove()
-            raise
+        nothing = {"questions": manifest["counts"]["questions"], **totals([])}
+        writer = RunWriter(run, manifest | {"status": "running", MERGING: True, "parts": [], "counts": nothing})
+        for source, part in files:
+            _copy(writer, source, part)
+        del writer.manifest[MERGING]
+        merged = [shard.entry for shard in shards]
+        writer.save(status="finished", parts=manifest["parts"], counts=manifest["counts"], merged=merged)
         write_outputs(run, read_report(run))
     return run
 
@@ -163,10 +174,10 @@ def _in_order(shards: list[_Shard]) -> list[_Shard]:
                 f"{shard.run.path}: expected {field} {short(wanted)}, as {first.run.path} has it, got {short(got)}; it "
                 "is a shard of another run"
             )
-        twin = by_index.setdefault(shard.manifest["shard"]["index"], shard)
-        if twin is not shard:
+        other_place = by_index.setdefault(shard.manifest["shard"]["index"], shard)
+        if other_place is not shard:
             raise InputError(
-                f"{shard.run.path}: expected each shard once, got {shard.name} here and in {twin.run.path}"
+                f"{shard.run.path}: expected each shard once, got {shard.name} here and in {other_place.run.path}"
             )
     of = first.manifest["shard"]["of"]
     missing = [f"{index}/{of}" for index in range(1, of + 1) if index not in by_index]
@@ -178,8 +189,8 @@ def _in_order(shards: list[_Shard]) -> list[_Shard]:
 
 def _differences(first: dict, other: dict) -> list[tuple[str, object, object]]:
     """Fields in which two manifests are not those of one run, with both values."""
-    pairs = [(field, _entry(first, field), _entry(other, field)) for field in SAME]
-    names = [name for name in {**first["arguments"], **other["arguments"]} if name not in NAMES]
+    pairs = [(field, _entry(first, field), _entry(other, field)) for field in MUST_AGREE]
+    names = [name for name in {**first["arguments"], **other["arguments"]} if name not in MAY_DIFFER]
     pairs += [(name, first["arguments"].get(name), other["arguments"].get(name)) for name in names]
     lenses = ([(lens["name"], lens.get("sha256")) for lens in manifest["lenses"]] for manifest in (first, other))
     pairs.append(("lenses", *lenses))
@@ -201,6 +212,11 @@ def _merged(manifests: list[dict], argv: list[str] | None) -> dict:
     reuse = [manifest["prefix_reuse"] for manifest in manifests if manifest.get("prefix_reuse")]
     limits = [one for manifest in manifests if (one := manifest.get("contexts_at_a_time_at_most"))]
     own = {key: value for key, value in first.items() if key != "shard"}
+    if "states" in own:
+        entries = [manifest["states"] for manifest in manifests]
+        sums = {name: sum(entry[name] for entry in entries) for name in ("files", "with_logprobs")}
+        own["states"] = own["states"] | sums
+    own["model"] = own["model"] | _split_of([manifest["model"] for manifest in manifests])
     return own | {
         **process_entry(argv),
         "started": min(manifest["started"] for manifest in manifests),
@@ -215,14 +231,27 @@ def _merged(manifests: list[dict], argv: list[str] | None) -> dict:
     }
 
 
+def _split_of(models: list[dict]) -> dict[str, Any]:
+    """Where a model that was split in some shards lay, and how far it was from the whole one in any, if all say so."""
+    split = [model for model in models if model.get("places")]
+    if not split:
+        return {}
+    found = [model.get("whole_difference") for model in split]
+    return {"places": split[0]["places"], "whole_difference": None if None in found else max(found)}
+
+
 def _other_versions(shards: list[_Shard]) -> list[str]:
-    """A line for each package of which the shards had several versions: the last digits may tell."""
+    """A line for each package and device of which the shards had several: the last digits may tell."""
+    processes = [one for shard in shards for one in (shard.manifest, *shard.manifest["resumed"])]
+    used = [{"refinelens": one.get("refinelens_version"), **one.get("packages", {})} for one in processes]
     lines = []
-    versions = [{"refinelens": s.manifest.get("refinelens_version"), **s.manifest.get("packages", {})} for s in shards]
-    for name in versions[0]:
-        found = dict.fromkeys(str(version.get(name)) for version in versions)
+    for name in used[0]:
+        found = dict.fromkeys(str(version.get(name)) for version in used)
         if len(found) > 1:
             lines.append(f"shards were made with several versions of {name}: {', '.join(found)}")
+    devices = dict.fromkeys(str(shard.manifest["model"].get("device_name")) for shard in shards)
+    if len(devices) > 1:
+        lines.append(f"shards were made on several devices: {', '.join(devices)}")
     return lines
 
 

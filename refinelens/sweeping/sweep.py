@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EVERY_QUESTION, ONE_PROCESS, STATES, EngineConfig, SweepConfig, check_top
+from ..config import EVERY_QUESTION, ONE_PROCESS, STATES, EngineConfig, ModelConfig, SweepConfig, check_top
 from ..errors import InputError, resume_call
 from ..machine import device_name
 from ..options import expect
@@ -20,11 +20,11 @@ from ..report.tables import write_outputs
 from ..store.files import check_disk
 from ..store.folder import go_on, process_entry
 from ..store.process import Interrupted, StopSignals, working_on
-from ..store.results import PREDICTIONS, Run, predictions_schema
+from ..store.results import MERGING, PREDICTIONS, Run, predictions_schema
 from .inputs import SweepInputs
 from .recorder import AccuracySoFar, RunWriter
 from .run_spec import RunSpec
-from .shards import shard_entry
+from .shards import index_and_count, shard_entry
 from .workers import Workers
 
 UNIT = "the current question, then its tables"
@@ -68,6 +68,8 @@ def run_sweep(
         run.checked_manifest()  # before the lock makes a folder
     else:
         run.check_replaceable()
+        if shard is not None:
+            index_and_count(shard)
     sweep = _Sweep(run, argv, engine, progress, summary, warn, questions_per_part, shard)
     with working_on(run.path, UNIT, sweep.advice) as signals:
         if options is None:
@@ -93,6 +95,16 @@ def resume_sweep(path: str | Path, **keywords: Any) -> Run:
     return run_sweep(None, path, **keywords)
 
 
+def check_one_process(options: ModelConfig, engine: EngineConfig) -> None:
+    """Refuse several workers beside a model that is split: one process has all the devices that it is split over.
+
+    Raises:
+        InputError: There are several.
+    """
+    if options.device_map is not None:
+        expect(engine.workers == 1, "workers", "1 beside ``device_map``", engine.workers)
+
+
 @dataclass
 class _Sweep:
     """A sweep under way in a folder that is held: what asks, what keeps the rows, and who is told."""
@@ -111,7 +123,7 @@ class _Sweep:
 
     def begin(self, options: SweepConfig, overwrite: bool) -> None:
         """Load everything, and put the manifest of a new run in its place."""
-        self._check_engine(options)
+        check_one_process(options, self.engine)
         self.run.check_overwrite(overwrite, options.arguments())
         inputs = SweepInputs.load(options)
         check_top(options.top, inputs.logit_lens.head.vocab_size)
@@ -127,10 +139,12 @@ class _Sweep:
     def go_on(self) -> None:
         """Load everything as the run has it; what is damaged of the run is missing."""
         manifest = self.run.checked_manifest()  # another process may have written it meanwhile
+        if manifest.get(MERGING):
+            raise InputError(f"``resume`` {self.run.path}: expected a run, got a merge that was stopped; merge again")
         spec, parts = RunSpec(self.run.path, manifest, "``resume``"), self.run.whole_parts(manifest, self.warn)
         try:
             spec.check_columns()
-            self._check_engine(spec.options)
+            check_one_process(spec.options, self.engine)
             inputs = SweepInputs.load(spec.options, spec)
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.run if any(part.rows for part in parts) else None) from None
@@ -138,11 +152,6 @@ class _Sweep:
         entry["device_name"] = device_name(inputs.loaded.device.type)
         manifest = go_on(manifest, parts, entry) | {"finished": None}
         self._start(inputs, replace(spec, manifest=manifest), resumed=True)
-
-    def _check_engine(self, options: SweepConfig) -> None:
-        """One process has all devices that a model is split over."""
-        if options.device_map is not None:
-            expect(self.engine.workers == 1, "workers", "1 beside ``device_map``", self.engine.workers)
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""

@@ -141,6 +141,25 @@ def test_states_that_are_lost_between_devices(tiny_model, whole, write_map, laye
         split.compare_with_whole(loaded.model, blocks, whole.model, own)
 
 
+def test_one_token_that_hides_all_others(tiny_model, whole, write_map):
+    """Its state is a thousand times as large; each token is held against itself."""
+    loaded = load_model(str(tiny_model), device_map=write_map(ON_DISK["blocks"]))
+
+    def first_alone(module, args, output):
+        stream = output[0] if isinstance(output, tuple) else output
+        stream[:, 0] *= 1000
+
+    def lose_the_rest(module, args, output):
+        first_alone(module, args, output)
+        (output[0] if isinstance(output, tuple) else output)[:, 1:] *= 0.5
+
+    whole_model = load_model(str(tiny_model), "cpu").model
+    whole_model.transformer.h[1].register_forward_hook(first_alone)
+    loaded.model.transformer.h[1].register_forward_hook(lose_the_rest)
+    with pytest.raises(UnsupportedModelError, match="got others from layer 2 on"):
+        split.compare_with_whole(loaded.model, loaded.model.transformer.h, whole_model, whole_model.transformer.h)
+
+
 def test_nothing_but_zeros_where_the_whole_model_does_not_fit(tiny_model, write_map, monkeypatch):
     monkeypatch.setattr(loading, "memory_left", lambda limits: 0)
     loaded = load_model(str(tiny_model), device_map=write_map(ON_DISK["blocks"]))
@@ -158,7 +177,7 @@ def test_memory(tiny_model, whole):
     loaded = load_model(str(tiny_model), device_map="auto", max_memory=f"cpu={size // 2048}KiB")
     assert "disk" in {*split.places(loaded.model).values()} and loaded.whole_difference is None
     assert split.places(load_model(str(tiny_model), device_map="auto").model) is None
-    assert split.check_split("auto", "0=20GiB, cpu=1.5 GB") == ("auto", {0: 20 * 2**30, "cpu": 1_500_000_000})
+    assert split.check_split("auto", " cpu=1.5 GB") == ("auto", {"cpu": 1_500_000_000})
     assert split.memory_left({"cpu": 1000}) == 1000 < split.memory_left({0: 1000}) == split.memory_left(None)
 
 
@@ -166,10 +185,11 @@ def test_memory(tiny_model, whole):
     "entries, words",
     [
         ({"model.layers": "cpu"}, r"expected modules of GPT2LMHeadModel \(transformer, lm_head\), got model.layers"),
-        ({"transformer": "cpu"}, None),  # the unembedding is the embedding
+        ({"transformer": "cpu"}, "expected a device for every module, got none for lm_head.weight"),
+        ({"transformer": "cpu", "lm_head": "cpu"}, None),
         ({"transformer.h": "cpu"}, "expected a device for every module, got none for transformer.wte.weight"),
         (dict.fromkeys(PARTS, "cpu") | {"lm_head": "disk"}, "expected one device for lm_head.weight and transfor"),
-        ({"": "gpu"}, "expected cpu, disk or a GPU that is there for , got 'gpu'"),
+        ({"": "gpu"}, "expected cpu, disk or a GPU that is there for all, got 'gpu'"),
         ({"transformer": 99}, "expected cpu, disk or a GPU that is there for transformer, got 99"),
         ([1], r"expected auto or a JSON file of devices by module, such as .*, got \[1\]"),
         ({}, "expected auto or .*, got {}"),
@@ -191,6 +211,8 @@ def test_a_map_that_does_not_fit(tiny_model, write_map, entries, words):
         ({"max_memory": "cpu=1GiB"}, "``max_memory``: expected ``device_map``, which it limits, beside it, got none"),
         ({"device_map": "auto", "max_memory": "1GiB"}, "expected DEVICE=SIZE such as 0=20GiB,cpu=60GiB, got '1GiB'"),
         ({"device_map": "auto", "max_memory": "gpu=1GiB"}, "expected DEVICE=SIZE .*, got 'gpu=1GiB'"),
+        ({"device_map": "auto", "max_memory": "99=1GiB"}, "expected cpu or a GPU that is there, got '99=1GiB'"),
+        ({"device_map": "auto", "max_memory": "cpu=1GB,cpu=1KB"}, "expected each device once, got cpu twice"),
         ({"device_map": "auto", "max_memory": "cpu=lots"}, "expected DEVICE=SIZE .*, got 'cpu=lots'"),
     ],
 )

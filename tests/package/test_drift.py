@@ -105,6 +105,8 @@ def test_the_command(pair, tmp_path, capsys):
     assert len(head["layers"]["kl"]) == 4 and head["layers"]["kl"][0] == [0, 0, 0]
     assert main([*command, "--html", str(tmp_path / "d.html")]) == 2
     assert "expected a new file" in capsys.readouterr().err
+    assert main([*command, "--html", str(tmp_path / "e"), "--csv", str(tmp_path / "e")]) == 2
+    assert "--csv: expected another file than --html" in capsys.readouterr().err
     assert len(run_drift(DriftConfig(other, against=own, text=text, tokens=400)).to_frame()) == len(rows)
 
 

@@ -1,5 +1,6 @@
 """Shards of a run, made apart and merged: the run of one process, byte for byte, or a line that says why not."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,8 +13,9 @@ import pytest
 import refinelens
 from refinelens.cli import main
 from refinelens.config import EngineConfig, SweepConfig
-from refinelens.errors import InputError
+from refinelens.errors import FaultError, InputError
 from refinelens.machine import module_path
+from refinelens.report.scope import scope_lines
 from refinelens.store.results import open_run
 from refinelens.sweeping.shards import merge_runs, shard_entry
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
@@ -149,7 +151,10 @@ def test_names_that_differ_from_machine_to_machine(whole, shards, tmp_path):
         manifest["packages"]["torch"] = "9.9"
 
     other = changed(shards[1], tmp_path, moved)
-    with pytest.warns(UserWarning, match="several versions of torch: .*, 9.9"):
+    with (
+        pytest.warns(UserWarning, match="on several devices: .*, another processor"),
+        pytest.warns(UserWarning, match="several versions of torch: .*, 9.9"),
+    ):
         assert len(refinelens.merge_runs([shards[0], other, shards[2]], out=tmp_path / "run").summary) == 3
     merged = open_run(tmp_path / "run")
     assert contents(merged.path)[0] == contents(whole.path)[0]
@@ -187,6 +192,56 @@ def test_a_folder_that_is_there(shards, tmp_path, capsys):
     assert contents(out) == first
     assert main([*words, "--overwrite"]) == 0
     assert contents(out) == first
+
+
+def test_a_shard_is_never_written_over(shards, tmp_path, capsys):
+    """Also by another name of its folder."""
+    for shard in shards:
+        shutil.copytree(shard, tmp_path / shard.name)
+    own = [tmp_path / shard.name for shard in shards]
+    (tmp_path / "link").symlink_to(own[1])
+    before = [contents(path) for path in own]
+    for out in (*own, tmp_path / "link"):
+        assert main(["merge", *map(str, own), "--out", str(out), "--overwrite"]) == 2
+        assert "expected a folder of its own, got that of shard" in capsys.readouterr().err
+    assert [contents(path) for path in own] == before
+
+
+@pytest.mark.parametrize("there", ["nothing", "a run"])
+def test_a_merge_that_is_cut_short_begins_again(whole, shards, tmp_path, monkeypatch, there):
+    """It is no run to go on with: that would make here what machines have made."""
+    out, copies = tmp_path / "run", []
+    if there == "a run":
+        shutil.copytree(whole.path, out)
+
+    def full(source, target):
+        copies.append(source)
+        if len(copies) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(source, target)
+
+    copy = shutil.copyfile
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(FaultError, match="no free disk left; .*; the same command begins again"):
+            merge_runs(shards, out, overwrite=there == "a run")
+    assert open_run(out).manifest["counts"]["done"] == 0
+    with pytest.raises(InputError, match="``resume`` .*run: expected a run, got a merge that was stopped; merge again"):
+        resume_sweep(out)
+    assert contents(merge_runs(shards, out).path) == contents(whole.path)
+
+
+def test_where_a_split_model_lay(shards, tmp_path):
+    """In one shard, which was not held against the whole model, and so neither was the run."""
+
+    def split(manifest):
+        manifest["arguments"]["device_map"] = "auto"
+        manifest["model"] |= {"places": {"": "disk"}, "whole_difference": None}
+
+    other = changed(shards[1], tmp_path, split)
+    merged = merge_runs([shards[0], other, shards[2]], tmp_path / "run")
+    assert "The model was split over disk; it was not held against the whole model." in scope_lines(merged.manifest)
+    assert [one["places"] for one in merged.manifest["merged"]] == [None, {"": "disk"}, None]
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/3", "4/3", "2/0", "1/x", "-1/3", "1/3/5", " 1/3", "01/3"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import refinelens
 from refinelens.cli import main
 from refinelens.config import EngineConfig, LayersConfig, SweepConfig
-from refinelens.errors import FaultError, InputError
+from refinelens.errors import InputError
 from refinelens.layers.analysis import run_layers
 from refinelens.lens.stored_states import context_id
 from refinelens.model.head import find_blocks
@@ -289,6 +289,10 @@ def test_a_file_that_goes_while_a_run_reads_loses_nothing(options, states, lines
         (lambda t: {"positions": torch.arange(len(t["token_ids"])) - 1}, r"expected positions from 0 to \d+ in"),
         (lambda t: {"token_logprobs": t["token_logprobs"] + 0.1}, "log-probability within .* got a difference of 0.1;"),
         (lambda t: {"token_logprobs": t["token_logprobs"][1:]}, "a number a token"),
+        (lambda t: {"token_ids": t["token_ids"].float()}, "expected token_ids in .* as a row of whole numbers"),
+        (lambda t: {"positions": torch.arange(len(t["token_ids"])).float()}, "expected positions in .* as a row of"),
+        (lambda t: {"positions": torch.arange(len(t["token_ids"]))[:, None]}, "expected positions in .* as a row of"),
+        (lambda t: {"positions": torch.zeros(len(t["token_ids"]), dtype=torch.int64)}, "each of positions once in"),
         (
             lambda t: {"hidden_states": t["hidden_states"][:2], "positions": torch.arange(2), "token_logprobs": None},
             r"expected states at position \d+ of question 0, oracle, .*, got those at 2 others",
@@ -313,7 +317,7 @@ def test_states_that_are_no_numbers_name_their_context(options, states, lines, t
     held = load_file(path)["hidden_states"]
     held[-1, 1] = torch.nan
     changed(path, hidden_states=held)
-    with pytest.raises(FaultError, match="question 0, oracle"):
+    with pytest.raises(InputError, match="expected finite states of question 0, oracle, .*, got NaN or infinity"):
         run_sweep(replace(options, states=str(states)), tmp_path / "run")
 
 
