@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", metavar="FOLDER", help="folder of the run (default: runs/MODEL-TASK-TIME)")
     add("--overwrite", action="store_true", help="replace a run that is there")
     add("--no-report", action="store_true", help="write no page of the run")
-    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
+    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options but for who asks")
 
     words = {"epilog": FIT_EXAMPLE, "formatter_class": as_written}
     fit = add_command("fit", help="fit a lens that sees what the plain logit lens cannot", **words)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EVERY_QUESTION, ONE_PROCESS, STATES, EngineConfig, SweepConfig, check_top
+from ..config import EVERY_QUESTION, ONE_PROCESS, RAY, STATES, EngineConfig, SweepConfig, check_top
 from ..errors import InputError, resume_call
 from ..machine import device_name
 from ..progress import Progress, unseen
@@ -60,6 +60,10 @@ def run_sweep(
             written; a second signal writes nothing more.
     """
     run = Run(Path(out))
+    if engine.engine == RAY:
+        from .ray_engine import check_ray
+
+        check_ray(engine)
     if options is None:
         run.checked_manifest()  # before the lock makes a folder
     else:
@@ -100,7 +104,7 @@ class _Sweep:
     summary: Callable[[Report], None]
     warn: Callable[[str], None]
     questions_per_part: int
-    runner: SweepInputs | Workers | None = None
+    runner: Any = None  # see `_runner`
     writer: RunWriter | None = None
 
     def begin(self, options: SweepConfig, overwrite: bool) -> None:
@@ -131,8 +135,7 @@ class _Sweep:
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""
-        workers = self.engine.workers
-        self.runner = Workers(inputs.options, spec, workers, self.warn) if workers > 1 else inputs
+        self.runner = _runner(self.engine, inputs, spec, self.warn)
         self.writer = RunWriter(self.run, spec.manifest, resumed)
 
     def finish(self, signals: StopSignals) -> Run:
@@ -197,6 +200,15 @@ class _Sweep:
         if self.writer is None or not self.writer.is_placed:
             return ""
         return f"{resume_call(self.run.path)} goes on with the finished questions"
+
+
+def _runner(engine: EngineConfig, inputs: SweepInputs, spec: RunSpec, warn: Callable[[str], None]) -> Any:
+    """Who asks: `SweepInputs` in this process, or what has its method `ask`."""
+    if engine.engine == RAY:
+        from .ray_engine import RayWorkers
+
+        return RayWorkers(inputs.options, spec, engine, warn)
+    return Workers(inputs.options, spec, engine.workers, warn) if engine.workers > 1 else inputs
 
 
 def _bytes_needed(options: SweepConfig, manifest: dict) -> int:
