@@ -47,7 +47,7 @@ POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
 WATCH_SECONDS = 2.0  # how often the head is asked for its nodes
 SILENT_SECONDS = 15.0  # without an answer until the head is taken to be gone; after 60 Ray ends this process
 CONNECT_SECONDS = 5.0
-PART_SECONDS = 10.0  # that a connection may take to end
+PART_SECONDS = 30.0  # that a connection may take to end
 # What the processes of Ray print here, and what they send home.
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 
@@ -101,6 +101,7 @@ class RayWorkers:
         torch.cuda.empty_cache()  # a model that was loaded here leaves its memory to theirs
         done = 0
         while done < len(places):
+            before = done
             try:
                 with closing(self._ask(places[done:], stopped)) as results:
                     for place, result in results:
@@ -109,12 +110,19 @@ class RayWorkers:
                 return
             except _RoomLost as lost:
                 self._warn(f"{lost}; goes on with those that are left")
+            except _WorkersLost as lost:
+                if done == before:  # not a node that Ray took to be there a little too long
+                    raise FaultError(
+                        f"``engine='ray'``: expected workers that live, got questions that none survives: {lost}"
+                    ) from None
+                self._warn(f"workers of Ray died: {lost}; starts others")
 
     def _ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """As `ask`, by one pool.
 
         Raises:
             _RoomLost: Nodes are gone, and not all of its workers have room any more.
+            _WorkersLost: A question was asked as often as Ray does it.
         """
         groups = list(groups_of(places, self._together))
         with _connected(self._engine) as ray:
@@ -171,6 +179,10 @@ def _map_batches(dataset: Any, *given: Any, **options: Any) -> Any:
 
 class _RoomLost(Exception):
     """Not all workers of a pool have room on the nodes that are left."""
+
+
+class _WorkersLost(Exception):
+    """Those that were asked a question died."""
 
 
 class _Pool:
@@ -242,7 +254,8 @@ class _Answers:
         """The next ones, each with its place and the time at which it was begun; none if none came for a moment.
 
         Raises:
-            FaultError: Ray gave up.
+            _WorkersLost: Ray gave up a question.
+            FaultError: Whatever else Ray met.
         """
         try:
             block = self._arrived.get(timeout=POLL_SECONDS)
@@ -251,9 +264,8 @@ class _Answers:
         if isinstance(block, FaultError):
             raise block
         if isinstance(block, BaseException):
-            lives = "expected workers that live, got a question that several of them did not survive: "
-            died = "Actor" in type(block).__name__
-            raise FaultError(f"``engine='ray'``: {lives if died else ''}{_in_one_line(block)}") from None
+            lost = "Actor" in type(block).__name__
+            raise _WorkersLost(_in_one_line(block)) if lost else FaultError(f"``engine='ray'``: {_in_one_line(block)}")
         columns = (block[name].to_pylist() for name in ANSWER.names)
         return [(place, begun, pickle.loads(answer)) for place, begun, answer in zip(*columns, strict=True)]
 
@@ -357,7 +369,7 @@ def _token() -> str:
 
 
 def _connect(ray: Any, engine: EngineConfig, folder: str | None) -> None:
-    options = {"configure_logging": False, "log_to_driver": False}
+    options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
     if engine.address is None:
         options |= {"num_cpus": max(torch.get_num_threads(), engine.workers), "include_dashboard": False}
         options |= {"_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
@@ -401,6 +413,6 @@ def _in_time(work: Callable[[], None]) -> None:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """The kind of an error of Ray's and the first line that it says; it brings whole tracebacks."""
+    """The kind of an error of Ray's and how what it says begins; it brings whole tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

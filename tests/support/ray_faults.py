@@ -20,6 +20,7 @@ class FaultyRayWorker(RayWorker):
 
     def _load(self, options, spec, threads):
         import torch
+
         from faulty_worker import meet_faults
 
         folder = spec.path.parent / "faults"
