@@ -41,7 +41,8 @@ from .predict import groups_of, questions_together
 from .ray_worker import ANSWER, RayWorker
 
 OLDEST = (2, 60)
-RETRIES = 2  # of a question whose actor dies
+RETRIES = 1  # of a question whose actor dies; of a node that is gone Ray uses them up within a second
+POOLS = 2  # in a row that may end so without an answer
 INIT_DEATHS = 3  # in a row, of actors that die while they load
 POLL_SECONDS = 0.2  # how soon a signal is seen while every worker is busy
 WATCH_SECONDS = 2.0  # how often the head is asked for its nodes
@@ -99,7 +100,7 @@ class RayWorkers:
         """
         gc.collect()
         torch.cuda.empty_cache()  # a model that was loaded here leaves its memory to theirs
-        done = 0
+        done = fruitless = 0
         while done < len(places):
             before = done
             try:
@@ -111,7 +112,8 @@ class RayWorkers:
             except _RoomLost as lost:
                 self._warn(f"{lost}; goes on with those that are left")
             except _WorkersLost as lost:
-                if done == before:  # not a node that Ray took to be there a little too long
+                fruitless = 0 if done > before else fruitless + 1
+                if fruitless == POOLS:
                     raise FaultError(
                         f"``engine='ray'``: expected workers that live, got questions that none survives: {lost}"
                     ) from None
