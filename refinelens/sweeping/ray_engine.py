@@ -49,8 +49,8 @@ WATCH_SECONDS = 2.0  # how often the head is asked for its nodes
 SILENT_SECONDS = 15.0  # without an answer until the head is taken to be gone; after 60 Ray ends this process
 CONNECT_SECONDS = 5.0
 PART_SECONDS = 30.0  # that a connection may take to end
-# What the processes of Ray print here, and what they send home.
-QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+# What Ray prints here, what it sends home, and that a thread which outlives a connection makes a new one.
+QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
 
 
 def check_ray(engine: EngineConfig) -> None:
@@ -127,9 +127,9 @@ class RayWorkers:
             _WorkersLost: A question was asked as often as Ray does it.
         """
         groups = list(groups_of(places, self._together))
-        with _connected(self._engine) as ray:
+        with _Answers() as answers, _connected(self._engine) as ray:
             pool = _Pool.that_fits(ray, min(self._engine.workers, len(groups)), self._gpus, self._warn)
-            answers = _Answers(self._dataset(ray, groups, pool))
+            answers.take(self._dataset(ray, groups, pool))
             head, done, ends = _Head(ray), 0, inf
             try:
                 while done < len(places):
@@ -146,7 +146,6 @@ class RayWorkers:
                         ends = time.time()
                     pool.check(head.nodes())
             finally:
-                answers.close()
                 head.close()
 
     def _dataset(self, ray: Any, groups: list, pool: _Pool) -> Any:
@@ -232,9 +231,21 @@ def _room(nodes: list[dict[str, float]], cpus: int, gpus: float) -> int:
 class _Answers:
     """Takes the answers of a dataset as they come, in a thread of its own: Ray's waiting hears no signal."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self):
         self._arrived: queue.Queue = queue.Queue(1)  # so that what is not written yet stays with Ray, which has limits
-        self._closed = threading.Event()
+        self._closed, self._thread = threading.Event(), None
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Once the connection is gone the thread ends; one that outlived it would disturb the next."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join(CONNECT_SECONDS)
+
+    def take(self, dataset: Any) -> None:
+        """Begin."""
         self._thread = threading.Thread(target=self._take, args=[dataset], daemon=True)
         self._thread.start()
 
@@ -242,6 +253,8 @@ class _Answers:
         try:
             for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 self._put(block)
+                if self._closed.is_set():
+                    return
             self._put(FaultError("``engine='ray'``: expected an answer to every question, got an end before"))
         except BaseException as error:
             self._put(error)
@@ -270,10 +283,6 @@ class _Answers:
             raise _WorkersLost(_in_one_line(block)) if lost else FaultError(f"``engine='ray'``: {_in_one_line(block)}")
         columns = (block[name].to_pylist() for name in ANSWER.names)
         return [(place, begun, pickle.loads(answer)) for place, begun, answer in zip(*columns, strict=True)]
-
-    def close(self) -> None:
-        """Take no further one."""
-        self._closed.set()
 
 
 class _Head:
