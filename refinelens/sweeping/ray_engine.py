@@ -71,7 +71,7 @@ def check_ray(engine: EngineConfig) -> None:
         except OSError as error:
             raise InputError(
                 f"``address`` {engine.address}: expected the head of a Ray that runs, got none: "
-                f"{error.strerror or error}; start one with ray start --head"
+                f"{error.strerror or error}"
             ) from None
 
 

@@ -243,7 +243,7 @@ def test_nodes_and_drivers_are_killed(on_ray, finish, whole, tmp_path):
         for i in (8, 9, 10):
             (faults / f"hold-{i}").unlink()
         assert process.wait() == 0
-        words = ("of Ray are gone: 2 left, with room for 2 of 3", "workers of Ray died: ", "got room for 2; starts these")
+        words = ("of Ray are gone: 2 left", "workers of Ray died: ", "got room for 2; starts these")
         assert all(any(word in line for word in words) for line in errors_in(on_ray.log))
     assert_same(tmp_path / "run", whole)
 
@@ -266,8 +266,8 @@ def test_the_head_is_gone(on_ray, finish, tmp_path):
 def test_an_address_where_nothing_listens(options, tmp_path, capfd):
     words = ["--model", options.model, "--task", options.task, "--out", str(tmp_path / "run")]
     assert main(["sweep", *words, *ON_RAY, "2", "--address", "127.0.0.1:1"]) == 2
-    said = "refinelens: --address 127.0.0.1:1: expected the head of a Ray that runs, got none: Connection refused; "
-    assert capfd.readouterr().err == f"{said}start one with ray start --head\n"
+    said = "refinelens: --address 127.0.0.1:1: expected the head of a Ray that runs, got none: Connection refused\n"
+    assert capfd.readouterr().err == said
     assert not (tmp_path / "run").exists()
 
 
