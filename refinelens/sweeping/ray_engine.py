@@ -385,7 +385,7 @@ def _connect(ray: Any, engine: EngineConfig, folder: str | None) -> None:
         options |= {"num_cpus": max(torch.get_num_threads(), engine.workers), "include_dashboard": False}
         options |= {"_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
     try:
-        with _hushed():
+        with _hushed(), _kept_to_loopback(ray) if engine.address is None else nullcontext():
             ray.init(engine.address or "local", **options)
     except Exception as error:
         if engine.address is None:
@@ -394,6 +394,17 @@ def _connect(ray: Any, engine: EngineConfig, folder: str | None) -> None:
             f"``address`` {engine.address}: expected a Ray that has this machine as a node, could not connect: "
             f"{_in_one_line(error)}"
         ) from None
+
+
+@contextmanager
+def _kept_to_loopback(ray: Any) -> Iterator[None]:
+    """Ray does as on systems where it has no clusters; on Linux it takes the machine's own address instead."""
+    constants = ray._private.ray_constants
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -138,8 +138,17 @@ def is_alive(pid):
 def test_equal_to_one_process(options, whole, tmp_path, capfd):
     """Started as it is for users; nothing but our lines is printed, signals are ours again, and no file is left."""
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-    engine, before = EngineConfig(2, engine="ray"), dict(os.environ)
-    run_sweep(options, tmp_path / "run", engine=engine, warn=pytest.fail, questions_per_part=4)
+    engine, before, addresses = EngineConfig(2, engine="ray"), dict(os.environ), set()
+
+    def progress(what, done, *rest):
+        import ray
+
+        if done:
+            addresses.update(node["NodeManagerAddress"] for node in ray.nodes())
+
+    given = {"engine": engine, "warn": pytest.fail, "questions_per_part": 4}
+    run_sweep(options, tmp_path / "run", progress=progress, **given)
+    assert addresses == {"127.0.0.1"}
     assert_same(tmp_path / "run", whole)
     assert open_run(tmp_path / "run").manifest["workers"] == 2
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
