@@ -16,7 +16,6 @@ import queue
 import secrets
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from functools import cache
 from importlib.util import find_spec
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -362,8 +362,8 @@ def _own_environment(engine: EngineConfig) -> Iterator[str | None]:
         # Sockets lie in it, whose paths may have 107 bytes.
         folder_of_its_own = tempfile.TemporaryDirectory(prefix="rl-ray-", dir="/tmp", ignore_cleanup_errors=True)
         os.environ |= module_path()
-        if "RAY_AUTH_MODE" not in os.environ and (_token.cache_info().currsize or "ray" not in sys.modules):
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
+            os.environ.setdefault("RAY_AUTH_TOKEN", _token())
     try:
         with folder_of_its_own as folder:
             yield folder
