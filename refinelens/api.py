@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def sweep(
         out: Folder of the run, made here.
         overwrite: Replace a run that is there.
         resume: Folder of an interrupted run to go on with instead, with its own options.
-        workers: Processes that ask, a model in each.
+        workers: Processes that ask, a model in each; ``engine="ray"``, ``address`` and ``gpus_per_worker`` of
+            `refinelens.config.EngineConfig` say who starts them.
         shard: ``"I/N"``: a part of the run, of N that several machines make side by side, for `merge_runs`.
         progress: Show a bar on a terminal or in a notebook.
         **options: Fields of `refinelens.config.SweepConfig`, such as ``documents=(5, 10)``, ``examples=8``,
@@ -61,14 +63,15 @@ def sweep(
         FaultError: Something broke; what was written stays, and ``resume`` goes on with it.
         KeyboardInterrupt: SIGINT or SIGTERM, once the current question is written.
     """
-    engine = EngineConfig(workers)
+    engine, options = _engine(workers, options)
     with progress_bar(progress) as bar:
         if resume is not None:
             others = {"model": model, "out": out, "overwrite": overwrite or None, "shard": shard, **options}
             given = [name for name, value in others.items() if value is not None]
             if given:
+                allowed = ", ".join(f"``{field.name}``" for field in fields(EngineConfig))
                 raise InputError(
-                    f"``resume``: expected no other option but ``workers``: the run has its own, got {', '.join(given)}"
+                    f"``resume``: expected no other option but {allowed}: the run has its own, got {', '.join(given)}"
                 )
             return LoadedRun(resume_sweep(resume, engine=engine, progress=bar, warn=_warn))
         config = _config(SweepConfig, model=model, **options)
@@ -203,7 +206,7 @@ def recipe(
         model: As in `sweep`.
         out: Folder of all that is made.
         resume: Go on with a recipe that was stopped there.
-        workers: Processes of the sweep.
+        workers: Processes of the sweep; ``engine="ray"`` and the like as in `sweep`.
         progress: Show a bar on a terminal or in a notebook.
         **options: Fields of `refinelens.config.RecipeConfig`, such as ``budget="30m"``.
 
@@ -216,9 +219,10 @@ def recipe(
         FaultError: Something broke; with ``resume`` it goes on.
         KeyboardInterrupt: SIGINT or SIGTERM, once the current step has written what it has.
     """
+    engine, options = _engine(workers, options)
     config = _config(RecipeConfig, model=model, **options)
     with progress_bar(progress) as bar:
-        claim, run = run_recipe(config, str(name), _folder(out), resume, None, EngineConfig(workers), bar, _warn)
+        claim, run = run_recipe(config, str(name), _folder(out), resume, None, engine, bar, _warn)
     write_report_page([run], Path(_folder(out)) / PAGE, claim)
     return claim
 
@@ -242,6 +246,13 @@ def drift(model: str | Path | None = None, *, progress: bool = False, **options:
     config = _config(DriftConfig, model=model, **options)
     with progress_bar(progress) as bar:
         return run_drift(config, bar)
+
+
+def _engine(workers: int, options: dict[str, Any]) -> tuple[EngineConfig, dict[str, Any]]:
+    """Who asks, and the options that are left."""
+    names = [field.name for field in fields(EngineConfig)]
+    own = {name: value for name, value in options.items() if name in names}
+    return EngineConfig(workers, **own), {name: value for name, value in options.items() if name not in own}
 
 
 def _config(kind: type[Config], **options: Any) -> Any:

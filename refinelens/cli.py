@@ -105,7 +105,7 @@ def _resume(arguments: argparse.Namespace, argv: list[str]) -> int:
     engine = [option_of(field.name) for field in fields(config.EngineConfig)]
     others = [word for word in words if not any(o.startswith(word) for o in ("--resume", *engine, "--no-report"))]
     if others:
-        allowed = " or ".join(engine)
+        allowed = ", ".join(engine)
         raise InputError(f"--resume: expected no other option but {allowed}: the run has its own, got {others[0]}")
     from .store.results import PAGE, open_run
 

@@ -6,11 +6,12 @@ fields; the parser of the command line is made from the same fields (`refinelens
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .options import NAMES, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
+from .options import NAMES, SHARE, TYPED, Config, Kind, check_idle, choice, expect, number_of, option, parts_of
 from .placement import MOST_DOCUMENTS, WORDS, Placement, placements
 
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
@@ -29,6 +30,7 @@ MEASURES = JSD, TOP5, SUBLAYERS, PREDICTION, FREQUENCY, STATES = (
     *("jsd", "top5", "sublayers", "prediction", "frequency", "states"),
 )
 GENERATED_SETTLE = "generated_settle_jsd"  # of the tokens that are generated, where ``jsd`` is measured
+PROCESSES, RAY = ("processes", "ray")  # who starts workers
 CUES = ("cues", "tiny-cues")  # tasks whose documents disagree
 DECOYS = "decoys"  # what their rows have more
 ASKED, READ, RUNS = "what is asked", "what is read", "how it runs"  # groups of options
@@ -46,6 +48,14 @@ def _measures(value: object) -> tuple[str, ...]:
     return tuple(name for name in MEASURES if name in names)
 
 
+def _address(value: object) -> str:
+    host, _, port = os.fspath(value).rpartition(":")
+    if value != "auto" and not (host and "/" not in host and port.isdecimal()):
+        raise ValueError
+    return value
+
+
+ADDRESS = Kind(_address, "auto or HOST:PORT")
 SIZES = Kind(_sizes, "closed-book, oracle or sizes such as 5,10")
 EDITS = Kind(lambda value: () if value == "none" else NAMES.read(value), f"none or some of {','.join(INTERVENTIONS)}")
 MEASURED = Kind(_measures, f"some of {','.join(MEASURES)}, each once")
@@ -351,10 +361,26 @@ class EngineConfig(Config):
     """Who asks the questions of a sweep; nothing of it changes a number, and a run can go on with another."""
 
     workers: int = option(1, "processes, a model in each", RUNS)
+    engine: str = choice(
+        "who starts them: processes of this machine, or Ray, also on others (the extra ray)", RUNS, PROCESSES, RAY
+    )
+    address: str | None = option(
+        None,
+        "of a Ray that runs, with this machine as a node, for ray alone (default: one is started here, for this sweep)",
+        RUNS,
+        ADDRESS,
+        "auto|HOST:PORT",
+    )
+    gpus_per_worker: float | None = option(
+        None, "GPUs of a worker, such as 0.5, for ray alone (default: 1 on CUDA)", RUNS, SHARE, "G"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         expect(self.workers >= 1, "workers", "1 or more processes", self.workers)
+        if self.engine != RAY:
+            given = [name for name in ("address", "gpus_per_worker") if getattr(self, name) is not None]
+            check_idle(given, given, f"engine='{RAY}'", self.engine)
 
 
 ONE_PROCESS = EngineConfig()

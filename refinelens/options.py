@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterable
 from dataclasses import Field, dataclass, field, fields
+from math import inf
 from operator import index
 from typing import Any
 
@@ -29,6 +30,13 @@ def number_of(value: object) -> int:
     return int(value) if isinstance(value, str) else index(value)
 
 
+def _share(value: object) -> float:
+    share = float(value)
+    if not 0 <= share < inf or isinstance(value, bool):
+        raise ValueError
+    return share
+
+
 def parts_of(value: object) -> list:
     """Of ``5,10``, of several values, or of a single one."""
     if isinstance(value, str):
@@ -43,6 +51,7 @@ def _typed(value: object) -> str:
 
 FLAG = Kind(_flag, "True or False")
 NUMBER = Kind(index, "a whole number")
+SHARE = Kind(_share, "a number of 0 or more")
 NAME = Kind(os.fspath, "a name or a path")
 NUMBERS = Kind(lambda value: tuple(map(number_of, parts_of(value))), "numbers such as 1,5,10")
 NAMES = Kind(lambda value: tuple(map(os.fspath, parts_of(value))), "names or paths")

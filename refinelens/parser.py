@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace a run that is there")
     add("--no-report", action="store_true", help="write no page of the run")
     add("--shard", metavar="I/N", help="one of N shards of the run, made side by side; merge makes a run of them")
-    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options (and --workers)")
+    add("--resume", metavar="RUN", help="go on with a run that was interrupted, with its own options but for who asks")
 
     prompts = add_command(
         "prompts",

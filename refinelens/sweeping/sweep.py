@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EVERY_QUESTION, ONE_PROCESS, STATES, EngineConfig, ModelConfig, SweepConfig, check_top
+from ..config import EVERY_QUESTION, ONE_PROCESS, RAY, STATES, EngineConfig, ModelConfig, SweepConfig, check_top
 from ..errors import InputError, resume_call
 from ..machine import device_name
 from ..options import expect
@@ -64,6 +64,10 @@ def run_sweep(
             written; a second signal writes nothing more.
     """
     run = Run(Path(out))
+    if engine.engine == RAY:
+        from .ray_engine import check_ray
+
+        check_ray(engine)
     if options is None:
         run.checked_manifest()  # before the lock makes a folder
     else:
@@ -96,12 +100,12 @@ def resume_sweep(path: str | Path, **keywords: Any) -> Run:
 
 
 def check_one_process(options: ModelConfig, engine: EngineConfig) -> None:
-    """Refuse several workers beside a model that is split: one process has all the devices that it is split over.
+    """Refuse several processes beside a model that is split: one has all the devices that it is split over.
 
     Raises:
-        InputError: There are several.
+        InputError: There are several; Ray gives each worker devices of its own.
     """
-    if options.device_map is not None:
+    if options.device_map is not None and engine.engine != RAY:
         expect(engine.workers == 1, "workers", "1 beside ``device_map``", engine.workers)
 
 
@@ -117,7 +121,7 @@ class _Sweep:
     warn: Callable[[str], None]
     questions_per_part: int
     shard: str | None = None
-    runner: SweepInputs | Workers | None = None
+    runner: Any = None  # see `_runner`
     writer: RunWriter | None = None
     check: Callable[[list[int]], None] = lambda places: None  # that the questions at some places can be asked
 
@@ -155,8 +159,7 @@ class _Sweep:
 
     def _start(self, inputs: SweepInputs, spec: RunSpec, resumed: bool = False) -> None:
         """Of several workers each loads the model for itself; ours goes."""
-        workers = self.engine.workers
-        self.runner = Workers(inputs.options, spec, workers, self.warn) if workers > 1 else inputs
+        self.runner = _runner(self.engine, inputs, spec, self.warn)
         if inputs.stored:
             self.check = inputs.check_stored
         self.writer = RunWriter(self.run, spec.manifest, resumed)
@@ -227,6 +230,15 @@ class _Sweep:
         if self.writer is None or not self.writer.is_placed:
             return ""
         return f"{resume_call(self.run.path)} goes on with the finished questions"
+
+
+def _runner(engine: EngineConfig, inputs: SweepInputs, spec: RunSpec, warn: Callable[[str], None]) -> Any:
+    """Who asks: `SweepInputs` in this process, or what has its method `ask`."""
+    if engine.engine == RAY:
+        from .ray_engine import RayWorkers
+
+        return RayWorkers(inputs.options, spec, engine, warn)
+    return Workers(inputs.options, spec, engine.workers, warn) if engine.workers > 1 else inputs
 
 
 def _bytes_needed(options: SweepConfig, manifest: dict) -> int:

@@ -17,13 +17,14 @@ from refinelens.parser import build_parser, config_of, known_options, option_of
 from refinelens.view_config import BenchConfig, WidgetConfig
 
 PACKAGE = Path(config.__file__).parent
+ENGINE = {field.name for field in fields(config.EngineConfig)}
 COMMANDS = {  # config and what the command line alone is asked
-    "sweep": (SweepConfig, {"out", "overwrite", "resume", "workers", "shard", "no_report"}),
+    "sweep": (SweepConfig, {"out", "overwrite", "resume", "shard", "no_report"} | ENGINE),
     "prompts": (SweepConfig, {"out"}),
     "fit": (FitConfig, {"out", "overwrite"}),
     "merge": (Config, {"folders", "out", "overwrite", "no_report"}),
     "merge-lenses": (Config, {"folders", "out", "overwrite"}),
-    "recipe": (config.RecipeConfig, {"recipe", "out", "resume", "workers"}),
+    "recipe": (config.RecipeConfig, {"recipe", "out", "resume"} | ENGINE),
     "recipes": (Config, set()),
     "show": (view_config.ShowConfig, {"folder"}),
     "layers": (LayersConfig, {"folder", "out", "overwrite"}),

@@ -16,6 +16,14 @@ from refinelens.sweeping.contexts import ContextBuilder
 
 def run_worker(folder, descriptor):
     """What ``python -m refinelens.sweeping.worker`` runs, with faults; its exit code."""
+    meet_faults(folder)
+    sys.argv = ["worker", str(descriptor)]
+    worker.main()
+    return 0
+
+
+def meet_faults(folder):
+    """Let this process, a worker, meet what files in the folder say."""
     (folder / f"pid-{os.getpid()}").touch()
     build = ContextBuilder.build
 
@@ -36,6 +44,3 @@ def run_worker(folder, descriptor):
 
     ContextBuilder.build = faulty_build
     hold("start")
-    sys.argv = ["worker", str(descriptor)]
-    worker.main()
-    return 0

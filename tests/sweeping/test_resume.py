@@ -465,8 +465,8 @@ def test_resume_of_a_finished_run_shows_it(whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--resume", "RUN", "--seed", "0"], "--resume: expected no other option but --workers: the run has its own"),
-        (["--overwrite", "--resume=RUN"], "expected no other option but --workers: the run has its own, got --over"),
+        (["--resume", "RUN", "--seed", "0"], "--resume: expected no other option but --workers, --engine,"),
+        (["--overwrite", "--resume=RUN"], "--gpus-per-worker: the run has its own, got --over"),
         (["--resume", "RUN/predictions"], "expected a run folder with manifest.json, got none"),
         (["--resume", "RUN/nowhere"], "expected a run folder with manifest.json, got none"),
     ],
