@@ -26,7 +26,7 @@ def load_once():
 
     loaded = load_model("smollm2", "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "load_model", lambda *arguments: loaded)
+        patch.setattr(inputs, "load_model", lambda *_, **__: loaded)
         yield loaded
 
 

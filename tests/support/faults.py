@@ -309,10 +309,11 @@ def _serve(*arguments):
     Figure.savefig, Figure.subplots = save_stand_in, panels_stand_in(Figure.subplots)
     torch.set_num_threads(1)  # threads do not survive a fork
     load, loaded = inputs.load_model, {}
-    inputs.load_model = lambda *model: loaded.setdefault(model, load(*model))
+    inputs.load_model = lambda name, **how: loaded.setdefault((name, *how.items()), load(name, **how))
     with redirect_stdout(StringIO()):
         assert cli.main(list(arguments)) == 0
-    inputs.load_model = lambda *model: loaded.get(model) or load(*model)  # children need not load that one again
+    # Children need not load that one again.
+    inputs.load_model = lambda name, **how: loaded.get((name, *how.items())) or load(name, **how)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
