@@ -1,7 +1,6 @@
 """Contexts in batches of several lengths: the states each has alone, fewer where memory runs out, errors by name."""
 
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ class Machine:
 
     def __init__(self, lens, check=lambda ids: None, device="cpu"):
         self.lens, self.check, self.passes = lens, check, []
-        self.model = SimpleNamespace(device=torch.device(device))
+        self.model, self.device = None, torch.device(device)
 
     def hidden(self, ids, positions, mask, cache, *_):
         self.passes.append([ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist())

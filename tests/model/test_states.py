@@ -404,7 +404,7 @@ def test_weights_that_are_elsewhere_are_named():
     model = build("llama")
     for part in (model.model.layers[1], model):
         part.to("meta")
-        with pytest.raises(UnsupportedModelError, match="a whole model on one device, got weights that are loaded"):
+        with pytest.raises(UnsupportedModelError, match="or one loaded with device_map, got weights that are nowhere"):
             LogitLens(model)
 
 
