@@ -126,13 +126,13 @@ def load_model(
     name: str,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
+    *,
     device_map: str | None = None,
     max_memory: str | None = None,
     quantize: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
-    trust_remote_code: bool = False,
-    *,
     part: str = WHOLE,
 ) -> LoadedModel:
     """Load a model by the words ``smollm2`` and ``tiny``, a folder, a ``.gguf`` file or a hub name.
@@ -142,13 +142,13 @@ def load_model(
             ``tiny`` the model in this one, which knows the words of `data.generated` alone.
         device: ``auto`` (CUDA if present), ``cpu`` or ``cuda``.
         dtype: ``auto`` (fp32 on a CPU, the checkpoint's own on CUDA), ``float32``, ``float16``, ``bfloat16``.
+        trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.
         device_map: Put it on several devices: ``auto``, or a JSON file that names a GPU, ``cpu`` or ``disk`` by module.
             Where the whole model fits in memory too, the states of the split one are held against it.
         max_memory: By device, for ``device_map='auto'``, such as ``0=20GiB,cpu=60GiB``; the rest goes to disk.
         quantize: One of `config.QUANTIZE`: weights but for embedding and unembedding, as they are loaded.
         revision: Branch, tag or commit on the hub.
         subfolder: That the model lies in.
-        trust_remote_code: Run the code that a model brings with it; nobody is asked at the terminal.
         part: ``whole``; ``head`` for embedding, first block, final norm and unembedding alone; ``outline`` for the
             tokenizer and a model of one block that has shapes and no numbers.
 
