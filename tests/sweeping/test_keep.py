@@ -13,7 +13,7 @@ from refinelens.config import LayersConfig, SweepConfig
 from refinelens.data.generated import generate_task
 from refinelens.errors import InputError
 from refinelens.layers.analysis import run_layers
-from refinelens.report.kept import KNOWN, NOT_ANSWERED
+from refinelens.report.scope import KNOWN, NOT_ANSWERED
 from refinelens.run_page import report_page
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from sweeps import predictions
