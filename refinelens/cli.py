@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config, view_config
 from .errors import FaultError, InputError, resume_call
+from .machine import calm_libraries
 from .options import check_idle, check_utf8
 from .parser import build_parser, check_values, config_of, known_options, option_of
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         for word in argv:
             check_utf8("command line", word)
         check_values(arguments)
-        _calm_libraries()
+        calm_libraries()
         return COMMANDS[arguments.command](arguments, argv)
     except (InputError, FaultError) as error:
         _say(str(error))
@@ -258,16 +258,6 @@ def _console() -> Console:
 
 def _list_files(folder: str | Path) -> None:
     print(f"\n{folder}: {', '.join(sorted(path.name for path in Path(folder).iterdir()))}")
-
-
-def _calm_libraries() -> None:
-    """Before torch and Transformers are imported: no spinning threads, no bars or retries between our lines."""
-    # A spinning OpenMP thread costs milliseconds per parallel region as soon as another process wants its core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for library in ("huggingface_hub", "accelerate", "torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _show(arguments: argparse.Namespace, argv: list[str]) -> int:

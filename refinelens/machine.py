@@ -5,6 +5,7 @@ A module of this package that runs in a process of its own is the same code as h
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -84,3 +85,13 @@ def module_path() -> dict[str, str]:
     places = [place for place in sys.path if place]  # the empty one is the current folder
     # Found by the current folder or an import hook this package is on none of them.
     return {"PYTHONPATH": os.pathsep.join(places if PACKAGE_ROOT in places else [PACKAGE_ROOT, *places])}
+
+
+def calm_libraries() -> None:
+    """Before torch and Transformers are imported: no spinning threads, no bars or retries between our lines."""
+    # A spinning OpenMP thread costs milliseconds per parallel region as soon as another process wants its core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("huggingface_hub", "accelerate", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)

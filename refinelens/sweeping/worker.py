@@ -12,12 +12,15 @@ import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+from ..machine import calm_libraries
+
 
 def main() -> None:
     """Answer until the other process closes the connection or ends."""
     # Both are the business of the process that started this one, which lets the current question finish.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+    calm_libraries()
     connection = Connection(int(sys.argv[1]))
     try:
         _answer(connection)
