@@ -39,33 +39,26 @@ from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.recorder import RunWriter
 
 VOCAB = 50_257
-LLAMA = partial(LlamaConfig, vocab_size=VOCAB, max_position_embeddings=8192)
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, key_value_heads: int) -> Callable:
+    return partial(
+        LlamaConfig,
+        vocab_size=VOCAB,
+        max_position_embeddings=8192,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+    )
+
+
 SHAPES: dict[str, Callable] = {
     "gpt2": partial(GPT2Config, vocab_size=VOCAB, n_positions=8192),
-    "smollm2": partial(
-        *(LLAMA,),
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    ),
-    "1b": partial(
-        *(LLAMA,),
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "8b": partial(
-        *(LLAMA,),
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
+    "smollm2": _llama(576, 1536, 30, 9, 3),
+    "1b": _llama(2048, 8192, 16, 32, 8),
+    "8b": _llama(4096, 14336, 32, 32, 8),
 }
 STAGES = {  # what is timed within a sweep, by what it is called
     "contexts": (ContextBuilder, "build"),

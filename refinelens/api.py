@@ -75,7 +75,7 @@ def sweep(
                 )
             return LoadedRun(resume_sweep(resume, engine=engine, progress=bar, warn=_warn))
         config = _config(SweepConfig, model=model, **options)
-        return LoadedRun(run_sweep(config, _folder(out), overwrite, None, engine, bar, warn=_warn, shard=shard))
+        return LoadedRun(run_sweep(config, _out(out), overwrite, None, engine, bar, warn=_warn, shard=shard))
 
 
 def merge_runs(shards: Sequence[str | Path], *, out: str | Path | None = None, overwrite: bool = False) -> LoadedRun:
@@ -90,7 +90,7 @@ def merge_runs(shards: Sequence[str | Path], *, out: str | Path | None = None, o
         InputError: Shards that are missing, doubled, unfinished, damaged or of another run; names them.
     """
     shards = [shards] if isinstance(shards, str | Path) else shards
-    return LoadedRun(_merge_runs(shards, _folder(out), overwrite, None, _warn))
+    return LoadedRun(_merge_runs(shards, _out(out), overwrite, None, _warn))
 
 
 def prompts(model: str | Path | None = None, *, out: str | Path | None = None, **options: Any) -> Prompts:
@@ -110,7 +110,7 @@ def prompts(model: str | Path | None = None, *, out: str | Path | None = None, *
         InputError: Input that does not fit, an option that there is not, or an ``out`` that cannot be written.
         FaultError: No free disk.
     """
-    return write_prompts(_config(SweepConfig, model=model, **options), _file(out))
+    return write_prompts(_config(SweepConfig, model=model, **options), _out(out, "file"))
 
 
 def fit(
@@ -142,7 +142,7 @@ def fit(
     config = _config(FitConfig, model=model, **options)
     check_objective(options, config.objective)
     with progress_bar(progress) as bar:
-        return fit_lens(config, _folder(out), overwrite, None, bar)
+        return fit_lens(config, _out(out), overwrite, None, bar)
 
 
 def merge_lenses(lenses: Sequence[str | Path], *, out: str | Path | None = None, overwrite: bool = False) -> Fitted:
@@ -156,7 +156,7 @@ def merge_lenses(lenses: Sequence[str | Path], *, out: str | Path | None = None,
     Raises:
         InputError: Other lenses, another model or other layers, or prompts that two have in common.
     """
-    return _merge_lenses([str(lens) for lens in lenses], _folder(out), overwrite)
+    return _merge_lenses([str(lens) for lens in lenses], _out(out), overwrite)
 
 
 def essential_layers(
@@ -222,8 +222,8 @@ def recipe(
     engine, options = _engine(workers, options)
     config = _config(RecipeConfig, model=model, **options)
     with progress_bar(progress) as bar:
-        claim, run = run_recipe(config, str(name), _folder(out), resume, None, engine, bar, _warn)
-    write_report_page([run], Path(_folder(out)) / PAGE, claim)
+        claim, run = run_recipe(config, str(name), _out(out), resume, None, engine, bar, _warn)
+    write_report_page([run], Path(_out(out)) / PAGE, claim)
     return claim
 
 
@@ -263,15 +263,9 @@ def _config(kind: type[Config], **options: Any) -> Any:
     return kind(**options)
 
 
-def _file(out: str | Path | None) -> str:
+def _out(out: str | Path | None, kind: str = "folder") -> str:
     if out is None:
-        raise InputError("``out``: expected the file to write, got none")
-    return str(out)
-
-
-def _folder(out: str | Path | None) -> str:
-    if out is None:
-        raise InputError("``out``: expected the folder to write, got none")
+        raise InputError(f"``out``: expected the {kind} to write, got none")
     return str(out)
 
 

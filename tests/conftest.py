@@ -90,6 +90,16 @@ def question_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def many_questions(question_file, tmp_path_factory):
+    """18 questions: those of `question_file` about three kinds of doors."""
+    path = tmp_path_factory.mktemp("many") / "task.jsonl"
+    lines = question_file.read_text().splitlines()
+    words = ("given", "high", "quality")
+    path.write_text("\n".join(line.replace(" door", f" {word} door") for word in words for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
 def fork_server(tiny_model, question_file, tmp_path_factory):
     """Runs sweeps of the tiny model, or of any GPT-2, in processes that may be killed."""
     from faults import ForkServer

@@ -109,7 +109,7 @@ def run_recipe(
         _check_inputs(recipe, options)
     plan = _plan(recipe, options, folder, resume)
     lenses = [PLAIN]
-    common = {"model": plan.model, **options.loading, "device": plan.device, "dtype": plan.dtype}
+    common = {"model": options.model, **options.loading}  # what decides of it is the plan's
     for lens, given in recipe.lenses.items():
         path = folder / lens
         lenses.append(str(path))

@@ -22,6 +22,7 @@ from ..lens.logit_lens import LogitLens, model_entry
 from ..lens.translators import Translators
 from ..machine import __version__, now, packages
 from ..model.loading import is_out_of_memory, load_model
+from ..model.split import is_offloaded
 from ..progress import Progress, unseen
 from ..report.figures import QUALITY_FIGURE, draw_quality
 from ..report.quality import QUALITY_TABLE, write_quality
@@ -128,7 +129,7 @@ def fit_lens(
         loaded = load_model(options.model, **options.loading)
         logit_lens = LogitLens(loaded.model)
         if options.objective == "jacobian":
-            if any(parameter.is_meta for parameter in loaded.model.parameters()):
+            if is_offloaded(loaded.model):
                 raise InputError(
                     "``objective='jacobian'``: expected a model whose weights stay in memory, got some that are loaded "
                     "when they are needed; use another ``device_map`` or objective"

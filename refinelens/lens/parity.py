@@ -56,6 +56,7 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
     check_widths(model, head, last, own)
     eps = torch.finfo(head.weight.dtype).eps
     tolerance = FP32_PARITY if head.weight.dtype == torch.float32 else ROUNDINGS * eps
+    crosses_devices = is_split(model)
     for layer, pair in enumerate(zip(kept, of_model, strict=True)):
         if (found := difference(*(states[None] for states in pair))) > tolerance:
             raise UnsupportedModelError(
@@ -63,7 +64,7 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
                 f"got others from layer {layer} on (difference {found:.2g} of the largest, allowed {tolerance:.2g}): "
                 "it changes what goes in, as prompts of virtual tokens, scaled embeddings or hooks do; undo that"
             )
-        if is_split(model) and not pair[0].any(-1).all():
+        if crosses_devices and not pair[0].any(-1).all():
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected states from every device, got nothing but zeros at layer {layer}; "
                 "use another ``device_map``"

@@ -120,7 +120,12 @@ def check_names(device_map: dict, model: nn.Module, file: str | None) -> None:
 def is_split(model: nn.Module) -> bool:
     """Whether accelerate moves its states or weights from place to place."""
     places = getattr(model, "hf_device_map", None)
-    return bool(places) and (len({*places.values()}) > 1 or any(weight.is_meta for weight in model.parameters()))
+    return bool(places) and (len({*places.values()}) > 1 or is_offloaded(model))
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights are loaded when they are needed."""
+    return any(weight.is_meta for weight in model.parameters())
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:

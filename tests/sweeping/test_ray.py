@@ -24,18 +24,8 @@ ON_RAY = ("--engine", "ray", "--workers")
 
 
 @pytest.fixture(scope="module")
-def task(question_file, tmp_path_factory):
-    """18 questions."""
-    path = tmp_path_factory.mktemp("task") / "task.jsonl"
-    lines = question_file.read_text().splitlines()
-    words = ("given", "high", "quality")
-    path.write_text("\n".join(line.replace(" door", f" {word} door") for word in words for line in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def options(tiny_model, task):
-    return SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
+def options(tiny_model, many_questions):
+    return SweepConfig(str(tiny_model), str(many_questions), (2, 3), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -27,19 +27,10 @@ FAULT_FREE = {"part": 4}
 
 
 @pytest.fixture(scope="module")
-def task(question_file, tmp_path_factory):
-    """18 questions."""
-    path = tmp_path_factory.mktemp("task") / "task.jsonl"
-    lines = question_file.read_text().splitlines()
-    words = ("given", "high", "quality")
-    path.write_text("\n".join(line.replace(" door", f" {word} door") for word in words for line in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def sweep(tiny_model, task):
+def sweep(tiny_model, many_questions):
     """The command line of a sweep, less the folder."""
-    return ["sweep", *map(str, ["--model", tiny_model, "--task", task, "--documents", "2,3", "--device", "cpu"])]
+    words = ["--model", tiny_model, "--task", many_questions, "--documents", "2,3", "--device", "cpu"]
+    return ["sweep", *map(str, words)]
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +93,10 @@ def only_error(log):
 
 
 @pytest.mark.slow
-def test_equal_to_one_process(tiny_model, task, whole, tmp_path, capfd, threads):
+def test_equal_to_one_process(tiny_model, many_questions, whole, tmp_path, capfd, threads):
     """Started as they are for users; the last part is short. `test_batches.py` has this of workers that are forked."""
     threads(1)  # as the run has that it is compared with
-    options = SweepConfig(str(tiny_model), str(task), (2, 3), device="cpu")
+    options = SweepConfig(str(tiny_model), str(many_questions), (2, 3), device="cpu")
     run_sweep(options, tmp_path / "run", engine=EngineConfig(2), warn=pytest.fail, questions_per_part=4)
     assert_same(tmp_path / "run", whole)
     assert open_run(tmp_path / "run").manifest["workers"] == 2
