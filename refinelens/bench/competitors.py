@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -60,13 +61,13 @@ def _whole_logits(hidden: Tensor, unembedding: Tensor, norm: Norm, targets: Tens
 
 
 @cache
-def _compiled():
-    return torch.compile(_whole_logits, dynamic=False)
+def _compiled(mode: str | None):
+    return torch.compile(_whole_logits, dynamic=False, mode=mode)
 
 
-def compiled(problem: Problem) -> Statistics:
+def compiled(problem: Problem, mode: str | None = None) -> Statistics:
     """The naive expression under `torch.compile`."""
-    return _compiled()(problem.hidden, problem.unembedding, problem.norm, problem.targets)
+    return _compiled(mode)(problem.hidden, problem.unembedding, problem.norm, problem.targets)
 
 
 def row_chunks(problem: Problem, size: int = ROW_CHUNK) -> Statistics:
@@ -133,6 +134,39 @@ def two_argsorts(problem: Problem) -> Statistics:
     }
 
 
+def transformer_lens(problem: Problem) -> Statistics:
+    """TransformerLens's own function on a bridge of this norm and unembedding: 64 rows at a time, its default."""
+    from transformer_lens.tools.analysis.logit_lens import logit_readout
+
+    found = logit_readout(_bridge(problem), problem.hidden, targets=problem.targets, return_type="log_probs")
+    return {
+        "entropy": found.entropy,
+        "target_logprob": found.values[:, 0],
+        "target_rank": found.target_ranks[:, 0],
+    }
+
+
+def _bridge(problem: Problem) -> SimpleNamespace:
+    """As much of a TransformerBridge as its readout asks for."""
+    norm = problem.norm
+    return SimpleNamespace(
+        cfg=SimpleNamespace(d_model=problem.hidden.shape[1], normalization_type=norm and "LN"),
+        ln_final=_FinalNorm(norm).eval(),
+        unembed=True,
+        W_U=problem.unembedding.T,
+        b_U=problem.unembedding.new_zeros(len(problem.unembedding)),
+    )
+
+
+class _FinalNorm(torch.nn.Module):
+    def __init__(self, norm: Norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return final_norm(hidden, self.norm)
+
+
 def liger(problem: Problem) -> Statistics:
     """Liger's fused linear cross-entropy, forward only: the loss of every row."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -194,15 +228,21 @@ def _needs_cpp(problem: Problem) -> str | None:
     return "needs a CPU and the C++ extension"
 
 
-def _needs(module: str, package: str, dtypes: tuple[torch.dtype, ...]) -> Callable[[Problem], str | None]:
+def _needs(
+    module: str, package: str, dtypes: tuple[torch.dtype, ...], needs_cuda: bool = True
+) -> Callable[[Problem], str | None]:
     def obstacle(problem: Problem) -> str | None:
-        if not problem.hidden.is_cuda:
-            return "needs a CUDA device"
+        if needs_cuda and (reason := _needs_cuda(problem)):
+            return reason
         if problem.hidden.dtype not in dtypes:
             return f"does not take {str(problem.hidden.dtype).removeprefix('torch.')}"
         return None if importlib.util.find_spec(module) else f"not installed; pip install {package}"
 
     return obstacle
+
+
+def _needs_cuda(problem: Problem) -> str | None:
+    return None if problem.hidden.is_cuda else "needs a CUDA device"
 
 
 def _needs_kernel(problem: Problem) -> str | None:
@@ -211,6 +251,7 @@ def _needs_kernel(problem: Problem) -> str | None:
 
 
 HALF = (torch.bfloat16, torch.float16)
+ANY = (*HALF, torch.float32)
 _ALL = (
     Competitor("fp32", "refinelens, fused kernel", _fused(precision="fp32"), OURS, obstacle=_needs_kernel),
     Competitor("certified", "refinelens, certified", _fused(precision="certified"), OURS,
@@ -218,11 +259,15 @@ _ALL = (
     Competitor("reference", "refinelens, plain torch", _fused(backend="reference"), OURS),
     Competitor(NAIVE, "torch, all logits (naive)", naive, BASELINE, logit_bytes=18),
     Competitor("compiled", "torch.compile of naive", compiled, BASELINE, logit_bytes=16, compiles=True),
+    Competitor("max-autotune", "torch.compile, max-autotune", partial(compiled, mode="max-autotune"), BASELINE,
+               logit_bytes=16, compiles=True, obstacle=_needs_cuda),
     Competitor("row-chunks", f"torch, {ROW_CHUNK} rows at a time", row_chunks, BASELINE),
     Competitor("vocab-chunks", f"torch, {VOCAB_CHUNK} tokens at a time", vocab_chunks, BASELINE),
     Competitor("argsort", "log_softmax, two argsorts", two_argsorts, BASELINE, logit_bytes=34),
+    Competitor("transformer-lens", "TransformerLens, logit_readout", transformer_lens, BASELINE,
+               obstacle=_needs("transformer_lens", "transformer-lens", ANY, needs_cuda=False)),
     Competitor("liger", "Liger linear cross-entropy", liger, BASELINE,
-               obstacle=_needs("liger_kernel", "liger-kernel", (*HALF, torch.float32))),
+               obstacle=_needs("liger_kernel", "liger-kernel", ANY)),
     Competitor("cce", "Apple cut cross-entropy", cut_cross_entropy, BASELINE,
                obstacle=_needs("cut_cross_entropy", "cut-cross-entropy", HALF)),
     Competitor("mm", "matrix product: torch.mm", _torch_product, PRODUCT, logit_bytes=4),

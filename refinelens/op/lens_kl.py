@@ -1,0 +1,192 @@
+"""`lens_kl`: the divergence of a layer's prediction from the output's, with its gradient by the layer's states.
+
+For whoever trains something in front of the lens, such as the translators of a tuned lens. One frozen unembedding reads
+layers and output, so that the gradient needs no more than its mean under either prediction: rows x d_model numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import InputError
+from ..kernels.mean_unembedding_reference import mean_unembedding_reference
+from ..kernels.reference import LensHead, apply_norm, fused_lens_reference, row_chunk, soft_cap, z_chunks
+from .backends import backend_function, choose_backend
+
+
+def lens_kl(
+    states: Tensor,
+    final_states: Tensor,
+    head: LensHead,
+    *,
+    final_is_normed: bool = False,
+    backend: str = "auto",
+    check_values: bool = True,
+) -> Tensor:
+    """KL divergence of the lens's predictions from the output's, ``KL(p_final || p_layer)``, differentiable.
+
+    With ``x_hat`` a normed state, ``l`` its logits and ``u = sum_v p_v w_v`` the unembedding averaged under the final
+    prediction, ``KL = (logsumexp(l) - E_final[l]) - (logsumexp(l_final) - E_final[l_final])`` where ``E_final[l]`` is
+    linear in ``u``; and its gradient by ``x_hat`` is ``scale * (u_layer - u)``: the cross-entropy's, with the labels'
+    mean in the place of a label. So a call costs two matrix products over the rows of ``states`` and two over those of
+    ``final_states``, forward and backward together, and stores rows x d_model numbers for the backward pass.
+
+    Args:
+        states: ``[..., d_model]`` floating: what the lens reads; gradients go to these alone.
+        final_states: Of the last layer, broadcastable to the shape of ``states``, such as ``[n, d_model]`` beside
+            ``[n_layers, n, d_model]``; each of its rows is computed once.
+        head: Norm and unembedding, which stay as they are. Its weight may have another dtype than the states.
+        final_is_normed: The final states are behind norm (and projection) already.
+        backend: As in ``fused_lens``.
+        check_values: False spares a GPU the wait for the result: then a row that is not finite gives NaN.
+
+    Returns:
+        ``states.shape[:-1]``, fp32 (fp64 for fp64 states), nats, not negative. Rounding of logits of size ``m`` is about
+        ``1e-7 * m``, and the gradient carries none of it.
+
+    Raises:
+        InputError: Shapes or devices that do not fit, or a row that is not finite.
+
+    Computes in fp32, of fp64 states in fp64. A softcap makes the logits no longer linear in ``x_hat``: then both
+    predictions are formed once more side by side, a chunk of the vocabulary at a time, in plain torch.
+
+    Source of the objective: Belrose et al. 2023, arXiv 2303.08112, section 3.
+    """
+    _check(states, final_states, head)
+    dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+    x_hat = _normed(states, head, dtype)
+    with torch.no_grad():
+        final = final_states.to(dtype) if final_is_normed else _normed(final_states, head, dtype)
+    plain = replace(head, norm=None, projection=None)
+    run = _Linear if head.softcap is None else _Capped
+    with torch.autocast(states.device.type, enabled=False):  # the products are in ``dtype``
+        kl = run.apply(x_hat, final, plain, backend)
+    if check_values and not bool(kl.detach().isfinite().all()):
+        rows = (~kl.detach().isfinite()).nonzero()
+        raise InputError(
+            f"states and final_states: expected finite values, got a divergence of {float(kl[tuple(rows[0])])} at "
+            f"{rows[0].tolist()}; {len(rows)} rows are affected"
+        )
+    return kl
+
+
+def mean_unembedding(x_hat: Tensor, head: LensHead, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """`mean_unembedding_reference` by the backend for a device; fp64 is the reference's."""
+    return mean_unembedding_reference(x_hat, head)
+
+
+def _check(states: Tensor, final_states: Tensor, head: LensHead) -> None:
+    if not isinstance(head, LensHead):
+        raise InputError(f"head: expected a LensHead, got {type(head).__name__}; make one of unembedding and norm")
+    for name, tensor in (("states", states), ("final_states", final_states)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{name}: expected a floating tensor, got {got}")
+        if tensor.device != head.weight.device:
+            raise InputError(f"{name}: expected device {head.weight.device} of the unembedding, got {tensor.device}")
+    if states.dim() < 1 or states.shape[-1] != head.d_model:
+        raise InputError(f"states: expected shape [..., {head.d_model}], got {list(states.shape)}")
+    try:
+        fits = torch.broadcast_shapes(states.shape[:-1], final_states.shape[:-1]) == states.shape[:-1]
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"final_states: expected a shape that broadcasts to {list(states.shape)}, got {list(final_states.shape)}"
+        )
+
+
+def _normed(states: Tensor, head: LensHead, dtype: torch.dtype) -> Tensor:
+    """Behind norm and projection, in ``dtype``; differentiable."""
+    x_hat = apply_norm(states, head.norm, dtype)
+    return x_hat if head.projection is None else x_hat @ head.projection.to(dtype).T
+
+
+class _Linear(torch.autograd.Function):
+    """Of normed states; without a softcap."""
+
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, final: Tensor, head: LensHead, backend: str) -> Tensor:
+        x_hat, final = _operands(x_hat, head, backend), _operands(final, head, backend)
+        mean, bias, final_logsumexp = _mean_rows(final, head, backend)
+        if ctx.needs_input_grad[0]:
+            own_mean, _, logsumexp = _mean_rows(x_hat, head, backend)
+            ctx.save_for_backward(own_mean.sub_(mean).mul_(head.scale))
+        else:
+            logsumexp = _logsumexp(x_hat, head, backend)
+        expected = head.scale * (torch.linalg.vecdot(x_hat.to(mean.dtype), mean) + bias)
+        final_expected = head.scale * (torch.linalg.vecdot(final.to(mean.dtype), mean) + bias)
+        return ((logsumexp - expected) - (final_logsumexp - final_expected)).clamp(min=0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad[..., None] * gradient, None, None, None
+
+
+class _Capped(torch.autograd.Function):
+    """The same with a softcap: ``d l / d z = 1 - (l / softcap)^2``."""
+
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, final: Tensor, head: LensHead, backend: str) -> Tensor:
+        wide = final.expand_as(x_hat)
+        x, f = x_hat.reshape(-1, x_hat.shape[-1]), wide.reshape(-1, x_hat.shape[-1])
+        logsumexp, final_logsumexp = _logsumexp(x, head, "reference"), _logsumexp(f, head, "reference")
+        with_gradient = ctx.needs_input_grad[0]
+        kl, gradient = x.new_zeros(len(x)), torch.zeros_like(x) if with_gradient else None
+        step = row_chunk(x.device) // 2
+        for first in range(0, len(x), step):
+            rows = slice(first, first + step)
+            sums = (logsumexp[rows], final_logsumexp[rows])
+            _add_capped(x[rows], f[rows], *sums, head, kl[rows], None if gradient is None else gradient[rows])
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(x_hat))
+        return kl.view(x_hat.shape[:-1]).clamp(min=0.0)
+
+    backward = _Linear.backward
+
+
+def _add_capped(
+    x: Tensor, final: Tensor, logsumexp: Tensor, final_logsumexp: Tensor, head: LensHead, kl: Tensor,
+    gradient: Tensor | None,
+) -> None:  # fmt: skip
+    """Add the divergences ``[R]`` of some rows, and their gradients ``[R, d_model]``, into the last two."""
+    cap, n_rows = head.softcap, len(x)
+    assert cap is not None
+    for _, weights, z in z_chunks(torch.cat([x, final]), head):
+        logits = soft_cap(z, cap)
+        log_p = logits - torch.cat([logsumexp, final_logsumexp])[:, None]
+        own, other = log_p[:n_rows], log_p[n_rows:]
+        p = other.exp()
+        # A token that neither can be (bias -inf) has no part in either.
+        kl += torch.where(p > 0, p * (other - own), 0.0).sum(-1)
+        if gradient is not None:
+            slope = 1.0 - (logits[:n_rows] / cap).square()
+            gradient.addmm_((own.exp() - p) * slope, weights, alpha=head.scale)
+
+
+def _operands(x_hat: Tensor, head: LensHead, backend: str) -> Tensor:
+    """As the products take them: Triton multiplies in the dtype of the weights."""
+    return x_hat.to(head.weight.dtype) if choose_backend(x_hat.device.type, backend)[0] == "triton" else x_hat
+
+
+def _mean_rows(x_hat: Tensor, head: LensHead, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`mean_unembedding` of rows of any shape."""
+    shape = x_hat.shape
+    weights, bias, logsumexp = mean_unembedding(x_hat.reshape(-1, shape[-1]), head, backend)
+    return weights.view(shape), bias.view(shape[:-1]), logsumexp.view(shape[:-1])
+
+
+def _logsumexp(x_hat: Tensor, head: LensHead, backend: str) -> Tensor:
+    rows = x_hat.reshape(-1, x_hat.shape[-1])
+    if rows.dtype == torch.float64 or not len(rows):
+        found = fused_lens_reference(rows, head, dtype=rows.dtype)
+    else:
+        found = backend_function(choose_backend(rows.device.type, backend)[0])(rows, head)
+    return found.logsumexp.view(x_hat.shape[:-1])
