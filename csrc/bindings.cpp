@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lens/fused_lens.hpp"
+#include "lens/mean_unembedding.hpp"
 #include "ranks/rank_agreement.hpp"
 #include "ranks/trajectory.hpp"
 #include "screen/screen.hpp"
@@ -134,6 +135,22 @@ void run_product_only(const py::array& x_hat, const py::array& unembedding, int 
   product_only(problem, kernels, n_threads);
 }
 
+py::tuple run_mean_unembedding(const py::array& x_hat, const py::array& unembedding, const OptionalFloats& bias,
+                               float scale, int n_threads) {
+  const Matrix rows = as_matrix(x_hat, "x_hat"), tokens = as_matrix(unembedding, "unembedding");
+  check_product(rows, tokens);
+  const LensProblem problem{rows,  NormSpec{}, tokens,  checked(bias, "bias", tokens.rows),
+                            scale, 0.0f,       nullptr, 0};
+  Array<float> weights({rows.rows, rows.columns}), mean_bias(rows.rows), logsumexp(rows.rows);
+  const Averages out{rows.columns, weights.mutable_data(), mean_bias.mutable_data(), logsumexp.mutable_data()};
+  const LensKernels& kernels = lens_kernels(selected_isa());
+  {
+    py::gil_scoped_release release;
+    mean_unembedding(problem, kernels, n_threads, out);
+  }
+  return py::make_tuple(weights, mean_bias, logsumexp);
+}
+
 void bind_lens(py::module_& m) {
   m.def("instruction_set", [] { return isa_description(selected_isa()); },
         "The instruction set picked at run time; REFINELENS_ISA (baseline, v3, v4, amx) lowers it.");
@@ -146,6 +163,10 @@ void bind_lens(py::module_& m) {
         "[rows, top_k] of z before it.");
   m.def("product_only", &run_product_only, py::arg("x_hat"), py::arg("unembedding"), py::arg("n_threads"),
         "The matrix product of fused_lens alone; its results are thrown away.");
+  m.def("mean_unembedding", &run_mean_unembedding, py::arg("x_hat"), py::arg("unembedding"),
+        py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("n_threads"),
+        "([rows, d_model], [rows], [rows]): rows of unembedding [vocab_size, d_model] and entries of bias averaged under "
+        "the softmax of scale * (x_hat . w + bias), and its logsumexp; x_hat [rows, d_model], any strides.");
   m.def("fma_peak", [](double milliseconds) { return fma_peak(lens_kernels(selected_isa()), milliseconds); },
         py::arg("milliseconds"), py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread in multiply-adds between registers.");

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/parallel.hpp"
+#include "lens/ranges.hpp"
 
 namespace refinelens {
 
@@ -17,18 +18,6 @@ namespace {
 constexpr int64_t kPackedBytes = 12 << 20;  // packed rows held at a time
 constexpr int64_t kMaxRanges = 64;          // of the vocabulary: what threads share, and what is merged in order
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Where the vocabulary is cut: whole blocks, the same for any number of threads.
-struct Ranges {
-  int64_t vocab_size, block, n_blocks, count;
-
-  Ranges(int64_t vocab_size, int64_t block)
-      : vocab_size(vocab_size), block(block), n_blocks((vocab_size + block - 1) / block),
-        count(std::min(n_blocks, kMaxRanges)) {}
-  int64_t start(int64_t i) const { return std::min(n_blocks * i / count * block, vocab_size); }
-};
 
 class Accumulators {
  public:
@@ -136,7 +125,7 @@ class Driver {
  public:
   Driver(const LensProblem& problem, const LensKernels& kernels, int n_threads)
       : problem_(problem), kernels_(kernels), n_threads_(n_threads), d_model_(problem.hidden.columns),
-        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_)),
+        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_), kMaxRanges),
         block_rows_(std::min(round_up(std::max<int64_t>(problem.hidden.rows, 1), kernels.wide_panel),
                              std::max<int64_t>(kPackedBytes / (4 * d_model_) / kernels.wide_panel, 1) *
                                  kernels.wide_panel)),

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "lens/fused_lens.hpp"
+#include "lens/mean_unembedding.hpp"
 
 #define REFINELENS_KERNELS baseline_lens
 // What every compiler vectorises: 12 of SSE2's 16 registers hold sums.

@@ -150,19 +150,28 @@ def _against_final(
 
 def _expected_linear(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
-    final_logsumexp = logsumexp[-1, :, None]
-    mean_weights = torch.zeros_like(x_hat[-1])
-    mass, mean_bias = x_hat.new_zeros(2, *final_logsumexp.shape)
-    for first, weights, z in z_chunks(x_hat[-1], head):
-        p = z.sub_(final_logsumexp).exp_()
+    if choose_backend(x_hat.device.type)[0] == "cpp":
+        from .cpu import mean_unembedding_cpu
+
+        mean_weights, mean_bias, _ = mean_unembedding_cpu(x_hat[-1], head)
+    else:
+        mean_weights, mean_bias = _mean_unembedding(x_hat[-1], logsumexp[-1], head)
+    return head.scale * (torch.einsum("lnd,nd->ln", x_hat, mean_weights) + mean_bias)
+
+
+def _mean_unembedding(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> tuple[Tensor, Tensor]:
+    """As `refinelens.op.cpu.mean_unembedding_cpu`, of normed rows ``[N, d_model]`` and their logsumexps ``[N]``."""
+    mean_weights = torch.zeros_like(x_hat)
+    mass, mean_bias = x_hat.new_zeros(2, len(x_hat), 1)
+    for first, weights, z in z_chunks(x_hat, head):
+        p = z.sub_(logsumexp[:, None]).exp_()
         mean_weights.addmm_(p, weights)
         mass += p.sum(-1, keepdim=True)
         if head.bias is not None:
             # A token that cannot occur (bias -inf) has probability 0 and adds nothing.
             chunk = head.bias[first : first + len(weights)].to(p.dtype)
             mean_bias += p @ chunk.masked_fill(chunk == float("-inf"), 0.0)[:, None]
-    expected = torch.einsum("lnd,nd->ln", x_hat, mean_weights / mass) + (mean_bias / mass)[:, 0]
-    return head.scale * expected
+    return mean_weights / mass, (mean_bias / mass)[:, 0]
 
 
 def _expected_capped(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
