@@ -28,6 +28,17 @@ def product_only(x_hat: NDArray[Any], unembedding: NDArray[Any], n_threads: int)
 def mean_unembedding(
     x_hat: NDArray[Any], unembedding: NDArray[Any], bias: Floats | None, scale: float, n_threads: int
 ) -> tuple[Floats, Floats, Floats]: ...
+def divergence_from_first(
+    x_hat: NDArray[Any],
+    unembedding: NDArray[Any],
+    bias: Floats | None,
+    scale: float,
+    softcap: float,
+    logsumexp: Floats,
+    group: int,
+    kind: str,
+    n_threads: int,
+) -> Floats: ...
 def fma_peak(milliseconds: float) -> float: ...
 
 class ScreenIndex:

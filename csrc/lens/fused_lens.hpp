@@ -87,6 +87,8 @@ struct RangeState {
 
 struct AverageState;  // mean_unembedding.hpp
 struct Averages;
+struct DivergenceSpec;  // divergence.hpp
+struct DivergenceState;
 
 struct LensKernels {
   int64_t wide_panel;  // rows of the widest panel
@@ -111,6 +113,10 @@ struct LensKernels {
   // Merge n ranges of panel `panel`, in ascending order, into row `first_row` of `out` and what follows.
   void (*merge_averages)(const PackedRows&, int64_t panel, const AverageState* ranges, int64_t n, int64_t first_row,
                          const Averages& out);
+
+  // Multiply all rows, whole groups, with tokens first to last and add to the sums of `state`.
+  void (*divergence_range)(const LensProblem&, const PackedRows&, const DivergenceSpec&, int64_t first, int64_t last,
+                           const DivergenceState& state, float* scratch);
 
   // `rounds` rounds of independent multiply-adds in registers; returns the floating-point operations they are.
   double (*multiply_adds)(int64_t rounds);

@@ -7,6 +7,7 @@
 // compiled for newer ones.
 #include <cstdint>
 
+#include "lens/divergence.hpp"
 #include "lens/fused_lens.hpp"
 #include "lens/mean_unembedding.hpp"
 

@@ -7,22 +7,21 @@
 #include <vector>
 
 #include "common/parallel.hpp"
-#include "lens/ranges.hpp"
+#include "lens/row_blocks.hpp"
 
 namespace refinelens {
 
 namespace {
 
-constexpr int64_t kMaxRanges = 8;        // each has sums of its own, as large as the rows
+constexpr int64_t kSumRanges = 8;        // each has sums of its own, as large as the rows
 constexpr int64_t kSumBytes = 16 << 20;  // of all ranges, for the rows that are taken at a time
 
 class AverageDriver {
  public:
   AverageDriver(const LensProblem& problem, const LensKernels& kernels, int n_threads)
       : problem_(problem), kernels_(kernels), n_threads_(std::max(n_threads, 1)), d_model_(problem.hidden.columns),
-        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_), kMaxRanges), wide_(kernels.wide_panel),
-        block_rows_(std::min(round_up(std::max<int64_t>(problem.hidden.rows, 1), wide_),
-                             std::max<int64_t>(kSumBytes / (4 * d_model_ * ranges_.count) / wide_, 1) * wide_)),
+        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_), kSumRanges),
+        block_rows_(block_rows(problem, kernels, 4 * d_model_ * ranges_.count, kSumBytes)),
         scratch_floats_(kernels.scratch_floats(d_model_)), panels_(aligned<float>(block_rows_ * d_model_)),
         sums_(aligned<float>(ranges_.count * block_rows_ * d_model_)),
         peaks_(aligned<float>(ranges_.count * block_rows_)), totals_(aligned<double>(2 * ranges_.count * block_rows_)),
@@ -37,14 +36,10 @@ class AverageDriver {
   void run(const Averages& out) const {
     for (int64_t first = 0; first < problem_.hidden.rows; first += block_rows_) {
       const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first), panels_.get(), {}};
-      const int64_t n_panels = (rows.count + wide_ - 1) / wide_;
-      constexpr double kFlopsPerElement = 64;  // what packing, or merging a range, takes compared with multiplying
-      const double elements = static_cast<double>(rows.count * d_model_);
-      parallel_for(n_panels, useful_threads(kFlopsPerElement * elements, n_threads_),
-                   [&](int64_t panel, int worker) {
-                     kernels_.pack_panel(problem_, first, rows, panel, scratch(worker));
-                   });
+      const int64_t n_panels = panels_of(rows, kernels_);
+      pack_rows(problem_, kernels_, rows, first, n_threads_, [&](int worker) { return scratch(worker); });
       average(rows, n_panels);
+      const double elements = static_cast<double>(rows.count * d_model_);
       parallel_for(n_panels, useful_threads(kFlopsPerElement * elements * ranges_.count, n_threads_),
                    [&](int64_t panel, int) {
                      kernels_.merge_averages(rows, panel, states_.data(), ranges_.count, first, out);
@@ -74,7 +69,7 @@ class AverageDriver {
   const int n_threads_;
   const int64_t d_model_;
   const Ranges ranges_;
-  const int64_t wide_, block_rows_, scratch_floats_;
+  const int64_t block_rows_, scratch_floats_;
   const Aligned<float> panels_, sums_, peaks_;
   const Aligned<double> totals_;
   const Aligned<float> scratch_;

@@ -181,12 +181,13 @@ static void scan_range(const LensProblem& problem, const PackedRows& rows, int64
 }  // namespace refinelens::REFINELENS_KERNELS
 // After the tiles.
 #include "lens/average.inl"
+#include "lens/divergence.inl"
 
 namespace refinelens::REFINELENS_KERNELS {
 
 static const LensKernels kLensKernels = {
     kWide,      block_tokens,   scratch_floats, pack_panel,
-    scan_range, average_range, merge_averages, multiply_adds,
+    scan_range, average_range,  merge_averages, divergence_range, multiply_adds,
 };
 
 }  // namespace refinelens::REFINELENS_KERNELS

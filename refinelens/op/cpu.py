@@ -114,6 +114,43 @@ def mean_unembedding_cpu(
     return mean_weights, mean_bias, found
 
 
+def divergence_cpu(x_hat: Tensor, logsumexp: Tensor, head: LensHead, kind: str) -> Tensor:
+    """Divergence of every layer's prediction from the last layer's, from the logits of both side by side.
+
+    Args:
+        x_hat: ``[n_layers + 1, N, d_model]`` normed rows, fp32, the last layer last.
+        logsumexp: ``[n_layers + 1, N]`` fp32, of their logits.
+        head: Its weight (fp32, fp16 or bf16, any strides), bias, scale and softcap; its norm is not applied.
+        kind: ``"kl"`` for ``KL(p_final || p_layer)``, divided by the sum of the rounded ``p_final``; ``"jsd"`` for the
+            Jensen-Shannon divergence.
+
+    Returns:
+        ``[n_layers + 1, N]`` fp32, in nats; the last layer's is 0. The same bits for any number of threads and whatever
+        positions are beside one.
+
+    Extra memory: a copy of ``x_hat``; beside it as `fused_lens_cpu`.
+    """
+    n_layers, n_rows, d_model = x_hat.shape
+
+    def by_position(values: Tensor) -> Tensor:
+        """The last layer first, so that what all layers of a position are compared with leads them."""
+        return torch.cat([values[-1:], values[:-1]]).transpose(0, 1).reshape(n_layers * n_rows, *values.shape[2:])
+
+    found = _C.divergence_from_first(
+        _matrix(by_position(x_hat)),
+        _matrix(head.weight),
+        None if head.bias is None else _floats(head.bias),
+        head.scale,
+        head.softcap or 0.0,
+        _floats(by_position(logsumexp)),
+        n_layers,
+        kind,
+        torch.get_num_threads(),
+    )
+    out = torch.from_numpy(found).view(n_rows, n_layers).T
+    return torch.cat([out[1:], out[:1]])
+
+
 def product_only(x_hat: Tensor, unembedding: Tensor) -> None:
     """The matrix product of `fused_lens_cpu` alone, its results thrown away: a floor to compare times with."""
     _C.product_only(_matrix(x_hat), _matrix(unembedding), torch.get_num_threads())

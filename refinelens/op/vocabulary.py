@@ -20,6 +20,7 @@ from .backends import checked_operands, choose_backend, choose_precision
 from .fused_lens import broadcast_ids, check_result, check_targets, flatten_targets, fused_lens, integer_ids
 
 MOST_TARGETS = 8  # of a row, beside the one of the statistics
+_CPP_ROWS = 2048  # of all layers, normed and in the order of positions, beside which the unembedding is read once
 MOST_LISTED = 128  # tokens of a list that the lens keeps by itself; a longer one is sorted out afterwards
 
 
@@ -60,6 +61,9 @@ def kl_to_final(
     _check_stats(hidden, stats)
     if head.softcap is None:
         expected = _against_final(hidden, stats, head, last_is_normed, _expected_linear, row_chunk(hidden.device))
+    elif _runs_cpp(hidden):
+        found = _against_final(hidden, stats, head, last_is_normed, partial(_side_by_side, "kl"), _group_rows(hidden))
+        return found.clamp_(min=0.0)
     else:
         expected = _against_final(hidden, stats, head, last_is_normed, _expected_capped)
     # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
@@ -98,9 +102,27 @@ def jsd_to_final(
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_stats(hidden, stats)
-    found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon).clamp(0.0, math.log(2.0))
-    found[-1] = 0.0
-    return found
+    if _runs_cpp(hidden):
+        found = _against_final(hidden, stats, head, last_is_normed, partial(_side_by_side, "jsd"), _group_rows(hidden))
+    else:
+        found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon)
+        found[-1] = 0.0
+    return found.clamp_(0.0, math.log(2.0))
+
+
+def _runs_cpp(hidden: Tensor) -> bool:
+    return choose_backend(hidden.device.type)[0] == "cpp"
+
+
+def _group_rows(hidden: Tensor) -> int:
+    """Positions whose layers C++ takes at a time."""
+    return max(1, _CPP_ROWS // len(hidden))
+
+
+def _side_by_side(kind: str, x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
+    from .cpu import divergence_cpu
+
+    return divergence_cpu(x_hat, logsumexp, head, kind)
 
 
 def _check_stats(hidden: Tensor, stats: LensStats) -> None:
@@ -150,7 +172,7 @@ def _against_final(
 
 def _expected_linear(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
-    if choose_backend(x_hat.device.type)[0] == "cpp":
+    if _runs_cpp(x_hat):
         from .cpu import mean_unembedding_cpu
 
         mean_weights, mean_bias, _ = mean_unembedding_cpu(x_hat[-1], head)
