@@ -10,7 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "lens/divergence.hpp"
 #include "lens/fused_lens.hpp"
+#include "lens/mean_unembedding.hpp"
 #include "ranks/rank_agreement.hpp"
 #include "ranks/trajectory.hpp"
 #include "screen/screen.hpp"
@@ -134,6 +136,46 @@ void run_product_only(const py::array& x_hat, const py::array& unembedding, int 
   product_only(problem, kernels, n_threads);
 }
 
+py::tuple run_mean_unembedding(const py::array& x_hat, const py::array& unembedding, const OptionalFloats& bias,
+                               float scale, int n_threads) {
+  const Matrix rows = as_matrix(x_hat, "x_hat"), tokens = as_matrix(unembedding, "unembedding");
+  check_product(rows, tokens);
+  const LensProblem problem{rows,  NormSpec{}, tokens,  checked(bias, "bias", tokens.rows),
+                            scale, 0.0f,       nullptr, 0};
+  Array<float> weights({rows.rows, rows.columns}), mean_bias(rows.rows), logsumexp(rows.rows);
+  const Averages out{rows.columns, weights.mutable_data(), mean_bias.mutable_data(), logsumexp.mutable_data()};
+  const LensKernels& kernels = lens_kernels(selected_isa());
+  {
+    py::gil_scoped_release release;
+    mean_unembedding(problem, kernels, n_threads, out);
+  }
+  return py::make_tuple(weights, mean_bias, logsumexp);
+}
+
+Array<float> run_divergence_from_first(const py::array& x_hat, const py::array& unembedding, const OptionalFloats& bias,
+                                       float scale, float softcap, const Array<float>& logsumexp, int64_t group,
+                                       const std::string& kind, int n_threads) {
+  const Matrix rows = as_matrix(x_hat, "x_hat"), tokens = as_matrix(unembedding, "unembedding");
+  check_product(rows, tokens);
+  check_length(logsumexp, "logsumexp", rows.rows);
+  if (group < 1 || rows.rows % group != 0)
+    throw py::value_error("group: expected a divisor of " + std::to_string(rows.rows) + " rows, got " +
+                          std::to_string(group));
+  if (kind != "kl" && kind != "jsd") throw py::value_error("kind: expected kl or jsd, got " + kind);
+  const LensProblem problem{rows,  NormSpec{}, tokens,  checked(bias, "bias", tokens.rows),
+                            scale, softcap,    nullptr, 0};
+  const DivergenceSpec spec{kind == "kl" ? Divergence::kullback_leibler : Divergence::jensen_shannon, group,
+                            logsumexp.data()};
+  Array<float> found(rows.rows);
+  float* out = found.mutable_data();
+  const LensKernels& kernels = lens_kernels(selected_isa());
+  {
+    py::gil_scoped_release release;
+    divergence_from_first(problem, spec, kernels, n_threads, out);
+  }
+  return found;
+}
+
 void bind_lens(py::module_& m) {
   m.def("instruction_set", [] { return isa_description(selected_isa()); },
         "The instruction set picked at run time; REFINELENS_ISA (baseline, v3, v4, amx) lowers it.");
@@ -146,6 +188,15 @@ void bind_lens(py::module_& m) {
         "[rows, top_k] of z before it.");
   m.def("product_only", &run_product_only, py::arg("x_hat"), py::arg("unembedding"), py::arg("n_threads"),
         "The matrix product of fused_lens alone; its results are thrown away.");
+  m.def("mean_unembedding", &run_mean_unembedding, py::arg("x_hat"), py::arg("unembedding"),
+        py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("n_threads"),
+        "([rows, d_model], [rows], [rows]): rows of unembedding [vocab_size, d_model] and entries of bias averaged under "
+        "the softmax of scale * (x_hat . w + bias), and its logsumexp; x_hat [rows, d_model], any strides.");
+  m.def("divergence_from_first", &run_divergence_from_first, py::arg("x_hat"), py::arg("unembedding"),
+        py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("softcap"), py::arg("logsumexp").noconvert(),
+        py::arg("group"), py::arg("kind"), py::arg("n_threads"),
+        "[rows] fp32: KL(q || p) (kind kl) or Jensen-Shannon divergence (jsd) of every row's p and the q of the first of "
+        "its group of neighbours; x_hat [rows, d_model] and logsumexp [rows], softcap 0 for none.");
   m.def("fma_peak", [](double milliseconds) { return fma_peak(lens_kernels(selected_isa()), milliseconds); },
         py::arg("milliseconds"), py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread in multiply-adds between registers.");

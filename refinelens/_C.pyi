@@ -25,6 +25,20 @@ def fused_lens(
     top_k: int = 0,
 ) -> tuple[Ids, Floats, Floats, Floats, Floats, Ids, Floats, Ids]: ...
 def product_only(x_hat: NDArray[Any], unembedding: NDArray[Any], n_threads: int) -> None: ...
+def mean_unembedding(
+    x_hat: NDArray[Any], unembedding: NDArray[Any], bias: Floats | None, scale: float, n_threads: int
+) -> tuple[Floats, Floats, Floats]: ...
+def divergence_from_first(
+    x_hat: NDArray[Any],
+    unembedding: NDArray[Any],
+    bias: Floats | None,
+    scale: float,
+    softcap: float,
+    logsumexp: Floats,
+    group: int,
+    kind: str,
+    n_threads: int,
+) -> Floats: ...
 def fma_peak(milliseconds: float) -> float: ...
 
 class ScreenIndex:

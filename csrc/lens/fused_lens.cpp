@@ -9,26 +9,13 @@
 #include <vector>
 
 #include "common/parallel.hpp"
+#include "lens/row_blocks.hpp"
 
 namespace refinelens {
 
 namespace {
 
-constexpr int64_t kPackedBytes = 12 << 20;  // packed rows held at a time
-constexpr int64_t kMaxRanges = 64;          // of the vocabulary: what threads share, and what is merged in order
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Where the vocabulary is cut: whole blocks, the same for any number of threads.
-struct Ranges {
-  int64_t vocab_size, block, n_blocks, count;
-
-  Ranges(int64_t vocab_size, int64_t block)
-      : vocab_size(vocab_size), block(block), n_blocks((vocab_size + block - 1) / block),
-        count(std::min(n_blocks, kMaxRanges)) {}
-  int64_t start(int64_t i) const { return std::min(n_blocks * i / count * block, vocab_size); }
-};
 
 class Accumulators {
  public:
@@ -136,10 +123,8 @@ class Driver {
  public:
   Driver(const LensProblem& problem, const LensKernels& kernels, int n_threads)
       : problem_(problem), kernels_(kernels), n_threads_(n_threads), d_model_(problem.hidden.columns),
-        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_)),
-        block_rows_(std::min(round_up(std::max<int64_t>(problem.hidden.rows, 1), kernels.wide_panel),
-                             std::max<int64_t>(kPackedBytes / (4 * d_model_) / kernels.wide_panel, 1) *
-                                 kernels.wide_panel)),
+        ranges_(problem.unembedding.rows, kernels.block_tokens(d_model_), kMaxRanges),
+        block_rows_(block_rows(problem, kernels, 4 * d_model_, kPackedBytes)),
         scratch_floats_(kernels.scratch_floats(d_model_)), panels_(aligned<float>(block_rows_ * d_model_)),
         target_ids_(aligned<int32_t>(problem.n_targets * block_rows_)),
         target_z_(aligned<float>(problem.n_targets * block_rows_)),
@@ -163,12 +148,7 @@ class Driver {
     const PackedTargets targets{problem_.n_targets, block_rows_, target_ids_.get(), target_z_.get(),
                                 target_logit_.get()};
     const PackedRows rows{std::min(block_rows_, problem_.hidden.rows - first_row), panels_.get(), targets};
-    const int64_t n_panels = (rows.count + kernels_.wide_panel - 1) / kernels_.wide_panel;
-    constexpr double kFlopsPerElement = 64;  // what packing takes compared with multiplying
-    parallel_for(n_panels, useful_threads(kFlopsPerElement * rows.count * d_model_, n_threads_),
-                 [&](int64_t panel, int worker) {
-                   kernels_.pack_panel(problem_, first_row, rows, panel, scratch(worker));
-                 });
+    pack_rows(problem_, kernels_, rows, first_row, n_threads_, [&](int worker) { return scratch(worker); });
     return rows;
   }
 

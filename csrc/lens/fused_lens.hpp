@@ -85,6 +85,11 @@ struct RangeState {
   TopState top;
 };
 
+struct AverageState;  // mean_unembedding.hpp
+struct Averages;
+struct DivergenceSpec;  // divergence.hpp
+struct DivergenceState;
+
 struct LensKernels {
   int64_t wide_panel;  // rows of the widest panel
 
@@ -100,6 +105,18 @@ struct LensKernels {
   // Multiply all rows with tokens first to last and fold the logits into `state`; without state only multiply.
   void (*scan_range)(const LensProblem&, const PackedRows&, int64_t first, int64_t last, const RangeState* state,
                      float* scratch);
+
+  // Multiply panels first_panel to last_panel with tokens first to last and fold the unembedding's rows into `state`.
+  void (*average_range)(const LensProblem&, const PackedRows&, int64_t first_panel, int64_t last_panel, int64_t first,
+                        int64_t last, const AverageState& state, float* scratch);
+
+  // Merge n ranges of panel `panel`, in ascending order, into row `first_row` of `out` and what follows.
+  void (*merge_averages)(const PackedRows&, int64_t panel, const AverageState* ranges, int64_t n, int64_t first_row,
+                         const Averages& out);
+
+  // Multiply all rows, whole groups, with tokens first to last and add to the sums of `state`.
+  void (*divergence_range)(const LensProblem&, const PackedRows&, const DivergenceSpec&, int64_t first, int64_t last,
+                           const DivergenceState& state, float* scratch);
 
   // `rounds` rounds of independent multiply-adds in registers; returns the floating-point operations they are.
   double (*multiply_adds)(int64_t rounds);

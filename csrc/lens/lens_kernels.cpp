@@ -7,7 +7,9 @@
 // compiled for newer ones.
 #include <cstdint>
 
+#include "lens/divergence.hpp"
 #include "lens/fused_lens.hpp"
+#include "lens/mean_unembedding.hpp"
 
 #define REFINELENS_KERNELS baseline_lens
 // What every compiler vectorises: 12 of SSE2's 16 registers hold sums.

@@ -133,37 +133,61 @@ struct PrefetchPlan {
   }
 };
 
-static void scan_range(const LensProblem& problem, const PackedRows& rows, int64_t first, int64_t last,
-                       const RangeState* state, float* memory) {
-  const Scratch scratch(memory);
+// The panels that a call takes of a block of rows.
+struct PanelRange {
+  int64_t first, last;
+};
+
+// Multiplies panels of rows with tokens first to last, and calls fold(panel, token, count) while scratch.tile holds the
+// logits of `count` tokens from `token` on, [count][rows of the panel].
+template <typename Fold>
+inline void for_tiles(const LensProblem& problem, const PackedRows& rows, PanelRange panels, int64_t first,
+                      int64_t last, const Scratch& scratch, Fold fold) {
   const Matrix& tokens = problem.unembedding;
-  const int64_t d_model = tokens.columns, step = block_tokens(d_model), n_panels = panels_of(rows);
-  const PrefetchPlan plan(n_panels, step / kGroup);
+  const int64_t d_model = tokens.columns, step = block_tokens(d_model);
+  const PrefetchPlan plan(panels.last - panels.first, step / kGroup);
   for (int64_t token = first; token < last; token += step) {
     const int64_t count = last - token < step ? last - token : step;
     for (int64_t i = 0; i < kMaxTokens; ++i)
       scratch.bias[i] = problem.bias && i < count ? problem.bias[token + i] : 0.0f;
-    for (int64_t p = 0; p < n_panels; ++p) {
+    for (int64_t p = panels.first; p < panels.last; ++p) {
       const Panel panel(rows, p, d_model);
       for (int64_t begin = 0; begin < d_model; begin += kMaxDepth) {
         const int64_t depth = d_model - begin < kMaxDepth ? d_model - begin : kMaxDepth;
+        const bool is_staged = p > panels.first || begin > 0, is_last = p + 1 == panels.last && begin + depth == d_model;
         for (int64_t i = 0, g = 0; i < count; i += kGroup, ++g)
-          multiply(panel,
-                   find_group(tokens, token + i, last, scratch.block + i * staged_stride(d_model), p > 0 || begin > 0),
+          multiply(panel, find_group(tokens, token + i, last, scratch.block + i * staged_stride(d_model), is_staged),
                    begin, depth, {begin == 0, begin + depth == d_model, scratch.bias + i, problem.scale},
-                   scratch.tile + i * panel.width(), plan.tokens(tokens, token + i, begin, p),
-                   plan.rows(panel, p + 1 == n_panels && begin + depth == d_model, begin, depth, g));
+                   scratch.tile + i * panel.width(), plan.tokens(tokens, token + i, begin, p - panels.first),
+                   plan.rows(panel, is_last, begin, depth, g));
       }
-      if (!state) continue;
-      for (int64_t lane = 0; lane < panel.width(); lane += kLanes)
-        reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state,
-                     panel.row + lane, rows.targets.at(0, panel.row + lane));
+      fold(panel, token, count);
     }
   }
 }
 
+static void scan_range(const LensProblem& problem, const PackedRows& rows, int64_t first, int64_t last,
+                       const RangeState* state, float* memory) {
+  const Scratch scratch(memory);
+  for_tiles(problem, rows, {0, panels_of(rows)}, first, last, scratch,
+            [&](const Panel& panel, int64_t token, int64_t count) {
+              if (!state) return;
+              for (int64_t lane = 0; lane < panel.width(); lane += kLanes)
+                reduce_lanes({scratch.tile + lane, panel.width(), count}, token, first, problem.softcap, *state,
+                             panel.row + lane, rows.targets.at(0, panel.row + lane));
+            });
+}
+
+}  // namespace refinelens::REFINELENS_KERNELS
+// After the tiles.
+#include "lens/average.inl"
+#include "lens/divergence.inl"
+
+namespace refinelens::REFINELENS_KERNELS {
+
 static const LensKernels kLensKernels = {
-    kWide, block_tokens, scratch_floats, pack_panel, scan_range, multiply_adds,
+    kWide,      block_tokens,   scratch_floats, pack_panel,
+    scan_range, average_range,  merge_averages, divergence_range, multiply_adds,
 };
 
 }  // namespace refinelens::REFINELENS_KERNELS

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..errors import InputError
 from ..kernels.reference import (
     LensHead,
     LensStats,
@@ -78,6 +79,76 @@ def fused_lens_and_more(
     )
     argmax, max_logit, logsumexp, entropy, logit, rank, top_z, top_id = map(torch.from_numpy, out)
     return LensStats(argmax, max_logit, logsumexp, entropy), logit, rank, top_z, top_id
+
+
+def mean_unembedding_cpu(
+    x_hat: Tensor, head: LensHead, logsumexp: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the unembedding, and biases, averaged under every row's own prediction: attention with ``K = V = W``.
+
+    ``mean_weights[r] = sum_v p_rv w_v`` and ``mean_bias[r] = sum_v p_rv b_v`` with ``p_r = softmax(l_r)`` and
+    ``l = scale * (x_hat @ W.T + b)``: the gradient of the logsumexp by ``scale * x_hat``, and what the expected logits
+    of any other row follow from. A token that cannot occur (bias -inf) adds nothing.
+
+    Args:
+        x_hat: ``[R, d_model]`` normed rows, fp32, any strides.
+        head: Its weight (fp32, fp16 or bf16, any strides), bias and scale; its norm is not applied. Without softcap.
+        logsumexp: Not read; here for one signature on every device.
+
+    Returns:
+        ``mean_weights [R, d_model]``, ``mean_bias [R]`` (zeros without a bias), ``logsumexp [R]``, in fp32. The same
+        bits for any number of threads and whatever rows are beside a row.
+
+    Raises:
+        InputError: A head with a softcap.
+
+    Extra memory: at most 18 MiB (more in proportion to ``d_model`` beyond 8192 with AVX-512), half a MiB a thread.
+
+    Source of the running sums: Dao et al. 2022, FlashAttention, arXiv 2205.14135, algorithm 1.
+    """
+    if head.softcap is not None:
+        raise InputError(f"softcap: expected None, with which logits are linear in the weights, got {head.softcap}")
+    bias = None if head.bias is None else _floats(head.bias)
+    out = _C.mean_unembedding(_matrix(x_hat), _matrix(head.weight), bias, head.scale, torch.get_num_threads())
+    mean_weights, mean_bias, found = map(torch.from_numpy, out)
+    return mean_weights, mean_bias, found
+
+
+def divergence_cpu(x_hat: Tensor, logsumexp: Tensor, head: LensHead, kind: str) -> Tensor:
+    """Divergence of every layer's prediction from the last layer's, from the logits of both side by side.
+
+    Args:
+        x_hat: ``[n_layers + 1, N, d_model]`` normed rows, fp32, the last layer last.
+        logsumexp: ``[n_layers + 1, N]`` fp32, of their logits.
+        head: Its weight (fp32, fp16 or bf16, any strides), bias, scale and softcap; its norm is not applied.
+        kind: ``"kl"`` for ``KL(p_final || p_layer)``, divided by the sum of the rounded ``p_final``; ``"jsd"`` for the
+            Jensen-Shannon divergence.
+
+    Returns:
+        ``[n_layers + 1, N]`` fp32, in nats; the last layer's is 0. The same bits for any number of threads and whatever
+        positions are beside one.
+
+    Extra memory: a copy of ``x_hat``; beside it as `fused_lens_cpu`.
+    """
+    n_layers, n_rows, d_model = x_hat.shape
+
+    def by_position(values: Tensor) -> Tensor:
+        """The last layer first, so that what all layers of a position are compared with leads them."""
+        return torch.cat([values[-1:], values[:-1]]).transpose(0, 1).reshape(n_layers * n_rows, *values.shape[2:])
+
+    found = _C.divergence_from_first(
+        _matrix(by_position(x_hat)),
+        _matrix(head.weight),
+        None if head.bias is None else _floats(head.bias),
+        head.scale,
+        head.softcap or 0.0,
+        _floats(by_position(logsumexp)),
+        n_layers,
+        kind,
+        torch.get_num_threads(),
+    )
+    out = torch.from_numpy(found).view(n_rows, n_layers).T
+    return torch.cat([out[1:], out[:1]])
 
 
 def product_only(x_hat: Tensor, unembedding: Tensor) -> None:

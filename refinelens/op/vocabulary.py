@@ -20,6 +20,7 @@ from .backends import checked_operands, choose_backend, choose_precision
 from .fused_lens import broadcast_ids, check_result, check_targets, flatten_targets, fused_lens, integer_ids
 
 MOST_TARGETS = 8  # of a row, beside the one of the statistics
+_CPP_ROWS = 2048  # of all layers, normed and in the order of positions, beside which the unembedding is read once
 MOST_LISTED = 128  # tokens of a list that the lens keeps by itself; a longer one is sorted out afterwards
 
 
@@ -60,6 +61,9 @@ def kl_to_final(
     _check_stats(hidden, stats)
     if head.softcap is None:
         expected = _against_final(hidden, stats, head, last_is_normed, _expected_linear, row_chunk(hidden.device))
+    elif _runs_cpp(hidden):
+        found = _against_final(hidden, stats, head, last_is_normed, partial(_side_by_side, "kl"), _group_rows(hidden))
+        return found.clamp_(min=0.0)
     else:
         expected = _against_final(hidden, stats, head, last_is_normed, _expected_capped)
     # Both terms carry the same rounding of p, which the difference takes away; the last layer's is 0.
@@ -98,9 +102,27 @@ def jsd_to_final(
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_stats(hidden, stats)
-    found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon).clamp(0.0, math.log(2.0))
-    found[-1] = 0.0
-    return found
+    if _runs_cpp(hidden):
+        found = _against_final(hidden, stats, head, last_is_normed, partial(_side_by_side, "jsd"), _group_rows(hidden))
+    else:
+        found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon)
+        found[-1] = 0.0
+    return found.clamp_(0.0, math.log(2.0))
+
+
+def _runs_cpp(hidden: Tensor) -> bool:
+    return choose_backend(hidden.device.type)[0] == "cpp"
+
+
+def _group_rows(hidden: Tensor) -> int:
+    """Positions whose layers C++ takes at a time."""
+    return max(1, _CPP_ROWS // len(hidden))
+
+
+def _side_by_side(kind: str, x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
+    from .cpu import divergence_cpu
+
+    return divergence_cpu(x_hat, logsumexp, head, kind)
 
 
 def _check_stats(hidden: Tensor, stats: LensStats) -> None:
@@ -150,19 +172,28 @@ def _against_final(
 
 def _expected_linear(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
-    final_logsumexp = logsumexp[-1, :, None]
-    mean_weights = torch.zeros_like(x_hat[-1])
-    mass, mean_bias = x_hat.new_zeros(2, *final_logsumexp.shape)
-    for first, weights, z in z_chunks(x_hat[-1], head):
-        p = z.sub_(final_logsumexp).exp_()
+    if _runs_cpp(x_hat):
+        from .cpu import mean_unembedding_cpu
+
+        mean_weights, mean_bias, _ = mean_unembedding_cpu(x_hat[-1], head)
+    else:
+        mean_weights, mean_bias = _mean_unembedding(x_hat[-1], logsumexp[-1], head)
+    return head.scale * (torch.einsum("lnd,nd->ln", x_hat, mean_weights) + mean_bias)
+
+
+def _mean_unembedding(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> tuple[Tensor, Tensor]:
+    """As `refinelens.op.cpu.mean_unembedding_cpu`, of normed rows ``[N, d_model]`` and their logsumexps ``[N]``."""
+    mean_weights = torch.zeros_like(x_hat)
+    mass, mean_bias = x_hat.new_zeros(2, len(x_hat), 1)
+    for first, weights, z in z_chunks(x_hat, head):
+        p = z.sub_(logsumexp[:, None]).exp_()
         mean_weights.addmm_(p, weights)
         mass += p.sum(-1, keepdim=True)
         if head.bias is not None:
             # A token that cannot occur (bias -inf) has probability 0 and adds nothing.
             chunk = head.bias[first : first + len(weights)].to(p.dtype)
             mean_bias += p @ chunk.masked_fill(chunk == float("-inf"), 0.0)[:, None]
-    expected = torch.einsum("lnd,nd->ln", x_hat, mean_weights / mass) + (mean_bias / mass)[:, 0]
-    return head.scale * expected
+    return mean_weights / mass, (mean_bias / mass)[:, 0]
 
 
 def _expected_capped(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
