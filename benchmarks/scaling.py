@@ -21,15 +21,16 @@ import torch
 from harness import options_of, turns
 from matplotlib.figure import Figure
 
+from refinelens.bench.bench import MEMORY_SHARE
 from refinelens.bench.competitors import COMPETITORS
 from refinelens.bench.measure import spread, torch_threads
-from refinelens.bench.problem import random_problem
+from refinelens.bench.problem import Problem, available_memory, random_problem
 from refinelens.machine import device_name
 
-NAMES = ("fp32", "certified", "naive")
+NAMES = ("fp32", "certified", "naive", "transformer-lens")  # the last where it is installed
 ROWS, D_MODEL, VOCAB = 416, 768, 50257
 AXES = {
-    "rows": (1, 4, 16, 64, 256, 1024, 4096),
+    "rows": (1, 4, 16, 64, 256, 1024, 4096, 16384),
     "d_model": (64, 128, 256, 512, 1024, 2048, 4096),
     "vocab": (1024, 4096, 16384, 65536, 262144),
 }
@@ -55,9 +56,20 @@ def measure() -> Iterator[tuple]:
 def _points(label: str, axis: str, sizes: tuple[int, ...], names: tuple[str, ...], rounds: int) -> Iterator[tuple]:
     shapes = [{"rows": ROWS, "d_model": D_MODEL, "vocab": VOCAB} | {axis: size} for size in sizes]
     problems = [random_problem(**shape, dtype=torch.float32, device="cpu") for shape in shapes]
-    calls = {(name, i): partial(COMPETITORS[name].run, problem) for name in names for i, problem in enumerate(problems)}
+    calls = {
+        (name, i): partial(COMPETITORS[name].run, problem)
+        for name in names
+        for i, problem in enumerate(problems)
+        if _can_run(name, problem)
+    }
     for (name, i), seconds in turns(calls, rounds).items():
         yield label, *shapes[i].values(), 1, name, median(seconds), spread(seconds)
+
+
+def _can_run(name: str, problem: Problem) -> bool:
+    competitor = COMPETITORS[name]
+    needed = competitor.logits_of_a_row(problem) * len(problem.hidden)
+    return competitor.obstacle(problem) is None and needed <= MEMORY_SHARE * available_memory("cpu")
 
 
 def _threads() -> Iterator[tuple]:
@@ -100,6 +112,8 @@ def draw(points: pd.DataFrame, path: Path) -> None:
     for panel, axis in zip(panels, AXES, strict=True):
         for name in reversed(NAMES):  # the fused kernel last, on top
             seconds = line(points, axis, name)
+            if seconds.empty:
+                continue
             panel.plot(seconds, marker="o", ms=4, label=COMPETITORS[name].title)
         first = seconds.index[-LARGEST:][0]  # of the points over which the slope is taken
         guide = seconds[first] * seconds.index / first

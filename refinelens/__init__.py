@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .lens.translators import Translators
     from .model.loading import load_model
     from .op.fused_lens import fused_lens
+    from .op.lens_kl import lens_kl
     from .op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap
     from .op.vocabulary import TopK, jsd_to_final, kl_to_final, lens_top_k
     from .report.agreement import compare_runs
@@ -36,6 +37,7 @@ _PUBLIC = {
     "RMSNorm": "kernels.reference",
     "kl_to_final": "op.vocabulary",
     "jsd_to_final": "op.vocabulary",
+    "lens_kl": "op.lens_kl",
     "lens_top_k": "op.vocabulary",
     "TopK": "op.vocabulary",
     # A model, layer by layer.
@@ -81,6 +83,7 @@ __all__ = [
     "RMSNorm",
     "kl_to_final",
     "jsd_to_final",
+    "lens_kl",
     "lens_top_k",
     "TopK",
     "load_model",

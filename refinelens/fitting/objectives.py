@@ -22,7 +22,7 @@ from ..op.vocabulary import lens_top_k
 STRENGTHS = tuple(10.0**power for power in range(-8, 2))  # as shares of the mean variance of a layer's states
 ROWS = 256  # tokens of a step, drawn from one sequence
 STEPS_PER_SEQUENCE = 2  # with other tokens each: the model's own pass would cost more than they do
-LIKELIEST, OTHERS = 20, 2048  # of the vocabulary in a step: each token's likeliest at the output, and a sample of others
+LIKELIEST, OTHERS = 20, 2048  # of the vocabulary in a step: every token's likeliest ones, and a sample of the rest
 RATE = 0.0025  # of both optimisers, in units of the spread of the last layer's states
 SMALLEST = 1e-4  # variance a direction is taken to have at least, as a share of the mean
 

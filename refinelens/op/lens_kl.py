@@ -6,16 +6,16 @@ layers and output, so that the gradient needs no more than its mean under either
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
 from ..kernels.mean_unembedding_reference import mean_unembedding_reference
-from ..kernels.reference import LensHead, apply_norm, fused_lens_reference, row_chunk, soft_cap, z_chunks
+from ..kernels.reference import LensHead, apply_norm, fused_lens_reference, row_chunk, z_chunks
 from .backends import backend_function, choose_backend
 
 
@@ -46,8 +46,8 @@ def lens_kl(
         check_values: False spares a GPU the wait for the result: then a row that is not finite gives NaN.
 
     Returns:
-        ``states.shape[:-1]``, fp32 (fp64 for fp64 states), nats, not negative. Rounding of logits of size ``m`` is about
-        ``1e-7 * m``, and the gradient carries none of it.
+        ``states.shape[:-1]``, fp32 (fp64 for fp64 states), nats, not negative. Rounding of logits of size ``m`` is
+        about ``1e-7 * m``, and the gradient carries none of it.
 
     Raises:
         InputError: Shapes or devices that do not fit, or a row that is not finite.
@@ -57,7 +57,7 @@ def lens_kl(
 
     Source of the objective: Belrose et al. 2023, arXiv 2303.08112, section 3.
     """
-    _check(states, final_states, head)
+    _check(states, final_states, head, final_is_normed)
     dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
     x_hat = _normed(states, head, dtype)
     with torch.no_grad():
@@ -77,10 +77,19 @@ def lens_kl(
 
 def mean_unembedding(x_hat: Tensor, head: LensHead, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """`mean_unembedding_reference` by the backend for a device; fp64 is the reference's."""
+    chosen = "reference" if x_hat.dtype == torch.float64 else choose_backend(x_hat.device.type, backend)[0]
+    if chosen == "cpp":
+        from .cpu import mean_unembedding_cpu
+
+        return mean_unembedding_cpu(x_hat, head)
+    if chosen == "triton":
+        from ..kernels.mean_unembedding import mean_unembedding_triton
+
+        return mean_unembedding_triton(x_hat, head)
     return mean_unembedding_reference(x_hat, head)
 
 
-def _check(states: Tensor, final_states: Tensor, head: LensHead) -> None:
+def _check(states: Tensor, final_states: Tensor, head: LensHead, final_is_normed: bool) -> None:
     if not isinstance(head, LensHead):
         raise InputError(f"head: expected a LensHead, got {type(head).__name__}; make one of unembedding and norm")
     for name, tensor in (("states", states), ("final_states", final_states)):
@@ -89,8 +98,10 @@ def _check(states: Tensor, final_states: Tensor, head: LensHead) -> None:
             raise InputError(f"{name}: expected a floating tensor, got {got}")
         if tensor.device != head.weight.device:
             raise InputError(f"{name}: expected device {head.weight.device} of the unembedding, got {tensor.device}")
-    if states.dim() < 1 or states.shape[-1] != head.d_model:
-        raise InputError(f"states: expected shape [..., {head.d_model}], got {list(states.shape)}")
+    widths = {"states": head.d_model, "final_states": head.weight.shape[1] if final_is_normed else head.d_model}
+    for (name, width), tensor in zip(widths.items(), (states, final_states), strict=True):
+        if tensor.dim() < 1 or tensor.shape[-1] != width:
+            raise InputError(f"{name}: expected shape [..., {width}], got {list(tensor.shape)}")
     try:
         fits = torch.broadcast_shapes(states.shape[:-1], final_states.shape[:-1]) == states.shape[:-1]
     except RuntimeError:
@@ -124,8 +135,9 @@ class _Linear(torch.autograd.Function):
         return ((logsumexp - expected) - (final_logsumexp - final_expected)).clamp(min=0.0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # `once_differentiable` does not see that what was saved depends on the states
+            raise InputError("create_graph: expected False, lens_kl has a first derivative alone")
         (gradient,) = ctx.saved_tensors
         return grad[..., None] * gradient, None, None, None
 
@@ -135,19 +147,21 @@ class _Capped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_hat: Tensor, final: Tensor, head: LensHead, backend: str) -> Tensor:
-        wide = final.expand_as(x_hat)
-        x, f = x_hat.reshape(-1, x_hat.shape[-1]), wide.reshape(-1, x_hat.shape[-1])
-        logsumexp, final_logsumexp = _logsumexp(x, head, "reference"), _logsumexp(f, head, "reference")
-        with_gradient = ctx.needs_input_grad[0]
-        kl, gradient = x.new_zeros(len(x)), torch.zeros_like(x) if with_gradient else None
-        step = row_chunk(x.device) // 2
-        for first in range(0, len(x), step):
-            rows = slice(first, first + step)
-            sums = (logsumexp[rows], final_logsumexp[rows])
-            _add_capped(x[rows], f[rows], *sums, head, kl[rows], None if gradient is None else gradient[rows])
+        width, shape = x_hat.shape[-1], x_hat.shape[:-1]
+        if final.shape[:-1] != shape[len(shape) - final.dim() + 1 :]:  # not one for all: one beside each
+            final = final.expand_as(x_hat)
+        final = final.reshape(-1, width)
+        x = x_hat.reshape(math.prod(shape) // max(len(final), 1), len(final), width)
+        sums = _logsumexp(x, head, backend), _logsumexp(final, head, backend)
+        kl, gradient = x.new_zeros(x.shape[:-1]), torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        step = max(1, row_chunk(x.device) // (len(x) + 1))
+        for first in range(0, len(final), step):
+            at = slice(first, first + step)
+            own = None if gradient is None else gradient[:, at]
+            _add_capped(x[:, at], final[at], sums[0][:, at], sums[1][at], head, kl[:, at], own)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(x_hat))
-        return kl.view(x_hat.shape[:-1]).clamp(min=0.0)
+        return kl.view(shape).clamp(min=0.0)
 
     backward = _Linear.backward
 
@@ -156,19 +170,24 @@ def _add_capped(
     x: Tensor, final: Tensor, logsumexp: Tensor, final_logsumexp: Tensor, head: LensHead, kl: Tensor,
     gradient: Tensor | None,
 ) -> None:  # fmt: skip
-    """Add the divergences ``[R]`` of some rows, and their gradients ``[R, d_model]``, into the last two."""
-    cap, n_rows = head.softcap, len(x)
+    """Add divergences ``[L, n]`` and their gradients ``[L, n, d_model]`` into the last two."""
+    cap, (n_layers, n_rows, width) = head.softcap, x.shape
     assert cap is not None
-    for _, weights, z in z_chunks(torch.cat([x, final]), head):
-        logits = soft_cap(z, cap)
-        log_p = logits - torch.cat([logsumexp, final_logsumexp])[:, None]
-        own, other = log_p[:n_rows], log_p[n_rows:]
-        p = other.exp()
-        # A token that neither can be (bias -inf) has no part in either.
-        kl += torch.where(p > 0, p * (other - own), 0.0).sum(-1)
+    own_sums = torch.zeros_like(x)
+    for _, weights, z in z_chunks(torch.cat([final, x.flatten(0, 1)]), head):
+        logits = z.div_(cap).tanh_().view(n_layers + 1, n_rows, -1)  # in units of the cap
+        log_p = logits * cap
+        log_p[0].sub_(final_logsumexp[:, None])
+        log_p[1:].sub_(logsumexp[..., None])
+        p = log_p.exp()
+        # Under a softcap even a bias of -inf leaves a finite logit, so that no product here is 0 * inf.
+        kl += (p[0] * log_p[0]).sum(-1) - torch.einsum("nv,lnv->ln", p[0], log_p[1:])
         if gradient is not None:
-            slope = 1.0 - (logits[:n_rows] / cap).square()
-            gradient.addmm_((own.exp() - p) * slope, weights, alpha=head.scale)
+            slope = logits[1:].square_().neg_().add_(1.0)
+            own = p[1:].sub_(p[0]).mul_(slope)
+            own_sums.view(-1, width).addmm_(own.view(-1, own.shape[-1]), weights)
+    if gradient is not None:
+        gradient += own_sums.mul_(head.scale)
 
 
 def _operands(x_hat: Tensor, head: LensHead, backend: str) -> Tensor:
