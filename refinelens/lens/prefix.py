@@ -179,7 +179,7 @@ def compare(
     """
     largest, limit = max(difference(*pair) for pair in pairs), lens.parity.tolerance if allowed is None else allowed
     found, equal = f"largest difference {largest:.2g} of the states, allowed {limit:.2g}", True
-    if allowed is None and largest <= limit:
+    if allowed is None:
         tie = rounding_of(lens.head.weight.dtype) if tie is None else tie
         n_other, widest = _other_argmaxes(lens, pairs)
         equal = widest <= tie
@@ -200,6 +200,8 @@ def _other_argmaxes(lens: LogitLens, pairs: list[tuple[Tensor, Tensor]]) -> tupl
     for branched, whole in pairs:
         other = lens.stats(branched).argmax
         differs = lens.stats(whole).argmax != other
+        if not differs.any():
+            continue
         count += int(differs.sum())
         for rows, ids in zip(*(v[differs].split(ROWS_OF_LOGITS) for v in (whole, other)), strict=True):
             with torch.no_grad(), torch.autocast(lens.head.weight.device.type, enabled=False):
