@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 
 from ..config import NEEDS_DOCUMENT, SUBLAYERS, SweepConfig
 from ..data.frequencies import TokenFrequencies, count_tokens
@@ -209,12 +211,19 @@ class SweepInputs:
         return Predictor(*parts, buckets=buckets, **how)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
-        predictor = self.predictor()
-        for group in groups_of(places, questions_together(self.options, self.loaded.device.type)):
-            if stopped():
-                return
-            yield from zip(group, predictor.ask(self.questions, group), strict=True)
+        """Ask the questions at these places, each with its result, in their order, until ``stopped``.
+
+        Contexts of the next questions are built by a thread meanwhile, unless the model says what they are.
+        """
+        predictor, questions = self.predictor(), self.questions
+        groups = groups_of(places, questions_together(self.options, self.loaded.device.type))
+        with ThreadPoolExecutor(1, "contexts") as thread:
+            for group, following in zip_longest(groups, groups[1:]):
+                if stopped():
+                    return
+                if following:
+                    predictor.prepare(questions, following, thread)
+                yield from zip(group, predictor.ask(questions, group), strict=True)
 
 
 def load_questions(options: SweepConfig, spec: RunSpec | None = None) -> tuple[Task, Template, list[Question]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby, pairwise
@@ -305,6 +306,15 @@ class Predictor:
         size = 1 if size is None and options.positions == "all" else size  # all states of a context are much to hold
         return ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers, chunk_tokens)
 
+    def prepare(self, questions: Sequence[Question], places: Sequence[int], thread: Executor) -> None:
+        """Let a thread build the contexts that `ask` will take for the questions at some places."""
+        self._builder.prepare(self._group(questions, places), thread)
+
+    def _group(self, questions: Sequence[Question], places: Sequence[int]) -> Sequence[Question]:
+        """The questions that share the batches of those at some places."""
+        first = places[0] // self._together * self._together
+        return questions[first : first + self._together]
+
     def ask(self, questions: Sequence[Question], places: Sequence[int]) -> list[QuestionResult]:
         """All that comes of the questions at some places, at every context size and gold position.
 
@@ -317,7 +327,7 @@ class Predictor:
         """
         first = places[0] // self._together * self._together
         found, asked, warnings = [], [], []
-        for question in questions[first : first + self._together]:
+        for question in self._group(questions, places):
             with blamed_on(f"question {question.id}"):
                 found.append(self._builder.build(question))
             asked += [self._asked(context, found[-1].alias) for context in found[-1].contexts]
