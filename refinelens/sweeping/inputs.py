@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import islice
 
 from ..config import NEEDS_DOCUMENT, SUBLAYERS, SweepConfig
 from ..data.frequencies import TokenFrequencies, count_tokens
@@ -218,11 +218,12 @@ class SweepInputs:
         predictor, questions = self.predictor(), self.questions
         groups = groups_of(places, questions_together(self.options, self.loaded.device.type))
         with ThreadPoolExecutor(1, "contexts") as thread:
-            for group, following in zip_longest(groups, groups[1:]):
+            ahead = iter(groups)
+            for group in groups:
                 if stopped():
                     return
-                if following:
-                    predictor.prepare(questions, following, thread)
+                for other in islice(ahead, 1 if group is not groups[0] else 2):
+                    predictor.prepare(questions, other, thread)
                 yield from zip(group, predictor.ask(questions, group), strict=True)
 
 
