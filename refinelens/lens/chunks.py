@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..model.hooks import text_config
 from ..model.loading import is_out_of_memory
 from .inputs import Tokens, spread_alternatives, spread_targets
-from .prefix import check_branching, compare, in_chunks
+from .prefix import check_branching, compare, in_chunks, roomy_cache
 from .reading import LayerReading
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def prove_chunks(lens: LogitLens, ids: Sequence[int], size: int) -> ChunkedPrefi
         return ChunkedPrefill(False, gate.why)
     tokens = torch.tensor([ids[: 2 * LONG]])
     positions = torch.linspace(0, tokens.shape[1] - 1, COMPARED).long().unique()[None]
-    chunked = torch.cat([own for _, own in in_chunks(lens, tokens, positions, DynamicCache(), size)], 2)
+    chunked = torch.cat([own for _, own in in_chunks(lens, tokens, positions, roomy_cache(tokens.shape[1]), size)], 2)
     try:
         whole = lens.hidden(tokens, positions)
     except Exception as error:
@@ -94,8 +93,8 @@ def read_tokens(
     shape, device = tokens.positions.shape[0 if is_batch else 1 :], lens.head.weight.device
     whole, flat = spread_targets(targets, lens.tokenizer, shape, device)
     others, parts = spread_alternatives(alternatives, lens.tokenizer, shape, device), []
-    size = chunk_tokens(lens)
-    for here, states in in_chunks(lens, tokens.input_ids, tokens.positions, DynamicCache(), size):
+    cache, size = roomy_cache(tokens.input_ids.shape[1]), chunk_tokens(lens)
+    for here, states in in_chunks(lens, tokens.input_ids, tokens.positions, cache, size):
         if states.numel():
             given = (None if v is None else v[here][None] if is_batch else v[here] for v in (flat, others))
             parts.append(read(states, *given))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..config import SweepConfig
 from ..errors import InputError
@@ -83,6 +85,39 @@ class Branches:
         return self.cache
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a block, with room for all tokens from the first on.
+
+    Transformers' own layer is copied to a larger one with every chunk: that takes time, and leaves holes in memory that
+    no later one fits into.
+    """
+
+    def __init__(self, n_tokens: int):
+        super().__init__()
+        self._n_tokens = n_tokens
+        self._rooms: list[Tensor] = []  # [batch, head, n_tokens, d_head], of keys and of values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, ``[batch, head, token, d_head]``, these among them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            new = (key_states, value_states)
+            self._rooms = [own.new_empty((*own.shape[:2], self._n_tokens, own.shape[3])) for own in new]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for room, own in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = own
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+
+def roomy_cache(n_tokens: int) -> DynamicCache:
+    """An empty cache for so many tokens, which keeps all of them, whatever a window drops."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = partial(_RoomyLayer, n_tokens)
+    return cache
+
+
 def in_chunks(
     lens: LogitLens,
     input_ids: Tensor,
@@ -100,7 +135,7 @@ def in_chunks(
         lens: Of the model.
         input_ids: ``[1, token]`` int64, on the CPU.
         positions: ``[1, n_positions]`` int64, ascending.
-        cache: Empty; holds every token in the end.
+        cache: Empty, see `roomy_cache`; holds every token in the end.
         size: Tokens of a chunk.
         sublayers: As of `LogitLens.hidden`.
 

@@ -21,7 +21,7 @@ from ..model.positions import padded
 from ..model.resid_mid import Sublayers
 from .chunks import ChunkedPrefill, holds_less, prove_chunks
 from .logit_lens import LogitLens
-from .prefix import Branches, PrefixReuse, branch_order, compare, in_chunks
+from .prefix import Branches, PrefixReuse, branch_order, compare, in_chunks, roomy_cache
 
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 NO_REUSE = PrefixReuse(False, "not asked for")
@@ -268,7 +268,7 @@ class ForwardRunner:
 
     def _run_in_chunks(self, one: ModelInput, index: int, then: Callable) -> Iterator[ModelStates]:
         """States of one context: together if they are of one chunk's positions or fewer, else part by part."""
-        cache, parts = DynamicCache(), list[tuple[slice, Tensor]]()
+        cache, parts = roomy_cache(len(one.ids)), list[tuple[slice, Tensor]]()
         together, size = len(one.positions) <= self._chunk_tokens, self._chunk_tokens
         with blamed_on_context(one):
             ids, positions = torch.tensor([one.ids]), torch.tensor([one.positions])

@@ -15,7 +15,7 @@ from refinelens.config import SweepConfig
 from refinelens.errors import FaultError
 from refinelens.lens import chunks
 from refinelens.lens.chunks import CPU_CHUNK, LONG, holds_less, prove_chunks
-from refinelens.lens.prefix import compare, difference, in_chunks
+from refinelens.lens.prefix import compare, difference, in_chunks, roomy_cache
 from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.store.process import Interrupted
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
@@ -62,7 +62,7 @@ def test_chunks_are_the_whole_pass(name, size):
     lens, ids, positions = LogitLens(build(name)), ids_of(23), torch.tensor([[0, 6, 7, 20, 22]])
     expected, seen = lens.hidden(ids, positions), []
     found = torch.full_like(expected, torch.nan)
-    for here, states in in_chunks(lens, ids, positions, DynamicCache(), size):
+    for here, states in in_chunks(lens, ids, positions, roomy_cache(23), size):
         found[:, :, here] = states
         seen.append(states.shape[2])
     assert difference(found, expected) < 5e-6 and sum(seen) == 5 and len(seen) == -(-23 // size)
