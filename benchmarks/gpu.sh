@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One command for a GPU machine without network: install, GPU tests, goals, benchmark. Under 10 minutes.
 #   benchmarks/gpu.sh FOLDER               tables and logs go to FOLDER
-#   benchmarks/gpu.sh FOLDER throughput    the same install, then tokens a second of a sweep alone; under 5 minutes
+#   benchmarks/gpu.sh FOLDER throughput    the same install, then tokens a second of a sweep alone, contexts in batches
+#                                          and along shared prefixes; under 5 minutes
 # Needs Python with torch (CUDA), triton, transformers, pybind11 and pytest installed.
 set -euo pipefail
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd)
@@ -14,7 +15,10 @@ PIP_NO_INDEX=1 "$python" -m pip install --quiet --no-deps --no-build-isolation .
 "$python" -P -m refinelens.cli doctor | tee "$out/doctor.txt"
 
 if [ "${2:-}" = throughput ]; then
-    timeout 240 "$python" -P benchmarks/throughput.py --questions 32 --documents 10 2>&1 | tee "$out/throughput.txt"
+    for reuse in off on; do
+        timeout 130 "$python" -P benchmarks/throughput.py --questions 16 --documents 10 --reuse-prefix "$reuse" 2>&1 |
+            tee "$out/throughput-$reuse.txt"
+    done
     exit
 fi
 

@@ -28,6 +28,7 @@ from ..model.resid_mid import Sublayers, keep_mid
 from ..op.backends import choose_backend
 from ..op.fused_lens import fused_lens, values_fit
 from ..op.vocabulary import fused_lens_with, kl_to_final
+from .chunks import ChunkedPrefill, read_tokens
 from .files import Lens, load_lens
 from .inputs import spread_alternatives, spread_targets, states_of, targets_of, tokens_of
 from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
@@ -99,6 +100,7 @@ class LogitLens:
         self.parity: ParityReport = parity
         self.independence: Independence = independence
         self.hooks = hooks_on(modules_around(model))  # around the base model when it was proven
+        self.proofs: dict[str, ChunkedPrefill] = {}  # of what was found out about the model since
         self.name = "plain"  # of the lens
         self.translators: Translators | None = None  # before the norm, None for the plain logit lens
 
@@ -286,7 +288,7 @@ class LogitLens:
         top_k: int = 5,
         kl: bool = True,
     ) -> LayerReading:
-        """Run the model once and read every layer.
+        """Run the model once and read every layer; a long text that is read throughout runs in chunks, if proven.
 
         Args:
             text: A string or several, token ids ``[token]`` or ``[batch, token]``, or what a tokenizer returns. A
@@ -309,10 +311,7 @@ class LogitLens:
         """
         tokens = tokens_of(text, positions, attention_mask, self.tokenizer)
         ids, others = targets_of(targets, self.tokenizer), targets_of(alternatives, self.tokenizer, "alternatives")
-        hidden = self.hidden(tokens.input_ids, tokens.positions, tokens.mask)
-        hidden = hidden if tokens.is_batch else hidden[:, 0]
-        reading = self.read_states(hidden, ids, alternatives=others, kl=kl, top_k=top_k, check_last=False)
-        return replace(reading, tokens=tokens)
+        return read_tokens(self, tokens, ids, others, kl, top_k)
 
     def read_states(
         self,

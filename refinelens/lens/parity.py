@@ -21,6 +21,11 @@ FP32_PARITY = 1e-4
 ROUNDINGS = 2
 
 
+def rounding_of(dtype: torch.dtype) -> float:
+    """What rounding of one number can be, as a share of the logit range: tokens so close together are tied."""
+    return ROUNDINGS * torch.finfo(dtype).eps
+
+
 @dataclass(frozen=True)
 class ParityReport:
     """How well the lens at the last layer reproduces the model's own logits."""
@@ -54,8 +59,8 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
         run_base(model, ids)
     last = kept[-1][0].to(head.weight.device)
     check_widths(model, head, last, own)
-    eps = torch.finfo(head.weight.dtype).eps
-    tolerance = FP32_PARITY if head.weight.dtype == torch.float32 else ROUNDINGS * eps
+    rounding = rounding_of(head.weight.dtype)
+    tolerance = FP32_PARITY if head.weight.dtype == torch.float32 else rounding
     crosses_devices = is_split(model)
     for layer, pair in enumerate(zip(kept, of_model, strict=True)):
         if (found := difference(*(states[None] for states in pair))) > tolerance:
@@ -71,7 +76,7 @@ def check_parity(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList, 
             )
     lens = head.logits(last).to(own.device)
     logit_range = float(own.max() - own.min())
-    allowed, tie = tolerance * logit_range, ROUNDINGS * eps * logit_range
+    allowed, tie = tolerance * logit_range, rounding * logit_range
     stats = fused_lens(last, head, backend=backend).to(own.device)
     close = [
         (stats.max_logit - own.amax(-1)).abs().max() <= allowed,
@@ -120,7 +125,7 @@ def returns_normed(model: PreTrainedModel, head: LensHead, blocks: nn.ModuleList
     kept, output = run_whole(model, blocks, output_hidden_states=True)
     last, found = (states.to(head.weight.device) for states in (kept[-1], output.hidden_states[-1]))
     normed = apply_norm(last, head.norm).to(found.dtype)
-    allowed = max(FP32_PARITY, ROUNDINGS * torch.finfo(found.dtype).eps)
+    allowed = max(FP32_PARITY, rounding_of(found.dtype))
     if found.shape != normed.shape or min(difference(found, last), difference(found, normed)) > allowed:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected the last of its hidden_states to be what its last block puts out, "

@@ -1,22 +1,32 @@
-"""Prefix reuse: tokens that contexts share run once, and each context branches off from their key-value cache."""
+"""Passes that go on from a key-value cache: what contexts share runs once, and a long context runs in chunks.
+
+Both rest on one proof, that a model which goes on from its cache has the states of one whole pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..config import SweepConfig
 from ..errors import InputError
 from ..model.hooks import SkipHiddenKeys, difference, probe_ids
 from ..model.identity import shared_length
 from ..model.resid_mid import Sublayers
-from .logit_lens import LogitLens
+from .parity import rounding_of
+
+if TYPE_CHECKING:
+    from .logit_lens import LogitLens
 
 PROBE_TOKENS = 12
+ROWS_OF_LOGITS = 16  # whose logits are held at a time, where argmaxes differ
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,73 @@ class Branches:
         return self.cache
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a block, with room for all tokens from the first on.
+
+    Transformers' own layer is copied to a larger one with every chunk: that takes time, and leaves holes in memory that
+    no later one fits into.
+    """
+
+    def __init__(self, n_tokens: int):
+        super().__init__()
+        self._n_tokens = n_tokens
+        self._rooms: list[Tensor] = []  # [batch, head, n_tokens, d_head], of keys and of values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, ``[batch, head, token, d_head]``, these among them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            new = (key_states, value_states)
+            self._rooms = [own.new_empty((*own.shape[:2], self._n_tokens, own.shape[3])) for own in new]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for room, own in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = own
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+
+def roomy_cache(n_tokens: int) -> DynamicCache:
+    """An empty cache for so many tokens, which keeps all of them, whatever a window drops."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = partial(_RoomyLayer, n_tokens)
+    return cache
+
+
+def in_chunks(
+    lens: LogitLens,
+    input_ids: Tensor,
+    positions: Tensor,
+    cache: Cache,
+    size: int,
+    sublayers: Sequence[Sublayers] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Run one context some tokens at a time: which of its positions each chunk has, and their states.
+
+    What a pass holds is then that of a chunk, whatever the length of the context, apart from the cache and from a mask
+    of a chunk's tokens by those so far.
+
+    Args:
+        lens: Of the model.
+        input_ids: ``[1, token]`` int64, on the CPU.
+        positions: ``[1, n_positions]`` int64, ascending.
+        cache: Empty, see `roomy_cache`; holds every token in the end.
+        size: Tokens of a chunk.
+        sublayers: As of `LogitLens.hidden`.
+
+    Yields:
+        A slice of ``positions``, empty where a chunk has none of them, and `LogitLens.hidden` there.
+    """
+    places = positions[0].contiguous()
+    for start in range(0, input_ids.shape[1], size):
+        first, end = torch.searchsorted(places, torch.tensor([start, start + size])).tolist()
+        with SkipHiddenKeys():
+            ids, own = input_ids[:, start : start + size], positions[:, first:end] - start
+            states = lens.hidden(ids, own, None, cache, sublayers)
+        yield slice(first, end), states
+        del states  # is not held while the next chunk runs
+
+
 def branch_order(contexts: list[tuple[int, ...]]) -> list[int]:
     """Indices of the contexts in the order of a walk through their trie: sorted by token ids."""
     return sorted(range(len(contexts)), key=contexts.__getitem__)
@@ -123,22 +200,50 @@ def check_branching(lens: LogitLens, allowed: float | None = None) -> PrefixReus
         return PrefixReuse(False, f"{type(lens.model).__name__} cannot branch: {why}")
 
 
-def compare(lens: LogitLens, pairs: list[tuple[Tensor, Tensor]], allowed: float | None = None) -> PrefixReuse:
+def compare(
+    lens: LogitLens, pairs: list[tuple[Tensor, Tensor]], allowed: float | None = None, tie: float | None = None
+) -> PrefixReuse:
     """Whether states of branched and of whole runs are the same, in words.
 
     Args:
         lens: Gives tolerance and argmaxes.
         pairs: Branched and whole, ``[n_layers + 1, batch, n_positions, d_model]`` each.
         allowed: Largest difference, where argmaxes need not be equal; by default the gate's, where they must.
+        tie: Of an argmax that must be equal: how far below the largest logit, as a share of the logit range, another
+            token counts as equal to it. By default what the gate takes for a tie, rounding of the dtype.
     """
     largest, limit = max(difference(*pair) for pair in pairs), lens.parity.tolerance if allowed is None else allowed
     found, equal = f"largest difference {largest:.2g} of the states, allowed {limit:.2g}", True
     if allowed is None:
-        equal = all(torch.equal(*(lens.stats(states).argmax for states in pair)) for pair in pairs)
-        found += f"; argmax {'equal' if equal else 'different'}"
+        tie = rounding_of(lens.head.weight.dtype) if tie is None else tie
+        n_other, widest = _other_argmaxes(lens, pairs)
+        equal = widest <= tie
+        total = sum(whole[..., 0].numel() for _, whole in pairs)
+        margin = f" in {n_other} of {total}, by {widest:.2g} of the logit range, allowed {tie:.2g}"
+        found += f"; argmax {'equal' if not n_other else f'different{margin}'}"
     if largest <= limit and equal:
         return PrefixReuse(True, found)
     return PrefixReuse(False, f"{type(lens.model).__name__} branched is not the model: {found}")
+
+
+def _other_argmaxes(lens: LogitLens, pairs: list[tuple[Tensor, Tensor]]) -> tuple[int, float]:
+    """How many argmaxes differ, and how far below the largest logit of the whole run the others are at most.
+
+    As a share of the logit range, which takes all logits of these rows, a few at a time.
+    """
+    count, widest = 0, 0.0
+    for branched, whole in pairs:
+        other = lens.stats(branched).argmax
+        differs = lens.stats(whole).argmax != other
+        if not differs.any():
+            continue
+        count += int(differs.sum())
+        for rows, ids in zip(*(v[differs].split(ROWS_OF_LOGITS) for v in (whole, other)), strict=True):
+            with torch.no_grad(), torch.autocast(lens.head.weight.device.type, enabled=False):
+                logits = lens.head.logits(rows)
+            margin = logits.amax(-1) - logits.gather(1, ids[:, None])[:, 0]
+            widest = max(widest, float((margin / (logits.amax(-1) - logits.amin(-1))).max()))
+    return count, widest
 
 
 def _probe_contexts(lens: LogitLens) -> list[tuple[Tensor, int]]:

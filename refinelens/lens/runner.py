@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from ..errors import FaultError, InputError
 from ..model.loading import is_out_of_memory
 from ..model.positions import padded
 from ..model.resid_mid import Sublayers
+from .chunks import ChunkedPrefill, holds_less, prove_chunks
 from .logit_lens import LogitLens
-from .prefix import Branches, PrefixReuse, branch_order, compare
+from .prefix import Branches, PrefixReuse, branch_order, compare, in_chunks, roomy_cache
 
 TOKENS_PER_BATCH = 16384  # of one forward pass on a GPU, padding included
 NO_REUSE = PrefixReuse(False, "not asked for")
@@ -36,6 +37,10 @@ class ModelInput:
     ids: Sequence[int]
     positions: Sequence[int]  # in ascending order
     name: str = ""  # for errors; "" leaves an exception as it is
+
+    def part(self, here: slice) -> Self:
+        """The same context, of which some of the positions are read."""
+        return replace(self, positions=self.positions[here])
 
 
 NAMELESS = ModelInput((), ())
@@ -147,14 +152,14 @@ def in_batches(
 
 @dataclass(frozen=True)
 class ModelStates:
-    """The residual stream of a context that was run."""
+    """The residual stream of a context that was run, or of some of its positions, where it ran in chunks."""
 
-    input: Any  # the `ModelInput` that was given
+    input: Any  # the `ModelInput` that was given, or its `part`
     index: int  # of the input among those that were given
     hidden: Tensor  # [n_layers + 1, n_positions, d_model]
     mid: Tensor | None  # [n_layers, n_positions, d_model], resid_mid of every block, where it was asked for
     n_saved: int  # tokens that another context had run
-    written: Any  # what ``then`` made of the context
+    written: Any  # what ``then`` made of the context; of several parts the last one has it
 
 
 class ForwardRunner:
@@ -170,6 +175,7 @@ class ForwardRunner:
         reuse: PrefixReuse = NO_REUSE,
         keeps_cache: bool = False,
         sublayers: Sequence[Sublayers] | None = None,
+        chunk_tokens: int = 0,
     ):
         """
         Args:
@@ -178,6 +184,8 @@ class ForwardRunner:
             reuse: Whether contexts branch off from what they share, see `choose_reuse`; then they run one by one.
             keeps_cache: Whether a pass keeps keys and values for ``then`` to go on from.
             sublayers: Of every block, where passes keep ``resid_mid`` too; None where they do not.
+            chunk_tokens: Of a chunk, where contexts that hold less memory so run by themselves in chunks, if that is
+                proven, see `chunks`; 0 where all run in one pass.
         """
         if batch_size is None and lens.device.type == "cpu":
             batch_size = 1  # several gain nothing there
@@ -185,6 +193,8 @@ class ForwardRunner:
         self._batch_size, self._keeps_cache, self._sublayers = batch_size, keeps_cache, sublayers
         self._branches: Branches | None = None  # of the contexts that are run, while they branch off
         self._proof = Proof()
+        self.chunks: ChunkedPrefill | None = None  # not known before a context is long enough
+        self._chunk_tokens = chunk_tokens
 
     def states(self, ids: Sequence[int], positions: Sequence[int], name: str = "") -> Tensor:
         """``[n_layers + 1, n_positions, d_model]`` of a single context, see `ModelInput`."""
@@ -214,6 +224,11 @@ class ForwardRunner:
         order = branch_order(ids) if branching else list(range(len(ids)))
         if self._batch_size != 1 and not branching:
             order.sort(key=lambda index: -len(ids[index]))
+        if self._chunk_tokens and not branching:
+            long = [index for index in order if self._goes_in_chunks(inputs[index])]
+            order = [index for index in order if index not in long]
+            for index in long:
+                yield from self._run_in_chunks(inputs[index], index, then)
 
         def work(batch: list[int]) -> list[ModelStates]:
             own = [inputs[index] for index in batch]
@@ -241,6 +256,38 @@ class ForwardRunner:
         for found in in_batches(order, work, size, out_of_memory, lambda index: inputs[index]):
             while found:
                 yield found.pop()
+
+    def _goes_in_chunks(self, one: ModelInput) -> bool:
+        """Whether a context does; the first that holds less so is the proof for the others."""
+        if not holds_less(self.lens, len(one.ids), len(one.positions)):
+            return False
+        if self.chunks is None:
+            with blamed_on_context(one):
+                self.chunks = prove_chunks(self.lens, one.ids, self._chunk_tokens)
+        return self.chunks.used
+
+    def _run_in_chunks(self, one: ModelInput, index: int, then: Callable) -> Iterator[ModelStates]:
+        """States of one context: together if they are of one chunk's positions or fewer, else part by part."""
+        cache, parts = roomy_cache(len(one.ids)), list[tuple[slice, Tensor]]()
+        together, size = len(one.positions) <= self._chunk_tokens, self._chunk_tokens
+        with blamed_on_context(one):
+            ids, positions = torch.tensor([one.ids]), torch.tensor([one.positions])
+            for here, states in in_chunks(self.lens, ids, positions, cache, size, self._sublayers):
+                if not states.numel():
+                    continue
+                parts.append((here, states[:, 0]))
+                del states
+                if not together and len(parts) > 1:  # the last one waits for what ``then`` makes
+                    yield self._part(one, index, parts.pop(0))
+            (written,) = then([one], cache if self._keeps_cache else None)
+        if together:
+            whole = torch.cat([states for _, states in parts], 1)
+            parts = [(slice(len(one.positions)), whole)]
+        yield self._part(one, index, parts[0], written)
+
+    def _part(self, one: ModelInput, index: int, part: tuple[slice, Tensor], written: Any = None) -> ModelStates:
+        here, states = part
+        return ModelStates(one.part(here), index, *self._states(states), 0, written)
 
     def _states(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layers of a context, and behind them the streams within the blocks, if they were kept."""

@@ -111,6 +111,7 @@ class StoredStates:
     def __init__(self, folder: str | Path, lens: HeadLens):
         self.lens, self.folder = lens, Path(folder)
         self.reuse, self.limit = PrefixReuse(False, "states were read from files"), MemoryLimit()
+        self.chunks = None
         if not self.folder.is_dir():
             raise InputError(f"``states`` {folder}: expected a folder of safetensors files, got no folder there")
         self._named: dict[str, _Entry] = {}

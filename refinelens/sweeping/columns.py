@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import FREQUENCY, GENERATED_SETTLE, STATES
 from ..errors import InputError
-from ..lens.runner import ModelStates
+from .generate import Generation
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,19 @@ class FurtherColumns:
     buckets: np.ndarray | None  # int8 [vocab_size], how frequent every token is, see `BUCKET_ENDS`; None unless asked
 
     def of(
-        self, ran: ModelStates, lens: str, argmax: np.ndarray, target_ids: np.ndarray, answer_token: np.ndarray
+        self,
+        before_answer: Tensor | None,
+        written: Generation | None,
+        lens: str,
+        argmax: np.ndarray,
+        target_ids: np.ndarray,
+        answer_token: np.ndarray,
     ) -> dict[str, pa.Array]:
         """Columns by name.
 
         Args:
-            ran: What came of the context.
+            before_answer: ``[n_layers + 1, d_model]``, the state at the token before the answer, if it is kept.
+            written: What the model wrote, if it was asked to.
             lens: Name of the lens that it was read through.
             argmax: ``[n_positions, n_layers + 1]`` the best token of every layer.
             target_ids: ``[n_positions]``
@@ -43,10 +50,10 @@ class FurtherColumns:
             columns["target_bucket"] = pa.array(self.buckets[target_ids])
         if STATES in self.extras:
             here = answer_token == 0 if lens == self.lenses[0] else np.zeros(n_rows, bool)
-            states = [pa.array(_half(ran.hidden[:, row])) if own else None for row, own in enumerate(here)]
+            states = [pa.array(_half(before_answer)) if own else None for own in here]
             columns[STATES] = lists_of(states, pa.float16())
         if GENERATED_SETTLE in self.extras:
-            layers = pa.array(ran.written.settled[lens], pa.int32())
+            layers = pa.array(written.settled[lens], pa.int32())
             columns[GENERATED_SETTLE] = lists_of([layers] * n_rows, pa.int32())
         return columns
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from ..config import SweepConfig
+from ..config import EVERY_QUESTION, SweepConfig
 from ..data.generated import HOPS
 from ..data.prompts import Context, Template, arrange, build_context, find_documents
 from ..data.questions import Alias, Document, Question
@@ -159,9 +160,24 @@ class ContextBuilder:
         self._loaded = loaded
         self._runner = runner
         self._distractors = DistractorSource(task, options.seed)
+        self._ahead: dict[int, Future[QuestionContexts]] = {}  # by question id, see `prepare`
+
+    def prepare(self, questions: Sequence[Question], thread: Executor) -> None:
+        """Let a thread do what `build` does of some questions, which then takes that, errors included.
+
+        Not of those for which the model is asked which answer is the target, or whether to keep the question.
+        """
+        options = self._options
+        for question in questions if options.keep == EVERY_QUESTION else ():
+            if options.alias == "first" or len(question.answers) < 2:
+                self._ahead[question.id] = thread.submit(self._built, question)
 
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
+        ahead = self._ahead.pop(question.id, None)
+        return self._built(question) if ahead is None else ahead.result()
+
+    def _built(self, question: Question) -> QuestionContexts:
         n_tokens = 0
         try:
             alias, n_tokens = self._alias(question)

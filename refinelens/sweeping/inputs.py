@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 from ..config import NEEDS_DOCUMENT, SUBLAYERS, SweepConfig
 from ..data.frequencies import TokenFrequencies, count_tokens
@@ -18,6 +20,7 @@ from ..data.tasks import Task, choose_questions, load_task
 from ..data.texts import load_text
 from ..errors import InputError
 from ..lens.blocks import sublayers_of
+from ..lens.chunks import chunk_tokens
 from ..lens.files import Lens, load_lenses
 from ..lens.logit_lens import LogitLens, fit_to_model
 from ..lens.runner import ForwardRunner
@@ -50,6 +53,7 @@ class SweepInputs:
     logit_lens: LogitLens
     sublayers: list[Sublayers] | None  # of every block, where they are measured
     stored: StoredStates | None = None  # of every context, where another engine ran the model
+    chunk_tokens: int = 0  # see `ForwardRunner`
 
     @cached_property
     def frequencies(self) -> TokenFrequencies | None:
@@ -96,7 +100,8 @@ class SweepInputs:
         lenses = [fit_to_model(lens, loaded, logit_lens) for lens in lenses]
         measured = SUBLAYERS in options.measures
         sublayers = sublayers_of(logit_lens, f"leave {SUBLAYERS} out of ``measures``") if measured else None
-        return cls(options, task, template, questions, lenses, loaded, logit_lens, sublayers, stored)
+        size = spec.chunk_tokens if spec else 0 if stored else chunk_tokens(logit_lens)
+        return cls(options, task, template, questions, lenses, loaded, logit_lens, sublayers, stored, size)
 
     def manifest(self, argv: list[str] | None, workers: int, questions_per_part: int) -> dict:
         """The manifest of a run that starts now; parts, counts, status and times follow while it goes on."""
@@ -163,6 +168,7 @@ class SweepInputs:
             "resumed": [],
             "counts": {"questions": len(self.questions), "done": 0, "left_out": {}},
             "questions_per_part": questions_per_part,
+            "chunk_tokens": self.chunk_tokens,
             "parts": [],
         }
 
@@ -201,15 +207,24 @@ class SweepInputs:
         """What asks the questions."""
         parts = (self.options, self.builder(), self.loaded, self.logit_lens, self.lenses)
         buckets = self.frequencies and self.frequencies.buckets
-        return Predictor(*parts, buckets=buckets, sublayers=self.sublayers, stored=self.stored)
+        how = {"sublayers": self.sublayers, "stored": self.stored, "chunk_tokens": self.chunk_tokens}
+        return Predictor(*parts, buckets=buckets, **how)
 
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
-        """Ask the questions at these places, each with its result, in their order, until ``stopped``."""
-        predictor = self.predictor()
-        for group in groups_of(places, questions_together(self.options, self.loaded.device.type)):
-            if stopped():
-                return
-            yield from zip(group, predictor.ask(self.questions, group), strict=True)
+        """Ask the questions at these places, each with its result, in their order, until ``stopped``.
+
+        Contexts of the next questions are built by a thread meanwhile, unless the model says what they are.
+        """
+        predictor, questions = self.predictor(), self.questions
+        groups = groups_of(places, questions_together(self.options, self.loaded.device.type))
+        with ThreadPoolExecutor(1, "contexts") as thread:
+            ahead = iter(groups)
+            for group in groups:
+                if stopped():
+                    return
+                for other in islice(ahead, 1 if group is not groups[0] else 2):
+                    predictor.prepare(questions, other, thread)
+                yield from zip(group, predictor.ask(questions, group), strict=True)
 
 
 def load_questions(options: SweepConfig, spec: RunSpec | None = None) -> tuple[Task, Template, list[Question]]:

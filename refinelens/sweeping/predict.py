@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby, pairwise
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..config import GENERATED_SETTLE, PREDICTION, SweepConfig
+from ..config import GENERATED_SETTLE, PREDICTION, STATES, SweepConfig
 from ..data.prompts import Context
 from ..data.questions import Alias, Question
 from ..data.scoring import best_subspan_em
@@ -24,7 +25,7 @@ from ..lens.logit_lens import LogitLens
 from ..lens.measures import measures_of, settling_layers
 from ..lens.prefix import choose_reuse
 from ..lens.reading import LayerReading
-from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, in_batches
+from ..lens.runner import ForwardRunner, ModelInput, ModelStates, blamed_on, blamed_on_context, in_batches
 from ..lens.stored_states import StoredStates
 from ..model.identity import text_of
 from ..model.loading import LoadedModel
@@ -71,6 +72,10 @@ class AskedContext(ModelInput):
     alias: Alias
     next_ids: tuple[int, ...]  # the token that follows each position
 
+    def part(self, here: slice) -> AskedContext:
+        """The same context, of which some of the positions are read."""
+        return replace(self, positions=self.positions[here], next_ids=self.next_ids[here])
+
 
 @dataclass(frozen=True)
 class Read:
@@ -78,6 +83,33 @@ class Read:
 
     reading: LayerReading
     measures: dict[str, Tensor]  # by name
+
+    @staticmethod
+    def cat(parts: Sequence[Read]) -> Read:
+        """Of neighbouring positions as one."""
+        measures = {name: torch.cat([one.measures[name] for one in parts], 1) for name in parts[0].measures}
+        return Read(LayerReading.cat([one.reading for one in parts], 1), measures)
+
+
+@dataclass(frozen=True)
+class ReadContext:
+    """A context that was read, or some of its positions: all that its rows are made of, and no states."""
+
+    input: AskedContext
+    target_ids: Tensor  # [n_positions] int64
+    read: dict[str, Read]  # by the names of the lenses
+    written: Generation | None  # of several parts the last one has it
+    before_answer: Tensor | None  # [n_layers + 1, d_model], the state that the answer follows; None if it is not kept
+
+    @staticmethod
+    def cat(parts: Sequence[ReadContext], whole: AskedContext) -> ReadContext:
+        """The parts of a context, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        targets = torch.cat([one.target_ids for one in parts])
+        read = {name: Read.cat([one.read[name] for one in parts]) for name in parts[0].read}
+        before = next((one.before_answer for one in parts if one.before_answer is not None), None)
+        return ReadContext(whole, targets, read, parts[-1].written, before)
 
 
 def read_contexts(
@@ -141,28 +173,22 @@ def read_contexts(
 
 
 def prediction_table(
-    ran: ModelStates,
-    target_ids: Tensor,
-    read: dict[str, Read],
-    text: Callable[[int], str],
-    schema: pa.Schema,
-    further: FurtherColumns,
+    context: ReadContext, text: Callable[[int], str], schema: pa.Schema, further: FurtherColumns
 ) -> pa.Table:
     """Predictions of one context, lens by lens, a row per position.
 
     Args:
-        ran: What came of its `AskedContext`.
-        target_ids: Of `read_contexts`.
-        read: By the names of the lenses.
+        context: What was read of it.
         text: Gives the text of a token id.
         schema: Of the table, see `predictions_schema`.
         further: Makes columns of it that are no measures of every layer.
     """
-    shared = _shared_columns(ran, target_ids.numpy(), text, schema)
+    shared = _shared_columns(context, text, schema)
     tables = []
-    for lens, own in read.items():
+    for lens, own in context.read.items():
         argmax = own.reading.argmax.T.numpy()
-        more = further.of(ran, lens, argmax, shared["target_id"], shared["answer_token"])
+        given = (argmax, shared["target_id"], shared["answer_token"])
+        more = further.of(context.before_answer, context.written, lens, *given)
         tables.append(_table(shared | more, lens, own, text, schema))
     return pa.concat_tables(tables)
 
@@ -176,11 +202,12 @@ def _table(shared: dict, lens: str, read: Read, text: Callable[[int], str], sche
     return pa.table([columns[name] for name in schema.names], schema.names).cast(schema)
 
 
-def _shared_columns(ran: ModelStates, target_ids: np.ndarray, text: Callable[[int], str], schema: pa.Schema) -> dict:
+def _shared_columns(read: ReadContext, text: Callable[[int], str], schema: pa.Schema) -> dict:
     """Columns that all lenses have alike."""
-    asked, context, next_ids = ran.input, ran.input.context, np.array(ran.input.next_ids)
+    asked, context, next_ids = read.input, read.input.context, np.array(read.input.next_ids)
+    target_ids = read.target_ids.numpy()
     start, end = context.gold_span or (None, None)
-    written = None if ran.written is None else ran.written.text
+    written = None if read.written is None else read.written.text
     constants = {
         "question_id": context.question.id,
         "source_id": context.question.source_id,
@@ -241,6 +268,7 @@ class Predictor:
         buckets: np.ndarray | None = None,
         sublayers: Sequence[Sublayers] | None = None,
         stored: StoredStates | None = None,
+        chunk_tokens: int = 0,
     ):
         """
         Args:
@@ -253,6 +281,7 @@ class Predictor:
             buckets: How frequent every token is, int8 ``[vocab_size]``, where that is measured.
             sublayers: Attention and feed-forward part of every block, where these are measured.
             stored: States of every context, where no model runs.
+            chunk_tokens: See `ForwardRunner`.
         """
         self._rows_at_a_time = rows_at_a_time
         self._options, self._builder, self._logit_lens, self._lenses = options, builder, logit_lens, lenses
@@ -260,9 +289,11 @@ class Predictor:
         self._together = questions_together(options, loaded.device.type)
         self._text = cache(lambda token_id: text_of(loaded.tokenizer, token_id))
         self._further, self._generator = FurtherColumns(options.extras, [lens.name for lens in lenses], buckets), None
-        self._runner = stored or self._forward_runner(loaded, sublayers)
+        self._runner = stored or self._forward_runner(loaded, sublayers, chunk_tokens)
 
-    def _forward_runner(self, loaded: LoadedModel, sublayers: Sequence[Sublayers] | None) -> ForwardRunner:
+    def _forward_runner(
+        self, loaded: LoadedModel, sublayers: Sequence[Sublayers] | None, chunk_tokens: int
+    ) -> ForwardRunner:
         """What runs contexts, and the generator that goes on from them."""
         options, logit_lens = self._options, self._logit_lens
         if options.generate:
@@ -273,7 +304,16 @@ class Predictor:
         keeps_cache = bool(options.generate) and (reuse.used or check_cache(logit_lens).used)
         size = None if options.batch_size == "auto" else int(options.batch_size)
         size = 1 if size is None and options.positions == "all" else size  # all states of a context are much to hold
-        return ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers)
+        return ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers, chunk_tokens)
+
+    def prepare(self, questions: Sequence[Question], places: Sequence[int], thread: Executor) -> None:
+        """Let a thread build the contexts that `ask` will take for the questions at some places."""
+        self._builder.prepare(self._group(questions, places), thread)
+
+    def _group(self, questions: Sequence[Question], places: Sequence[int]) -> Sequence[Question]:
+        """The questions that share the batches of those at some places."""
+        first = places[0] // self._together * self._together
+        return questions[first : first + self._together]
 
     def ask(self, questions: Sequence[Question], places: Sequence[int]) -> list[QuestionResult]:
         """All that comes of the questions at some places, at every context size and gold position.
@@ -287,12 +327,14 @@ class Predictor:
         """
         first = places[0] // self._together * self._together
         found, asked, warnings = [], [], []
-        for question in questions[first : first + self._together]:
+        for question in self._group(questions, places):
             with blamed_on(f"question {question.id}"):
                 found.append(self._builder.build(question))
             asked += [self._asked(context, found[-1].alias) for context in found[-1].contexts]
         rows = dict(self._rows(asked, warnings.append))
         notes = {"prefix_reuse": asdict(self._runner.reuse), "contexts_at_a_time_at_most": self._runner.limit.at_most}
+        if self._runner.chunks is not None:
+            notes["chunked_prefill"] = asdict(self._runner.chunks)
         results, index = [], iter(range(len(asked)))
         for place, one in enumerate(found, first):
             own = [rows[next(index)] for _ in one.contexts]
@@ -316,13 +358,26 @@ class Predictor:
     ) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
         """Rows and counts of every context, by its index, in any order."""
         held: list[ModelStates] = []
+        parts: dict[int, list[ReadContext]] = {}  # of contexts that are read part by part, by their index
+        saved: dict[int, int] = {}
+
+        def read() -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
+            for states, one in zip(held, self._read(held), strict=True):
+                parts.setdefault(states.index, []).append(one)
+                saved[states.index] = states.n_saved
+            held.clear()
+            for index in list(parts):
+                whole = asked[index]
+                if sum(len(one.input.positions) for one in parts[index]) == len(whole.positions):
+                    with blamed_on_context(whole):
+                        yield index, self._table(ReadContext.cat(parts.pop(index), whole), saved[index])
+
         for states in self._runner.run(asked, self._write, warn):
             held.append(states)
             del states  # else it would be held while the next contexts run
             if sum(one.hidden[..., 0].numel() for one in held) >= self._rows_at_a_time:
-                yield from self._read(held)
-                held.clear()
-        yield from self._read(held)
+                yield from read()
+        yield from read()
 
     def _write(self, asked: list[AskedContext], cache: Cache | None) -> list[Generation | None]:
         """A text per context, which goes on from its prompt by itself."""
@@ -338,23 +393,34 @@ class Predictor:
         settled = {one.name: settling_layers(lens, states, one.translators) for one in self._lenses}
         return replace(written, hidden=None, settled=settled)
 
-    def _read(self, held: list[ModelStates]) -> Iterator[tuple[int, tuple[pa.Table, dict[str, int]]]]:
+    def _read(self, held: list[ModelStates]) -> list[ReadContext]:
         """Read contexts that were run, together unless something is wrong with one of them."""
 
-        def rows(ran: list[ModelStates]) -> list[pa.Table]:
+        def read(ran: list[ModelStates]) -> list[ReadContext]:
             options = self._options
-            read = read_contexts(ran, self._logit_lens, self._lenses, options.target, options.measures)
-            given = (self._text, self._schema, self._further)
-            return [prediction_table(one, *own, *given) for one, own in zip(ran, read, strict=True)]
+            found = read_contexts(ran, self._logit_lens, self._lenses, options.target, options.measures)
+            return [
+                ReadContext(one.input, *own, one.written, self._before_answer(one))
+                for one, own in zip(ran, found, strict=True)
+            ]
 
-        tables = [table for part in in_batches(held, rows, context=lambda one: one.input) for table in part]
-        for states, table in zip(held, tables, strict=True):
-            counts = {
-                "contexts": 1,
-                "positions_read": len(states.input.positions),
-                "lens_rows": len(self._lenses) * states.hidden[..., 0].numel(),
-                "tokens_computed": len(states.input.ids) - states.n_saved,
-                "tokens_saved": states.n_saved,
-                "tokens_generated": len(states.written.ids) if states.written else 0,
-            }
-            yield states.index, (table, counts)
+        return [one for part in in_batches(held, read, context=lambda one: one.input) for one in part]
+
+    def _before_answer(self, ran: ModelStates) -> Tensor | None:
+        """A copy, where states are kept in rows, of the state at the last token of the prompt, if it is among these."""
+        place, positions = ran.input.context.prompt_length - 1, list(ran.input.positions)
+        is_kept = STATES in self._options.extras and place in positions
+        return ran.hidden[:, positions.index(place)].clone() if is_kept else None
+
+    def _table(self, context: ReadContext, n_saved: int) -> tuple[pa.Table, dict[str, int]]:
+        """Rows and counts of a context."""
+        asked, n_positions = context.input, len(context.input.positions)
+        table = prediction_table(context, self._text, self._schema, self._further)
+        return table, {
+            "contexts": 1,
+            "positions_read": n_positions,
+            "lens_rows": len(self._lenses) * (self._logit_lens.n_layers + 1) * n_positions,
+            "tokens_computed": len(asked.ids) - n_saved,
+            "tokens_saved": n_saved,
+            "tokens_generated": len(context.written.ids) if context.written else 0,
+        }

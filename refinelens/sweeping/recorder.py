@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,6 @@ class _Open:
     """The part that is being filled."""
 
     first: int  # 0-based place of its first question among those drawn
-    written: int  # place behind its last question that an earlier file holds
     done: int  # place behind its last question so far
     rows: list[pa.Table]
     counts: Counter[str]
@@ -71,6 +71,10 @@ class RunWriter(FolderWriter):
 
     A new folder gets its manifest at once, so that it can be resumed from then on. A run that is to be overwritten
     stays until the first part with rows lies beside it: whatever fails before leaves everything as it was.
+
+    A whole part is written by a thread of its own while the next questions are asked, one at a time and in order: from
+    `add` on it has ``manifest`` and the parts to itself until `settle`. What goes wrong there is raised by the next
+    call.
     """
 
     def __init__(self, run: Run, manifest: dict, resumed: bool = False):
@@ -81,6 +85,10 @@ class RunWriter(FolderWriter):
         self._shard: dict[str, int] | None = manifest.get("shard")
         self._resumed = resumed
         self._replaced: list[Path] = []  # files that the next manifest no longer names
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._writing: Future | None = None  # of a whole part
+        self._notes: dict[str, object] = {}  # of the questions since the last part, for the manifest
+        self._n_done = sum(part.questions[1] - part.first for part in self._parts.values())
         if resumed or not run.exists:
             self.place()
 
@@ -91,9 +99,8 @@ class RunWriter(FolderWriter):
 
     @property
     def done(self) -> int:
-        """Questions in the parts, the one that is being filled included."""
-        written = sum(part.questions[1] - part.first for part in self._parts.values())
-        return written + (self._open.done - self._open.written if self._open else 0)
+        """Questions in the parts, those included that are being filled or written."""
+        return self._n_done
 
     @property
     def left_out(self) -> dict[str, list[int]]:
@@ -128,7 +135,13 @@ class RunWriter(FolderWriter):
         return places
 
     def add(self, place: int, result: QuestionResult) -> None:
-        """Take all that came of the question at the next of the missing places."""
+        """Take all that came of the question at the next of the missing places.
+
+        Raises:
+            OSError: The part before could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self.settle()
         begun = self._open or self._begun(place)
         if place != begun.done:
             raise ValueError(f"expected the question at place {begun.done}, got {place}")
@@ -136,20 +149,50 @@ class RunWriter(FolderWriter):
         begun.rows.append(result.rows)
         begun.counts.update(result.counts)
         _add_to(begun.left_out, result.left_out)
-        self.manifest |= result.notes
-        begun.done += 1
+        self._notes |= result.notes
+        begun.done, self._n_done = begun.done + 1, self._n_done + 1
         if begun.done == self._end(begun.first):
-            self._write_part()
-            self._save("running")
+            self.settle()
+            self._open = None
+            self._writing = self._thread.submit(self._finish_part, begun, self._taken_notes())
+
+    def settle(self) -> None:
+        """Wait until no part is being written; an interrupt leaves it to the thread.
+
+        Raises:
+            OSError: It could not be.
+        """
+        if self._writing is not None:
+            wait([self._writing])
+            done, self._writing = self._writing, None
+            done.result()
+
+    def release(self) -> None:
+        """Wait for the thread, whatever it met: nothing is written behind this."""
+        self._thread.shutdown()
+
+    def _taken_notes(self) -> dict[str, object]:
+        notes, self._notes = self._notes, {}
+        return notes
+
+    def _finish_part(self, part: _Open, notes: dict[str, object]) -> None:
+        self.manifest |= notes
+        self._write_part(part)
+        self._save("running")
 
     def close(self, status: str) -> None:
         """Write what is left and the status; a new run without rows goes, and a failed one replaces no other.
 
         A shard without rows stays: it says why its questions were left out.
+
+        Raises:
+            OSError: A part could not be written.
         """
-        if self._open and (self.is_placed or status != "failed"):
-            self._write_part()
-        self._open = None
+        self.settle()
+        begun, self._open = self._open, None
+        self.manifest |= self._taken_notes()
+        if begun and (self.is_placed or status != "failed"):
+            self._write_part(begun)
         is_whole_shard = self._shard is not None and status == "finished"
         if is_whole_shard:
             self.place()
@@ -161,6 +204,8 @@ class RunWriter(FolderWriter):
     def give_up(self) -> None:
         """After a failed write: let go of what was not written and, if there is room, close the rest."""
         self._open = None
+        with suppress(OSError):
+            self.settle()
         with suppress(OSError):
             self.close("failed")
 
@@ -178,10 +223,9 @@ class RunWriter(FolderWriter):
         rows, done = [self.run.read_part(part)] if part.file else [], part.questions[1]
         left_out: dict[str, list[int]] = {}
         _add_to(left_out, part.left_out)
-        return _Open(first, done, done, rows, Counter(part.counts), left_out)
+        return _Open(first, done, rows, Counter(part.counts), left_out)
 
-    def _write_part(self) -> None:
-        begun, self._open = self._open, None
+    def _write_part(self, begun: _Open) -> None:
         path, file, sha256 = self.run.part_path(begun.first // self.manifest["questions_per_part"]), None, None
         if begun.done < self._end(begun.first):
             path = path.with_stem(f"{path.stem}-first-{begun.done - begun.first}")

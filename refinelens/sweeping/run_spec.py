@@ -29,6 +29,12 @@ class RunSpec(MadeOf):
             values[name] = values.get(name) and self._from_here(values[name])
         return SweepConfig(**values | {"lens": list(map(self._from_here, values["lens"]))})
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Of a chunk, in which its long contexts ran; 0 where all ran in one pass, as before there were chunks."""
+        refused = self.manifest.get("chunked_prefill", {}).get("used") is False
+        return 0 if refused else self.manifest.get("chunk_tokens", 0)
+
     def _from_here(self, name: str) -> str:
         """A relative path of the run as it is from here; anything else, and what is not there, as it was given."""
         folder = self.manifest.get("folder")

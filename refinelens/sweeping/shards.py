@@ -33,7 +33,8 @@ MAY_DIFFER = (
 )
 # Entries of a manifest that all shards of a run have alike.
 MUST_AGREE = (
-    *("schema_version", "extras", "seed", "questions_per_part", "template", "closed_book_template", "chat", "shots"),
+    *("schema_version", "extras", "seed", "questions_per_part", "chunk_tokens"),
+    *("template", "closed_book_template", "chat", "shots"),
     *("task.format", "task.sha256", "frequencies.sha256", "states.dtypes", "shard.of", "shard.questions"),
     *("model.config_sha256", "model.weights_sha256", "model.tokenizer_sha256", "model.device", "model.dtype"),
     *("model.backend", "model.end_ids", "model.one_at_a_time"),
@@ -210,6 +211,7 @@ def _merged(manifests: list[dict], argv: list[str] | None) -> dict:
     parts = Run.in_order(part for manifest in manifests for part in Run.parts_of(manifest))
     counts = {"questions": first["shard"]["questions"], **totals(parts)}
     reuse = [manifest["prefix_reuse"] for manifest in manifests if manifest.get("prefix_reuse")]
+    chunks = [one for manifest in manifests if (one := manifest.get("chunked_prefill"))]
     limits = [one for manifest in manifests if (one := manifest.get("contexts_at_a_time_at_most"))]
     own = {key: value for key, value in first.items() if key != "shard"}
     if "states" in own:
@@ -227,6 +229,7 @@ def _merged(manifests: list[dict], argv: list[str] | None) -> dict:
         "counts": counts,
         "parts": [vars(part) for part in parts],
         **({"prefix_reuse": next((one for one in reuse if not one["used"]), reuse[-1])} if reuse else {}),
+        **({"chunked_prefill": next((one for one in chunks if not one["used"]), chunks[-1])} if chunks else {}),
         **({"contexts_at_a_time_at_most": min(limits)} if limits else {}),
     }
 

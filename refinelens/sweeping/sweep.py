@@ -175,6 +175,8 @@ class _Sweep:
         except OSError:
             writer.give_up()
             raise
+        finally:
+            writer.release()
         if stop:
             raise Interrupted(stop.signum, self.run if writer.has_rows else None)
         if not writer.has_rows:
@@ -217,6 +219,7 @@ class _Sweep:
                 rows, contexts = rows + result.counts["lens_rows"], contexts + result.counts["contexts"]
                 so_far.add(result.rows)
                 self.progress("questions", writer.done, total, rows, contexts, str(so_far))
+        writer.settle()
 
     def _conclude(self, status: str) -> None:
         self.writer.close(status)

@@ -184,6 +184,43 @@ def test_gate_refuses_a_cache_that_was_tampered_with(name, crop, crop_by):
     assert not reuse.used and type(lens.model).__name__ in reuse.why
 
 
+def crop_and_round_off(cache, tokens):
+    """As another order of sums would in half precision: some values are off by a rounding."""
+    for layer in cache.layers:
+        layer.crop(tokens)
+    values = cache.layers[-1].values
+    values[..., ::3, :] *= 1 + torch.finfo(values.dtype).eps
+
+
+@pytest.mark.parametrize(
+    "crop, fits", [(crop_and_round_off, True), (crop_too_little, False), (crop_nothing, False), (None, True)]
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_gate_in_half_precision_allows_rounding_alone(name, crop, fits, crop_by):
+    lens = LogitLens(build(name).to(torch.bfloat16))
+    if crop is not None:
+        crop_by(crop)
+    reuse = check_branching(lens)
+    assert reuse.used is fits
+    if fits:  # a bfloat16 model is in the place of a GPU's
+        assert f"allowed {lens.parity.tolerance:.2g}" in reuse.why and lens.parity.tolerance == 2 * 2**-7
+    if crop is crop_and_round_off:
+        assert "largest difference 0 " not in reuse.why, "the test shows something"
+
+
+@pytest.mark.medium
+def test_in_half_precision_prefixes_are_shared_where_asked_for(options, tmp_path):
+    """With what was allowed in the manifest; ids are those of whole runs, or tied with them."""
+    half = replace(options, dtype="bfloat16", examples=2)
+    on, off = (run_sweep(replace(half, reuse_prefix=how), tmp_path / how) for how in ("on", "off"))
+    assert on.manifest["prefix_reuse"]["used"] and on.manifest["counts"]["tokens_saved"] > 0
+    assert "allowed 0.016; argmax " in on.manifest["prefix_reuse"]["why"]
+    for ours, theirs in zip(predictions(on), predictions(off), strict=True):
+        np.testing.assert_allclose(ours["max_logprob"], theirs["max_logprob"], atol=0.1)
+        same = np.equal(ours["argmax"], theirs["argmax"])
+        assert same.mean() > 0.7 and ours["question_id"] == theirs["question_id"]
+
+
 @pytest.fixture(scope="module")
 def options(tiny_model, question_file):
     return SweepConfig(model=str(tiny_model), task=str(question_file), documents=(2, 4), device="cpu")

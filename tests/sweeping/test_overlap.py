@@ -1,0 +1,144 @@
+"""Parts are written and contexts built beside the passes: in order, the same bytes, no error lost."""
+
+import errno
+import threading
+from dataclasses import replace
+
+import pytest
+
+from refinelens.config import SweepConfig
+from refinelens.errors import FaultError, InputError
+from refinelens.store.results import open_run
+from refinelens.sweeping import recorder
+from refinelens.sweeping.contexts import ContextBuilder
+from refinelens.sweeping.inputs import SweepInputs
+from refinelens.sweeping.predict import Predictor
+from refinelens.sweeping.recorder import RunWriter
+from refinelens.sweeping.sweep import resume_sweep, run_sweep
+from sweeps import predictions
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, question_file):
+    return SweepConfig(str(tiny_model), str(question_file), (2,), device="cpu", alias="first")
+
+
+@pytest.fixture(scope="module")
+def inputs(options):
+    return SweepInputs.load(options)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Parts are not written before the event is set; the names of those that are."""
+    may_go, names, own = threading.Event(), [], recorder.write_rows
+
+    def write(rows, path):
+        assert threading.current_thread() is not threading.main_thread() and may_go.wait(30)
+        names.append(path.name)
+        own(rows, path)
+
+    monkeypatch.setattr(recorder, "write_rows", write)
+    return may_go, names
+
+
+def writer_of(inputs, folder, part=1):
+    from refinelens.store.results import Run
+
+    (folder / "run").mkdir()
+    return RunWriter(Run(folder / "run"), inputs.manifest(None, 1, part))
+
+
+def test_questions_are_asked_while_a_part_is_written(inputs, held, tmp_path):
+    """One part at most waits; what is done counts from when it is asked."""
+    may_go, names = held
+    writer = writer_of(inputs, tmp_path, part=2)
+    results = list(inputs.ask([0, 1, 2, 3], lambda: False))
+    for place, result in results[:3]:
+        writer.add(place, result)
+    assert writer.done == 3 and not names and not writer.run.manifest["parts"]
+    timer = threading.Timer(0.2, may_go.set)
+    timer.start()
+    writer.add(*results[3])  # waits: the second part is whole while the first one is not written
+    assert may_go.is_set() and names[0] == ".part-00000.parquet.tmp"
+    writer.close("interrupted")
+    assert [part["questions"] for part in writer.run.manifest["parts"]] == [[0, 2], [2, 4]]
+    assert writer.run.manifest["prefix_reuse"] == results[3][1].notes["prefix_reuse"]
+    writer.release()
+
+
+def test_an_error_of_the_writer_is_raised_by_the_next_call(inputs, tmp_path, monkeypatch):
+    def full(rows, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    results = list(inputs.ask([0, 1, 2], lambda: False))
+    monkeypatch.setattr(recorder, "write_rows", full)
+    for call in ("add", "settle", "close"):
+        folder = tmp_path / call
+        folder.mkdir()
+        writer = writer_of(inputs, folder)
+        writer.add(*results[0])
+        if call == "add":
+            while not writer._writing.done():
+                pass
+        with pytest.raises(OSError, match="No space left"):
+            getattr(writer, call)(*{"add": results[1], "settle": (), "close": ("interrupted",)}[call])
+        writer.release()
+
+
+@pytest.mark.medium
+def test_a_full_disk_behind_the_last_question_keeps_what_was_written(options, tmp_path, monkeypatch):
+    """Nobody asks for another one that would raise what the last part met."""
+    whole = run_sweep(options, tmp_path / "whole", questions_per_part=2)
+    n_parts, own, count = len(whole.manifest["parts"]), recorder.write_rows, []
+
+    def full_at_last(rows, path):
+        count.append(path)
+        if len(count) == n_parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(rows, path)
+
+    monkeypatch.setattr(recorder, "write_rows", full_at_last)
+    with pytest.raises(FaultError, match="no free disk left"):
+        run_sweep(options, tmp_path / "run", questions_per_part=2)
+    assert len(open_run(tmp_path / "run").manifest["parts"]) == n_parts - 1
+    assert predictions(resume_sweep(tmp_path / "run")) == predictions(whole)
+
+
+@pytest.mark.medium
+def test_contexts_are_built_ahead_and_the_bytes_are_the_same(options, tmp_path, monkeypatch):
+    own, threads = ContextBuilder._built, []
+
+    def built(self, question):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return own(self, question)
+
+    monkeypatch.setattr(ContextBuilder, "_built", built)
+    ahead = run_sweep(options, tmp_path / "ahead")
+    assert not any(threads) and len(threads) > 2
+    threads.clear()
+    with pytest.raises(InputError, match="got none"):  # which this model needs for no question
+        run_sweep(replace(options, keep="needs-document"), tmp_path / "kept")
+    assert all(threads) and threads, "whether to keep a question is for the model to say"
+    monkeypatch.setattr(Predictor, "prepare", lambda *given: None)
+    plain = run_sweep(options, tmp_path / "plain")
+    files = [sorted((run.path / "predictions").iterdir()) for run in (ahead, plain)]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+@pytest.mark.medium
+def test_an_error_in_contexts_comes_in_its_turn(options, tmp_path, monkeypatch):
+    """What was asked before is kept, and the question is named."""
+    own, asked = ContextBuilder._built, []
+
+    def built(self, question):
+        asked.append(question.id)
+        if len(asked) == 3:
+            raise ValueError("no context")
+        return own(self, question)
+
+    monkeypatch.setattr(ContextBuilder, "_built", built)
+    with pytest.raises(FaultError, match=r"^question \d+: ValueError: no context") as raised:
+        run_sweep(options, tmp_path / "run", questions_per_part=1)
+    assert f"question {asked[2]}:" in str(raised.value)
+    assert [part["questions"] for part in open_run(tmp_path / "run").manifest["parts"]] == [[0, 1], [1, 2]]
