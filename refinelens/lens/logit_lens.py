@@ -421,7 +421,8 @@ class LogitLens:
         reading = LayerReading.cat(parts, 0)
         if not plan.kl:
             return reading
-        return replace(reading, kl=kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed))
+        kl = kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed, backend=self.backend)
+        return replace(reading, kl=kl)
 
 
 def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict[str, Any]:

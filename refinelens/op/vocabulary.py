@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.reference import LensHead, LensStats, Norm, apply_norm, row_chunk, soft_cap, z_chunks
+from . import gpu
 from .backends import checked_operands, choose_backend, choose_precision
 from .fused_lens import broadcast_ids, check_result, check_targets, flatten_targets, fused_lens, integer_ids
 
@@ -34,6 +35,7 @@ def kl_to_final(
     logit_scale: float = 1.0,
     *,
     last_is_normed: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """KL divergence of every layer's prediction from the last layer's, ``KL(p_final || p_layer)``, in nats.
 
@@ -47,18 +49,22 @@ def kl_to_final(
         stats: ``fused_lens`` of ``hidden`` with the arguments that follow.
         unembedding: As in ``fused_lens``, and so the next four.
         last_is_normed: The last layer's states are behind norm (and projection) already, and so are its statistics.
+        backend: As in ``fused_lens``.
 
     Returns:
-        ``[n_layers + 1, ...]`` fp32, not negative; the rounding of logits of size ``m`` is about ``1e-7 * m``.
+        ``[n_layers + 1, ...]`` fp32, not negative; the rounding of logits of size ``m`` is about ``1e-7 * m``. By
+        Triton states are rounded behind the norm as the lens's are, and in bfloat16 probabilities to 2^-18 of each.
 
     Raises:
         InputError: As ``fused_lens``, and statistics of another shape than ``hidden``.
 
-    Plain torch on every device, in fp32.
+    By Triton where the backend is that, else by plain torch on every device, in fp32.
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_stats(hidden, stats)
-    if head.softcap is None:
+    if gpu.runs_by_triton(hidden, backend):
+        expected = gpu.expected_logits(hidden, stats.logsumexp, head, last_is_normed)
+    elif head.softcap is None:
         expected = _against_final(hidden, stats, head, last_is_normed, _expected_linear, row_chunk(hidden.device))
     else:
         expected = _against_final(hidden, stats, head, last_is_normed, _expected_capped)
@@ -78,6 +84,7 @@ def jsd_to_final(
     logit_scale: float = 1.0,
     *,
     last_is_normed: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Jensen-Shannon divergence between every layer's prediction and the last layer's, in nats: 0 to ln 2.
 
@@ -94,11 +101,15 @@ def jsd_to_final(
     Raises:
         InputError: As `kl_to_final`.
 
-    Plain torch on every device, in fp32.
+    By Triton where the backend is that, else by plain torch on every device, in fp32.
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_stats(hidden, stats)
-    found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon).clamp(0.0, math.log(2.0))
+    if gpu.runs_by_triton(hidden, backend):
+        found = gpu.jensen_shannon(hidden, stats.logsumexp, head, last_is_normed)
+    else:
+        found = _against_final(hidden, stats, head, last_is_normed, _jensen_shannon)
+    found = found.clamp_(0.0, math.log(2.0))
     found[-1] = 0.0
     return found
 
