@@ -9,6 +9,7 @@ in a scratch buffer of bounded size, and a second product forms the logits of al
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from .norm_kernel import PROGRAM_ELEMENTS, normed_rows, padded_width
 from .reference import LOWEST, LensHead
 from .tiles import SCRATCH_BYTES, even_chunks, plain_options, z_tile
 
+NARROW = 64  # tokens of a tile
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(LOWEST)
@@ -69,6 +71,12 @@ def _divergence_kernel(
     else:
         tl.store(sums_ptr + out, tl.sum(q * tl.maximum(logits, _LOWEST), 1) * _LN2, mask=mask_m)
         tl.store(mass_ptr + out, tl.sum(q, 1), mask=mask_m)
+
+
+def jensen_shannon_options(options: LensOptions) -> LensOptions:
+    """With tiles of half as many tokens: beside two logarithms and two probabilities a logit they spill."""
+    width = min(options.config.block_v, NARROW)
+    return replace(options, config=replace(options.config, block_v=width, tail_v=width))
 
 
 def divergence_flags(options: LensOptions, jensen_shannon: bool) -> dict:
@@ -142,8 +150,8 @@ def jensen_shannon_triton(
 ) -> Tensor:
     """The Jensen-Shannon divergence of every layer's prediction from the last one's, ``[n_layers + 1, N]`` fp32, nats.
 
-    ``(KL(p || m) + KL(q || m)) / 2`` with ``m = (p + q) / 2``; rounding may leave it outside of 0 to ln 2. Arguments are
-    those of `expected_logits_triton`, of whose logsumexps all are read.
+    ``(KL(p || m) + KL(q || m)) / 2`` with ``m = (p + q) / 2``; rounding may leave it outside of 0 to ln 2. The
+    arguments are those of `expected_logits_triton`, of whose logsumexps all are read.
 
     Memory: 25 MiB of normed states (at least those of one position), 32 MiB of final log-probabilities and a quarter
     MiB of sums for every layer, whatever the positions and ``V``.
@@ -156,6 +164,7 @@ def _over_vocabulary(
 ) -> Tensor:
     """Sums over the vocabulary beside the final prediction, ``[n_layers + 1, N]``."""
     options = plain_options(head)
+    options = jensen_shannon_options(options) if jensen_shannon else options
     found = torch.empty(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
         for part, x_hat, final in _normed_layers(hidden, last_is_normed, options):

@@ -131,13 +131,10 @@ def _average_kernel(
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = col * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    p_ptrs = p_ptr + offs_m.to(tl.int64)[:, None] * stride_p + offs_k[None, :]
+    p_ptrs = p_ptr + offs_m[:, None] * stride_p + offs_k[None, :]  # of bounded size: int32 has room
     w_ptrs = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wv + offs_n.to(tl.int64)[None, :] * stride_wd
     mask_n = (offs_n < d_model)[None, :]
-    # The sums of the chunks before are where the accumulators begin.
-    out = sums_ptr + (split * padded_rows + offs_m).to(tl.int64)[:, None] * width + offs_n[None, :]
-    inside = (offs_n < width)[None, :]
-    acc = tl.load(out, mask=inside, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(split * n_steps // n_splits, (split + 1) * n_steps // n_splits):
         k = step * BLOCK_K
         p = tl.load(p_ptrs + k)
@@ -152,7 +149,9 @@ def _average_kernel(
             if INTERPRETED:
                 rest = rest.to(tl.float32)
             acc = tl.dot(rest, w, acc, input_precision=PRECISION)
-    tl.store(out, acc, mask=inside)
+    out = sums_ptr + (split * padded_rows + offs_m).to(tl.int64)[:, None] * width + offs_n[None, :]
+    inside = (offs_n < width)[None, :]
+    tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
 
 
 def add_averages(p: Tensor, sums: Tensor, first_id: int, options: LensOptions) -> None:

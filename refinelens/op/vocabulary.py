@@ -1,7 +1,7 @@
 """What goes over the whole vocabulary besides the lens: divergences from the output, several targets, likeliest tokens.
 
-None stores logits. On a CPU several targets and lists come from the product of the lens itself, at about a twentieth
-more each; elsewhere lists cost a product of their own, and each target one of the lens.
+None stores logits. By C++ and by Triton several targets and lists come from the product of the lens itself; by plain
+torch lists cost a product of their own, and each target one of the lens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..kernels.lists_reference import top_k_reference
 from ..kernels.reference import LensHead, LensStats, Norm, apply_norm, row_chunk, soft_cap, z_chunks
 from . import gpu
 from .backends import checked_operands, choose_backend, choose_precision
@@ -252,6 +253,7 @@ def lens_top_k(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    backend: str = "auto",
 ) -> TopK:
     """The ``k`` tokens with the largest logits, without storing the logits.
 
@@ -265,17 +267,19 @@ def lens_top_k(
     Raises:
         InputError: As ``fused_lens``, and a ``k`` outside the vocabulary.
 
-    In fp32: by C++ on a CPU, where that runs, else by plain torch, one chunk of the vocabulary at a time.
+    In fp32: by C++ on a CPU, where that runs; by Triton up to 32 tokens; else by plain torch, a chunk of the vocabulary
+    at a time.
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_k(k, head)
-    if _keeps_lists(hidden, k, "auto"):
+    if gpu.keeps_lists(hidden, k, backend):
+        z, ids = gpu.top_k(hidden, head, k)
+    elif _keeps_lists(hidden, k, backend):
         return _in_one_product(hidden, head, None, None, k)[2]  # type: ignore[return-value]
-    blocks = [
-        _block_top_k(apply_norm(rows, head.norm), head, k)
-        for rows in hidden.reshape(-1, hidden.shape[-1]).split(row_chunk(hidden.device))
-    ]
-    z, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    else:
+        rows = hidden.reshape(-1, hidden.shape[-1]).split(row_chunk(hidden.device))
+        blocks = [top_k_reference(apply_norm(block, head.norm), head, k) for block in rows]
+        z, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     broken = ~z[:, 0].isfinite()
     if broken.any():
         row = int(broken.nonzero()[0])
@@ -314,11 +318,12 @@ def fused_lens_targets(
     backend: str = "auto",
     check_values: bool = True,
 ) -> tuple[LensStats, TargetStats]:
-    """`fused_lens`, and logits and ranks of several more targets a row, on a CPU from the same product.
+    """`fused_lens`, and logits and ranks of several more targets a row, by C++ and Triton from the same product.
 
-    Each has the rank and logit that `fused_lens` gives with that target alone, bit for bit. Where the backend is not
-    C++, or its precision is ``"certified"`` (as ``"auto"`` chooses for many rows on processors with AMX), it is called
-    for each; certified sums then differ within their bound from those of other targets.
+    Each has the rank and logit that `fused_lens` gives with that target alone, bit for bit; by Triton sums may differ
+    from its own in their last bits. In plain torch, and where the precision of C++ is ``"certified"`` (as ``"auto"``
+    chooses for many rows on processors with AMX), it is called for each; certified sums then differ within their bound
+    from those of other targets.
 
     Args:
         alternatives: Integer ids, broadcastable to ``[*hidden.shape[:-1], T]`` with ``T`` from 1 to `MOST_TARGETS`;
@@ -353,12 +358,14 @@ def fused_lens_with(
         _check_k(k, head)
     several = None if alternatives is None else _several_targets(alternatives, states, head)
     keeps_lists = k != 0 and _keeps_lists(states, k, backend)
-    if keeps_lists or (several is not None and _is_fp32_by_cpp(states, backend)):
+    in_one = _is_fp32_by_cpp(states, backend) or gpu.runs_by_triton(states, backend)
+    if keeps_lists or (several is not None and in_one):
         own = None if targets is None else flatten_targets(targets, states)
-        stats, more, top = _in_one_product(states, head, own, several, k if keeps_lists else 0)
+        kept = k if keeps_lists else 0
+        stats, more, top = _in_one_product(states, head, own, several, kept, backend, check_values)
     else:
         stats, more, top = *_one_by_one(states, head, targets, several, backend, check_values), None
-    return stats, more, lens_top_k(states, head, k) if k and top is None else top
+    return stats, more, lens_top_k(states, head, k, backend=backend) if k and top is None else top
 
 
 def _one_by_one(
@@ -390,7 +397,8 @@ def _check_k(k: int, head: LensHead) -> None:
 
 
 def _keeps_lists(hidden: Tensor, k: int, backend: str) -> bool:
-    return k <= MOST_LISTED and hidden.numel() > 0 and choose_backend(hidden.device.type, backend)[0] == "cpp"
+    by_cpp = k <= MOST_LISTED and hidden.numel() > 0 and choose_backend(hidden.device.type, backend)[0] == "cpp"
+    return by_cpp or gpu.keeps_lists(hidden, k, backend)
 
 
 def _is_fp32_by_cpp(hidden: Tensor, backend: str) -> bool:
@@ -401,43 +409,31 @@ def _is_fp32_by_cpp(hidden: Tensor, backend: str) -> bool:
 
 
 def _in_one_product(
-    hidden: Tensor, head: LensHead, targets: Tensor | None, several: Tensor | None, k: int
+    hidden: Tensor,
+    head: LensHead,
+    targets: Tensor | None,
+    several: Tensor | None,
+    k: int,
+    backend: str = "auto",
+    check_values: bool = True,
 ) -> tuple[LensStats, TargetStats | None, TopK | None]:
-    """By C++, of targets ``[N]`` and more of them ``[N, T]``."""
-    from .cpu import fused_lens_and_more
-
+    """By C++ or Triton, of targets ``[N]`` and more of them ``[N, T]``."""
+    by_triton = gpu.runs_by_triton(hidden, backend)
+    run = gpu.in_one_product(by_triton)
     rows, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
-    check_targets(targets, head.vocab_size)
+    if not by_triton:  # which reads no id outside, so that one wait for the device tells of ids and results
+        check_targets(targets, head.vocab_size)
     columns = [ids for ids in (None if targets is None else targets[:, None], several) if ids is not None]
-    stats, logit, rank, z, ids = fused_lens_and_more(rows, head, torch.cat(columns, 1) if columns else None, k)
+    stats, logit, rank, z, ids = run(rows, head, torch.cat(columns, 1) if columns else None, k)
     if targets is not None:
         stats = replace(stats, target_logit=logit[:, 0].contiguous(), target_rank=rank[:, 0].contiguous())
         logit, rank = logit[:, 1:].contiguous(), rank[:, 1:].contiguous()
-    check_result(stats, rows, targets, head.vocab_size, head.norm is None and head.softcap is not None)
+    if check_values or not by_triton:
+        check_result(stats, rows, targets, head.vocab_size, head.norm is None and head.softcap is not None)
+    top = None
+    if k:
+        logits = soft_cap(z, head.softcap)
+        ids, logits = gpu.argmax_first(ids, logits, stats, check_values) if by_triton else (ids, logits)
+        top = TopK(ids.view(*shape, k), logits.view(*shape, k))
     stats = stats.map(lambda value: value.view(shape))
-    more = None if several is None else TargetStats.of(stats, several, logit, rank)
-    top = TopK(ids.view(*shape, k), soft_cap(z, head.softcap).view(*shape, k)) if k else None
-    return stats, more, top
-
-
-def _block_top_k(x_hat: Tensor, head: LensHead, k: int) -> tuple[Tensor, Tensor]:
-    z = x_hat.new_empty(len(x_hat), 0)
-    ids = torch.empty(len(x_hat), 0, dtype=torch.int64, device=x_hat.device)
-    for first, _, chunk in z_chunks(x_hat, head):
-        chunk_z, chunk_ids = _chunk_top_k(chunk, min(k, chunk.shape[1]))
-        # Ids ascend from left to right among equal logits, and a stable sort leaves them so.
-        z, order = torch.cat([z, chunk_z], 1).sort(descending=True, stable=True)
-        z, order = z[:, :k], order[:, :k]
-        ids = torch.cat([ids, chunk_ids + first], 1).gather(1, order)
-    return z, ids
-
-
-def _chunk_top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of each row in descending order, equals in ascending order of column."""
-    top, columns = z.topk(k)
-    # topk takes any of several columns that equal the last place: those rows are sorted whole.
-    (tied,) = ((z >= top[:, -1:]).sum(-1) > k).nonzero(as_tuple=True)
-    columns[tied] = z[tied].sort(descending=True, stable=True).indices[:, :k]
-    columns = columns.sort().values
-    top, order = z.gather(1, columns).sort(descending=True, stable=True)
-    return top, columns.gather(1, order)
+    return stats, None if several is None else TargetStats.of(stats, several, logit, rank), top
