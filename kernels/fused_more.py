@@ -149,7 +149,7 @@ def reduce_more(
     out, first = MoreOutputs(parts, ranks, maxima), 0
     for tiles in ranges:
         own = out.of_splits(slice(first, first + tiles.splits))
-        together = not tiles.masked and (ranks is None or options.same_bits)
+        together = not tiles.masked and (ranks is None or options.same_bits and is_aligned(options.head.weight))
         for one in [own] if together else own.apart():
             launch_more(rows, one, options, tiles)
         first += tiles.splits

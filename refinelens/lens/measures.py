@@ -50,7 +50,7 @@ def measures_of(
             own = stats.map(lambda value, start=start: value[:, start : start + step])
             found[JSD].append(jsd_to_final(block, own, lens.head, backend=lens.backend).cpu())
         if TOP5 in found:
-            found[TOP5].append(overlap_with_last(lens_top_k(block, lens.head, LISTED).ids).cpu())
+            found[TOP5].append(overlap_with_last(lens_top_k(block, lens.head, LISTED, backend=lens.backend).ids).cpu())
     return {name: torch.cat(parts, 1).view(hidden.shape[:-1]) for name, parts in found.items()}
 
 

@@ -14,13 +14,16 @@ LISTED = {"list": 10, "list-most": lists.MOST_LISTED}
 # The kernel of several targets and maxima: whether targets, statistics, maxima.
 MORE = {
     "maxima": (False, False, True),
+    "stats": (False, True, False),
     "stats-maxima": (False, True, True),
     "several": (True, True, False),
     "several-maxima": (True, True, True),
 }
 DIVERGENCES = {"expected-capped": False, "jensen-shannon": True}
 PROBABILITIES = {"probabilities": False, "log-probabilities": True}
-PRODUCTS = (*PROBABILITIES, "average", *DIVERGENCES, *LISTED, *MORE, *(f"{name}-tail" for name in MORE))
+# The last, partial tiles have maxima in a launch of their own.
+TAILS = tuple(f"{name}-tail" for name in ("maxima", "stats", "several"))
+PRODUCTS = (*PROBABILITIES, "average", *DIVERGENCES, *LISTED, *MORE, *TAILS)
 KERNELS = (*PRODUCTS, "expected", *N_GROUPS)
 # What the launchers allocate, or pad, in multiples of 16.
 VECTORS = {"p_ptr", "sums_ptr", "stride_p", "second", "log_q_ptr", "stride_q", "mean_ptr", "stride_g"}
