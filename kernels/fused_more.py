@@ -25,7 +25,7 @@ from .config import (
 )
 from .fused_lens import target_matches_main_product
 from .kernel import TARGET_ROWS, LensRows, PartialStats, RowStats, launch_targets, merge_splits
-from .kernel_more import GROUP, MoreOutputs, empty_ranks, launch_more
+from .kernel_more import GROUP, MoreOutputs, launch_more
 from .kernel_tma import add_ties
 from .lists import choose_groups, list_tokens
 from .norm_kernel import normed_rows, padded_width
@@ -141,7 +141,7 @@ def reduce_more(
     ranges = _ranges(rows, options)
     n_splits = sum(tiles.splits for tiles in ranges)
     parts = None if stats is None else PartialStats.empty(n_splits, rows.count, device)
-    ranks = None if rows.targets is None else empty_ranks(n_splits, len(rows.targets), rows.count, device)
+    ranks = None if rows.targets is None else torch.zeros(rows.targets.shape, dtype=torch.int32, device=device)
     maxima = None
     if has_lists:
         tokens = max((tiles.first + tiles.count) * tiles.width for tiles in ranges)
@@ -149,19 +149,24 @@ def reduce_more(
     out, first = MoreOutputs(parts, ranks, maxima), 0
     for tiles in ranges:
         own = out.of_splits(slice(first, first + tiles.splits))
-        together = not tiles.masked and (ranks is None or options.same_bits and is_aligned(options.head.weight))
-        for one in [own] if together else own.apart():
+        for one in [own] if not tiles.masked and _fit_together(rows, options) else own.apart():
             launch_more(rows, one, options, tiles)
         first += tiles.splits
     if parts is not None and stats is not None:
         merge_splits(parts, stats, rows, options)
     if ranks is None or rows.targets is None or rows.target_z is None:
         return None, maxima
-    beaten = ranks.sum(0)
+    beaten = ranks.to(torch.int64)
     if options.same_bits:
         for ids, z, rank in zip(rows.targets, rows.target_z, beaten, strict=True):
             add_ties(LensRows(rows.x_hat, ids, z, rows.count), rank, options)
     return beaten, maxima
+
+
+def _fit_together(rows: LensRows, options: LensOptions) -> bool:
+    """Whether statistics, maxima and targets, if there are any, have registers in one launch."""
+    weight = options.head.weight
+    return rows.targets is None or options.same_bits and is_aligned(weight) and weight.dtype != torch.float32
 
 
 def _ranges(rows: LensRows, options: LensOptions) -> tuple[TileRange, ...]:

@@ -1,7 +1,7 @@
 """The product of the lens with what only some calls ask for: several targets a row, and maxima from which lists come.
 
 As `kernel`, whose names, tiles and bits of logits it has, but for three things. Any number of targets is ranked from
-one product, and their counts stay in memory between tiles. The largest logit of every ``GROUP`` neighbouring tokens is
+one product, one after another, with counts in memory. The largest logit of every ``GROUP`` neighbouring tokens is
 stored, from which `lists` finds the likeliest tokens. And the statistics of the lens may be left out.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,7 +67,7 @@ def _count_alike(z, target_col, target_z, BLOCK_V: tl.constexpr, INTERPRETED: tl
 def _more_kernel(
     x_ptr, w_ptr, bias_ptr, targets_ptr, target_z_ptr,  # x_hat, w, [n_vocab], [T, R] int64, [T, R] fp32
     best_ptr, argmax_ptr, rank_ptr, total_ptr, weighted_ptr,  # [n_splits, R], ``rank`` not written
-    ranks_ptr, maxima_ptr,  # [n_splits, T, R] int32, [R, stride_g] fp32
+    ranks_ptr, maxima_ptr,  # [T, R] int32, [R, stride_g] fp32
     n_rows, n_targets, n_vocab, d_model, row_blocks, first_tile, n_tiles, n_splits, group,
     width, stride_wv, stride_wd, stride_b, stride_g, scale, softcap,
     HAS_TARGETS: tl.constexpr, HAS_STATS: tl.constexpr, HAS_MAXIMA: tl.constexpr,
@@ -87,8 +86,7 @@ def _more_kernel(
     argmax = tl.zeros([BLOCK_M], tl.int32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
-    begin = first_tile + split * n_tiles // n_splits
-    for tile in range(begin, first_tile + (split + 1) * n_tiles // n_splits):
+    for tile in range(first_tile + split * n_tiles // n_splits, first_tile + (split + 1) * n_tiles // n_splits):
         first_id = tile * BLOCK_V
         token = (first_id + offs_v).to(tl.int64)  # [BLOCK_V]
         if MASKED:
@@ -118,10 +116,8 @@ def _more_kernel(
                     if MASKED:
                         counted = tl.where((offs_v < n_vocab - first_id)[None, :], z, float("-inf"))
                     count = _count_better(counted, offs_v[None, :], target, target_z, False).to(tl.int32)
-                # In memory from tile to tile: registers that stay occupied over the K loop would spill.
-                ranks_ptrs = ranks_ptr + split.to(tl.int64) * n_targets * n_rows + own
-                count += tl.load(ranks_ptrs, mask=mask_m & (tile > begin), other=0)
-                tl.store(ranks_ptrs, count, mask=mask_m)
+                # Added up in memory: registers that stay occupied over the K loop would spill.
+                tl.atomic_add(ranks_ptr + own, count, mask=mask_m, sem="relaxed")
         if HAS_STATS:
             best, argmax, _, total, weighted = add_tile(
                 best, argmax, argmax, total, weighted, z, offs_v, first_id, n_vocab, argmax, best, softcap,
@@ -140,13 +136,13 @@ class MoreOutputs:
     """What a launch is to find of a chunk of rows, for ranges of tiles with ``n_splits`` splits in all."""
 
     parts: PartialStats | None  # of every split, ``[n_splits, R]``
-    ranks: Tensor | None  # of every split, [n_splits, T, R] int32; all splits of a program's tiles are written
+    ranks: Tensor | None  # [T, R] int32, to which every launch adds; whole numbers, so that their order is nothing
     maxima: Tensor | None  # [R, groups of whole tiles] fp32
 
     def of_splits(self, part: slice) -> MoreOutputs:
         """Those that the launch of some splits writes."""
         parts = None if self.parts is None else PartialStats(*(field[part] for field in self.parts))
-        return MoreOutputs(parts, None if self.ranks is None else self.ranks[part], self.maxima)
+        return MoreOutputs(parts, self.ranks, self.maxima)
 
 
     def apart(self) -> list[MoreOutputs]:
@@ -161,7 +157,7 @@ def launch_more(rows: LensRows, out: MoreOutputs, options: LensOptions, tiles: T
     head, row_blocks = options.head, triton.cdiv(rows.count, options.config.block_m)
     parts = (None,) * len(PartialStats._fields) if out.parts is None else out.parts
     stride_g = 0 if out.maxima is None else out.maxima.stride(0)
-    n_targets = 0 if out.ranks is None else out.ranks.shape[1]
+    n_targets = 0 if out.ranks is None else len(out.ranks)
     _more_kernel[(row_blocks * tiles.splits,)](
         rows.x_hat, head.weight, head.bias, rows.targets, rows.target_z, *parts, out.ranks, out.maxima,
         rows.count, n_targets, *head.weight.shape, row_blocks, tiles.first, tiles.count, tiles.splits, tiles.group,
@@ -179,8 +175,3 @@ def more_flags(options: LensOptions, tiles: TileRange, has_targets: bool, has_st
     flags |= dict(SAME_BITS=options.same_bits and not tiles.masked)
     launch = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     return dict(BLOCK_M=config.block_m, BLOCK_V=tiles.width, **flags, **launch)
-
-
-def empty_ranks(n_splits: int, n_targets: int, n_rows: int, device: torch.device) -> Tensor:
-    """A buffer for the ranks of every split; one that has no tiles writes none, so that it begins with zeros."""
-    return torch.zeros(n_splits, n_targets, n_rows, dtype=torch.int32, device=device)

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import HOPPER, LensOptions, generation_of, is_aligned
+from .config import LensOptions
 from .kernel import UNALIGNED, VARYING, add_product, stride_of
 from .kernel_more import GROUP
 
 MOST_LISTED = 32
-ROWS = 16  # of a product whose rows are all one: the fewest that tensor cores take beside tokens
+SAME = 16  # columns of a product that all are one row: the fewest that tensor cores take
 _GROUP = tl.constexpr(GROUP)
 _SEGMENTS = 128  # in which a row's groups are searched
 _NOTHING = tl.constexpr(-(2**63))
@@ -98,11 +98,10 @@ def choose_flags(n_groups: int) -> dict:
 def _list_kernel(
     x_ptr, w_ptr, bias_ptr, chosen_ptr, ids_ptr, z_ptr,  # x_hat, w, [n_vocab], [R, n_chosen] int32, [R, n_listed] twice
     n_vocab, d_model, n_chosen, n_listed, width, stride_wv, stride_wd, stride_b, scale,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, SWAPPED: tl.constexpr,
-    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+    SAME: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program: the list of one row, which stands in every row of a product with the tokens of its groups."""
+    """A program: the list of one row, from the product of the tokens of its groups and that row `SAME` times."""
     row = tl.program_id(0).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
@@ -110,21 +109,14 @@ def _list_kernel(
     group = tl.load(chosen_ptr + row * n_chosen + offs_c // _GROUP, mask=mask_c, other=0)
     ids = group * _GROUP + offs_c % _GROUP
     token = tl.minimum(ids, n_vocab - 1).to(tl.int64)
-    x_ptrs = x_ptr + row * width + tl.zeros([ROWS], tl.int32)[:, None] + offs_k[None, :]
-    if SWAPPED:
-        x_ptrs = tl.trans(x_ptrs)
-        w_ptrs = w_ptr + token[:, None] * stride_wv + offs_k.to(tl.int64)[None, :] * stride_wd
-        z = tl.zeros([BLOCK_C, ROWS], tl.float32)
-    else:
-        w_ptrs = w_ptr + token[None, :] * stride_wv + offs_k.to(tl.int64)[:, None] * stride_wd
-        z = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    x_ptrs = x_ptr + row * width + offs_k[:, None] + tl.zeros([SAME], tl.int32)[None, :]
+    w_ptrs = w_ptr + token[:, None] * stride_wv + offs_k.to(tl.int64)[None, :] * stride_wd
+    z = tl.zeros([BLOCK_C, SAME], tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + token * stride_b).to(tl.float32)
-        z += bias[:, None] if SWAPPED else bias[None, :]
-    z = add_product(z, x_ptrs, w_ptrs, d_model, stride_wd, SWAPPED, INTERPRETED, PRECISION, BLOCK_K)
-    # All rows of the product are the same: their sum with all but one left out keeps NaN, too.
-    first = tl.arange(0, ROWS) == 0
-    z = tl.sum(tl.where(first[None, :], z, 0.0), 1) if SWAPPED else tl.sum(tl.where(first[:, None], z, 0.0), 0)
+        z += tl.load(bias_ptr + token * stride_b).to(tl.float32)[:, None]
+    z = add_product(z, x_ptrs, w_ptrs, d_model, stride_wd, True, INTERPRETED, PRECISION, BLOCK_K)
+    # All columns are the same: the sum of one alone keeps NaN.
+    z = tl.sum(tl.where((tl.arange(0, SAME) == 0)[None, :], z, 0.0), 1)
     if HAS_SCALE:
         z *= scale
     places = tl.where(mask_c & (ids < n_vocab), _place(z, ids), _NOTHING)
@@ -144,18 +136,13 @@ def list_tokens(x_hat: Tensor, chosen: Tensor, k: int, options: LensOptions) -> 
     _list_kernel[(n_rows,)](
         x_hat, head.weight, head.bias, chosen, ids, z, *head.weight.shape, n_chosen, k,
         x_hat.shape[1], *head.weight.stride(), stride_of(head.bias), options.scale,
-        **list_flags(options, n_chosen, is_aligned(head.weight), generation_of(head.weight.device)),
+        **list_flags(options, n_chosen),
     )  # fmt: skip
     return z, ids
 
 
-def list_flags(options: LensOptions, n_chosen: int, aligned: bool, generation: int) -> dict:
-    """What `list_tokens` compiles the kernel for.
-
-    Tokens are the rows of its product where `config.pinned_config` has them so for few rows.
-    """
+def list_flags(options: LensOptions, n_chosen: int) -> dict:
+    """What `list_tokens` compiles the kernel for."""
     block_c = max(64, triton.next_power_of_2(n_chosen * GROUP))
-    swapped = aligned and generation <= HOPPER
-    flags = options.product_flags() | options.logit_flags()
-    flags |= dict(SWAPPED=swapped, ROWS=ROWS if swapped else 64, BLOCK_C=block_c)
+    flags = options.product_flags() | options.logit_flags() | dict(SAME=SAME, BLOCK_C=block_c)
     return flags | dict(num_warps=4 if block_c <= 128 else 8, num_stages=3)

@@ -40,9 +40,10 @@ def forms(kernel):
     for dtype, generation, aligned in itertools.product((BF16, FP16, FP32), gate.GENERATIONS, (True, False)):
         bare = LensVariant(kernel, dtype, generation, aligned=aligned)
         for on in OF_LOGITS.get(kernel, ANY):
-            if kernel != "several-maxima":  # launched apart where columns are left out, or loads are not aligned
+            if kernel != "several-maxima":
                 yield replace(bare, **on)
-            if kernel in ("several", "several-maxima") and on in ({}, CAP) and (aligned or kernel == "several"):
+            fits = kernel == "several" or (kernel == "several-maxima" and aligned and dtype != FP32)
+            if fits and on in ({}, CAP):
                 yield replace(bare, same_bits=True, **on)
 
 

@@ -165,7 +165,7 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict]:
     # As Triton does, strides of 1 and absent operands become constants.
     constants = dict(stride_b=1, stride_t=1) | (dict(stride_wd=1) if variant.aligned else {})
     if variant.kernel in gate_beside.KERNELS:
-        jitted, flags = gate_beside.specialisation(variant.kernel, options, variant.aligned, variant.generation)
+        jitted, flags = gate_beside.specialisation(variant.kernel, options)
         return jitted, flags | constants
     if variant.kernel == "ties":
         return kernel_tma._ties_kernel, kernel_tma.tie_flags(options) | constants

@@ -30,7 +30,7 @@ VECTORS = {"p_ptr", "sums_ptr", "stride_p", "second", "log_q_ptr", "stride_q", "
 _TYPES = {"argmax_ptr": "*i32", "ranks_ptr": "*i32", "chosen_ptr": "*i32", "ids_ptr": "*i64"}
 
 
-def specialisation(kernel: str, options: LensOptions, aligned: bool, generation: int) -> tuple:
+def specialisation(kernel: str, options: LensOptions) -> tuple:
     """The kernel and its compile-time arguments, with the tiles that it has where the lens has those of ``options``."""
     flags = {} if options.head.bias is not None else dict(bias_ptr=None)
     own = replace(options, config=masked_tiles(options.config))
@@ -49,7 +49,7 @@ def specialisation(kernel: str, options: LensOptions, aligned: bool, generation:
     if kernel in N_GROUPS:
         return lists._choose_kernel, lists.choose_flags(N_GROUPS[kernel])
     if kernel in LISTED:
-        return lists._list_kernel, flags | lists.list_flags(own, LISTED[kernel], aligned, generation)
+        return lists._list_kernel, flags | lists.list_flags(own, LISTED[kernel])
     return kernel_more._more_kernel, flags | _more_flags(kernel, replace(options.config, kind="plain"), options)
 
 
