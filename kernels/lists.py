@@ -3,7 +3,9 @@
 A row's ``k`` first tokens, by logit and, among equals, by id, lie in its ``k`` first groups by their largest logit and,
 among equals, by their place: of a token in any other group, each of those groups has one that comes before it. So one
 product over the vocabulary leaves maxima alone, `GROUP` times fewer than logits; a kernel picks groups by them; and a
-second product, of a row and the tokens of its own groups, gives logits with the bits of the first one.
+second product, of a row and the tokens of its own groups, gives logits. In half precision they have the bits of the
+first one where all products of a device add up alike; in fp32, whose three products it adds in another order, the last
+bits may differ, and nearly equal logits may change places.
 
 Logits and ids are compared as one number: the bits of a float, whose order is that of integers, above those of the id.
 """
