@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from refinelens import LogitLens, fused_lens, kl_to_final, lens_top_k
+from refinelens import LogitLens, fused_lens, jsd_to_final, kl_to_final, lens_top_k
 from refinelens.bench.competitors import naive, row_chunks
 from refinelens.bench.problem import Problem, peak_growth_cuda, random_problem
 from refinelens.kernels.config import LensOptions, choose_splits, generation_of, pinned_config, processor_count
@@ -26,6 +26,7 @@ from refinelens.kernels.kernel import LensRows, RowStats, launch_targets
 from refinelens.kernels.norm_kernel import normed_rows
 from refinelens.kernels.reference import LayerNorm, LensHead, fused_lens_reference
 from refinelens.kernels.search import outputs_agree
+from refinelens.op.vocabulary import MOST_TARGETS, fused_lens_targets, fused_lens_top_k
 
 CHUNK_BYTES = 2**28  # of fp32 logits in the chunked baseline
 
@@ -73,6 +74,7 @@ LARGE = [
 ]
 FEW = [Case("gpt2-13x8", 13 * 8, 768, 50257), Case("llama-33x8", 33 * 8, 4096, 128256)]
 CHECKED_ROWS = 256
+LISTED = 10  # likeliest tokens
 DEVICE = torch.device("cuda")
 
 
@@ -87,7 +89,8 @@ def run_all() -> dict[str, float]:
     steps = [(target_bits,), (few_rows,)]
     steps += [(step, case) for case in LARGE for step in (against_product, breakdown)]
     steps += [(step, case) for case in (LARGE[0], LARGE[2]) for step in (statistics, against_torch)]
-    steps += [(beside_the_lens, LARGE[0]), (shares_of_a_model,)]
+    steps += [(beside_the_lens, case) for case in (LARGE[0], LARGE[2])]
+    steps += [(in_plain_torch, LARGE[0]), (shares_of_a_model,)]
     steps += [(configurations, case) for case in LARGE[:3]]
     for step, *case in steps:
         try:
@@ -209,20 +212,40 @@ def against_torch(case: Case, measured: dict[str, float]) -> None:
 
 
 def beside_the_lens(case: Case, measured: dict[str, float]) -> None:
-    """What is plain torch on a GPU: the divergence to the last layer, lists of tokens, the lens without Triton."""
-    problem = case.problem
-    hidden = problem.hidden.view(13, -1, case.d_model)
-    operands = dict(unembedding=problem.unembedding, norm=problem.norm)
-    stats = fused_lens(hidden, **operands)
+    """What goes over the vocabulary beside the lens, against the lens itself with one target a row.
+
+    First what needs equal bits in several kernels: the place of a token in a list is its rank.
+    """
+    problem, head = case.problem, case.head
+    hidden = problem.hidden.view(case.rows // 1024, 1024, case.d_model)
+    capped = replace(head, softcap=30.0)
+    stats, capped_stats = fused_lens(hidden, head), fused_lens(hidden, capped)
+    _, top = fused_lens_top_k(hidden, head, LISTED)
+    ids = top.ids[..., :MOST_TARGETS]
+    _, several = fused_lens_targets(hidden, head, ids)
+    off = int((several.rank != torch.arange(MOST_TARGETS, device=DEVICE)).sum())
+    measured["places"] = measured.get("places", 0) + off
+    print(f"{case.name}: {off} of {several.rank.numel()} tokens of lists have another rank than their place")
+    unchecked = dict(check_values=False)
     runs = {
         "fused": case.fused,
-        "KL to the last layer": lambda: kl_to_final(hidden, stats, **operands),
-        "10 likeliest tokens": lambda: lens_top_k(hidden, k=10, **operands),
-        "the lens in plain torch": lambda: fused_lens(hidden, targets=problem.targets.view(13, -1), backend="reference",
-                                                      **operands),
-    }  # fmt: skip
+        "KL": lambda: kl_to_final(hidden, stats, head),
+        "KL, capped": lambda: kl_to_final(hidden, capped_stats, capped),
+        "JSD": lambda: jsd_to_final(hidden, stats, head),
+        "list": lambda: lens_top_k(hidden, head, LISTED),
+        "with list": lambda: fused_lens_top_k(hidden, head, LISTED, **unchecked),
+        "8 targets": lambda: fused_lens_targets(hidden, head, ids, **unchecked),
+    }
     times = device_times(runs)
     print_times(case.name, times, 2, note=lambda name, seconds: f"{seconds / times['fused'][0]:.2f} of fused")
+    measured |= {f"{case.name}/{name}": seconds / times["fused"][0] for name, (seconds, _) in times.items()}
+
+
+def in_plain_torch(case: Case, measured: dict[str, float]) -> None:
+    """The same lens without Triton."""
+    problem = case.problem
+    plain = partial(fused_lens, problem.hidden, case.head, targets=problem.targets, backend="reference")
+    print_times(case.name, device_times({"fused": case.fused, "the lens in plain torch": plain}), 2)
 
 
 def shares_of_a_model(measured: dict[str, float]) -> None:

@@ -17,18 +17,24 @@ def mean_unembedding_reference(
     attention with ``w`` as keys and as values. The gradient of logsumexp by ``x_hat`` is ``scale`` times the first.
 
     Args:
-        x_hat: ``[R, d_model]`` fp32 or fp64, behind the norm; the computation is in its dtype.
-        head: Unembedding, bias and scale, without softcap and projection; its norm is not applied.
+        x_hat: ``[R, d_embed]`` floating, behind the norm; the computation is in fp64 where it is, else in fp32.
+        head: Unembedding ``[V, d_embed]``, bias and scale; its norm and projection are not applied.
         logsumexp: ``[R]``, of the logits, where it is known; None finds it on the way.
 
     Returns:
-        Mean weights ``[R, d_model]``, mean bias ``[R]`` (0 without one; a token of bias -inf has probability 0 and adds
-        nothing) and logsumexp ``[R]``, in the dtype of ``x_hat``.
+        Mean weights ``[R, d_embed]``, mean bias ``[R]`` (0 without one; a token of bias -inf has probability 0 and adds
+        nothing) and logsumexp ``[R]``, in the dtype of the computation.
+
+    Raises:
+        ValueError: A softcap: then the logits are not linear, and no average of weights gives theirs.
 
     Memory: a chunk's logits and ``row_chunk`` rows of the result, whatever ``R`` and ``V``.
 
     Source of the running sums: Rabe and Staats 2021, arXiv 2112.05682, section 2.
     """
+    if head.softcap is not None:
+        raise ValueError(f"softcap: expected None, got {head.softcap}")
+    x_hat = x_hat.to(torch.promote_types(x_hat.dtype, torch.float32))
     blocks = [_block(rows, head) for rows in x_hat.split(row_chunk(x_hat.device))]
     weights, bias, found = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return weights, bias, found if logsumexp is None else logsumexp

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from .lens.reading import LayerReading
     from .lens.translators import Translators
     from .model.loading import load_model
+    from .op.divergences import jsd_to_final, kl_to_final
     from .op.fused_lens import fused_lens
     from .op.lens_kl import lens_kl
     from .op.ranks import between_layers, kendall_tau_b, spearman, top_k_overlap
-    from .op.vocabulary import TopK, jsd_to_final, kl_to_final, lens_top_k
+    from .op.vocabulary import TopK, lens_top_k
     from .report.agreement import compare_runs
     from .store.frames import LoadedLayers, LoadedRun, load_run
     from .store.trajectory import Trajectories, trajectories
@@ -35,8 +36,8 @@ _PUBLIC = {
     "LensStats": "kernels.reference",
     "LayerNorm": "kernels.reference",
     "RMSNorm": "kernels.reference",
-    "kl_to_final": "op.vocabulary",
-    "jsd_to_final": "op.vocabulary",
+    "kl_to_final": "op.divergences",
+    "jsd_to_final": "op.divergences",
     "lens_kl": "op.lens_kl",
     "lens_top_k": "op.vocabulary",
     "TopK": "op.vocabulary",

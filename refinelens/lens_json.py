@@ -81,7 +81,7 @@ def widget(
     following = [*ids, context.answer_ids[-1]][int(positions[0]) + 1 :]
     states = ForwardRunner(logit_lens).states(ids, positions.tolist(), context.where)  # [n_layers + 1, token, d_model]
     states = states if lens.translators is None else lens.translators(states)
-    top = lens_top_k(states, logit_lens.head, k).ids.cpu()
+    top = lens_top_k(states, logit_lens.head, k, backend=logit_lens.backend).ids.cpu()
     logsumexp = logit_lens.stats(states).logsumexp
     columns = []
     for place, next_id in enumerate(following):

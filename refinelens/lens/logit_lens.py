@@ -26,8 +26,9 @@ from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..model.resid_mid import Sublayers, keep_mid
 from ..op.backends import choose_backend
+from ..op.divergences import kl_to_final
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import fused_lens_with, kl_to_final
+from ..op.vocabulary import fused_lens_with
 from .chunks import ChunkedPrefill, read_tokens
 from .files import Lens, load_lens
 from .inputs import spread_alternatives, spread_targets, states_of, targets_of, tokens_of
@@ -420,7 +421,8 @@ class LogitLens:
         reading = LayerReading.cat(parts, 0)
         if not plan.kl:
             return reading
-        return replace(reading, kl=kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed))
+        kl = kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed, backend=self.backend)
+        return replace(reading, kl=kl)
 
 
 def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict[str, Any]:

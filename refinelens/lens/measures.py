@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import JSD, TOP5
-from ..op.vocabulary import jsd_to_final, lens_top_k
+from ..op.divergences import jsd_to_final
+from ..op.vocabulary import lens_top_k
 from ..store.trajectory import settle_by_divergence
 from .logit_lens import LogitLens
 from .reading import LayerReading
@@ -48,9 +49,9 @@ def measures_of(
         block = block if translators is None else translators(block)
         if JSD in found:
             own = stats.map(lambda value, start=start: value[:, start : start + step])
-            found[JSD].append(jsd_to_final(block, own, lens.head).cpu())
+            found[JSD].append(jsd_to_final(block, own, lens.head, backend=lens.backend).cpu())
         if TOP5 in found:
-            found[TOP5].append(overlap_with_last(lens_top_k(block, lens.head, LISTED).ids).cpu())
+            found[TOP5].append(overlap_with_last(lens_top_k(block, lens.head, LISTED, backend=lens.backend).ids).cpu())
     return {name: torch.cat(parts, 1).view(hidden.shape[:-1]) for name, parts in found.items()}
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.mean_unembedding_reference import mean_unembedding_reference
 from ..kernels.reference import LensHead, apply_norm, fused_lens_reference, row_chunk, z_chunks
 from .backends import backend_function, choose_backend
+from .divergences import mean_unembedding
 
 
 def lens_kl(
@@ -73,20 +73,6 @@ def lens_kl(
             f"{rows[0].tolist()}; {len(rows)} rows are affected"
         )
     return kl
-
-
-def mean_unembedding(x_hat: Tensor, head: LensHead, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """`mean_unembedding_reference` by the backend for a device; fp64 is the reference's."""
-    chosen = "reference" if x_hat.dtype == torch.float64 else choose_backend(x_hat.device.type, backend)[0]
-    if chosen == "cpp":
-        from .cpu import mean_unembedding_cpu
-
-        return mean_unembedding_cpu(x_hat, head)
-    if chosen == "triton":
-        from ..kernels.mean_unembedding import mean_unembedding_triton
-
-        return mean_unembedding_triton(x_hat, head)
-    return mean_unembedding_reference(x_hat, head)
 
 
 def _check(states: Tensor, final_states: Tensor, head: LensHead, final_is_normed: bool) -> None:
@@ -198,7 +184,7 @@ def _operands(x_hat: Tensor, head: LensHead, backend: str) -> Tensor:
 def _mean_rows(x_hat: Tensor, head: LensHead, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """`mean_unembedding` of rows of any shape."""
     shape = x_hat.shape
-    weights, bias, logsumexp = mean_unembedding(x_hat.reshape(-1, shape[-1]), head, backend)
+    weights, bias, logsumexp = mean_unembedding(x_hat.reshape(-1, shape[-1]), head, backend=backend)
     return weights.view(shape), bias.view(shape[:-1]), logsumexp.view(shape[:-1])
 
 

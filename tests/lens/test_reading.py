@@ -13,6 +13,7 @@ from refinelens import InputError, LogitLens
 from refinelens.lens.reading import LayerReading
 from refinelens.lens.translators import Translators
 from refinelens.model.loading import load_model
+from tiny import tiny_gpt2
 
 TEXT = "The password of Alena Ashbury is acorn.\nWhat is the password of Alena Ashbury?\nAnswer:"
 LAST = (-1, slice(-1, None), range(17, 18), [17], torch.tensor([-1]), np.array([17]))
@@ -277,3 +278,19 @@ def test_without_a_tokenizer(loaded):
     assert "<id " in repr(lens.read([1, 2]))
     with pytest.raises(InputError, match="model: expected a causal LM of Transformers, got str"):
         LogitLens("gpt2")
+
+
+@pytest.mark.medium
+def test_by_triton_as_by_plain_torch():
+    """Divergence, lists and several targets by kernels of their own; in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    model = tiny_gpt2(61).to("cuda" if torch.cuda.is_available() else "cpu")
+    ours, plain = (
+        LogitLens(model, backend=backend).read(torch.tensor([[3, 5, 8]]), [7], alternatives=[1, 2], top_k=3)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours.kl, plain.kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.top.logits, plain.top.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.top.ids, plain.top.ids)
+    assert torch.equal(ours.alternatives.rank, plain.alternatives.rank)
+    assert torch.equal(ours.stats.target_rank, plain.stats.target_rank)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from refinelens.errors import InputError
 from refinelens.kernels.mean_unembedding_reference import mean_unembedding_reference
 from refinelens.kernels.reference import LayerNorm, LensHead, RMSNorm, apply_norm, soft_cap
+from refinelens.op.divergences import kl_to_final
 from refinelens.op.fused_lens import fused_lens
 from refinelens.op.lens_kl import lens_kl
-from refinelens.op.vocabulary import kl_to_final
 
 VOCAB, WIDTH = 131, 19  # primes: no tile, vector or chunk is whole
 NEVER = 7  # a token that cannot occur

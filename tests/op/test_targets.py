@@ -170,7 +170,8 @@ def test_by_triton():
     hidden, unembedding, ids = (tensor.to(device) for tensor in make(5, 16, 40, n=2))
     head = LensHead(unembedding)
     stats, several = fused_lens_targets(hidden, head, ids, backend="triton")
-    assert_each_is_the_target_alone(stats, several, hidden, head, ids, backend="triton")
+    # On a GPU another kernel adds up in another order.
+    assert_each_is_the_target_alone(stats, several, hidden, head, ids, same_sums=device == "cpu", backend="triton")
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import gate_beside
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,7 +34,7 @@ GENERATIONS = {
 }
 MERGED_SPLITS = 200  # more than processors, so that a program holds the most rows times splits
 LAUNCH = ("num_warps", "num_stages", "maxnreg")  # arguments of a launch that no kernel sees
-PRODUCTS = ("main", "tail", "targets", "ties")  # the kernels that multiply
+PRODUCTS = ("main", "tail", "targets", "ties", *gate_beside.PRODUCTS)  # the kernels that multiply
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FLOATS = {"zero", "scale", "softcap", "eps", "offset"}
 _INTS = {"targets_ptr": "*i64", "parts_argmax_ptr": "*i32", "parts_rank_ptr": "*i32"}
@@ -50,7 +51,7 @@ class LensVariant:
 
     Args:
         kernel: ``"main"`` (whole tiles), ``"tail"`` (the rest of the vocabulary; by TMA both), ``"targets"``,
-            ``"ties"``, ``"norm"`` or ``"merge"``.
+            ``"ties"``, ``"norm"``, ``"merge"`` or one of `gate_beside`.
         n_rows: Rows of the call, which decide the pinned configuration.
         aligned: `config.is_aligned` of the unembedding.
         same_bits: `fused_lens.target_matches_main_product` of the call.
@@ -116,6 +117,7 @@ def inspect_variant(variant: LensVariant) -> KernelReport:
     vectors = {"width"} if variant.kernel == "norm" else {"x_ptr", "width"}
     if variant.aligned and variant.kernel in PRODUCTS:
         vectors |= {"w_ptr", "d_model", "stride_wv"}
+    vectors |= gate_beside.VECTORS
     signature, attrs = {}, {}
     for position, name in enumerate(jitted.arg_names):
         signature[name] = "constexpr" if name in constants else _type_of(name, variant)
@@ -162,6 +164,9 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict]:
         return norm_kernel._norm_kernel, flags | dict(stride_hd=1, stride_w=1, stride_b=1)
     # As Triton does, strides of 1 and absent operands become constants.
     constants = dict(stride_b=1, stride_t=1) | (dict(stride_wd=1) if variant.aligned else {})
+    if variant.kernel in gate_beside.KERNELS:
+        jitted, flags = gate_beside.specialisation(variant.kernel, options)
+        return jitted, flags | constants
     if variant.kernel == "ties":
         return kernel_tma._ties_kernel, kernel_tma.tie_flags(options) | constants
     constants |= {} if variant.bias else dict(bias_ptr=None)
@@ -178,6 +183,8 @@ def _specialisation(variant: LensVariant) -> tuple[triton.JITFunction, dict]:
 
 
 def _type_of(name: str, variant: LensVariant) -> str:
+    if own := gate_beside.type_of(variant.kernel, name, _TYPES[variant.dtype]):
+        return own
     if name in ("x_ptr", "w_ptr") or (variant.kernel == "norm" and name.endswith("_ptr")):
         return "*" + _TYPES[variant.dtype]
     if name in ("argmax_ptr", "rank_ptr"):
