@@ -41,7 +41,7 @@ def kl_to_final(
     With ``p`` the final prediction, ``KL = sum_v p_v (log p_v - l_v + logsumexp(l))`` for the logits
     ``l = s * (x_hat . w + b)`` of a layer, and ``sum_v p_v l_v = s * (x_hat . u + sum_v p_v b_v)`` with
     ``u = sum_v p_v w_v``. So all layers cost two matrix products over the rows of the last one. A softcap is
-    not linear: then the logits of every layer are formed once more, a chunk of the vocabulary at a time.
+    not linear: then the logits of every layer are formed once more, as in `jsd_to_final`.
 
     Args:
         hidden: ``[n_layers + 1, ..., d_model]``, the last layer last.
@@ -55,7 +55,7 @@ def kl_to_final(
     Raises:
         InputError: As ``fused_lens``, and statistics of another shape than ``hidden``.
 
-    Plain torch on every device, in fp32.
+    In fp32: by C++ on a CPU, where that runs (`refinelens.op.cpu`), else by plain torch.
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_stats(hidden, stats)
@@ -98,7 +98,7 @@ def jsd_to_final(
     Raises:
         InputError: As `kl_to_final`.
 
-    Plain torch on every device, in fp32.
+    In fp32: by C++ on a CPU, where that runs (`refinelens.op.cpu`), else by plain torch.
     """
     hidden, head = checked_operands(hidden, unembedding, norm, bias, softcap, logit_scale)
     _check_stats(hidden, stats)

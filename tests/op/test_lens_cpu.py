@@ -1,9 +1,7 @@
 """What the C++ kernel of the fused lens promises beyond agreeing with fp64."""
 
-import ctypes
 import multiprocessing
 import os
-import platform
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 
@@ -16,24 +14,6 @@ from refinelens.op.cpu import fused_lens_and_more, fused_lens_cpu, product_only
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
 pytestmark = pytest.mark.usefixtures("every_core")
-
-M_PERTURB = -6  # of malloc.h
-
-
-@pytest.fixture(params=["v4", "v3", "baseline"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("REFINELENS_ISA", request.param)
-    skip_unless_isa_runs()
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
 
 def problem(rows=70, d_model=64, vocab=20011, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -152,27 +132,14 @@ def test_a_whole_block_of_broken_tokens_is_seen(isa):
     assert run(hidden, unembedding[96:].abs()).logsumexp.isfinite().tolist() == [True, False, True, True]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs mallopt of glibc")
-def test_nothing_is_read_before_it_is_written(threads):
-    """glibc fills memory with a byte before it hands it out: what is read unwritten shows in every sum."""
+def test_nothing_is_read_before_it_is_written(threads, over_dirty_memory):
     threads(3)
-    libc, results, several = ctypes.CDLL(None), [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        operands = problem(rows=70, d_model=30, vocab=4099, dtype=dtype)
+        assert_same_bits(*over_dirty_memory(lambda operands=operands: run(*operands)))
     hidden, unembedding, targets = problem(rows=70, d_model=30, vocab=4099)
     ids = torch.stack([targets, targets.flip(0), targets], 1)
-    libc.malloc.restype = ctypes.c_void_p
-    try:
-        for byte in (0x7F, 0):  # numbers of 3e38, and zeros
-            assert libc.mallopt(M_PERTURB, 0xFF ^ byte)
-            memory = libc.malloc(100_000)
-            assert ctypes.string_at(memory, 100_000) == bytes([byte]) * 100_000
-            libc.free(ctypes.c_void_p(memory))
-            for dtype in (torch.float32, torch.bfloat16):
-                results.append(run(*problem(rows=70, d_model=30, vocab=4099, dtype=dtype)))
-            several.append(fused_lens_and_more(hidden, LensHead(unembedding), ids, 4)[1:])
-    finally:
-        libc.mallopt(M_PERTURB, 0)
-    assert_same_bits(results[0], results[2])
-    assert_same_bits(results[1], results[3])
+    several = over_dirty_memory(lambda: fused_lens_and_more(hidden, LensHead(unembedding), ids, 4)[1:])
     assert all(torch.equal(mine, other) for mine, other in zip(*several, strict=True))
 
 
