@@ -235,8 +235,8 @@ int main(int argc, char** argv) {
   }
   bool good = true;
   int count = 0;
-  // One of everything; one off a vector, a register tile and a staged block; more rows than a panel.
-  for (int64_t rows : {1, 9, 15, 17, 33, 70})
+  // One of everything; few; one off a vector, a register tile and a staged block; more rows than a panel.
+  for (int64_t rows : {1, 3, 9, 15, 17, 33, 70})
     for (int64_t d_model : {1, 7, 16, 65})
       for (int64_t vocab : {1, 13, 129, 1031})
         for (Element element : {Element::fp32, Element::bf16})
