@@ -1,4 +1,4 @@
-"""Where the certified precision repays itself on a CPU: `python benchmarks/precision.py [--model smollm2] [--rows ...]`.
+"""Where the certified precision repays itself on a CPU: `python benchmarks/precision.py [--model smollm2]`.
 
 For every instruction set that runs here: fp32 against certified as ``precision="auto"`` would run it, its index of the
 unembedding kept and made within the call, and the error of both logsumexps against fp64. One thread, process CPU time,

@@ -190,13 +190,13 @@ void bind_lens(py::module_& m) {
         "The matrix product of fused_lens alone; its results are thrown away.");
   m.def("mean_unembedding", &run_mean_unembedding, py::arg("x_hat"), py::arg("unembedding"),
         py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("n_threads"),
-        "([rows, d_model], [rows], [rows]): rows of unembedding [vocab_size, d_model] and entries of bias averaged under "
-        "the softmax of scale * (x_hat . w + bias), and its logsumexp; x_hat [rows, d_model], any strides.");
+        "([rows, d_model], [rows], [rows]): rows of unembedding [vocab_size, d_model] and entries of bias averaged "
+        "under the softmax of scale * (x_hat . w + bias), and its logsumexp; x_hat [rows, d_model], any strides.");
   m.def("divergence_from_first", &run_divergence_from_first, py::arg("x_hat"), py::arg("unembedding"),
         py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("softcap"), py::arg("logsumexp").noconvert(),
         py::arg("group"), py::arg("kind"), py::arg("n_threads"),
-        "[rows] fp32: KL(q || p) (kind kl) or Jensen-Shannon divergence (jsd) of every row's p and the q of the first of "
-        "its group of neighbours; x_hat [rows, d_model] and logsumexp [rows], softcap 0 for none.");
+        "[rows] fp32: KL(q || p) (kind kl) or Jensen-Shannon divergence (jsd) of every row's p and the q of the first "
+        "of its group of neighbours; x_hat [rows, d_model] and logsumexp [rows], softcap 0 for none.");
   constexpr int64_t kManyRows = 1 << 20;
   m.def("fma_peak", [](double milliseconds) { return fma_peak(lens_kernels(selected_isa(), kManyRows), milliseconds); },
         py::arg("milliseconds"), py::call_guard<py::gil_scoped_release>(),

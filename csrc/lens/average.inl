@@ -1,4 +1,4 @@
-// The softmax averages of mean_unembedding over a range of tokens: probabilities take the place of a tile of logits, and
+// The softmax averages of mean_unembedding over a range of tokens: probabilities take the place of a tile of logits and
 // are multiplied with the block of tokens that made them, which is still in cache.
 
 namespace refinelens::REFINELENS_KERNELS {

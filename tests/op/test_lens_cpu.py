@@ -76,8 +76,9 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(isa, softcap):
         assert_same_bits(alone, together.map(itemgetter(rows)))
 
 
-# Rows: one; one more than the few with kernels of their own; one short of and one more than a vector, a panel. Tokens: one; around a register tile of 6; more than a
-# block. d_model: one; around the prefetch step of 16; a prime of real size; more than is multiplied at a time.
+# Rows: one; one more than the few with kernels of their own; one short of and one more than a vector, a panel. Tokens:
+# one; around a register tile of 6; more than a block. d_model: one; around the prefetch step of 16; a prime of real
+# size; more than is multiplied at a time.
 @pytest.mark.parametrize("rows", [1, 9, 15, 17, 65])
 @pytest.mark.parametrize("d_model, vocab", [(1, 97), (15, 5), (16, 6), (17, 7), (33, 1), (577, 97), (1031, 49)])
 def test_odd_sizes(isa, rows, d_model, vocab):

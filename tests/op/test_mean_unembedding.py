@@ -40,10 +40,11 @@ def assert_same_bits(ours, theirs):
     assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
-# Rows: one; few that go by columns, in pairs and a last one; more; one short of and one more than a vector, a panel. Columns: one; around a register tile of 6; a prime; more
-# than is multiplied at a time. Tokens: one; one more than a register tile, a block of 96; more than the ranges.
+# Rows: one; few that go by columns, in pairs and a last one; more; one short of and one more than a vector, a panel.
+# Columns: one; around a register tile of 6; primes; more than is multiplied at a time. Tokens: one; one more than a
+# register tile, a block of 96; more than the ranges.
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 15, 65])
-@pytest.mark.parametrize("d_model, vocab", [(1, 97), (5, 5), (6, 7), (7, 1), (33, 2), (107, 97), (577, 97), (1031, 1009)])
+@pytest.mark.parametrize("d_model, vocab", [(1, 97), (5, 5), (6, 7), (7, 1), (107, 97), (577, 97), (1031, 1009)])
 def test_odd_sizes(isa, rows, d_model, vocab):
     check(*problem(rows, d_model, vocab, with_bias=rows != 2, scale=0.5 if rows == 15 else 1.0))
 
