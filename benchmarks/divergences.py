@@ -87,8 +87,9 @@ def check_divergences(hidden: Tensor, stats: LensStats, head: LensHead, name: st
     else:
         exact = (p[-1] * (log_p[-1] - log_p)).sum(-1)
     off = float((DIVERGENCES[name][0](hidden, stats, head)[:, :CHECKED_ROWS] - exact).abs().max())
-    if off > 1e-5:
-        raise SystemExit(f"{name}: expected divergences within 1e-5 of fp64, got {off:.1e}")
+    slack = 2e-6 * float(stats.logsumexp.max())  # the rounding of fp32 products is that of plain torch
+    if off > slack:
+        raise SystemExit(f"{name}: expected divergences within {slack:.1e} of fp64, got {off:.1e}")
 
 
 def divergences(n_layers: int, positions: int, rounds: int) -> dict[str, float]:
