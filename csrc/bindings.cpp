@@ -119,7 +119,7 @@ py::tuple run_fused_lens(const py::array& hidden, const py::array& unembedding, 
                         top_k,
                         top_z.mutable_data(),
                         top_id.mutable_data()};
-  const LensKernels& kernels = lens_kernels(selected_isa());
+  const LensKernels& kernels = lens_kernels(selected_isa(), rows.rows);
   {
     py::gil_scoped_release release;
     fused_lens(problem, kernels, n_threads, stats);
@@ -131,7 +131,7 @@ void run_product_only(const py::array& x_hat, const py::array& unembedding, int 
   const Matrix rows = as_matrix(x_hat, "x_hat"), tokens = as_matrix(unembedding, "unembedding");
   check_product(rows, tokens);
   const LensProblem problem{rows, NormSpec{}, tokens, nullptr, 1.0f, 0.0f, nullptr, 0};
-  const LensKernels& kernels = lens_kernels(selected_isa());
+  const LensKernels& kernels = lens_kernels(selected_isa(), rows.rows);
   py::gil_scoped_release release;
   product_only(problem, kernels, n_threads);
 }
@@ -144,7 +144,7 @@ py::tuple run_mean_unembedding(const py::array& x_hat, const py::array& unembedd
                             scale, 0.0f,       nullptr, 0};
   Array<float> weights({rows.rows, rows.columns}), mean_bias(rows.rows), logsumexp(rows.rows);
   const Averages out{rows.columns, weights.mutable_data(), mean_bias.mutable_data(), logsumexp.mutable_data()};
-  const LensKernels& kernels = lens_kernels(selected_isa());
+  const LensKernels& kernels = lens_kernels(selected_isa(), rows.rows);
   {
     py::gil_scoped_release release;
     mean_unembedding(problem, kernels, n_threads, out);
@@ -168,7 +168,7 @@ Array<float> run_divergence_from_first(const py::array& x_hat, const py::array& 
                             logsumexp.data()};
   Array<float> found(rows.rows);
   float* out = found.mutable_data();
-  const LensKernels& kernels = lens_kernels(selected_isa());
+  const LensKernels& kernels = lens_kernels(selected_isa(), rows.rows);
   {
     py::gil_scoped_release release;
     divergence_from_first(problem, spec, kernels, n_threads, out);
@@ -190,14 +190,15 @@ void bind_lens(py::module_& m) {
         "The matrix product of fused_lens alone; its results are thrown away.");
   m.def("mean_unembedding", &run_mean_unembedding, py::arg("x_hat"), py::arg("unembedding"),
         py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("n_threads"),
-        "([rows, d_model], [rows], [rows]): rows of unembedding [vocab_size, d_model] and entries of bias averaged under "
-        "the softmax of scale * (x_hat . w + bias), and its logsumexp; x_hat [rows, d_model], any strides.");
+        "([rows, d_model], [rows], [rows]): rows of unembedding [vocab_size, d_model] and entries of bias averaged "
+        "under the softmax of scale * (x_hat . w + bias), and its logsumexp; x_hat [rows, d_model], any strides.");
   m.def("divergence_from_first", &run_divergence_from_first, py::arg("x_hat"), py::arg("unembedding"),
         py::arg("bias").noconvert().none(true), py::arg("scale"), py::arg("softcap"), py::arg("logsumexp").noconvert(),
         py::arg("group"), py::arg("kind"), py::arg("n_threads"),
-        "[rows] fp32: KL(q || p) (kind kl) or Jensen-Shannon divergence (jsd) of every row's p and the q of the first of "
-        "its group of neighbours; x_hat [rows, d_model] and logsumexp [rows], softcap 0 for none.");
-  m.def("fma_peak", [](double milliseconds) { return fma_peak(lens_kernels(selected_isa()), milliseconds); },
+        "[rows] fp32: KL(q || p) (kind kl) or Jensen-Shannon divergence (jsd) of every row's p and the q of the first "
+        "of its group of neighbours; x_hat [rows, d_model] and logsumexp [rows], softcap 0 for none.");
+  constexpr int64_t kManyRows = 1 << 20;
+  m.def("fma_peak", [](double milliseconds) { return fma_peak(lens_kernels(selected_isa(), kManyRows), milliseconds); },
         py::arg("milliseconds"), py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread in multiply-adds between registers.");
 }

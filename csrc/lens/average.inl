@@ -1,4 +1,4 @@
-// The softmax averages of mean_unembedding over a range of tokens: probabilities take the place of a tile of logits, and
+// The softmax averages of mean_unembedding over a range of tokens: probabilities take the place of a tile of logits and
 // are multiplied with the block of tokens that made them, which is still in cache.
 
 namespace refinelens::REFINELENS_KERNELS {
@@ -47,6 +47,59 @@ inline void add_block(Block block, int64_t d_model, const float* p, const float*
   for (; column < d_model; ++column, ++block.start, to += N * kLanes) add_columns<N, 1>(block, p, factor, to);
 }
 
+typedef float UnalignedFloats __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+
+// The same sums with vectors along the columns, of kRows rows of a panel of one vector and M vectors of columns: where
+// the panel has fewer rows than lanes, no lane is idle.
+template <int kRows, int M>
+__attribute__((noinline)) static void add_rows(Block block, const float* p, const float* factor, float* to) {
+  Floats sums[kRows][M] = {};
+  const float* w = block.start;
+  for (int64_t token = 0; token < block.count; ++token) {
+    Floats own[kRows];
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) own[i] = broadcast(p[i]);
+#pragma GCC unroll 12
+    for (int j = 0; j < M; ++j) {
+      const Floats x = *reinterpret_cast<const UnalignedFloats*>(w + j * kLanes);
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) sums[i][j] += x * own[i];
+    }
+    w += block.stride;
+    p += kLanes;
+  }
+  alignas(64) float found[kRows][M * kLanes];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < M; ++j) store(found[i] + j * kLanes, sums[i][j]);
+  for (int64_t k = 0; k < M * kLanes; ++k)
+    for (int i = 0; i < kRows; ++i) to[k * kLanes + i] = to[k * kLanes + i] * factor[i] + found[i][k];
+}
+
+constexpr int64_t kFewRows = 5;  // of a panel of one vector; from 6 on its idle lanes cost less
+
+// All columns of a block for a panel of one vector with `n_rows` rows.
+inline void add_block_to_few(Block block, int64_t d_model, int64_t n_rows, const float* p, const float* factor,
+                             float* to) {
+  constexpr int kPair = 6, kOne = 12;  // vectors of columns for two rows at a time, and for one
+  const auto of_rows = [&](auto rows, auto width, int64_t row) {
+    constexpr int64_t kStep = width.count * kLanes;
+    Block own = block;
+    float* sums = to + row;
+    int64_t column = 0;
+    for (; column + kStep <= d_model; column += kStep, own.start += kStep, sums += kStep * kLanes)
+      add_rows<rows.count, width.count>(own, p + row, factor + row, sums);
+    for (; column + kLanes <= d_model; column += kLanes, own.start += kLanes, sums += kLanes * kLanes)
+      add_rows<rows.count, 1>(own, p + row, factor + row, sums);
+  };
+  int64_t row = 0;
+  for (; row + 2 <= n_rows; row += 2) of_rows(Vectors<2>{}, Vectors<kPair>{}, row);
+  if (row < n_rows) of_rows(Vectors<1>{}, Vectors<kOne>{}, row);
+  const int64_t done = d_model / kLanes * kLanes;
+  block.start += done;
+  for (int64_t column = done; column < d_model; ++column, ++block.start)
+    add_columns<1, 1>(block, p, factor, to + column * kLanes);
+}
+
 // Turns the logits of kLanes rows into exp(l - peak), folds them into the running sums, and gives what the sums of
 // earlier tokens are multiplied with.
 inline Floats average_lanes(const Lanes& lanes, const float* bias, const AverageState& state, int64_t row) {
@@ -93,9 +146,11 @@ static void average_range(const LensProblem& problem, const PackedRows& rows, in
               const Block block = in_place ? Block{reinterpret_cast<const float*>(row_of(tokens, token)),
                                                    tokens.row_stride, count}
                                            : Block{scratch.block, staged_stride(d_model), count};
-              with_vectors(panel.vectors, [&](auto vectors) {
-                add_block<vectors.count>(block, d_model, scratch.tile, factor, state.sums + panel.row * d_model);
-              });
+              float* sums = state.sums + panel.row * d_model;
+              if (kMaxVectors == 1 && panel.count <= kFewRows)
+                return add_block_to_few(block, d_model, panel.count, scratch.tile, factor, sums);
+              with_vectors(panel.vectors,
+                           [&](auto vectors) { add_block<vectors.count>(block, d_model, scratch.tile, factor, sums); });
             });
 }
 

@@ -1,4 +1,4 @@
-// A block of whole groups is packed, threads scan ranges of the vocabulary, and their sums are added in ascending order.
+// A block of whole groups is packed, threads scan ranges of the vocabulary, and sums are added in ascending order.
 #include "lens/divergence.hpp"
 
 #include <algorithm>

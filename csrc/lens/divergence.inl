@@ -42,7 +42,7 @@ inline Weighted kullback_leibler_of(Floats a, Floats b) {
 // Columns of a tile, [row of a group][token], and which of them each lane of a vector is compared with.
 class Firsts {
  public:
-  // Takes the columns of the groups that begin in a panel; that of the group that goes on from the panel before is kept.
+  // Takes the columns of the groups that begin in a panel; that of a group that goes on from the panel before is kept.
   void take(const float* tile, const Panel& panel, int64_t count, int64_t group) {
     const int64_t before = panel.row / group;
     if (panel.row % group != 0 && before != first_)

@@ -122,7 +122,8 @@ struct LensKernels {
   double (*multiply_adds)(int64_t rounds);
 };
 
-const LensKernels& lens_kernels(Isa isa);
+// Those for so many rows; a row has the same bits whichever they are.
+const LensKernels& lens_kernels(Isa isa, int64_t rows);
 
 // The same bits for any number of threads, and for a row whatever rows are beside it.
 void fused_lens(const LensProblem& problem, const LensKernels& kernels, int n_threads, const LensStats& stats);

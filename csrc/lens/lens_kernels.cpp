@@ -47,15 +47,25 @@ constexpr int64_t kBlockBytes = 384 << 10;
 }  // namespace refinelens::REFINELENS_KERNELS
 #include "lens/scan.inl"
 #undef REFINELENS_KERNELS
+
+#define REFINELENS_KERNELS v4_few_lens
+// For few rows: half the lanes take half the time, and blocks as large as those of the wide kernels give their bits.
+namespace refinelens::REFINELENS_KERNELS {
+constexpr int kVectorBytes = 32;
+constexpr int kMaxVectors = 1;
+constexpr int64_t kBlockBytes = v4_lens::kBlockBytes;
+}  // namespace refinelens::REFINELENS_KERNELS
+#include "lens/scan.inl"
+#undef REFINELENS_KERNELS
 #pragma GCC pop_options
 
 #endif
 
 namespace refinelens {
 
-const LensKernels& lens_kernels([[maybe_unused]] Isa isa) {
+const LensKernels& lens_kernels([[maybe_unused]] Isa isa, [[maybe_unused]] int64_t rows) {
 #if REFINELENS_X86_LEVELS
-  if (isa >= Isa::v4) return v4_lens::kLensKernels;
+  if (isa >= Isa::v4) return rows > v4_few_lens::kLanes ? v4_lens::kLensKernels : v4_few_lens::kLensKernels;
   if (isa >= Isa::v3) return v3_lens::kLensKernels;
 #endif
   return baseline_lens::kLensKernels;

@@ -18,8 +18,8 @@ struct Averages {
   float* logsumexp;  // of the logits
 };
 
-// Running sums of a block of rows over a range of the vocabulary, laid out like the rows of PackedRows. A token of logit
-// -inf adds nothing to any.
+// Running sums of a block of rows over a range of the vocabulary, laid out like the rows of PackedRows. A token of
+// logit -inf adds nothing to any.
 struct AverageState {
   float* peak;    // largest logit, -inf at first; the sums are relative to it
   float* sums;    // panels [d_model][rows], sum of exp(l - peak) w
@@ -27,8 +27,8 @@ struct AverageState {
   double* bias;   // sum of exp(l - peak) b
 };
 
-// The same bits for any number of threads, and for a row whatever rows are beside it. `problem` has no softcap; its norm
-// is applied and its targets are not read.
+// The same bits for any number of threads, and for a row whatever rows are beside it. `problem` has no softcap; its
+// norm is applied and its targets are not read.
 void mean_unembedding(const LensProblem& problem, const LensKernels& kernels, int n_threads, const Averages& out);
 
 }  // namespace refinelens

@@ -154,7 +154,8 @@ inline void for_tiles(const LensProblem& problem, const PackedRows& rows, PanelR
       const Panel panel(rows, p, d_model);
       for (int64_t begin = 0; begin < d_model; begin += kMaxDepth) {
         const int64_t depth = d_model - begin < kMaxDepth ? d_model - begin : kMaxDepth;
-        const bool is_staged = p > panels.first || begin > 0, is_last = p + 1 == panels.last && begin + depth == d_model;
+        const bool is_staged = p > panels.first || begin > 0;
+        const bool is_last = p + 1 == panels.last && begin + depth == d_model;
         for (int64_t i = 0, g = 0; i < count; i += kGroup, ++g)
           multiply(panel, find_group(tokens, token + i, last, scratch.block + i * staged_stride(d_model), is_staged),
                    begin, depth, {begin == 0, begin + depth == d_model, scratch.bias + i, problem.scale},

@@ -16,9 +16,16 @@ from ..kernels.reference import LensHead, LensStats, Norm, fused_lens_reference
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "triton", "cpp", "reference")
 PRECISIONS = ("auto", "fp32", "certified")
-# From so many rows and such a width on, a call of the certified lens with AMX repays the making of the index within
-# itself.
+# Rows and width from which on "auto" is certified, by what screens: a call is then faster, the making of its index
+# within it, and its logsumexp nearer to fp64. None for never: 16 bits leave it some 30 times the error of fp32, for
+# about the time of fp32 on random states (python benchmarks/precision.py).
 CERTIFIED_ROWS, CERTIFIED_WIDTH = 2048, 512
+CERTIFIED_FROM: dict[str, tuple[int, int] | None] = {
+    "AMX, 24-bit screen": (CERTIFIED_ROWS, CERTIFIED_WIDTH),
+    "AVX-512 VNNI, 16-bit screen": None,
+    "AVX2, 16-bit screen": None,
+    "baseline, 16-bit screen": None,
+}
 
 
 def checked_operands(
@@ -184,11 +191,12 @@ def choose_precision(
         return "fp32", f"the only one of backend {backend!r}"
     from .._C import screen_kernels
 
-    kernels, digits = screen_kernels(d_model)
-    if digits == 1:
+    kernels, _ = screen_kernels(d_model)
+    repays_from = CERTIFIED_FROM[kernels]
+    if repays_from is None:
         return "fp32", f"'certified' ({kernels}) is exact in argmax and rank, but less so in logsumexp"
-    least = f"{CERTIFIED_ROWS} rows and a width of {CERTIFIED_WIDTH} on"
-    if rows < CERTIFIED_ROWS or d_model < CERTIFIED_WIDTH:
+    least = "{} rows and a width of {} on".format(*repays_from)
+    if rows < repays_from[0] or d_model < repays_from[1]:
         return "fp32", f"'certified' ({kernels}) repays its index from {least}"
     return "certified", f"from {least} ({kernels}: faster, logsumexp nearer to fp64); below, fp32"
 

@@ -36,7 +36,7 @@ def kl_to_final(
     With ``p`` the final prediction, ``KL = sum_v p_v (log p_v - l_v + logsumexp(l))`` for the logits
     ``l = s * (x_hat . w + b)`` of a layer, and ``sum_v p_v l_v = s * (x_hat . u + sum_v p_v b_v)`` with
     ``u = sum_v p_v w_v``. So all layers cost two matrix products over the rows of the last one. A softcap is
-    not linear: then the logits of every layer are formed once more, a chunk of the vocabulary at a time.
+    not linear: then the logits of every layer are formed once more, as in `jsd_to_final`.
 
     Args:
         hidden: ``[n_layers + 1, ..., d_model]``, the last layer last.

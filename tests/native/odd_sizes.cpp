@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "lens/divergence.hpp"
 #include "lens/fused_lens.hpp"
 #include "lens/mean_unembedding.hpp"
 #include "screen/screen.hpp"
@@ -85,7 +86,7 @@ bool agrees(const Case& c, int threads, std::mt19937& random) {
   }
   const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
                             c.bias ? bias.data() : nullptr, 1.0f, c.softcap, targets.data(), n};
-  fused_lens(problem, lens_kernels(selected_isa()), threads,
+  fused_lens(problem, lens_kernels(selected_isa(), c.rows), threads,
              {argmax.data(), max_logit.data(), logsumexp.data(), entropy.data(), target_logit.data(), rank.data(), 0,
               nullptr, nullptr});
   bool good = true;
@@ -121,7 +122,7 @@ bool average_agrees(Case c, int threads, std::mt19937& random) {
   for (float& b : bias) b = static_cast<float>(random() % 64) / 64;
   const LensProblem problem{x_hat.matrix, {c.norm, nullptr, nullptr, 0}, unembedding.matrix,
                             c.bias ? bias.data() : nullptr, 1.0f, 0.0f, nullptr, 0};
-  mean_unembedding(problem, lens_kernels(selected_isa()), threads,
+  mean_unembedding(problem, lens_kernels(selected_isa(), c.rows), threads,
                    {c.d_model, weights.data(), mean_bias.data(), logsumexp.data()});
   bool good = true;
   for (int64_t r = 0; r < c.rows; ++r) {
@@ -141,6 +142,42 @@ bool average_agrees(Case c, int threads, std::mt19937& random) {
   if (!good)
     std::printf("average differs: rows %ld d_model %ld vocab %ld element %d threads %d\n", long(c.rows),
                 long(c.d_model), long(c.vocab), int(c.element), threads);
+  return good;
+}
+
+// The divergences of rows in groups of 1, of 5 that straddle panels, or of all, each of logsumexps in fp64.
+bool divergence_agrees(Case c, int threads, std::mt19937& random) {
+  const int64_t group = c.rows % 5 == 0 ? 5 : c.rows % 3 == 0 ? 1 : c.rows;
+  const Operand hidden(c.rows, c.d_model, c.element, random), unembedding(c.vocab, c.d_model, c.element, random);
+  std::vector<float> bias(c.vocab), logsumexp(c.rows), found(c.rows);
+  for (float& b : bias) b = static_cast<float>(random() % 64) / 64;
+  std::vector<std::vector<double>> log_p;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    log_p.push_back(reference_logits(c, hidden, unembedding, bias, r));
+    double sum = 0;
+    for (double l : log_p[r]) sum += std::exp(l);
+    for (double& l : log_p[r]) l -= std::log(sum);
+    logsumexp[r] = static_cast<float>(std::log(sum));
+  }
+  const LensProblem problem{hidden.matrix, {c.norm, nullptr, nullptr, 1e-5}, unembedding.matrix,
+                            c.bias ? bias.data() : nullptr, 1.0f, c.softcap, nullptr, 0};
+  bool good = true;
+  for (auto kind : {Divergence::kullback_leibler, Divergence::jensen_shannon}) {
+    divergence_from_first(problem, {kind, group, logsumexp.data()}, lens_kernels(selected_isa(), c.rows), threads,
+                          found.data());
+    for (int64_t r = 0; r < c.rows; ++r) {
+      double expected = 0;
+      for (int64_t v = 0; v < c.vocab; ++v) {
+        const double a = log_p[r][v], b = log_p[r - r % group][v], p = std::exp(a), q = std::exp(b);
+        const double mean = std::log((p + q) / 2);
+        expected += kind == Divergence::kullback_leibler ? q * (b - a) : (p * (a - mean) + q * (b - mean)) / 2;
+      }
+      good &= std::fabs(found[r] - expected) < 1e-4 && (r % group != 0 || found[r] == 0.0f);
+    }
+  }
+  if (!good)
+    std::printf("divergence differs: rows %ld d_model %ld vocab %ld element %d norm %d threads %d\n", long(c.rows),
+                long(c.d_model), long(c.vocab), int(c.element), int(c.norm), threads);
   return good;
 }
 
@@ -192,14 +229,14 @@ int main(int argc, char** argv) {
                               nullptr, 1.0f, 0.0f, nullptr, 0};
     int64_t argmax[3];
     float numbers[9];
-    fused_lens(problem, lens_kernels(selected_isa()), 1,
+    fused_lens(problem, lens_kernels(selected_isa(), 3), 1,
                {argmax, numbers, numbers + 3, numbers + 6, nullptr, nullptr, 0, nullptr, nullptr});
     return 0;
   }
   bool good = true;
   int count = 0;
-  // One of everything; one off a vector, a register tile and a staged block; more rows than a panel.
-  for (int64_t rows : {1, 15, 17, 33, 70})
+  // One of everything; few; one off a vector, a register tile and a staged block; more rows than a panel.
+  for (int64_t rows : {1, 3, 9, 15, 17, 33, 70})
     for (int64_t d_model : {1, 7, 16, 65})
       for (int64_t vocab : {1, 13, 129, 1031})
         for (Element element : {Element::fp32, Element::bf16})
@@ -207,6 +244,7 @@ int main(int argc, char** argv) {
             const bool odd = ++count % 2;
             const Case c{rows, d_model, vocab, element, norm, odd, !odd, odd ? 0.0f : 5.0f};
             good &= agrees(c, 1 + count % 3, random);
+            if (norm == NormSpec::rms) good &= divergence_agrees(c, 1 + count % 3, random);
             if (norm == NormSpec::none) good &= average_agrees(c, 1 + count % 3, random);
             else good &= screen_agrees(c, 1 + count % 3, random);
           }

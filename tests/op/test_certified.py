@@ -14,7 +14,7 @@ from refinelens import _C, LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
 from refinelens.kernels.reference import LensHead, apply_norm, fused_lens_reference
 from refinelens.op import cpu
-from refinelens.op.backends import CERTIFIED_ROWS, CERTIFIED_WIDTH, choose_precision
+from refinelens.op.backends import CERTIFIED_FROM, CERTIFIED_ROWS, CERTIFIED_WIDTH, choose_precision
 from refinelens.op.cpu import fused_lens_certified, fused_lens_screened, screen_index
 from tiny import truth
 
@@ -437,7 +437,8 @@ def test_auto_runs_what_it_says(screen):
 
 
 def test_what_auto_means(screen):
-    digits = _C.screen_kernels(64)[1]
+    kernels, digits = _C.screen_kernels(64)
+    assert (CERTIFIED_FROM[kernels] is None) == (digits == 1)  # of 16 bits, whose logsumexp is less exact than fp32
     expected = "certified" if digits == 3 else "fp32"
     rows, width = CERTIFIED_ROWS, CERTIFIED_WIDTH
     assert choose_precision("cpp", "cpu", rows=rows, d_model=width)[0] == expected

@@ -11,17 +11,10 @@ from refinelens.errors import InputError
 from refinelens.op import cpu, vocabulary
 from refinelens.op import fused_lens as op
 from refinelens.op.vocabulary import MOST_TARGETS, fused_lens_targets, fused_lens_top_k, fused_lens_with
-from tiny import assert_matches_truth, skip_unless_isa_runs, truth
+from tiny import assert_matches_truth, truth
 
 # A block of tokens is 96 or fewer; one of packed rows 768 at a width of 4096; a panel has 8, 16 or 64 rows.
 SIZES = [(1, 1, 1), (2, 7, 2), (17, 16, 97), (65, 33, 1031), (70, 300, 20011), (769, 4096, 97)]
-
-
-@pytest.fixture(params=["v4", "v3", "baseline"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("REFINELENS_ISA", request.param)
-    skip_unless_isa_runs()
-    return request.param
 
 
 def make(rows, d_model, vocab, dtype=torch.float32, n=MOST_TARGETS, seed=0):
