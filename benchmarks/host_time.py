@@ -1,0 +1,128 @@
+"""How long a call of the fused lens keeps the host busy, without a GPU: the kernels are compiled, and never launched.
+
+    python benchmarks/host_time.py [--rows 104] [--rounds 30]
+
+Tensors lie on the CPU, Triton's driver is a stand-in that says it is an H100 and takes launches without passing them
+on. So what is timed is our own Python and Triton's, with torch's small operators on a CPU in the place of those on a
+GPU; the driver's share of a launch is not in it. Processor time of one thread, medians; the first calls compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import refinelens
+from refinelens.kernels import fused_lens as kernels
+from refinelens.kernels.reference import LayerNorm, LensHead
+from refinelens.op import backends
+from refinelens.op import fused_lens as op
+
+CALLS = 50  # a round
+D_MODEL, VOCAB = 768, 50257  # GPT-2
+
+
+class StandIn:
+    """What Triton asks of a driver, answered for a GPU that is not there; ``launches`` counts what would have run."""
+
+    launches = 0
+
+    def __init__(self):
+        properties = dict(max_shared_mem=232_448, multiprocessor_count=132, warpSize=32)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda *binary: (1, 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source, metadata) -> Callable[..., None]:
+        """Launches nothing."""
+
+        def launch(*given):
+            StandIn.launches += 1
+
+        return launch
+
+
+def pretend() -> None:
+    """CPU tensors go the way of CUDA ones."""
+    driver.set_active(StandIn())
+    op.choose_backend = backends.choose_backend = lambda device_type, backend="auto": ("triton", "pretended")
+    kernels.processor_count = lambda device: 132
+    kernels.target_matches_main_product = lambda head, config: True
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    """Processor time of one call, the mean of a round."""
+    begin = time.process_time()
+    for _ in range(CALLS):
+        run()
+    return (time.process_time() - begin) / CALLS * 1e6
+
+
+def stages(rows: int) -> dict[str, Callable[[], object]]:
+    """What a call does, each stage with all those before it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
+    hidden, weight, norm = randn(rows, D_MODEL), randn(VOCAB, D_MODEL), LayerNorm(randn(D_MODEL), randn(D_MODEL))
+    targets = torch.randint(0, VOCAB, (rows,), generator=generator)
+    head = LensHead(weight, norm)
+    return {
+        "kernels": lambda: kernels.fused_lens_triton(hidden, head, targets),
+        "with operands checked, as an operator": lambda: refinelens.fused_lens(
+            hidden, head, targets=targets, check_values=False
+        ),
+        "with values checked": lambda: refinelens.fused_lens(hidden, head, targets=targets),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=104, help="of a call: 13 layers x 8 positions")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pretend()
+    runs = stages(options.rows)
+    zero = torch.zeros(())
+    # Nothing is computed: what results hold is left over in memory.
+    torch.empty, empty = (lambda *shape, **how: empty(*shape, **how).zero_()), torch.empty
+    for run in runs.values():
+        run()
+    StandIn.launches = 0
+    runs["kernels"]()
+    launches = StandIn.launches
+    taken = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            taken[name].append(microseconds(run))
+    print(f"{options.rows} rows, torch {torch.__version__}, Triton {triton.__version__}, {launches} launches a call")
+    before = 0.0
+    for name, values in taken.items():
+        total = median(values)
+        print(f"{name:40} {total:7.1f} us   {total - before:+7.1f}")
+        before = total
+
+
+if __name__ == "__main__":
+    main()
