@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import KEPT, LensConfig, ShapeClass, choose_splits, generation_of, pinned_config, processor_count
 from .fused_lens import fused_lens_triton
+from .launches import forget_plans
 from .reference import LensHead, LensStats
 
 ROUNDS = 7
@@ -45,6 +46,7 @@ def search_config(
     best = fastest(trials(hidden, head, targets))
     if keep:
         KEPT[ShapeClass.of(hidden, head, targets)] = best
+        forget_plans()
     return best
 
 
