@@ -13,14 +13,15 @@ pytest.importorskip("triton")
 import gate
 from gate import LensVariant, violations
 from gate_process import inspect_all
-from refinelens.kernels.config import LensConfig, pinned_config
+from refinelens.kernels.config import LIMITS, LensConfig, pinned_config
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MAIN = LensVariant(same_bits=True)
 SAFE = LensVariant()
 EVERYTHING = dict(bias=True, scale=True, softcap=True)
 WITHOUT_TMA = replace(pinned_config(BF16, aligned=True, n_rows=1024), kind="plain")
-# Variant and ceiling of the instructions per logit outside the K loop: measured plus a tenth.
+# Variant and ceiling of the instructions per logit outside the K loop: measured at 256 columns plus a tenth. Where
+# `config.by_pointers` halves the columns, fewer logits share what is done once a row, a tenth more each.
 SHIPPED = {
     "bf16": (MAIN, 12.6),
     "bf16-no-targets": (replace(SAFE, targets=False), 9.1),
@@ -104,6 +105,8 @@ def report(name, request):
 )
 def test_shipped_kernel_passes(name, report):
     variant, ceiling = SHIPPED[name]
+    if ceiling is not None and not variant.by_tma and LIMITS.columns < 256:
+        ceiling *= 1.1
     print(report)
     assert violations(variant, report, ceiling) == []
     assert 0 < report.registers <= 255 and report.instructions > 100
