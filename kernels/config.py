@@ -65,20 +65,23 @@ class LensConfig:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the kernels compile to without spills, as one version of Triton allots registers."""
+    """What compiles without spills, as one version of Triton allots registers; at least that of the pinned sizes."""
 
-    columns: int  # most tokens of a tile of `kernel`, whose tiles have up to 128 rows
-    single_stages: int  # of the large tile in fp32
+    # Of configurations by TMA where the kernel by pointers has to do, which needs registers for addresses too.
+    columns: int = 256
+    tail: int = 128
+    stages: int = 8
+    single_stages: int = 3  # of the large tile in fp32
 
 
-# The versions that the compile-only gate was passed with (`make test-triton`). It read from the machine code: at 256
-# columns 3.8 spills up to 16 bytes a thread, 3.9 up to 232, at 128 neither does; at 3 stages in fp32 3.9 spills 8, at 4
-# none. Earlier versions keep the sizes that a GPU was measured with.
+# The versions that the compile-only gate was passed with (`make test-triton`), and what it read from the machine code:
+# at the sizes that a GPU was measured with 3.8 spills up to 16 bytes a thread, 3.9 up to 232, and at 8 stages or a tail
+# of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none.
 BY_TRITON = {
-    (3, 6): Limits(columns=256, single_stages=3),
-    (3, 7): Limits(columns=256, single_stages=3),
-    (3, 8): Limits(columns=128, single_stages=3),
-    (3, 9): Limits(columns=128, single_stages=4),
+    (3, 6): Limits(),
+    (3, 7): Limits(),
+    (3, 8): Limits(columns=128, tail=64, stages=5),
+    (3, 9): Limits(columns=128, tail=64, stages=5, single_stages=4),
 }
 
 
@@ -159,9 +162,11 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
 
 
 def by_pointers(config: LensConfig) -> LensConfig:
-    """What becomes of a configuration where the main kernel is that of `kernel`."""
-    most = LIMITS.columns
-    return replace(config, block_v=min(config.block_v, most), tail_v=min(config.tail_v, most))
+    """What becomes of a configuration by TMA where the main kernel is that of `kernel`."""
+    if config.kind != "tma":
+        return config
+    columns, tail = min(config.block_v, LIMITS.columns), min(config.tail_v, LIMITS.tail)
+    return replace(config, block_v=columns, tail_v=tail, num_stages=min(config.num_stages, LIMITS.stages))
 
 
 @lru_cache

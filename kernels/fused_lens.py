@@ -78,7 +78,7 @@ def packed_lens(
         argmax and, of targets, rank, int64 ``[1 or 2, R]``; logsumexp, entropy, max_logit and, of targets,
         target_logit, fp32 ``[3 or 4, R]``.
     """
-    n_rows, with_targets = len(hidden), targets is not None
+    n_rows, with_targets = hidden.shape[0], targets is not None
     ids = torch.empty((1 + with_targets, n_rows), dtype=torch.int64, device=hidden.device)
     floats = torch.empty((3 + with_targets, n_rows), dtype=torch.float32, device=hidden.device)
     norm = head.norm

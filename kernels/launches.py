@@ -23,6 +23,8 @@ from triton.runtime import driver
 
 from .config import is_proven
 
+# Sums of products are fused where the kernels' instructions are counted; Triton 3.10 will not unless it is asked to.
+OPTIONS = dict(enable_fp_fusion=True)
 MAX_PLANS = 256  # each is some kilobytes of numbers
 BUFFER_BYTES = 256  # what buffers between kernels are multiples of, more than any kernel is compiled for
 POINTER_BYTES = 16  # for pointers to multiples of it Triton compiles kernels of their own
@@ -34,7 +36,7 @@ _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("rec
 def launch(
     kernel: triton.JITFunction, programs: int, args: tuple, flags: dict, allocator: Callable | None = None
 ) -> None:
-    """``kernel[(programs,)](*args, **flags)``, and a part of the plan that is being recorded.
+    """``kernel[(programs,)](*args, **flags)`` with `OPTIONS`, and a part of the plan that is being recorded.
 
     Args:
         kernel: What `triton.jit` made.
@@ -47,7 +49,7 @@ def launch(
     def run():
         if allocator is not None:
             triton.set_allocator(allocator)
-        return kernel[(programs,)](*args, **flags)
+        return kernel[(programs,)](*args, **flags, **OPTIONS)
 
     # In a context of its own: the allocator of the caller's other kernels stays theirs.
     compiled = run() if allocator is None else contextvars.copy_context().run(run)

@@ -87,8 +87,8 @@ def fused_lens(
         precision,
         check_values,
     )
-    argmax, *rank = ids.view(len(ids), *shape).unbind()
-    logsumexp, entropy, max_logit, *others = floats.view(len(floats), *shape).unbind()
+    argmax, *rank = ids.view(ids.shape[0], *shape).unbind()
+    logsumexp, entropy, max_logit, *others = floats.view(floats.shape[0], *shape).unbind()
     fell_back, bound = (others.pop().bool(), others.pop()) if precision == "certified" else (None, None)
     target_logit, target_rank = (others[0], rank[0]) if rank else (None, None)
     return LensStats(argmax, max_logit, logsumexp, entropy, target_logit, target_rank, bound, fell_back)

@@ -13,13 +13,13 @@ pytest.importorskip("triton")
 import gate
 from gate import LensVariant, violations
 from gate_process import inspect_all
-from refinelens.kernels.config import LIMITS, LensConfig, pinned_config
+from refinelens.kernels.config import LIMITS, LensConfig, by_pointers, pinned_config
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MAIN = LensVariant(same_bits=True)
 SAFE = LensVariant()
 EVERYTHING = dict(bias=True, scale=True, softcap=True)
-WITHOUT_TMA = replace(pinned_config(BF16, aligned=True, n_rows=1024), kind="plain")
+WITHOUT_TMA = replace(by_pointers(pinned_config(BF16, aligned=True, n_rows=1024)), kind="plain")
 # Variant and ceiling of the instructions per logit outside the K loop: measured at 256 columns plus a tenth. Where
 # `config.by_pointers` halves the columns, fewer logits share what is done once a row, a tenth more each.
 SHIPPED = {
@@ -61,8 +61,8 @@ SHIPPED = {
     "sm100-fp32": (replace(SAFE, generation=10, dtype=FP32, **EVERYTHING), None),
     "sm100-targets": (replace(SAFE, generation=10, kernel="targets"), None),
 }
-BIG = LensConfig(256, 128, 128, 64, num_warps=8, num_stages=3)  # as many registers as the largest tile by TMA
 BY_TMA = pinned_config(BF16, aligned=True, n_rows=1024)
+BIG = replace(BY_TMA, kind="plain")
 REJECTED = {
     "big tile, element-wise loads": replace(SAFE, aligned=False, config=BIG, **EVERYTHING),
     "big tile, half the warps": replace(SAFE, config=replace(BIG, num_warps=4)),
