@@ -179,11 +179,11 @@ def run_planned(kind: tuple, operands: Operands, results: Sequence[Tensor], run:
         results: What it writes, and passes to kernels whole or in parts; made for this call.
         run: Makes the same launches for all calls of a kind, by `launch`, with buffers by `empty`.
     """
-    if not is_proven(triton.__version__) or knobs.runtime.interpret:
-        return run()
     plan = _plans.get(kind)
     if plan is not None and plan.replay(operands, results):
         return
+    if not is_proven(triton.__version__) or knobs.runtime.interpret:
+        return run()
     recorder = Recorder(operands, results)
     token = _recorder.set(recorder)
     try:
