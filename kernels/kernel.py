@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import LensOptions, TileRange
+from .launches import empty, launch
 from .reference import LOWEST
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -66,8 +67,8 @@ class PartialStats(NamedTuple):
     @classmethod
     def empty(cls, n_splits: int, n_rows: int, device: torch.device) -> PartialStats:
         """Buffers to write."""
-        best, total, weighted = torch.empty((3, n_splits, n_rows), dtype=torch.float32, device=device)
-        argmax, rank = torch.empty((2, n_splits, n_rows), dtype=torch.int32, device=device)
+        best, total, weighted = empty((3, n_splits, n_rows), torch.float32, device).unbind()
+        argmax, rank = empty((2, n_splits, n_rows), torch.int32, device).unbind()
         return cls(best, argmax, rank, total, weighted)
 
 
@@ -82,7 +83,7 @@ class RowStats(NamedTuple):
 
     @classmethod
     def empty(cls, n_rows: int, device: torch.device) -> RowStats:
-        """Buffers to write, allocated apart: a torch operator may not return tensors that share memory."""
+        """Buffers to write."""
         dtypes = (torch.float32, torch.int64, torch.int64, torch.float32, torch.float32)
         return cls(*(torch.empty(n_rows, dtype=dtype, device=device) for dtype in dtypes))
 
@@ -297,12 +298,13 @@ def _lens_kernel(
 def launch_tiles(rows: LensRows, parts: PartialStats, options: LensOptions, tiles: TileRange) -> None:
     """Write the statistics of every split of ``tiles`` into ``parts``."""
     head, row_blocks = options.head, triton.cdiv(rows.count, options.config.block_m)
-    _lens_kernel[(row_blocks * tiles.splits,)](
+    args = (
         rows.x_hat, head.weight, head.bias, rows.targets, rows.target_z, *parts,
         rows.count, *head.weight.shape, row_blocks, tiles.first, tiles.count, tiles.splits, tiles.group,
         rows.x_hat.shape[1], *head.weight.stride(), stride_of(head.bias), stride_of(rows.targets),
-        options.scale, options.softcap, **tile_flags(options, tiles),
+        options.scale, options.softcap,
     )  # fmt: skip
+    launch(_lens_kernel, row_blocks * tiles.splits, args, tile_flags(options, tiles))
 
 
 def tile_flags(options: LensOptions, tiles: TileRange) -> dict:
@@ -325,8 +327,8 @@ def _target_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < n_rows
-    target = tl.load(targets_ptr + offs_m.to(tl.int64) * stride_t, mask=mask_m, other=0)
-    target = tl.minimum(tl.maximum(target, 0), n_vocab - 1)
+    given = tl.load(targets_ptr + offs_m.to(tl.int64) * stride_t, mask=mask_m, other=0)
+    target = tl.minimum(tl.maximum(given, 0), n_vocab - 1)
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * width + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     w_ptrs = w_ptr + target[None, :] * stride_wv + offs_k.to(tl.int64)[:, None] * stride_wd  # [BLOCK_K, BLOCK_M]
     acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
@@ -337,17 +339,21 @@ def _target_kernel(
     z = tl.sum(tl.where(cols[:, None] == cols[None, :], acc, 0.0), 1)  # [BLOCK_M]
     if HAS_SCALE:
         z *= scale
-    tl.store(target_z_ptr + offs_m, z, mask=mask_m)
+    tl.store(target_z_ptr + offs_m, tl.where(given == target, z, float("nan")), mask=mask_m)
 
 
 def launch_targets(rows: LensRows, options: LensOptions) -> None:
-    """Write the targets' logits into ``rows.target_z``; ``rows.x_hat`` has whole blocks of ``TARGET_ROWS``."""
+    """Write the targets' logits into ``rows.target_z``, NaN for ids outside the vocabulary.
+
+    ``rows.x_hat`` has whole blocks of ``TARGET_ROWS``.
+    """
     head = options.head
-    _target_kernel[(triton.cdiv(rows.count, TARGET_ROWS),)](
+    args = (
         rows.x_hat, head.weight, head.bias, rows.targets, rows.target_z,
         rows.count, *head.weight.shape, rows.x_hat.shape[1], *head.weight.stride(),
-        stride_of(head.bias), stride_of(rows.targets), options.scale, **target_flags(options),
+        stride_of(head.bias), stride_of(rows.targets), options.scale,
     )  # fmt: skip
+    launch(_target_kernel, triton.cdiv(rows.count, TARGET_ROWS), args, target_flags(options))
 
 
 def target_flags(options: LensOptions) -> dict:
@@ -401,10 +407,9 @@ def merge_splits(parts: PartialStats, merged: RowStats, rows: LensRows, options:
     """
     n_splits, n_rows = parts.best.shape
     flags = merge_flags(n_splits, options)
-    _merge_kernel[(triton.cdiv(n_rows, flags["BLOCK_M"]),)](
-        *parts, rows.targets, rows.target_z, *merged,
-        n_rows, n_splits, stride_of(rows.targets), options.softcap, **flags,
-    )  # fmt: skip
+    numbers = (n_rows, n_splits, stride_of(rows.targets), options.softcap)
+    args = (*parts, rows.targets, rows.target_z, *merged, *numbers)
+    launch(_merge_kernel, triton.cdiv(n_rows, flags["BLOCK_M"]), args, flags)
 
 
 def merge_flags(n_splits: int, options: LensOptions) -> dict:

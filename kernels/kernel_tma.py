@@ -17,8 +17,6 @@ and leaves them to a second one, whose products have the bits of the first one's
 
 from __future__ import annotations
 
-import contextvars
-
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +39,7 @@ from .kernel import (
     rescale,
     stride_of,
 )
+from .launches import launch
 
 # Asked for, although there are no more: the compiler then mixes the statistics' instructions by the pipe they run on;
 # left to itself it takes 172 registers and makes one kind after the other.
@@ -189,17 +188,12 @@ def _tma_kernel(
 def launch_tma(rows: LensRows, parts: PartialStats, options: LensOptions, tiles: TileRange) -> None:
     """As `kernel.launch_tiles`, for a whole vocabulary; ranks may carry the mark that `add_ties` resolves."""
     weight, row_blocks = options.head.weight, triton.cdiv(rows.count, options.config.block_m)
-
-    def launch():
-        triton.set_allocator(_descriptor_memory)
-        _tma_kernel[(row_blocks * tiles.splits,)](
-            rows.x_hat, weight, rows.targets, rows.target_z, *parts,
-            rows.count, *weight.shape, row_blocks, tiles.count, tiles.splits, tiles.group,
-            rows.x_hat.shape[1], weight.stride(0), stride_of(rows.targets), 0.0, **tma_flags(options, tiles),
-        )  # fmt: skip
-
-    # In a context of its own: the allocator of the caller's other kernels stays theirs.
-    contextvars.copy_context().run(launch)
+    args = (
+        rows.x_hat, weight, rows.targets, rows.target_z, *parts,
+        rows.count, *weight.shape, row_blocks, tiles.count, tiles.splits, tiles.group,
+        rows.x_hat.shape[1], weight.stride(0), stride_of(rows.targets), 0.0,
+    )  # fmt: skip
+    launch(_tma_kernel, row_blocks * tiles.splits, args, tma_flags(options, tiles), allocator=_descriptor_memory)
 
 
 def tma_flags(options: LensOptions, tiles: TileRange) -> dict:
@@ -250,10 +244,11 @@ def add_ties(rows: LensRows, rank: Tensor, options: LensOptions) -> None:
     ``rows.x_hat`` has whole blocks of ``TARGET_ROWS``.
     """
     weight = options.head.weight
-    _ties_kernel[(triton.cdiv(rows.count, TARGET_ROWS),)](
+    args = (
         rows.x_hat, weight, rows.targets, rows.target_z, rank,
-        rows.count, *weight.shape, rows.x_hat.shape[1], *weight.stride(), stride_of(rows.targets), **tie_flags(options),
+        rows.count, *weight.shape, rows.x_hat.shape[1], *weight.stride(), stride_of(rows.targets),
     )  # fmt: skip
+    launch(_ties_kernel, triton.cdiv(rows.count, TARGET_ROWS), args, tie_flags(options))
 
 
 def tie_flags(options: LensOptions) -> dict:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .config import WIDTH_MULTIPLE
 from .kernel import stride_of
+from .launches import empty, launch
 from .reference import LayerNorm, Norm
 
 PROGRAM_ELEMENTS = 1024  # of a program, unless a row has more
@@ -61,14 +62,13 @@ def normed_rows(hidden: Tensor, norm: Norm, row_multiple: int, out: Tensor | Non
     # The interpreter truncates to bfloat16 where a GPU rounds: there torch does the one rounding.
     stored = torch.float32 if triton.knobs.runtime.interpret else hidden.dtype
     is_fit = out is not None and out.dtype == stored
-    x_hat = out[: shape[0]] if is_fit else torch.empty(shape, dtype=stored, device=hidden.device)
+    x_hat = out[: shape[0]] if is_fit else empty(shape, stored, hidden.device)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
     flags = norm_flags(norm, shape[1])
-    _norm_kernel[(triton.cdiv(shape[0], flags["BLOCK_M"]),)](
-        hidden, weight, bias, x_hat, n_rows, shape[0], d_model, shape[1], *hidden.stride(),
-        stride_of(weight), stride_of(bias), eps, offset, **flags,
-    )  # fmt: skip
+    strides = (*hidden.stride(), stride_of(weight), stride_of(bias))
+    args = (hidden, weight, bias, x_hat, n_rows, shape[0], d_model, shape[1], *strides, eps, offset)
+    launch(_norm_kernel, triton.cdiv(shape[0], flags["BLOCK_M"]), args, flags)
     return x_hat.to(hidden.dtype)
 
 

@@ -7,7 +7,7 @@ vocabulary at a time, in the names of `kernel` but for sums of ``exp``. Imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -182,7 +182,7 @@ class LensHead:
     @property
     def vocab_size(self) -> int:
         """Rows of the unembedding."""
-        return len(self.weight)
+        return self.weight.shape[0]
 
     def projected(self, hidden: Tensor) -> tuple[Tensor, LensHead]:
         """States ``[..., d_embed]`` and the rest of the head, which has no projection: what the backends take.
@@ -227,9 +227,10 @@ class LensStats:
     fell_back: Tensor | None = None  # bool, rows whose logits were all computed in fp64
 
     def __post_init__(self) -> None:
+        shape = self.argmax.shape
         for name, value in self.items():
-            if value.shape != self.argmax.shape:
-                raise ValueError(f"{name}: expected shape {tuple(self.argmax.shape)}, got {tuple(value.shape)}")
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
 
     @property
     def max_logprob(self) -> Tensor:
@@ -243,9 +244,9 @@ class LensStats:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the statistics that are there."""
-        for field in fields(self):
-            if (value := getattr(self, field.name)) is not None:
-                yield field.name, value
+        for name in self.__dataclass_fields__:
+            if (value := getattr(self, name)) is not None:
+                yield name, value
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LensStats:
         """``function`` of every statistic that is there."""

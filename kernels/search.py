@@ -8,8 +8,18 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .config import KEPT, LensConfig, ShapeClass, choose_splits, generation_of, pinned_config, processor_count
+from .config import (
+    KEPT,
+    LensConfig,
+    ShapeClass,
+    by_pointers,
+    choose_splits,
+    generation_of,
+    pinned_config,
+    processor_count,
+)
 from .fused_lens import fused_lens_triton
+from .launches import forget_plans
 from .reference import LensHead, LensStats
 
 ROUNDS = 7
@@ -45,6 +55,7 @@ def search_config(
     best = fastest(trials(hidden, head, targets))
     if keep:
         KEPT[ShapeClass.of(hidden, head, targets)] = best
+        forget_plans()
     return best
 
 
@@ -73,7 +84,7 @@ def candidate_configs(shape: ShapeClass, n_rows: int, processors: int) -> list[L
         stage = (pinned.block_m + pinned.block_v) * pinned.block_k * shape.dtype.itemsize
         near = (pinned.num_stages - 1, pinned.num_stages + 1)
         bases += [replace(pinned, num_stages=stages) for stages in near if 3 <= stages <= SHARED_BYTES // stage]
-        bases.append(replace(pinned, kind="plain"))
+        bases.append(replace(by_pointers(pinned), kind="plain"))
     found = []
     for base in bases:
         row_blocks = -(-n_rows // base.block_m)

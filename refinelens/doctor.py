@@ -135,7 +135,16 @@ def _cuda() -> str:
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
-    return package_version("triton") or "installed by a package of another name"
+    try:
+        import triton
+
+        from .kernels.config import BY_TRITON, is_proven
+    except ImportError as error:
+        return f"installed, but cannot be imported ({error})"
+    found = package_version("triton") or f"{triton.__version__}, installed by a package of another name"
+    among = "among" if is_proven(triton.__version__) else "not among"
+    proven = ", ".join(".".join(map(str, version)) for version in BY_TRITON)
+    return f"{found}; {among} the versions that the compile gate was passed with: {proven}"
 
 
 def _extension() -> str:

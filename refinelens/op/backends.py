@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..kernels.reference import LensHead, LensStats, Norm, fused_lens_reference
 
+FP32 = torch.finfo(torch.float32)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "triton", "cpp", "reference")
 PRECISIONS = ("auto", "fp32", "certified")
@@ -78,21 +79,20 @@ def _check_head(hidden: Tensor, head: LensHead) -> None:
             "hidden and unembedding: expected one dtype of float32, float16, bfloat16, got "
             f"{hidden.dtype} and {weight.dtype}"
         )
-    vectors = {"bias": (head.bias, head.vocab_size)}
-    if head.norm is not None:
-        vectors |= {"norm.weight": (head.norm.weight, head.d_model), "norm.bias": (head.norm.bias, head.d_model)}
-    tensors = {"unembedding": weight} | ({} if head.projection is None else {"projection": head.projection})
-    for name, (vector, length) in vectors.items():
+    norm, device = head.norm, hidden.device
+    vectors = [("bias", head.bias, head.vocab_size)]
+    if norm is not None:
+        vectors += [("norm.weight", norm.weight, head.d_model), ("norm.bias", norm.bias, head.d_model)]
+    for name, vector, length in vectors:
         if vector is None:
             continue
         if vector.shape != (length,) or not vector.is_floating_point():
             raise InputError(
                 f"{name}: expected a floating tensor of shape [{length}], got {vector.dtype} {list(vector.shape)}"
             )
-        tensors[name] = vector
-    for name, tensor in tensors.items():
-        if tensor.device != hidden.device:
-            raise InputError(f"{name}: expected device {hidden.device} of hidden, got {tensor.device}")
+    for name, tensor, _ in (*vectors, ("unembedding", weight, 0), ("projection", head.projection, 0)):
+        if tensor is not None and tensor.device != device:
+            raise InputError(f"{name}: expected device {device} of hidden, got {tensor.device}")
     if head.softcap is not None and not _is_positive(head.softcap):
         raise InputError(f"softcap: expected a positive number of float32 or None, got {head.softcap}")
     if not _is_positive(head.scale):
@@ -101,8 +101,7 @@ def _check_head(hidden: Tensor, head: LensHead) -> None:
 
 def _is_positive(number: float) -> bool:
     """Also once it is rounded to float32, in which the kernels have it."""
-    limits = torch.finfo(torch.float32)
-    return limits.smallest_normal <= number <= limits.max
+    return FP32.smallest_normal <= number <= FP32.max
 
 
 @cache

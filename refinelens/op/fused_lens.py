@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -51,7 +52,8 @@ def fused_lens(
             and, but for the last places of the entropy, more exact: processors with AMX, from 2048 rows and a width of
             512 on (`refinelens.op.backends`). So the last bits may differ between fewer rows and more.
         check_values: False spares a call by Triton the wait for its own result: an id outside the vocabulary then has
-            a rank without meaning and a row that is not finite a logsumexp that is not. Other backends check anyway.
+            a logit of NaN and a rank without meaning, and a row that is not finite a logsumexp that is not. Other
+            backends check anyway.
 
     Returns:
         LensStats: ``target_rank`` counts the tokens that beat the target, by a larger logit or by an equal one
@@ -69,7 +71,7 @@ def fused_lens(
     flat_targets = None if targets is None else flatten_targets(targets, states)
     norm = head.norm
     weight, norm_bias, eps, offset = (norm.weight, norm.bias, norm.eps, norm.offset) if norm else (None, None, 0.0, 0.0)
-    out = torch.ops.refinelens.fused_lens(
+    ids, floats = torch.ops.refinelens.fused_lens.default(
         states.reshape(-1, states.shape[-1]),
         head.weight,
         kind_of(norm),
@@ -85,8 +87,11 @@ def fused_lens(
         precision,
         check_values,
     )
-    absent = _absent(targets, precision)
-    return LensStats(**{name: t.view(shape) for name, t in zip(_OUTPUTS, out, strict=True) if name not in absent})
+    argmax, *rank = ids.view(ids.shape[0], *shape).unbind()
+    logsumexp, entropy, max_logit, *others = floats.view(floats.shape[0], *shape).unbind()
+    fell_back, bound = (others.pop().bool(), others.pop()) if precision == "certified" else (None, None)
+    target_logit, target_rank = (others[0], rank[0]) if rank else (None, None)
+    return LensStats(argmax, max_logit, logsumexp, entropy, target_logit, target_rank, bound, fell_back)
 
 
 def flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
@@ -95,7 +100,11 @@ def flatten_targets(targets: Tensor | int, hidden: Tensor) -> Tensor:
     Raises:
         InputError: No integers, or a shape that does not broadcast.
     """
-    return broadcast_ids("targets", integer_ids("targets", targets, hidden.device), hidden.shape[:-1]).reshape(-1)
+    shape = hidden.shape[:-1]
+    if isinstance(targets, Tensor) and targets.shape == shape and targets.dtype == torch.int64:
+        if targets.device == hidden.device:  # as most come, and the checks cost as much as a launch
+            return targets.reshape(-1)
+    return broadcast_ids("targets", integer_ids("targets", targets, hidden.device), shape).reshape(-1)
 
 
 def integer_ids(name: str, ids: object, device: torch.device) -> Tensor:
@@ -125,25 +134,6 @@ def broadcast_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
         raise InputError(f"{name}: expected a shape that broadcasts to {list(shape)}, got {list(ids.shape)}") from None
 
 
-# What the operator returns, in this order; what was not asked for is empty.
-_OUTPUTS = {
-    "argmax": torch.int64,
-    "max_logit": torch.float32,
-    "logsumexp": torch.float32,
-    "entropy": torch.float32,
-    "target_logit": torch.float32,
-    "target_rank": torch.int64,
-    "logsumexp_bound": torch.float32,
-    "fell_back": torch.bool,
-}
-
-
-def _absent(targets: Tensor | int | None, precision: str) -> set[str]:
-    """The outputs that were not asked for."""
-    absent = {"target_logit", "target_rank"} if targets is None else set()
-    return absent if precision == "certified" else absent | {"logsumexp_bound", "fell_back"}
-
-
 def _fused_lens_op(
     hidden: Tensor,
     unembedding: Tensor,
@@ -159,26 +149,61 @@ def _fused_lens_op(
     backend: str,
     precision: str = "auto",
     check_values: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """Argmax and, of targets, rank, int64 ``[1 or 2, N]``; logsumexp, entropy, max_logit, of targets target_logit and,
+    asked to be certified, logsumexp_bound and fell_back, fp32 ``[3 to 6, N]``.
+
+    Few tensors, as each costs time of its own, and an operator may not return several that share memory.
+    """
     chosen = choose_backend(hidden.device.type, backend)[0]
     chosen_precision = choose_precision(chosen, hidden.device.type, precision, *hidden.shape)[0]
-    # Triton reads no id outside the vocabulary, so that one wait for the device tells of ids and results.
-    at_once = chosen == "triton"
-    if not at_once:
-        check_targets(targets, unembedding.shape[0])
+    head = LensHead(
+        unembedding, norm_from(norm, norm_weight, norm_bias, norm_eps, norm_offset), bias, softcap, logit_scale
+    )
+    if chosen == "triton" and hidden.shape[0]:
+        return _by_triton(hidden, head, targets, check_values)
+    check_targets(targets, head.vocab_size)
     run = fused_lens_reference
     if hidden.shape[0]:
         run = backend_function(chosen, chosen_precision, asked=precision == "certified")
-    spec = norm_from(norm, norm_weight, norm_bias, norm_eps, norm_offset)
     with torch.no_grad():
-        out = run(hidden, LensHead(unembedding, spec, bias, softcap, logit_scale), targets)
-    if check_values or not at_once:
-        check_result(out, hidden, targets, unembedding.shape[0], spec is None and softcap is not None)
-    values = dict(out.items())
-    if hidden.shape[0] == 0:  # the reference's
-        values |= {"logsumexp_bound": out.logsumexp.clone(), "fell_back": out.logsumexp.bool()}
-    empty = {name: hidden.new_empty(0, dtype=_OUTPUTS[name]) for name in _absent(targets, precision)}
-    return tuple((values | empty)[name] for name in _OUTPUTS)  # type: ignore[return-value]
+        out = run(hidden, head, targets)
+    check_result(out, hidden, targets, head.vocab_size, _saturates(head))
+    ids, floats = [out.argmax], [out.logsumexp, out.entropy, out.max_logit]
+    if out.target_logit is not None and out.target_rank is not None:
+        ids, floats = [*ids, out.target_rank], [*floats, out.target_logit]
+    if precision == "certified":
+        bound, fell_back = out.logsumexp_bound, out.fell_back
+        if bound is None or fell_back is None:  # of no rows, which are the reference's
+            bound, fell_back = out.logsumexp, out.entropy
+        floats = [*floats, bound, fell_back.float()]
+    return torch.stack(ids), torch.stack(floats)
+
+
+def _by_triton(hidden: Tensor, head: LensHead, targets: Tensor | None, check_values: bool) -> tuple[Tensor, Tensor]:
+    """Triton reads no id outside the vocabulary, so that one wait for the device tells of ids and results."""
+    from ..kernels.fused_lens import packed_lens
+
+    ids, floats = packed_lens(hidden, head, targets)
+    if check_values and (_saturates(head) or _is_capturing(hidden) or not _have_finite_sum(floats)):
+        argmax, *rank = ids
+        logsumexp, entropy, max_logit, *target_logit = floats
+        out = LensStats(argmax, max_logit, logsumexp, entropy, *target_logit, *rank)
+        check_result(out, hidden, targets, head.vocab_size, _saturates(head))
+    return ids, floats
+
+
+def _saturates(head: LensHead) -> bool:
+    """Whether an infinity in a row may leave no trace in its statistics: the cap makes finite what no norm made NaN."""
+    return head.norm is None and head.softcap is not None
+
+
+def _have_finite_sum(floats: Tensor) -> bool:
+    """A NaN or an infinity stays one in any sum, so that this is one small kernel and one wait for it.
+
+    Finite numbers can have an infinite sum, and a maximum may be -inf: then it takes a closer look.
+    """
+    return math.isfinite(floats.sum())
 
 
 # As `torch.library.custom_op` would, but for its wrappers, which import torch._dynamo (a second) at the first call.
@@ -192,8 +217,9 @@ def _(  # type: ignore[no-untyped-def]
     hidden, unembedding, norm, norm_weight, norm_bias, norm_eps, norm_offset, targets, bias, softcap, logit_scale,
     backend, precision="auto", check_values=True,
 ):  # fmt: skip
-    rows, absent = hidden.shape[0], _absent(targets, precision)
-    return tuple(hidden.new_empty(0 if name in absent else rows, dtype=dtype) for name, dtype in _OUTPUTS.items())
+    rows, of_targets, certified = hidden.shape[0], targets is not None, precision == "certified"
+    ids = hidden.new_empty((1 + of_targets, rows), dtype=torch.int64)
+    return ids, hidden.new_empty((3 + of_targets + 2 * certified, rows), dtype=torch.float32)
 
 
 def _is_capturing(tensor: Tensor) -> bool:
@@ -215,15 +241,18 @@ def check_result(out: LensStats, hidden: Tensor, targets: Tensor | None, n_vocab
 def values_fit(
     out: LensStats, hidden: Tensor, targets: Tensor | None, n_vocab: int, saturates: bool
 ) -> bool:
-    """Whether no id lies outside the vocabulary and no row is broken, in one wait for the device.
+    """Whether no id lies outside the vocabulary and no row is broken; where all is well, in one wait for the device.
 
     Args:
         out: Of ``hidden`` and ``targets``.
         hidden: ``[..., d_model]``.
         targets: Integer ids or None.
-        saturates: Whether an infinity may leave no trace in ``out``: without a norm the softcap makes it finite.
+        saturates: Whether an infinity may leave no trace in ``out``, see `_saturates`.
     """
     if out.logsumexp.numel() == 0 or _is_capturing(hidden):
+        return True
+    of_target = () if out.target_logit is None else (out.target_logit,)  # NaN where Triton was given no id of a token
+    if not saturates and _have_finite_sum(torch.stack([out.logsumexp, out.entropy, *of_target])):
         return True
     wrong = _broken(out, hidden, saturates).any()
     if targets is not None:

@@ -13,14 +13,15 @@ pytest.importorskip("triton")
 import gate
 from gate import LensVariant, violations
 from gate_process import inspect_all
-from refinelens.kernels.config import LensConfig, pinned_config
+from refinelens.kernels.config import LIMITS, LensConfig, by_pointers, pinned_config
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MAIN = LensVariant(same_bits=True)
 SAFE = LensVariant()
 EVERYTHING = dict(bias=True, scale=True, softcap=True)
-WITHOUT_TMA = replace(pinned_config(BF16, aligned=True, n_rows=1024), kind="plain")
-# Variant and ceiling of the instructions per logit outside the K loop: measured plus a tenth.
+WITHOUT_TMA = replace(by_pointers(pinned_config(BF16, aligned=True, n_rows=1024)), kind="plain")
+# Variant and ceiling of the instructions per logit outside the K loop: measured at 256 columns plus a tenth. Where
+# `config.by_pointers` halves the columns, fewer logits share what is done once a row, a tenth more each.
 SHIPPED = {
     "bf16": (MAIN, 12.6),
     "bf16-no-targets": (replace(SAFE, targets=False), 9.1),
@@ -60,14 +61,15 @@ SHIPPED = {
     "sm100-fp32": (replace(SAFE, generation=10, dtype=FP32, **EVERYTHING), None),
     "sm100-targets": (replace(SAFE, generation=10, kernel="targets"), None),
 }
-BIG = pinned_config(BF16, aligned=True, n_rows=1024)
+BY_TMA = pinned_config(BF16, aligned=True, n_rows=1024)
+BIG = replace(BY_TMA, kind="plain")
 REJECTED = {
     "big tile, element-wise loads": replace(SAFE, aligned=False, config=BIG, **EVERYTHING),
     "big tile, half the warps": replace(SAFE, config=replace(BIG, num_warps=4)),
     "more stages than shared memory": replace(SAFE, config=replace(BIG, num_stages=6)),
     "no warp group": replace(SAFE, config=LensConfig(32, 64, 64, 64, num_warps=4, num_stages=2)),
     "plain for Ampere": replace(SAFE, generation=8, config=BIG),
-    "TMA with half the warps": replace(MAIN, config=replace(BIG, num_warps=4)),
+    "TMA with half the warps": replace(MAIN, config=replace(BY_TMA, num_warps=4)),
 }
 pytestmark = [
     pytest.mark.medium,
@@ -103,6 +105,8 @@ def report(name, request):
 )
 def test_shipped_kernel_passes(name, report):
     variant, ceiling = SHIPPED[name]
+    if ceiling is not None and not variant.by_tma and LIMITS.columns < 256:
+        ceiling *= 1.1
     print(report)
     assert violations(variant, report, ceiling) == []
     assert 0 < report.registers <= 255 and report.instructions > 100

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import gate
 from gate import LensVariant, violations
 from gate_process import inspect_all
-from refinelens.kernels.config import pinned_config
+from refinelens.kernels.config import by_pointers, pinned_config
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLAGS = [
@@ -50,7 +50,8 @@ def other_kernels(dtype, generation):
 
 def kernels_by_tma(dtype):
     pinned = pinned_config(dtype, aligned=True, n_rows=1024)
-    for config in (pinned, replace(pinned, num_stages=pinned.num_stages + 1), replace(pinned, kind="plain")):
+    plain = replace(by_pointers(pinned), kind="plain")
+    for config in (pinned, replace(pinned, num_stages=pinned.num_stages + 1), plain):
         for kernel, on in itertools.product(("main", "tail", "ties"), FLAGS):
             yield LensVariant(kernel, dtype, config=config, **on)
 

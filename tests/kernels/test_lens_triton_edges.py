@@ -25,6 +25,7 @@ from refinelens.kernels import config
 from refinelens.kernels.config import LensOptions
 from refinelens.kernels.fused_lens import fused_lens_triton, reduce_rows
 from refinelens.kernels.kernel import LensRows, RowStats
+from refinelens.kernels.launches import forget_plans
 from refinelens.kernels.norm_kernel import normed_rows
 from refinelens.kernels.reference import LensHead, RMSNorm, fused_lens_reference
 
@@ -173,6 +174,7 @@ def test_chunks_of_rows_give_the_same_bits(monkeypatch):
     hidden, unembedding, targets = operands(70, 17, 67, torch.float32)
     whole = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     monkeypatch.setattr(config, "X_HAT_BYTES", 1)  # one row block at a time
+    forget_plans()
     chunked = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     for (_, got), (_, expected) in zip(chunked.items(), whole.items(), strict=True):
         assert torch.equal(got, expected)
@@ -184,6 +186,7 @@ def test_target_outside_the_vocabulary_is_not_read():
     targets[1] = 2**40
     out = fused_lens_triton(hidden, LensHead(unembedding), targets, config=SMALL)
     assert out.target_rank[[0, 2]].tolist() == expected.target_rank[[0, 2]].tolist()
+    assert out.target_logit.isnan().tolist() == [False, True, False]
 
 
 def whole_operands(n_vocab):
@@ -223,6 +226,7 @@ def test_tma_keeps_what_is_wrong_in_its_row():
     targets[7], targets[8] = 2**40, -1
     out = by_tma(hidden, unembedding, targets)
     assert out.logsumexp.isnan().nonzero().tolist() == [[3]] and 0 <= out.argmax[3] < 70
+    assert out.target_logit.isnan().nonzero()[:, 0].tolist() == [3, 7, 8]
     others = torch.tensor([row not in (3, 7, 8) for row in range(35)], device=DEVICE)
     for (_, got), (_, expected) in zip(out.items(), clean.items(), strict=True):
         assert torch.equal(got[others], expected[others])

@@ -1,6 +1,7 @@
 """The fused lens on the CPU backends, against whole logits in fp64."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 import refinelens
 from refinelens import LayerNorm, RMSNorm, fused_lens
 from refinelens.errors import InputError
-from refinelens.kernels.reference import LensHead, fused_lens_reference
+from refinelens.kernels.reference import LensHead, LensStats, fused_lens_reference
 from refinelens.op import backends
 from refinelens.op.backends import choose_backend
+from refinelens.op.fused_lens import values_fit
 from tiny import assert_matches_truth, skip_unless_isa_runs, truth
 
 BACKENDS = ("cpp", "reference")
@@ -331,6 +333,17 @@ def test_triton_through_the_public_op(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="expected CUDA tensors for 'triton', got device 'cpu'"):
         fused_lens(hidden, unembedding, backend="triton")
+
+
+def test_finite_numbers_with_an_infinite_sum_are_finite():
+    """One sum tells whether a call is sound; where it overflows every number is looked at."""
+    far = torch.full((2,), 3e38)
+    stats = LensStats(torch.zeros(2, dtype=torch.int64), far, far, torch.zeros(2))
+    hidden = torch.zeros(2, 8)
+    assert not stats.logsumexp.sum().isfinite() and values_fit(stats, hidden, None, 50, False)
+    for broken in (float("inf"), float("nan")):
+        assert not values_fit(replace(stats, logsumexp=torch.tensor([1.0, broken])), hidden, None, 50, False)
+    assert not values_fit(replace(stats, entropy=torch.tensor([float("nan"), 1.0])), hidden, None, 50, False)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import transformers
 from torch.nn.modules.module import register_module_forward_hook
 
 from families import save
+from refinelens import doctor
 from refinelens.cli import main
 from tiny import word_tokenizer
 
@@ -33,7 +34,16 @@ def test_doctor_where_another_package_brings_triton(monkeypatch, capsys):
     monkeypatch.setattr("refinelens.machine.version", version)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("json" if name == "triton" else name))
     assert main(["doctor"]) == 0
-    assert lines_of(capsys.readouterr().out)["Triton"] == "installed by a package of another name"
+    assert ", installed by a package of another name; " in lines_of(capsys.readouterr().out)["Triton"]
+
+
+@pytest.mark.parametrize("version, among", [("3.9.4", "among"), ("3.10.0", "not among"), ("4.0.0+git1", "not among")])
+def test_doctor_says_whether_the_gate_was_passed_with_this_triton(version, among, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr("refinelens.doctor.package_version", lambda name: version)
+    expected = f"{version}; {among} the versions that the compile gate was passed with: 3.6, 3.7, 3.8, 3.9"
+    assert doctor._triton() == expected
 
 
 def test_doctor_on_a_model(tmp_path, capsys):

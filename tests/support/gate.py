@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from refinelens.kernels import kernel, kernel_tma, norm_kernel
+from refinelens.kernels import kernel, kernel_tma, launches, norm_kernel
 from refinelens.kernels.config import HOPPER, LensConfig, LensOptions, pinned_config, tile_ranges
 from refinelens.kernels.reference import LayerNorm, LensHead
 
@@ -126,7 +126,7 @@ def inspect_variant(variant: LensVariant) -> KernelReport:
     compiled = triton.compile(
         ASTSource(jitted, signature, constants, attrs),
         target=GPUTarget("cuda", GENERATIONS[variant.generation][0], 32),
-        options=launch,
+        options=launch | launches.OPTIONS,
     )
     tile = constants["BLOCK_M"] * constants["BLOCK_V"] if variant.kernel in ("main", "tail") else None
     return read_kernel(compiled, tile and tile // (32 * launch["num_warps"]))

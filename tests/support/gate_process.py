@@ -28,11 +28,16 @@ def inspect_all(variants):
         return {name: report for reports in pool.map(_inspect, shares) for name, report in reports.items()}
 
 
-def _inspect(variants):
+def own_environment():
+    """For a process that compiles, and imports what tests and benchmarks do."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | module_path()
-    environment["PYTHONPATH"] = os.pathsep.join((os.path.dirname(__file__), environment["PYTHONPATH"]))
+    folders = (os.path.dirname(__file__), *(path for path in sys.path if path.endswith("benchmarks")))
+    return environment | {"PYTHONPATH": os.pathsep.join((*folders, environment["PYTHONPATH"]))}
+
+
+def _inspect(variants):
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=pickle.dumps(variants), capture_output=True, env=environment
+        [sys.executable, "-c", SCRIPT], input=pickle.dumps(variants), capture_output=True, env=own_environment()
     )
     assert run.returncode == 0, run.stderr.decode()[-4000:]
     return pickle.loads(run.stdout)
