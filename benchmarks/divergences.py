@@ -55,10 +55,8 @@ def by_attention(x_hat: Tensor, weight: Tensor) -> Tensor:
 def averages(rows: int, d_model: int, rounds: int) -> dict[str, float]:
     """Seconds of each way; exits where one is off fp64."""
     generator = torch.Generator().manual_seed(0)
-    x_hat, weight = torch.randn(rows, d_model, generator=generator), torch.randn(
-        AVERAGES_VOCAB, d_model, generator=generator
-    )
-    weight *= 3 / d_model**0.5
+    x_hat = torch.randn(rows, d_model, generator=generator)
+    weight = torch.randn(AVERAGES_VOCAB, d_model, generator=generator) * 3 / d_model**0.5
     ways: dict[str, Callable[[], object]] = {
         "own": lambda: mean_unembedding_cpu(x_hat, LensHead(weight))[0],
         "mm": lambda: by_products(x_hat, weight),

@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "triton", "cpp", "reference")
 PRECISIONS = ("auto", "fp32", "certified")
 # Rows and width from which on "auto" is certified, by what screens: a call is then faster, the making of its index
-# within it, and its logsumexp nearer to fp64. None for never: 16 bits leave it some 30 times the error of fp32, for
-# about the time of fp32 on random states (python benchmarks/precision.py).
+# within it, and its logsumexp nearer to fp64. None for never: 16 bits leave it 30 times the error of fp32, for 0.7 to
+# 0.8 of its time on 2048 real rows and 1.1 to 1.2 on random ones (python benchmarks/precision.py, RESULTS.md).
 CERTIFIED_ROWS, CERTIFIED_WIDTH = 2048, 512
 CERTIFIED_FROM: dict[str, tuple[int, int] | None] = {
     "AMX, 24-bit screen": (CERTIFIED_ROWS, CERTIFIED_WIDTH),
