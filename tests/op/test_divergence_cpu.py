@@ -7,7 +7,7 @@ import torch
 
 from refinelens import _C, fused_lens, jsd_to_final, kl_to_final
 from refinelens.kernels.reference import LensHead
-from refinelens.op import vocabulary
+from refinelens.op import divergences
 from refinelens.op.cpu import divergence_cpu, fused_lens_cpu
 
 pytestmark = pytest.mark.usefixtures("every_core")
@@ -39,8 +39,8 @@ def whole(x_hat, head):
 
 def by_torch(kind, x_hat, logsumexp, head):
     if kind == "jsd":
-        return vocabulary._jensen_shannon(x_hat, logsumexp, head)
-    log_p = vocabulary._expected_capped(x_hat, logsumexp, head) - logsumexp
+        return divergences._jensen_shannon(x_hat, logsumexp, head)
+    log_p = divergences._expected_capped(x_hat, logsumexp, head) - logsumexp
     return log_p[-1] - log_p
 
 
@@ -148,7 +148,7 @@ def test_blocks_of_positions_change_nothing(monkeypatch, divergence, softcap):
     x_hat, _, head = problem(softcap=softcap)
     stats = fused_lens(x_hat, head)
     whole = divergence(x_hat, stats, head)
-    monkeypatch.setattr(vocabulary, "_CPP_ROWS", 11)  # two positions
+    monkeypatch.setattr(divergences, "_CPP_ROWS", 11)  # two positions
     assert torch.equal(divergence(x_hat, stats, head), whole)
 
 
