@@ -384,7 +384,9 @@ def test_what_a_gpu_would_measure_names_what_is_there():
     steps = importlib.import_module("gpu_steps")
     measured = {f"{case.name}/{kind}" for case in steps.LARGE for kind in ("B", "chunked", "naive", "statistics")}
     measured |= {case.name for case in steps.FEW} | {f"{case.name}/graphed" for case in steps.FEW}
-    measured |= {"memory", "argmax", "rank0", "bits"}
+    beside = ("KL", "KL, capped", "JSD", "list", "with list", "8 targets")
+    measured |= {f"{case.name}/{kind}" for case in steps.LARGE for kind in beside}
+    measured |= {"memory", "argmax", "rank0", "bits", "places"}
     assert {goal.key for goal in gpu_goals.GOALS} <= measured
 
 

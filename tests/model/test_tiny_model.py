@@ -196,13 +196,13 @@ def test_shared_prefixes_change_nothing_on_trained_states(whole, tmp_path):
 
 
 def test_a_killed_sweep_goes_on_to_the_same_rows(whole, tmp_path, fork_server):
-    """SIGKILL in the third question, when two are written."""
+    """SIGKILL in the third question, when one is written and the second is being written."""
     options, run = whole
     arguments = ["--documents", "6", "--examples", str(options.examples), "--device", "cpu", "--reuse-prefix", "off"]
     command = ["sweep", "--model", "tiny", *arguments, "--out", tmp_path / "run"]
     killed = fork_server.run(*command, log=tmp_path / "log", part=1, signal_at=[(3, signal.SIGKILL)])
     assert killed == -signal.SIGKILL, (tmp_path / "log").read_text()
-    assert rows_of(open_run(tmp_path / "run")) == rows_of(run)[:12]
+    assert rows_of(open_run(tmp_path / "run")) in (rows_of(run)[:6], rows_of(run)[:12])
     assert rows_of(resume_sweep(tmp_path / "run")) == rows_of(run)
 
 
