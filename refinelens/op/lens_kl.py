@@ -138,7 +138,9 @@ class _Capped(torch.autograd.Function):
             final = final.expand_as(x_hat)
         final = final.reshape(-1, width)
         x = x_hat.reshape(math.prod(shape) // max(len(final), 1), len(final), width)
-        sums = _logsumexp(x, head, backend), _logsumexp(final, head, backend)
+        own = choose_backend(x.device.type, backend)[0]
+        own = "cpp" if own == "cpp" else "reference"  # of the same fp32 logits as below: Triton would round the states
+        sums = _logsumexp(x, head, own), _logsumexp(final, head, own)
         kl, gradient = x.new_zeros(x.shape[:-1]), torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         step = max(1, row_chunk(x.device) // (len(x) + 1))
         for first in range(0, len(final), step):

@@ -11,6 +11,7 @@ from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.mean_unembedding import mean_unembedding_triton
 from refinelens.kernels.mean_unembedding_reference import mean_unembedding_reference
 from refinelens.kernels.reference import LensHead, RMSNorm
+from refinelens.op.lens_kl import lens_kl
 
 EPS = 2.0**-23
 # Of a probability in two numbers of half precision; the interpreter cuts bfloat16 off where a GPU rounds.
@@ -128,6 +129,28 @@ def test_no_rows_and_a_softcap(run):
     assert [value.shape for value in run(hidden, LensHead(unembedding))] == [(0, 17), (0,), (0,)]
     with pytest.raises(ValueError, match=r"softcap: expected None, got 5.0"):
         run(hidden, LensHead(unembedding, softcap=5.0))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_divergence_and_gradient_through_it(dtype, softcap):
+    """`lens_kl` of three layers beside one output, with weights of half precision and states of fp32, too."""
+    hidden, unembedding, _ = operands(3 * 7, 33, 131, dtype)
+    head = LensHead(unembedding / 4, RMSNorm(randn(33, seed=5).float()), randn(131, seed=4), softcap, 0.5)
+    states, final = hidden.view(3, 7, 33).float().requires_grad_(), operands(7, 33, 131, dtype)[0].float() - 1
+
+    def gradient(kl, at):
+        return torch.autograd.grad(kl.sum(), at)[0]
+
+    found = lens_kl(states, final, head, backend="triton")
+    wide = states.detach().double().requires_grad_()
+    expected = lens_kl(wide, final.double(), head, backend="reference")
+    rounding = 2.0**-7 if dtype == BF16 else 2.0**-10 if dtype == torch.float16 else 1e-5  # of states behind the norm
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=4 * rounding)
+    own, true = gradient(found, states).double(), gradient(expected, wide)
+    assert float((own - true).abs().max()) <= 4 * rounding * float(true.abs().max())
 
 
 def test_chunks_are_even():
