@@ -46,7 +46,8 @@ from .text import States
 STATISTICS = "statistics.safetensors"
 JACOBIANS = "jacobians.safetensors"
 CHECKPOINT_SECONDS = 60.0
-REPORT_TOKENS = 2048  # at most; all layers are read at each, by both lenses
+REPORT_TOKENS = 2048  # at most; all layers are read at each, by every lens
+CHOOSE_TOKENS = 512  # the same, to tell which of two lenses reads a layer better
 BEGIN_AGAIN = "pass ``overwrite=True`` to begin again"
 HOW_TO_RESUME = "the same command goes on from the last checkpoint, if there is one"
 
@@ -172,7 +173,7 @@ class _Fit:
         statistics = self._gather()
         jacobians = self._differentiate(prompts) if prompts else None
         lenses, strengths = self._solve(*statistics, jacobians)
-        quality = measure(states.lens, self._sample(split.report), {PLAIN: None, **lenses})
+        quality = measure(states.lens, self._sample(split.report, REPORT_TOKENS), {PLAIN: None, **lenses})
         manifest = {
             "format_version": FORMAT_VERSION,
             "kind": objective,
@@ -375,7 +376,7 @@ class _Fit:
         texts = (statistics, lambda: states.of(states.split.fit))
         trained = train(lens, start, *texts, options.steps, options.seed, on_step)
         both = {"start": lens.adapted(start), "trained": lens.adapted(trained)}
-        quality = measure(lens, self._sample(states.split.choose), both)
+        quality = measure(lens, self._sample(states.split.choose, CHOOSE_TOKENS), both)
         pairs = zip(quality["trained"].kl[:-1], quality["start"].kl[:-1], strict=True)
         better = torch.tensor([trained_kl < start_kl for trained_kl, start_kl in pairs], device=trained.bias.device)
         return Translators(
@@ -383,8 +384,8 @@ class _Fit:
             torch.where(better[:, None], trained.bias, start.bias),
         )
 
-    def _sample(self, sequences: range) -> Iterator[Tensor]:
-        """The states of a sample of some sequences."""
-        for index, hidden in enumerate(self.states.sample(sequences, REPORT_TOKENS)):
+    def _sample(self, sequences: range, tokens: int) -> Iterator[Tensor]:
+        """The states of a sample of so many tokens of some sequences."""
+        for index, hidden in enumerate(self.states.sample(sequences, tokens)):
             self._stage("measuring", index, len(sequences))
             yield hidden
