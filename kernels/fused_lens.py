@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import LensConfig, LensOptions, ShapeClass, chunk_blocks, config_for, processor_count, tile_ranges
 from .kernel import TARGET_ROWS, LensRows, PartialStats, RowStats, launch_targets, launch_tiles, merge_splits
 from .kernel_tma import add_ties, launch_tma
-from .launches import POINTER_BYTES, run_planned
+from .launches import POINTER_BYTES, run_planned, stop_recording
 from .norm_kernel import normed_rows, padded_width
 from .reference import LensHead, LensStats, soft_cap
 
@@ -116,6 +116,8 @@ def _reduce(
     row_multiple = max(config.block_m, TARGET_ROWS)
     row_bytes = padded_width(hidden.shape[1]) * hidden.element_size()
     step = row_multiple * chunk_blocks(n_rows, row_bytes, row_multiple, processor_count(device))
+    if step < n_rows:  # a plan would hold the buffers of all chunks at once, for launches that are few beside the work
+        stop_recording()
     if same_bits is None:
         same_bits = targets is not None and target_matches_main_product(head, config)
     options = LensOptions(head, config, targets is not None, same_bits)

@@ -53,7 +53,7 @@ def launch(
 
     # In a context of its own: the allocator of the caller's other kernels stays theirs.
     compiled = run() if allocator is None else contextvars.copy_context().run(run)
-    if (recorder := _recorder.get()) is not None:
+    if (recorder := _recorder.get()) is not None and not recorder.stopped:
         compile_time = (flags[name] for name in kernel.arg_names[len(args) :])
         recorder.launches.append(_Launch(compiled, programs, [*args, *compile_time], allocator))
 
@@ -61,9 +61,15 @@ def launch(
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As `torch.empty`, for a buffer between kernels; those of a plan share one allocation."""
     buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if (recorder := _recorder.get()) is not None:
+    if (recorder := _recorder.get()) is not None and not recorder.stopped:
         recorder.buffers.append(buffer)
     return buffer
+
+
+def stop_recording() -> None:
+    """No plan is made of the call under way, and nothing of it is kept that a plan would need."""
+    if (recorder := _recorder.get()) is not None:
+        recorder.stop()
 
 
 class _Launch:
@@ -128,12 +134,18 @@ class Recorder:
         self._operands, self._results = operands, results
         self.buffers: list[Tensor] = []
         self.launches: list[_Launch] = []
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Let go of everything; there will be no plan."""
+        self.stopped = True
+        self.buffers.clear()
+        self.launches.clear()
 
     def plan(self) -> Plan | None:
-        """None where launches cannot be made again, or a pointer is neither clearly an operand nor made for the call.
-
-        So no calls in several chunks of rows are kept, whose launches are few beside what they do.
-        """
+        """None where launches cannot be made again, or a pointer is neither clearly an operand nor made here."""
+        if self.stopped:
+            return None
         given = [id(tensor) for tensor in self._operands if tensor is not None]
         is_clear = len(set(given)) == len(given)  # one tensor may be two operands, which the next call has apart
         if not (is_clear and all(hasattr(made.compiled, "packed_metadata") for made in self.launches)):

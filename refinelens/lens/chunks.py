@@ -66,7 +66,12 @@ def prove_chunks(lens: LogitLens, ids: Sequence[int], size: int) -> ChunkedPrefi
         return ChunkedPrefill(False, gate.why)
     tokens = torch.tensor([ids[: 2 * LONG]])
     positions = torch.linspace(0, tokens.shape[1] - 1, COMPARED).long().unique()[None]
-    chunked = torch.cat([own for _, own in in_chunks(lens, tokens, positions, roomy_cache(tokens.shape[1]), size)], 2)
+    try:
+        parts = [own for _, own in in_chunks(lens, tokens, positions, roomy_cache(tokens.shape[1]), size)]
+        chunked = torch.cat(parts, 2)
+    except Exception as error:  # a model's own code may take no such cache; one pass still works
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        return ChunkedPrefill(False, f"{type(lens.model).__name__} does not run in chunks ({what})")
     try:
         whole = lens.hidden(tokens, positions)
     except Exception as error:

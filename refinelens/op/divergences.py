@@ -195,7 +195,9 @@ def _against_final(
 def _expected_linear(backend: str, x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:
     """Every layer's logits averaged under the final prediction, ``[n_layers + 1, N]``; there is no softcap."""
     mean_weights, mean_bias, _ = mean_unembedding(x_hat[-1], head, logsumexp[-1], backend)
-    return head.scale * (torch.einsum("lnd,nd->ln", x_hat, mean_weights) + mean_bias)
+    # Row by row and layer by layer: other bits beside other rows a matrix product could give.
+    expected = torch.stack([torch.linalg.vecdot(layer, mean_weights) for layer in x_hat])
+    return head.scale * (expected + mean_bias)
 
 
 def _expected_capped(x_hat: Tensor, logsumexp: Tensor, head: LensHead) -> Tensor:

@@ -52,19 +52,21 @@ def lens_kl(
     Raises:
         InputError: Shapes or devices that do not fit, or a row that is not finite.
 
-    Computes in fp32, of fp64 states in fp64. A softcap makes the logits no longer linear in ``x_hat``: then both
-    predictions are formed once more side by side, a chunk of the vocabulary at a time, in plain torch.
+    Computes in fp32, of fp64 states in fp64. By Triton normed states are rounded to the dtype of the weight first, as
+    the lens's are, so that beside one of half precision divergence and gradient have its rounding. A softcap makes the
+    logits no longer linear in ``x_hat``: then both predictions are formed once more side by side, a chunk of the
+    vocabulary at a time, in plain torch.
 
     Source of the objective: Belrose et al. 2023, arXiv 2303.08112, section 3.
     """
     _check(states, final_states, head, final_is_normed)
     dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-    x_hat = _normed(states, head, dtype)
-    with torch.no_grad():
-        final = final_states.to(dtype) if final_is_normed else _normed(final_states, head, dtype)
     plain = replace(head, norm=None, projection=None)
     run = _Linear if head.softcap is None else _Capped
     with torch.autocast(states.device.type, enabled=False):  # the products are in ``dtype``
+        x_hat = _normed(states, head, dtype)
+        with torch.no_grad():
+            final = final_states.to(dtype) if final_is_normed else _normed(final_states, head, dtype)
         kl = run.apply(x_hat, final, plain, backend)
     if check_values and not bool(kl.detach().isfinite().all()):
         rows = (~kl.detach().isfinite()).nonzero()
@@ -99,9 +101,13 @@ def _check(states: Tensor, final_states: Tensor, head: LensHead, final_is_normed
 
 
 def _normed(states: Tensor, head: LensHead, dtype: torch.dtype) -> Tensor:
-    """Behind norm and projection, in ``dtype``; differentiable."""
-    x_hat = apply_norm(states, head.norm, dtype)
-    return x_hat if head.projection is None else x_hat @ head.projection.to(dtype).T
+    """Behind norm and projection, in ``dtype``; differentiable in the states alone."""
+    norm = head.norm
+    if norm is not None:
+        vectors = {name: own.detach() for name in ("weight", "bias") if (own := getattr(norm, name)) is not None}
+        norm = replace(norm, **vectors)
+    x_hat = apply_norm(states, norm, dtype)
+    return x_hat if head.projection is None else x_hat @ head.projection.detach().to(dtype).T
 
 
 class _Linear(torch.autograd.Function):
@@ -179,8 +185,9 @@ def _add_capped(
 
 
 def _operands(x_hat: Tensor, head: LensHead, backend: str) -> Tensor:
-    """As the products take them: Triton multiplies in the dtype of the weights."""
-    return x_hat.to(head.weight.dtype) if choose_backend(x_hat.device.type, backend)[0] == "triton" else x_hat
+    """As the products take them: Triton multiplies in the dtype of the weights, but for fp64, the reference's."""
+    by_triton = x_hat.dtype != torch.float64 and choose_backend(x_hat.device.type, backend)[0] == "triton"
+    return x_hat.to(head.weight.dtype) if by_triton else x_hat
 
 
 def _mean_rows(x_hat: Tensor, head: LensHead, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,12 +165,11 @@ class ContextBuilder:
     def prepare(self, questions: Sequence[Question], thread: Executor) -> None:
         """Let a thread do what `build` does of some questions, which then takes that, errors included.
 
-        Not of those for which the model is asked which answer is the target, or whether to keep the question.
+        Not where the model is asked which answer is the target, or whether to keep a question: two threads must not
+        encode with one tokenizer at a time, whose calls change its settings.
         """
-        options = self._options
-        for question in questions if options.keep == EVERY_QUESTION else ():
-            if options.alias == "first" or len(question.answers) < 2:
-                self._ahead[question.id] = thread.submit(self._built, question)
+        if self._options.keep == EVERY_QUESTION and self._options.alias == "first":
+            self._ahead |= {question.id: thread.submit(self._built, question) for question in questions}
 
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""

@@ -217,14 +217,16 @@ class SweepInputs:
         """
         predictor, questions = self.predictor(), self.questions
         groups = groups_of(places, questions_together(self.options, self.loaded.device.type))
-        with ThreadPoolExecutor(1, "contexts") as thread:
-            ahead = iter(groups)
+        thread, ahead = ThreadPoolExecutor(1, "contexts"), iter(groups)
+        try:
             for group in groups:
                 if stopped():
                     return
                 for other in islice(ahead, 1 if group is not groups[0] else 2):
                     predictor.prepare(questions, other, thread)
                 yield from zip(group, predictor.ask(questions, group), strict=True)
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def load_questions(options: SweepConfig, spec: RunSpec | None = None) -> tuple[Task, Template, list[Question]]:

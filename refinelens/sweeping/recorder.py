@@ -18,6 +18,7 @@ from ..machine import now
 from ..placement import ORACLE
 from ..store.folder import FolderWriter
 from ..store.layers import LayersFolder
+from ..store.process import Interrupted
 from ..store.results import LAYERS, Part, QuestionResult, Run, write_rows
 from ..store.trajectory import list_matrix
 
@@ -168,8 +169,16 @@ class RunWriter(FolderWriter):
             done.result()
 
     def release(self) -> None:
-        """Wait for the thread, whatever it met: nothing is written behind this."""
-        self._thread.shutdown()
+        """Wait for the thread, whatever it met, and however often a signal comes: nothing is written behind this."""
+        signal = None
+        while True:
+            try:
+                self._thread.shutdown()
+                break
+            except Interrupted as another:
+                signal = another
+        if signal is not None:
+            raise signal
 
     def _taken_notes(self) -> dict[str, object]:
         notes, self._notes = self._notes, {}

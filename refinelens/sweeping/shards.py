@@ -195,6 +195,9 @@ def _differences(first: dict, other: dict) -> list[tuple[str, object, object]]:
     pairs += [(name, first["arguments"].get(name), other["arguments"].get(name)) for name in names]
     lenses = ([(lens["name"], lens.get("sha256")) for lens in manifest["lenses"]] for manifest in (first, other))
     pairs.append(("lenses", *lenses))
+    chunks = [_entry(manifest, "chunked_prefill.used") for manifest in (first, other)]
+    if None not in chunks:  # one without long contexts has proven nothing
+        pairs.append(("chunked_prefill.used", *chunks))
     return [(field, wanted, got) for field, wanted, got in pairs if wanted != got]
 
 

@@ -193,7 +193,11 @@ def test_an_operand_that_is_two_is_launched_in_the_ordinary_way(launched):
 
 def test_several_chunks_are_launched_in_the_ordinary_way(launched, monkeypatch):
     monkeypatch.setattr(config, "X_HAT_BYTES", 1)
+    kept = []
+    own = launches.Recorder.plan
+    monkeypatch.setattr(launches.Recorder, "plan", lambda self: kept.append(len(self.buffers)) or own(self))
     assert_ordinary(launched, make(n_rows=70))
+    assert kept and not any(kept)  # the buffers of earlier chunks are gone
 
 
 def test_an_unknown_triton_is_launched_in_the_ordinary_way(launched, monkeypatch):

@@ -149,6 +149,16 @@ def test_a_real_context_may_show_what_the_gate_cannot(lens, short, monkeypatch, 
     assert passes[-1] == (31, 31) and found.shape == (4, 31)
 
 
+def test_a_model_that_takes_no_such_cache_is_read_in_one_pass(lens, short, monkeypatch, passes):
+    def refuse(*given, **more):
+        raise TypeError("no cache of this kind")
+
+    monkeypatch.setattr(chunks, "roomy_cache", lambda tokens: refuse)
+    found, proof = lens.read(ids_of(31)[0]), lens.proofs["chunks"]
+    assert not proof.used and "LlamaForCausalLM does not run in chunks (" in proof.why
+    assert passes[-1] == (31, 31) and found.shape == (4, 31)
+
+
 def test_the_proof_holds_no_more_for_a_longer_context(lens, short, passes):
     """It sees the beginning of the context, more than one chunk of it."""
     assert prove_chunks(lens, ids_of(61)[0].tolist(), FEW).used

@@ -227,3 +227,29 @@ def test_training_descends_as_with_all_logits():
 
 def _log_p(states, head):
     return head.z(apply_norm(states, head.norm, torch.float64)).log_softmax(-1)
+
+
+def test_autocast_changes_nothing():
+    head = replace(make_head(), projection=normal(WIDTH, 23, seed=8).float(), norm=None)
+    head = replace(head, weight=head.weight.float())
+    states, final = normal(3, 23, seed=5).float().requires_grad_(), normal(3, 23, seed=6).float()
+    plain = lens_kl(states, final, head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = lens_kl(states, final, head)
+    assert torch.equal(cast, plain)
+    assert torch.equal(*(torch.autograd.grad(kl.sum(), states)[0] for kl in (cast, plain)))
+
+
+def test_a_norm_that_is_trained_gets_no_gradient():
+    weight = torch.nn.Parameter(torch.ones(WIDTH))
+    head = replace(make_head(dtype=torch.float32), norm=RMSNorm(weight))
+    assert not lens_kl(normal(3, WIDTH).float(), normal(3, WIDTH).float(), head).requires_grad
+
+
+@pytest.mark.parametrize("n_layers", [13, 40])
+def test_kl_to_final_has_the_same_bits_beside_other_positions(n_layers):
+    head, hidden = make_head(dtype=torch.float32), normal(n_layers, 9, WIDTH, seed=5).float()
+    whole = kl_to_final(hidden, fused_lens(hidden, head), head)
+    for place in range(hidden.shape[1]):
+        one = hidden[:, place : place + 1].clone()
+        assert torch.equal(kl_to_final(one, fused_lens(one, head), head), whole[:, place : place + 1])

@@ -8,6 +8,7 @@ import pytest
 
 from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
+from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
 from refinelens.sweeping import recorder
 from refinelens.sweeping.contexts import ContextBuilder
@@ -40,6 +41,34 @@ def held(monkeypatch):
 
     monkeypatch.setattr(recorder, "write_rows", write)
     return may_go, names
+
+
+def test_a_stop_waits_for_no_contexts_that_nobody_needs(inputs, monkeypatch):
+    built, own = [], ContextBuilder._built
+    monkeypatch.setattr(ContextBuilder, "_built", lambda self, one: built.append(one.id) or own(self, one))
+    asking = inputs.ask(list(range(6)), stopped=lambda: False)
+    next(asking)
+    asking.close()
+    assert len(built) <= 2
+
+
+def test_the_folder_is_held_until_a_part_is_written(inputs, held, tmp_path, monkeypatch):
+    """A signal that comes while the thread is waited for changes nothing."""
+    may_go, names = held
+    writer = writer_of(inputs, tmp_path)
+    place, result = next(inputs.ask([0], stopped=lambda: False))
+    writer.add(place, result)
+    own = writer._thread.shutdown
+
+    def interrupted(*given):
+        monkeypatch.setattr(writer._thread, "shutdown", own)
+        may_go.set()
+        raise Interrupted(2)
+
+    monkeypatch.setattr(writer._thread, "shutdown", interrupted)
+    with pytest.raises(Interrupted):
+        writer.release()
+    assert names and writer._writing.done()
 
 
 def writer_of(inputs, folder, part=1):

@@ -142,6 +142,17 @@ def test_a_shard_of_another_run(shards, tmp_path, change, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_shards_agree_on_whether_contexts_ran_in_chunks(shards, tmp_path):
+    def ran(used):
+        return lambda manifest: manifest.update(chunked_prefill={"used": used, "why": ""})
+
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    first, second = changed(shards[0], tmp_path / "a", ran(True)), changed(shards[1], tmp_path / "b", ran(False))
+    with pytest.raises(InputError, match="expected chunked_prefill.used True, as .* has it, got False"):
+        merge_runs([first, second, shards[2]], tmp_path / "run")
+    assert merge_runs([first, *shards[1:]], tmp_path / "run").exists
+
+
 def test_names_that_differ_from_machine_to_machine(whole, shards, tmp_path):
     """Files are held to their contents, wherever they lie."""
 
