@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import LensConfig, LensOptions, generation_of, is_aligned, pinned_config
+from .config import LensConfig, LensOptions, by_pointers, generation_of, is_aligned, pinned_config
 from .kernel import add_product
 from .reference import LensHead
 
@@ -29,6 +29,11 @@ def tile_config(weight: Tensor) -> LensConfig:
 def masked_tiles(pinned: LensConfig) -> LensConfig:
     """The configuration whose tiles are the last ones of ``pinned``."""
     return replace(pinned, block_v=pinned.tail_v, kind="plain")
+
+
+def pointer_tiles(pinned: LensConfig) -> LensConfig:
+    """The configuration by pointer loads whose tiles are those of ``pinned``, as wide as registers allow."""
+    return replace(by_pointers(pinned), kind="plain")
 
 
 def plain_options(head: LensHead) -> LensOptions:
