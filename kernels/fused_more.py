@@ -36,7 +36,7 @@ _MANY_ROWS = 1024
 def more_config(weight: Tensor) -> LensConfig:
     """Tiles of the pinned configuration of many rows, by pointer loads."""
     pinned = pinned_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
-    return pointer_tiles(pinned)
+    return pointer_tiles(pinned, weight.dtype)
 
 
 def fused_lens_more_triton(

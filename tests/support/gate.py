@@ -82,7 +82,7 @@ class LensVariant:
         )
         config = self.config or pinned_config(self.dtype, self.aligned, self.n_rows, self.generation)
         if self.kernel in gate_beside.KERNELS:
-            config = gate_beside.launched(self.kernel, config)
+            config = gate_beside.launched(self.kernel, config, self.dtype)
         return LensOptions(head, config, self.targets, self.same_bits)
 
     @property

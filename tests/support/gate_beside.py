@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from refinelens.kernels import divergences, kernel_more, lists
 from refinelens.kernels import mean_unembedding as mean
 from refinelens.kernels.config import LensConfig, LensOptions, tile_ranges
@@ -28,10 +30,10 @@ VECTORS = {"p_ptr", "sums_ptr", "stride_p", "second", "log_q_ptr", "stride_q", "
 _TYPES = {"argmax_ptr": "*i32", "ranks_ptr": "*i32", "chosen_ptr": "*i32", "ids_ptr": "*i64"}
 
 
-def launched(kernel: str, pinned: LensConfig) -> LensConfig:
+def launched(kernel: str, pinned: LensConfig, dtype: torch.dtype) -> LensConfig:
     """Tiles of a kernel where the lens has those of ``pinned``."""
     whole = kernel in LISTED or kernel.removesuffix("-tail") in MORE
-    return pointer_tiles(pinned) if whole else masked_tiles(pinned)
+    return pointer_tiles(pinned, dtype) if whole else masked_tiles(pinned)
 
 
 def specialisation(kernel: str, options: LensOptions) -> tuple:
