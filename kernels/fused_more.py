@@ -6,8 +6,6 @@ for lists, through the two of `lists`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 from torch import Tensor
@@ -30,7 +28,7 @@ from .kernel_tma import add_ties
 from .lists import choose_groups, list_tokens
 from .norm_kernel import normed_rows, padded_width
 from .reference import LensHead, LensStats, soft_cap
-from .tiles import SCRATCH_BYTES
+from .tiles import SCRATCH_BYTES, pointer_tiles
 
 _MANY_ROWS = 1024
 
@@ -38,7 +36,7 @@ _MANY_ROWS = 1024
 def more_config(weight: Tensor) -> LensConfig:
     """Tiles of the pinned configuration of many rows, by pointer loads."""
     pinned = pinned_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
-    return replace(pinned, kind="plain")
+    return pointer_tiles(pinned, weight.dtype)
 
 
 def fused_lens_more_triton(

@@ -81,6 +81,8 @@ class LensVariant:
             scale=2.0 if self.scale else 1.0,
         )
         config = self.config or pinned_config(self.dtype, self.aligned, self.n_rows, self.generation)
+        if self.kernel in gate_beside.KERNELS:
+            config = gate_beside.launched(self.kernel, config, self.dtype)
         return LensOptions(head, config, self.targets, self.same_bits)
 
     @property

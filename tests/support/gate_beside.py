@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import torch
 
 from refinelens.kernels import divergences, kernel_more, lists
 from refinelens.kernels import mean_unembedding as mean
-from refinelens.kernels.config import LensOptions, tile_ranges
-from refinelens.kernels.tiles import masked_tiles
+from refinelens.kernels.config import LensConfig, LensOptions, tile_ranges
+from refinelens.kernels.tiles import masked_tiles, pointer_tiles
 
 N_GROUPS = {"choose": 6283, "choose-many": 32000}  # of GPT-2's vocabulary and of Gemma's
 LISTED = {"list": 10, "list-most": lists.MOST_LISTED}
@@ -30,34 +30,40 @@ VECTORS = {"p_ptr", "sums_ptr", "stride_p", "second", "log_q_ptr", "stride_q", "
 _TYPES = {"argmax_ptr": "*i32", "ranks_ptr": "*i32", "chosen_ptr": "*i32", "ids_ptr": "*i64"}
 
 
+def launched(kernel: str, pinned: LensConfig, dtype: torch.dtype) -> LensConfig:
+    """Tiles of a kernel where the lens has those of ``pinned``."""
+    whole = kernel in LISTED or kernel.removesuffix("-tail") in MORE
+    return pointer_tiles(pinned, dtype) if whole else masked_tiles(pinned)
+
+
 def specialisation(kernel: str, options: LensOptions) -> tuple:
-    """The kernel and its compile-time arguments, with the tiles that it has where the lens has those of ``options``."""
+    """The kernel and its compile-time arguments."""
     flags = {} if options.head.bias is not None else dict(bias_ptr=None)
-    own = replace(options, config=masked_tiles(options.config))
     if kernel in PROBABILITIES:
         as_logs = PROBABILITIES[kernel]
         flags |= dict(mass_ptr=None, mean_bias_ptr=None) if as_logs else {}
-        return mean._probability_kernel, flags | mean.probability_flags(own, as_logs)
+        return mean._probability_kernel, flags | mean.probability_flags(options, as_logs)
     if kernel == "average":
-        return mean._average_kernel, mean.average_flags(own)
+        return mean._average_kernel, mean.average_flags(options)
     if kernel in DIVERGENCES:
-        own = divergences.jensen_shannon_options(own) if DIVERGENCES[kernel] else own
+        options = divergences.jensen_shannon_options(options) if DIVERGENCES[kernel] else options
         flags |= dict(mass_ptr=None) if DIVERGENCES[kernel] else {}
-        return divergences._divergence_kernel, flags | divergences.divergence_flags(own, DIVERGENCES[kernel])
+        return divergences._divergence_kernel, flags | divergences.divergence_flags(options, DIVERGENCES[kernel])
     if kernel == "expected":
         return divergences._expected_kernel, divergences.expected_flags(options.head.d_model)
     if kernel in N_GROUPS:
         return lists._choose_kernel, lists.choose_flags(N_GROUPS[kernel])
     if kernel in LISTED:
-        return lists._list_kernel, flags | lists.list_flags(own, LISTED[kernel])
-    return kernel_more._more_kernel, flags | _more_flags(kernel, replace(options.config, kind="plain"), options)
+        return lists._list_kernel, flags | lists.list_flags(options, LISTED[kernel])
+    return kernel_more._more_kernel, flags | _more_flags(kernel, options)
 
 
-def _more_flags(kernel: str, config, options: LensOptions) -> dict:
+def _more_flags(kernel: str, options: LensOptions) -> dict:
+    config = options.config
     is_tail = kernel.endswith("-tail")
     has_targets, has_stats, has_maxima = MORE[kernel.removesuffix("-tail")]
     tiles = tile_ranges(2 * config.block_v - is_tail, 2, 2, config, processors=1, by_tma=False)[-1]
-    flags = kernel_more.more_flags(replace(options, config=config), tiles, has_targets, has_stats, has_maxima)
+    flags = kernel_more.more_flags(options, tiles, has_targets, has_stats, has_maxima)
     absent = dict(rank_ptr=None) if has_stats else dict.fromkeys(
         ("best_ptr", "argmax_ptr", "rank_ptr", "total_ptr", "weighted_ptr")
     )  # fmt: skip
