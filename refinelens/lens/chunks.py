@@ -98,8 +98,9 @@ def read_tokens(
     shape, device = tokens.positions.shape[0 if is_batch else 1 :], lens.head.weight.device
     whole, flat = spread_targets(targets, lens.tokenizer, shape, device)
     others, parts = spread_alternatives(alternatives, lens.tokenizer, shape, device), []
-    cache, size = roomy_cache(tokens.input_ids.shape[1]), chunk_tokens(lens)
-    for here, states in in_chunks(lens, tokens.input_ids, tokens.positions, cache, size):
+    n_tokens, size = tokens.input_ids.shape[1], chunk_tokens(lens)
+    # The cache has no name here: it is gone before the parts are put together.
+    for here, states in in_chunks(lens, tokens.input_ids, tokens.positions, roomy_cache(n_tokens), size):
         if states.numel():
             given = (None if v is None else v[here][None] if is_batch else v[here] for v in (flat, others))
             parts.append(read(states, *given))

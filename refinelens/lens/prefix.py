@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 12
 ROWS_OF_LOGITS = 16  # whose logits are held at a time, where argmaxes differ
+FULL_CHUNKS = 8192  # tokens of a context that run in chunks of full size; twice as many halve it
 
 
 @dataclass(frozen=True)
@@ -128,27 +129,29 @@ def in_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Run one context some tokens at a time: which of its positions each chunk has, and their states.
 
-    What a pass holds is then that of a chunk, whatever the length of the context, apart from the cache and from a mask
-    of a chunk's tokens by those so far.
+    What a pass holds is then that of a chunk, whatever the length of the context, apart from the cache. A mask of a
+    chunk's tokens by those so far, and weights of eager attention, do not grow either: chunks get shorter instead.
 
     Args:
         lens: Of the model.
         input_ids: ``[1, token]`` int64, on the CPU.
         positions: ``[1, n_positions]`` int64, ascending.
         cache: Empty, see `roomy_cache`; holds every token in the end.
-        size: Tokens of a chunk.
+        size: Tokens of a chunk, among the first `FULL_CHUNKS` of the context.
         sublayers: As of `LogitLens.hidden`.
 
     Yields:
         A slice of ``positions``, empty where a chunk has none of them, and `LogitLens.hidden` there.
     """
-    places = positions[0].contiguous()
-    for start in range(0, input_ids.shape[1], size):
-        first, end = torch.searchsorted(places, torch.tensor([start, start + size])).tolist()
+    places, start = positions[0].contiguous(), 0
+    while start < input_ids.shape[1]:
+        stop = start + max(1, size >> (start // FULL_CHUNKS).bit_length())
+        first, end = torch.searchsorted(places, torch.tensor([start, stop])).tolist()
         with SkipHiddenKeys():
-            ids, own = input_ids[:, start : start + size], positions[:, first:end] - start
+            ids, own = input_ids[:, start:stop], positions[:, first:end] - start
             states = lens.hidden(ids, own, None, cache, sublayers)
         yield slice(first, end), states
+        start = stop
         del states  # is not held while the next chunk runs
 
 

@@ -1,6 +1,8 @@
 """Long contexts in chunks: the states, ranks and rows of one pass, no more held than of a chunk, and refused if not."""
 
+import weakref
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from faults import at_pass
 from refinelens import LogitLens
 from refinelens.config import SweepConfig
 from refinelens.errors import FaultError
-from refinelens.lens import chunks
+from refinelens.lens import chunks, prefix
 from refinelens.lens.chunks import CPU_CHUNK, LONG, holds_less, prove_chunks
 from refinelens.lens.prefix import compare, difference, in_chunks, roomy_cache
+from refinelens.lens.reading import LayerReading
 from refinelens.lens.runner import ForwardRunner, ModelInput
 from refinelens.store.process import Interrupted
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
@@ -84,6 +87,37 @@ def test_a_long_text_is_read_in_chunks(lens, short, passes, positions, shape):
         expected = lens.read(ids, targets=5, positions=positions, alternatives=[7, 8], top_k=3)
     assert not lens.proofs and list(found.shape[1:]) == shape
     assert_same_reading(found, expected)
+
+
+def test_longer_contexts_have_shorter_chunks(lens, passes, monkeypatch):
+    """So that a mask of a chunk by all tokens so far, and eager weights, stay as large as they are."""
+    monkeypatch.setattr(prefix, "FULL_CHUNKS", 2 * FEW)
+    ids, positions = ids_of(61), torch.arange(61)[None]
+    found = torch.cat([states for _, states in in_chunks(lens, ids, positions, roomy_cache(61), FEW)], 2)
+    sizes = [n for n, _ in passes]
+    assert sizes[:8] == [7, 7, 3, 3, 3, 3, 3, 1] and set(sizes[7:]) == {1} and sum(sizes) == 61
+    assert max(n * end for n, end in zip(sizes, accumulate(sizes), strict=True)) <= FEW * 2 * FEW
+    assert difference(found, lens.hidden(ids, positions)) < 5e-6
+
+
+def test_the_cache_is_gone_before_a_reading_is_put_together(lens, short, monkeypatch):
+    lens.read(ids_of(31)[0])  # with the proof
+    caches, alive = [], []
+
+    def recorded(n_tokens):
+        caches.append(weakref.ref(cache := roomy_cache(n_tokens)))
+        return cache
+
+    own = LayerReading.cat
+
+    def cat(parts, dim):
+        alive.extend(one() is not None for one in caches if len(parts) == 5)
+        return own(parts, dim)
+
+    monkeypatch.setattr(chunks, "roomy_cache", recorded)
+    monkeypatch.setattr(LayerReading, "cat", staticmethod(cat))
+    lens.read(ids_of(31)[0])
+    assert alive == [False]
 
 
 def assert_same_reading(found, expected):
