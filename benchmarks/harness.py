@@ -9,6 +9,7 @@ import random
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from refinelens.bench.measure import take_turns
 from refinelens.machine import device_name
 
 if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
     from refinelens.data.prompts import Context
     from refinelens.sweeping.inputs import SweepInputs
 
@@ -49,6 +52,24 @@ def machine(device: str = "cpu") -> str:
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' if count > 1 else ''}" if device == "cpu" else ""
     return f"{device_name(device)}{threads}, torch {torch.__version__}"
+
+
+def llama_of(
+    width: int, inner: int, layers: int, heads: int, key_value_heads: int, vocabulary: int, positions: int
+) -> Callable[..., LlamaConfig]:
+    """Makes the configuration of a Llama of this shape."""
+    from transformers import LlamaConfig  # takes a second, which most scripts do not need
+
+    return partial(
+        LlamaConfig,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+    )
 
 
 def contexts_of(inputs: SweepInputs) -> list[list[Context]]:

@@ -19,31 +19,18 @@ from functools import partial
 from tempfile import TemporaryFile
 
 import torch
-from harness import machine, options_of
-from transformers import LlamaConfig
+from harness import llama_of, machine, options_of
 
 from refinelens import LogitLens
 from refinelens.bench.table import aligned
 from refinelens.lens import chunks
 
-
-def _llama(width: int, inner: int, layers: int, heads: int, key_value_heads: int, vocabulary: int) -> partial:
-    return partial(
-        LlamaConfig,
-        vocab_size=vocabulary,
-        max_position_embeddings=65_536,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-    )
-
-
+POSITIONS = 65_536
 SHAPES = {
-    "tiny": _llama(64, 256, 8, 4, 4, 1000),  # a key and value for every head
-    "tiny-gqa": _llama(64, 256, 8, 4, 1, 1000),  # heads share them
-    "smollm2": _llama(576, 1536, 30, 9, 3, 4096),  # but for its vocabulary, which costs time and no memory
+    "tiny": llama_of(64, 256, 8, 4, 4, 1000, POSITIONS),  # a key and value for every head
+    "tiny-gqa": llama_of(64, 256, 8, 4, 1, 1000, POSITIONS),  # heads share them
+    # But for its vocabulary, which costs time and no memory.
+    "smollm2": llama_of(576, 1536, 30, 9, 3, 4096, POSITIONS),
 }
 
 

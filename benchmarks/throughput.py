@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from harness import contexts_of, machine, options_of, turns
-from transformers import GPT2Config, LlamaConfig
+from harness import contexts_of, llama_of, machine, options_of, turns
+from transformers import GPT2Config
 
 from refinelens.bench.measure import clock_of, timed
 from refinelens.bench.table import aligned
@@ -41,27 +41,14 @@ from refinelens.sweeping.contexts import ContextBuilder
 from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.recorder import RunWriter
 
-VOCAB = 50_257
-
-
-def _llama(width: int, inner: int, layers: int, heads: int, key_value_heads: int) -> Callable:
-    return partial(
-        LlamaConfig,
-        vocab_size=VOCAB,
-        max_position_embeddings=8192,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-    )
+VOCAB, POSITIONS = 50_257, 8192
 
 
 SHAPES: dict[str, Callable] = {
-    "gpt2": partial(GPT2Config, vocab_size=VOCAB, n_positions=8192),
-    "smollm2": _llama(576, 1536, 30, 9, 3),
-    "1b": _llama(2048, 8192, 16, 32, 8),
-    "8b": _llama(4096, 14336, 32, 32, 8),
+    "gpt2": partial(GPT2Config, vocab_size=VOCAB, n_positions=POSITIONS),
+    "smollm2": llama_of(576, 1536, 30, 9, 3, VOCAB, POSITIONS),
+    "1b": llama_of(2048, 8192, 16, 32, 8, VOCAB, POSITIONS),
+    "8b": llama_of(4096, 14336, 32, 32, 8, VOCAB, POSITIONS),
 }
 STAGES = {  # what is timed within a sweep, by what it is called
     "contexts": (ContextBuilder, "build"),

@@ -10,17 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import (
-    LensConfig,
-    LensOptions,
-    TileRange,
-    chunk_blocks,
-    generation_of,
-    is_aligned,
-    pinned_config,
-    processor_count,
-    tile_ranges,
-)
+from .config import LensConfig, LensOptions, TileRange, chunk_blocks, is_aligned, processor_count, tile_ranges
 from .fused_lens import target_matches_main_product
 from .kernel import TARGET_ROWS, LensRows, PartialStats, RowStats, launch_targets, merge_splits
 from .kernel_more import GROUP, MoreOutputs, launch_more
@@ -28,15 +18,12 @@ from .kernel_tma import add_ties
 from .lists import choose_groups, list_tokens
 from .norm_kernel import normed_rows, padded_width
 from .reference import LensHead, LensStats, soft_cap
-from .tiles import SCRATCH_BYTES, pointer_tiles
-
-_MANY_ROWS = 1024
+from .tiles import SCRATCH_BYTES, many_rows_config, pointer_tiles
 
 
 def more_config(weight: Tensor) -> LensConfig:
     """Tiles of the pinned configuration of many rows, by pointer loads."""
-    pinned = pinned_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
-    return pointer_tiles(pinned, weight.dtype)
+    return pointer_tiles(many_rows_config(weight), weight.dtype)
 
 
 def fused_lens_more_triton(

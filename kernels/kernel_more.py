@@ -144,7 +144,6 @@ class MoreOutputs:
         parts = None if self.parts is None else PartialStats(*(field[part] for field in self.parts))
         return MoreOutputs(parts, self.ranks, self.maxima)
 
-
     def apart(self) -> list[MoreOutputs]:
         """In two launches: beside some forms of the others maxima spill."""
         if self.maxima is None or (self.parts is None and self.ranks is None):

@@ -21,14 +21,14 @@ SCRATCH_BYTES = 32 * 2**20
 _MANY_ROWS = 1024
 
 
-def tile_config(weight: Tensor) -> LensConfig:
-    """Tiles with masks and room for two programs a processor, so that one multiplies while another reduces."""
-    pinned = pinned_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
-    return masked_tiles(pinned)
+def many_rows_config(weight: Tensor) -> LensConfig:
+    """The pinned configuration of many rows, from which the tiles beside the lens are made."""
+    return pinned_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
 
 
 def masked_tiles(pinned: LensConfig) -> LensConfig:
-    """The configuration whose tiles are the last ones of ``pinned``."""
+    """The last tiles of ``pinned``, with masks: a processor has room for two programs, one of which can multiply while
+    the other reduces."""
     return replace(pinned, block_v=pinned.tail_v, kind="plain")
 
 
@@ -41,7 +41,7 @@ def pointer_tiles(pinned: LensConfig, dtype: torch.dtype) -> LensConfig:
 
 def plain_options(head: LensHead) -> LensOptions:
     """Options of the kernels beside the lens."""
-    return LensOptions(head, tile_config(head.weight))
+    return LensOptions(head, masked_tiles(many_rows_config(head.weight)))
 
 
 def even_chunks(total: int, most: int) -> int:

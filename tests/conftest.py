@@ -67,6 +67,16 @@ def every_core(pytestconfig):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def threads():
+    """Sets how many threads torch has, for one test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a tiny random GPT-2 with a word-level tokenizer that knows the words of `questions`."""

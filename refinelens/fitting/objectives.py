@@ -166,7 +166,7 @@ def train(
         if step == steps:
             break
         head, hidden = sampled_head(logit_lens.head, hidden[-1], generator), hidden.float()
-        translated = torch.stack([own(states) for own, states in zip(corrections, hidden, strict=False)])
+        translated = torch.stack([own(states) for own, states in zip(corrections, hidden[:-1], strict=True)])
         lens_kl(translated, hidden[-1], head).mean(-1).sum().backward()
         for correction in corrections:
             correction.update()
@@ -179,8 +179,8 @@ def sampled_head(head: LensHead, final_states: Tensor, generator: torch.Generato
 
     The likeliest tokens of every row at the output are all in it; of the ``n`` others `OTHERS` are drawn, each with
     ``log(n / OTHERS)`` added to its logit. So the sums over the vocabulary are right in the mean: importance sampling
-    of the partition function (Bengio and Senecal 2003; Jean et al. 2015, arXiv 1412.2007, section 3). A step then costs
-    an eighth of the product or less, and its noise is below that of drawing tokens of text.
+    of the partition function (Bengio and Senecal 2003; Jean et al. 2015, arXiv 1412.2007, section 3). What that costs
+    and gains beside the whole vocabulary is measured by benchmarks/fit_kl.py.
 
     Args:
         head: The model's. Small vocabularies stay whole, and those under a softcap, where no bias can stand for others.

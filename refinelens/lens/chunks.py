@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.hooks import text_config
 from ..model.loading import is_out_of_memory
 from .inputs import Tokens, spread_alternatives, spread_targets
-from .prefix import check_branching, compare, in_chunks, roomy_cache
+from .prefix import check_branching, compare, in_chunks, in_words, roomy_cache
 from .reading import LayerReading
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def prove_chunks(lens: LogitLens, ids: Sequence[int], size: int) -> ChunkedPrefi
         parts = [own for _, own in in_chunks(lens, tokens, positions, roomy_cache(tokens.shape[1]), size)]
         chunked = torch.cat(parts, 2)
     except Exception as error:  # a model's own code may take no such cache; one pass still works
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-        return ChunkedPrefill(False, f"{type(lens.model).__name__} does not run in chunks ({what})")
+        return ChunkedPrefill(False, f"{type(lens.model).__name__} does not run in chunks ({in_words(error)})")
     try:
         whole = lens.hidden(tokens, positions)
     except Exception as error:

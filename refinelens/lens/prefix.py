@@ -198,9 +198,13 @@ def check_branching(lens: LogitLens, allowed: float | None = None) -> PrefixReus
             pairs.append((branches.hidden(ids, positions), lens.hidden(ids, positions)))
         return compare(lens, pairs, allowed)
     except Exception as error:  # anything can come out of a model's own code
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-        why = f"its layers do not go on from a cache of keys and values ({what})"
+        why = f"its layers do not go on from a cache of keys and values ({in_words(error)})"
         return PrefixReuse(False, f"{type(lens.model).__name__} cannot branch: {why}")
+
+
+def in_words(error: Exception) -> str:
+    """Its class and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def compare(

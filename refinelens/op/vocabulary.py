@@ -94,7 +94,7 @@ def lens_top_k(
     if gpu.keeps_lists(hidden, k, backend):
         z, ids = gpu.top_k(hidden, head, k)
     elif _keeps_lists(hidden, k, backend):
-        return _in_one_product(hidden, head, None, None, k)[2]  # type: ignore[return-value]
+        return _in_one_product(hidden, head, None, None, k, backend, True)[2]  # type: ignore[return-value]
     else:
         rows = hidden.reshape(-1, hidden.shape[-1]).split(row_chunk(hidden.device))
         blocks = [top_k_reference(apply_norm(block, head.norm), head, k) for block in rows]
@@ -233,8 +233,8 @@ def _in_one_product(
     targets: Tensor | None,
     several: Tensor | None,
     k: int,
-    backend: str = "auto",
-    check_values: bool = True,
+    backend: str,
+    check_values: bool,
 ) -> tuple[LensStats, TargetStats | None, TopK | None]:
     """By C++ or Triton, of targets ``[N]`` and more of them ``[N, T]``."""
     by_triton = gpu.runs_by_triton(hidden, backend)

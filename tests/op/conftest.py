@@ -4,7 +4,6 @@ import ctypes
 import platform
 
 import pytest
-import torch
 
 from tiny import skip_unless_isa_runs
 
@@ -17,14 +16,6 @@ def isa(request, monkeypatch):
     monkeypatch.setenv("REFINELENS_ISA", request.param)
     skip_unless_isa_runs()
     return request.param
-
-
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from refinelens.store.results import open_run
 from refinelens.sweeping import ray_engine
 from refinelens.sweeping.ray_engine import RayWorkers, _Pool, check_ray
 from refinelens.sweeping.sweep import run_sweep
+from sweeps import assert_same_run
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")
 ON_RAY = ("--engine", "ray", "--workers")
@@ -62,18 +63,9 @@ def finish(on_ray, whole, tmp_path):
         for fault in on_ray.folder.glob("*-9"):
             fault.unlink()
         assert on_ray(*words, resume=True).wait() == 0
-        assert_same(tmp_path / "run", whole)
+        assert_same_run(tmp_path / "run", whole)
 
     return resume
-
-
-def assert_same(path, whole):
-    """Every byte that tells of predictions, and every sum."""
-    run = open_run(path)
-    assert run.manifest["status"] == "finished"
-    assert run.manifest["parts"] == whole.manifest["parts"] and run.manifest["counts"] == whole.manifest["counts"]
-    for name in ("trajectories.parquet", "summary.csv", "paired.csv", "inverted_u.csv"):
-        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 def done(path):
@@ -139,7 +131,7 @@ def test_equal_to_one_process(options, whole, tmp_path, capfd):
     given = {"engine": engine, "warn": pytest.fail, "questions_per_part": 4}
     run_sweep(options, tmp_path / "run", progress=progress, **given)
     assert addresses == {"127.0.0.1"}
-    assert_same(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole)
     assert open_run(tmp_path / "run").manifest["workers"] == 2
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert {name: value for name, value in os.environ.items() if name != "RAY_CLIENT_MODE"} == before
@@ -151,7 +143,7 @@ def test_equal_to_one_process(options, whole, tmp_path, capfd):
 @pytest.mark.slow
 def test_a_killed_actor_loses_nothing(on_ray, whole, tmp_path):
     assert on_ray(*ON_RAY, "2", faults=["kill-5", "kill-11"]).wait() == 0
-    assert_same(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole)
     assert not list(on_ray.folder.glob("kill-*"))
     assert {path.read_text() for path in on_ray.folder.glob("threads-*")} == {"1"}
     assert not errors_in(on_ray.log) and "raylet" not in on_ray.log.read_text()
@@ -244,7 +236,7 @@ def test_nodes_and_drivers_are_killed(on_ray, finish, whole, tmp_path):
         assert process.wait() == 0
         words = ("of Ray are gone: 2 left", "workers of Ray died: ", "got room for 2; starts these")
         assert all(any(word in line for word in words) for line in errors_in(on_ray.log))
-    assert_same(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole)
 
 
 @needs_ray
