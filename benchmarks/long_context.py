@@ -59,10 +59,10 @@ def _measure(name: str, n_tokens: int, seed: int) -> list[str]:
         lens.read(ids[:64], targets=ids[:64].roll(-1), top_k=0)
 
     warm()  # what a first pass allocates for good
-    proof, proof_mb, _ = _forked(warm, lambda: chunks.prove_chunks(lens, ids.tolist(), chunks.chunk_tokens(lens)))
+    proof, proof_mb, _ = _forked(warm, lambda: chunks.prove_chunks(lens, chunks.chunk_tokens(lens)))
 
     def read(proven: bool) -> tuple:
-        lens.proofs["chunks"] = chunks.ChunkedPrefill(proven, "")
+        lens.proofs[chunks.chunk_tokens(lens)] = chunks.ChunkedPrefill(proven, "")
         reading = lens.read(ids, targets=ids.roll(-1), top_k=0)
         return reading.argmax, reading.rank, sum(v.numel() * v.element_size() for v in reading._values().values())
 

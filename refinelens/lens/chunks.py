@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..model.hooks import text_config
 from ..model.loading import is_out_of_memory
+from ..model.positions import position_limit
 from .inputs import Tokens, spread_alternatives, spread_targets
 from .prefix import check_branching, compare, in_chunks, in_words, roomy_cache
 from .reading import LayerReading
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 LONG = 4096  # tokens
 CPU_CHUNK = 512  # tokens: matrix products of a CPU are no faster with more, and the mask is as long as the context
 GPU_CHUNK = 2048  # tokens that keep one busy
-COMPARED = 64  # positions of a real context that is run in both ways
+PROVEN = 5120  # tokens of the text that is run in both ways, so as to hold no more than the contexts that are long
+COMPARED = 64  # of its positions
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,22 @@ def holds_less(lens: LogitLens, n_tokens: int, n_positions: int) -> bool:
     return n_tokens > LONG and (n_positions > LONG or is_eager)
 
 
-def prove_chunks(lens: LogitLens, ids: Sequence[int], size: int) -> ChunkedPrefill:
-    """Whether a model run in chunks is the model: on a few tokens as for prefix reuse, then on a real context.
+def prove_chunks(lens: LogitLens, size: int) -> ChunkedPrefill:
+    """Whether a model run in chunks is the model: on a few tokens as for prefix reuse, then on a long text.
 
-    Of that its first ``2 * LONG`` tokens run both ways, so that the proof holds no more for a longer one; states at
-    `COMPARED` positions of every layer must be the same within the parity gate's tolerance, and argmaxes equal but for
-    tokens that are tied within it.
+    That is of `PROVEN` random tokens, or as many as the model has positions for, and the same for whoever asks: which
+    contexts a process meets first must not decide how it runs them. States at `COMPARED` positions of every layer must
+    be the same within the parity gate's tolerance, and argmaxes equal but for tokens that are tied within it.
 
     Args:
         lens: Of the model.
-        ids: Of the context.
         size: Tokens of a chunk.
     """
     gate = check_branching(lens)
     if not gate.used:
         return ChunkedPrefill(False, gate.why)
-    tokens = torch.tensor([ids[: 2 * LONG]])
+    n_tokens, n_vocab = min(PROVEN, position_limit(lens.model) or PROVEN), text_config(lens.model).vocab_size
+    tokens = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.linspace(0, tokens.shape[1] - 1, COMPARED).long().unique()[None]
     try:
         parts = [own for _, own in in_chunks(lens, tokens, positions, roomy_cache(tokens.shape[1]), size)]
@@ -79,6 +80,13 @@ def prove_chunks(lens: LogitLens, ids: Sequence[int], size: int) -> ChunkedPrefi
         return ChunkedPrefill(True, f"{gate.why}; no memory for {tokens.shape[1]} tokens in one pass to compare with")
     found = compare(lens, [(chunked, whole)], tie=lens.parity.tolerance)
     return ChunkedPrefill(found.used, f"{found.why}, of {tokens.shape[1]} tokens")
+
+
+def proven(lens: LogitLens, size: int) -> ChunkedPrefill:
+    """What `prove_chunks` found, the first time that it is asked."""
+    if size not in lens.proofs:
+        lens.proofs[size] = prove_chunks(lens, size)
+    return lens.proofs[size]
 
 
 def read_tokens(
@@ -113,6 +121,4 @@ def _reads_in_chunks(lens: LogitLens, tokens: Tokens) -> bool:
         return False
     if not bool((tokens.positions.diff() > 0).all()):
         return False
-    if "chunks" not in lens.proofs:
-        lens.proofs["chunks"] = prove_chunks(lens, tokens.input_ids[0].tolist(), chunk_tokens(lens))
-    return lens.proofs["chunks"].used
+    return proven(lens, chunk_tokens(lens)).used

@@ -101,7 +101,7 @@ class LogitLens:
         self.parity: ParityReport = parity
         self.independence: Independence = independence
         self.hooks = hooks_on(modules_around(model))  # around the base model when it was proven
-        self.proofs: dict[str, ChunkedPrefill] = {}  # found out about the model since; copies share it
+        self.proofs: dict[int, ChunkedPrefill] = {}  # by tokens of a chunk, found out since; copies share it
         self.name = "plain"  # of the lens
         self.translators: Translators | None = None  # before the norm, None for the plain logit lens
 

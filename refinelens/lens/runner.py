@@ -19,7 +19,7 @@ from ..errors import FaultError, InputError
 from ..model.loading import is_out_of_memory
 from ..model.positions import padded
 from ..model.resid_mid import Sublayers
-from .chunks import ChunkedPrefill, holds_less, prove_chunks
+from .chunks import ChunkedPrefill, holds_less, proven
 from .logit_lens import LogitLens
 from .prefix import Branches, PrefixReuse, branch_order, compare, in_chunks, roomy_cache
 
@@ -258,12 +258,12 @@ class ForwardRunner:
                 yield found.pop()
 
     def _goes_in_chunks(self, one: ModelInput) -> bool:
-        """Whether a context does; the first that holds less so is the proof for the others."""
+        """Whether a context does: one that holds less so, of a model that is proven before the first of them."""
         if not holds_less(self.lens, len(one.ids), len(one.positions)):
             return False
         if self.chunks is None:
             with blamed_on_context(one):
-                self.chunks = prove_chunks(self.lens, one.ids, self._chunk_tokens)
+                self.chunks = proven(self.lens, self._chunk_tokens)
         return self.chunks.used
 
     def _run_in_chunks(self, one: ModelInput, index: int, then: Callable) -> Iterator[ModelStates]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -160,16 +160,18 @@ class ContextBuilder:
         self._loaded = loaded
         self._runner = runner
         self._distractors = DistractorSource(task, options.seed)
+        self._thread = ThreadPoolExecutor(1, "contexts")
         self._ahead: dict[int, Future[QuestionContexts]] = {}  # by question id, see `prepare`
 
-    def prepare(self, questions: Sequence[Question], thread: Executor) -> None:
+    def prepare(self, questions: Sequence[Question]) -> None:
         """Let a thread do what `build` does of some questions, which then takes that, errors included.
 
-        Not where the model is asked which answer is the target, or whether to keep a question: two threads must not
-        encode with one tokenizer at a time, whose calls change its settings.
+        Not twice, however often it is asked to, and not where the model is asked which answer is the target, or whether
+        to keep a question: two threads must not encode with one tokenizer at a time, whose calls change its settings.
         """
         if self._options.keep == EVERY_QUESTION and self._options.alias == "first":
-            self._ahead |= {question.id: thread.submit(self._built, question) for question in questions}
+            new = [question for question in questions if question.id not in self._ahead]
+            self._ahead |= {question.id: self._thread.submit(self._built, question) for question in new}
 
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""

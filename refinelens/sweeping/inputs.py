@@ -5,10 +5,8 @@ from __future__ import annotations
 import platform
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
 
 from ..config import NEEDS_DOCUMENT, SUBLAYERS, SweepConfig
 from ..data.frequencies import TokenFrequencies, count_tokens
@@ -217,16 +215,12 @@ class SweepInputs:
         """
         predictor, questions = self.predictor(), self.questions
         groups = groups_of(places, questions_together(self.options, self.loaded.device.type))
-        thread, ahead = ThreadPoolExecutor(1, "contexts"), iter(groups)
-        try:
-            for group in groups:
-                if stopped():
-                    return
-                for other in islice(ahead, 1 if group is not groups[0] else 2):
-                    predictor.prepare(questions, other, thread)
-                yield from zip(group, predictor.ask(questions, group), strict=True)
-        finally:
-            thread.shutdown(cancel_futures=True)
+        for index, group in enumerate(groups):
+            if stopped():
+                return
+            for soon in groups[index : index + 2]:
+                predictor.prepare(questions, soon)
+            yield from zip(group, predictor.ask(questions, group), strict=True)
 
 
 def load_questions(options: SweepConfig, spec: RunSpec | None = None) -> tuple[Task, Template, list[Question]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby, pairwise
@@ -306,9 +305,9 @@ class Predictor:
         size = 1 if size is None and options.positions == "all" else size  # all states of a context are much to hold
         return ForwardRunner(logit_lens, size, reuse, keeps_cache, sublayers, chunk_tokens)
 
-    def prepare(self, questions: Sequence[Question], places: Sequence[int], thread: Executor) -> None:
+    def prepare(self, questions: Sequence[Question], places: Sequence[int]) -> None:
         """Let a thread build the contexts that `ask` will take for the questions at some places."""
-        self._builder.prepare(self._group(questions, places), thread)
+        self._builder.prepare(self._group(questions, places))
 
     def _group(self, questions: Sequence[Question], places: Sequence[int]) -> Sequence[Question]:
         """The questions that share the batches of those at some places."""

@@ -1,7 +1,8 @@
 """A process that asks questions for another one: ``python -m refinelens.sweeping.worker FD``, which `Workers` starts.
 
 Over the connection it is given it takes options and manifest, loads everything, says that it is ready, and then answers
-the places of questions with a `QuestionResult` each. An exception is the answer to whatever went wrong, and the last
+the places of questions with a `QuestionResult` each, told meanwhile which come next, whose contexts a thread builds. An
+exception is the answer to whatever went wrong, and the last
 one.
 """
 
@@ -39,7 +40,10 @@ def _answer(connection: Connection) -> None:
     predictor = inputs.predictor()
     connection.send(None)  # ready
     while True:
-        for result in predictor.ask(inputs.questions, connection.recv()):
+        places, soon = connection.recv()
+        for some in filter(None, (places, soon)):
+            predictor.prepare(inputs.questions, some)
+        for result in predictor.ask(inputs.questions, places):
             connection.send(result)
 
 

@@ -43,7 +43,8 @@ class Workers:
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order.
 
-        Once ``stopped`` says so no further question is begun. The workers end with the iterator.
+        Once ``stopped`` says so no further question is begun but those before one that is under way, without which that
+        would be lost. The workers end with the iterator.
 
         Raises:
             FaultError: What went wrong in a worker, that one could not be started, or that none is left.
@@ -83,6 +84,12 @@ class Workers:
         todo, ahead = deque(groups_of(places, self._together)), AHEAD * self._count * self._together
         arrived: dict[int, QuestionResult] = {}
         index, left = {place: number for number, place in enumerate(places)}, deque(places)
+
+        def take(at_least: int) -> Sequence[int]:
+            """The next questions, while so many groups are left and the first is not too far ahead."""
+            is_near = len(todo) >= at_least and index[todo[0][0]] < len(places) - len(left) + ahead
+            return todo.popleft() if is_near else ()
+
         while left:
             for worker in wait(workers, POLL_SECONDS):
                 try:
@@ -90,16 +97,20 @@ class Workers:
                 except EOFError:
                     workers.remove(worker)
                     self._on_worker_exit(worker, len(workers))
-                    todo.extendleft(filter(None, [worker.task]))
+                    todo.extendleft(filter(None, [worker.soon, worker.task]))
             while left and left[0] in arrived:
                 yield left[0], arrived.pop(left.popleft())
             if stopped():
-                todo.clear()
-                if not any(worker.task for worker in workers):
+                last = max([*arrived, *(place for worker in workers for place in worker.task)], default=-1)
+                while todo and todo[-1][0] > last:
+                    todo.pop()
+                for worker in workers:
+                    worker.soon = worker.soon if worker.soon and worker.soon[0] < last else ()
+                if not todo and not any(worker.task or worker.soon for worker in workers):
                     return
             for worker in workers:
-                if worker.is_free and todo and index[todo[0][0]] < len(places) - len(left) + ahead:
-                    worker.send(todo.popleft())
+                if worker.is_free and (task := worker.soon or take(1)):
+                    worker.send(task, take(len(workers)))  # the last ones wait for whoever is free first
 
     def _on_worker_exit(self, worker: _Worker, left: int) -> None:
         """Say that a worker died and how.
@@ -144,6 +155,7 @@ class _Worker:
     connection: Connection
     is_ready: bool = False
     task: Sequence[int] = ()  # places of the questions that it has yet to answer, in order
+    soon: Sequence[int] = ()  # of those that it will be asked then
 
     @property
     def is_free(self) -> bool:
@@ -154,11 +166,11 @@ class _Worker:
         """For `wait`."""
         return self.connection.fileno()
 
-    def send(self, places: Sequence[int]) -> None:
-        """Ask questions."""
-        self.task = places
+    def send(self, places: Sequence[int], soon: Sequence[int]) -> None:
+        """Ask questions, and say which come next."""
+        self.task, self.soon = places, soon
         with suppress(OSError):
-            self.connection.send(places)
+            self.connection.send((places, soon))
 
     def receive(self) -> dict[int, QuestionResult]:
         """What it answered, by the place of its question.

@@ -37,6 +37,7 @@ def ids_of(length, seed=0):
 def short(monkeypatch):
     """Contexts of more than 20 tokens are long, and chunks short."""
     monkeypatch.setattr(chunks, "LONG", 20)
+    monkeypatch.setattr(chunks, "PROVEN", 25)
     monkeypatch.setattr(chunks, "CPU_CHUNK", FEW)
 
 
@@ -78,7 +79,7 @@ def test_chunks_are_the_whole_pass(name, size):
 def test_a_long_text_is_read_in_chunks(lens, short, passes, positions, shape):
     ids = ids_of(31)[0]
     found = lens.read(ids, targets=5, positions=positions, alternatives=[7, 8], top_k=3)
-    assert lens.proofs["chunks"].used and "of 31 tokens" in lens.proofs["chunks"].why
+    assert lens.proofs[FEW].used and "of 25 tokens" in lens.proofs[FEW].why
     read = [made for made in passes[-5:]]
     assert all(n <= FEW and kept <= FEW for n, kept in read) and sum(kept for _, kept in read) == shape[0]
     lens.proofs.clear()
@@ -135,7 +136,7 @@ def test_a_batch_of_one_has_targets_by_position(lens, short):
     ids = ids_of(31)
     several = torch.stack([ids.roll(-1), ids.roll(-2)], -1)
     found = lens.read(ids, targets=ids.roll(-1), alternatives=several)
-    assert found.shape == (4, 1, 31) and lens.proofs["chunks"].used
+    assert found.shape == (4, 1, 31) and lens.proofs[FEW].used
     one = lens.read(ids[0], targets=ids[0].roll(-1), alternatives=several[0])
     assert torch.equal(found.rank[:, 0], one.rank) and torch.equal(found.logprob[:, 0], one.logprob)
     assert torch.equal(found.alternatives.rank[:, 0], one.alternatives.rank)
@@ -159,7 +160,7 @@ def test_a_model_that_cannot_is_read_in_one_pass(short, passes):
     config = tf.LlamaConfig(**GROUPED, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0})
     lens = LogitLens(shake(tf.LlamaForCausalLM(config)).eval())
     reading = lens.read(ids_of(31)[0])
-    assert not lens.proofs["chunks"].used and "with rope_type dynamic" in lens.proofs["chunks"].why
+    assert not lens.proofs[FEW].used and "with rope_type dynamic" in lens.proofs[FEW].why
     assert reading.shape == (4, 31) and passes[-1] == (31, 31)
 
 
@@ -175,10 +176,10 @@ def forgets(self, keys, values, layer, *more, **kwargs):
 OWN_UPDATE = DynamicCache.update
 
 
-def test_a_real_context_may_show_what_the_gate_cannot(lens, short, monkeypatch, passes):
+def test_a_long_text_may_show_what_the_gate_cannot(lens, short, monkeypatch, passes):
     monkeypatch.setattr(DynamicCache, "update", forgets)
     found = lens.read(ids_of(31)[0])
-    proof = lens.proofs["chunks"]
+    proof = lens.proofs[FEW]
     assert not proof.used and "LlamaForCausalLM branched is not the model" in proof.why
     assert passes[-1] == (31, 31) and found.shape == (4, 31)
 
@@ -188,15 +189,22 @@ def test_a_model_that_takes_no_such_cache_is_read_in_one_pass(lens, short, monke
         raise TypeError("no cache of this kind")
 
     monkeypatch.setattr(chunks, "roomy_cache", lambda tokens: refuse)
-    found, proof = lens.read(ids_of(31)[0]), lens.proofs["chunks"]
+    found, proof = lens.read(ids_of(31)[0]), lens.proofs[FEW]
     assert not proof.used and "LlamaForCausalLM does not run in chunks (" in proof.why
     assert passes[-1] == (31, 31) and found.shape == (4, 31)
 
 
-def test_the_proof_holds_no_more_for_a_longer_context(lens, short, passes):
-    """It sees the beginning of the context, more than one chunk of it."""
-    assert prove_chunks(lens, ids_of(61)[0].tolist(), FEW).used
-    assert max(passes) <= (40, 40) and (40, 40) in passes
+def test_the_proof_is_that_of_no_context(lens, short, passes):
+    """Whatever a process meets first: of one length, more than a chunk of it, and of one text."""
+    runs = [lens.read(ids_of(n, n)[0]) and lens.proofs.pop(FEW) for n in (61, 31)]
+    assert runs[0] == runs[1] and runs[0].used
+    assert passes.count((25, 25)) == 2
+
+
+def test_the_proof_stays_within_the_positions(short, passes):
+    config = tf.GPT2Config(vocab_size=VOCAB, n_positions=22, n_embd=16, n_layer=2, n_head=2)
+    assert prove_chunks(LogitLens(shake(tf.GPT2LMHeadModel(config)).eval()), FEW).used
+    assert max(passes) == (22, 22)
 
 
 def test_without_memory_to_compare_it_is_the_gate_that_counts(lens, short, monkeypatch):
@@ -208,8 +216,8 @@ def test_without_memory_to_compare_it_is_the_gate_that_counts(lens, short, monke
         return own(self, ids, *more)
 
     monkeypatch.setattr(LogitLens, "hidden", hidden)
-    proof = prove_chunks(lens, ids_of(31)[0].tolist(), FEW)
-    assert proof.used and proof.why.endswith("no memory for 31 tokens in one pass to compare with")
+    proof = prove_chunks(lens, FEW)
+    assert proof.used and proof.why.endswith("no memory for 25 tokens in one pass to compare with")
 
 
 def test_argmaxes_may_differ_where_tokens_are_tied(lens):

@@ -1,8 +1,8 @@
 """A worker that something befalls, which files in a folder say, with the id of the question in which it does.
 
 ``kill-9`` ends the worker that is asked question 9 and goes with it, ``always-kill-9`` stays; ``raise-9`` raises;
-``hold-9`` waits until that file is gone, and tells by ``holds-9``; ``hold-start`` before anything is loaded. Every
-worker leaves its pid there.
+``hold-9`` waits until that file is gone, and tells by ``holds-9``, which has its pid; ``hold-start`` before anything is
+loaded. Every worker leaves its pid there.
 """
 
 import os
@@ -29,7 +29,7 @@ def meet_faults(folder):
 
     def hold(where):
         while (folder / f"hold-{where}").exists():
-            (folder / f"holds-{where}").touch()
+            (folder / f"holds-{where}").write_text(str(os.getpid()))
             time.sleep(0.01)
 
     def faulty_build(self, question):

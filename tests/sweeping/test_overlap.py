@@ -3,6 +3,7 @@
 import errno
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +11,12 @@ from refinelens.config import SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.store.process import Interrupted
 from refinelens.store.results import open_run
-from refinelens.sweeping import recorder
+from refinelens.sweeping import recorder, worker
 from refinelens.sweeping.contexts import ContextBuilder
 from refinelens.sweeping.inputs import SweepInputs
 from refinelens.sweeping.predict import Predictor
 from refinelens.sweeping.recorder import RunWriter
+from refinelens.sweeping.run_spec import RunSpec
 from refinelens.sweeping.sweep import resume_sweep, run_sweep
 from sweeps import predictions
 
@@ -171,3 +173,36 @@ def test_an_error_in_contexts_comes_in_its_turn(options, tmp_path, monkeypatch):
         run_sweep(options, tmp_path / "run", questions_per_part=1)
     assert f"question {asked[2]}:" in str(raised.value)
     assert [part["questions"] for part in open_run(tmp_path / "run").manifest["parts"]] == [[0, 1], [1, 2]]
+
+
+@pytest.mark.medium
+def test_a_worker_builds_what_it_will_be_asked_next(options, tmp_path, monkeypatch):
+    """By one thread, once each, while it answers."""
+    run = run_sweep(options, tmp_path / "run", questions_per_part=2)
+    built, asked, answers = [], [], []
+    own, ask = ContextBuilder._built, Predictor.ask
+
+    def recorded(self, question):
+        built.append((question.id, threading.current_thread().name))
+        return own(self, question)
+
+    def asks(self, questions, places):
+        asked.append([questions[place].id for place in places])
+        return ask(self, questions, places)
+
+    monkeypatch.setattr(ContextBuilder, "_built", recorded)
+    monkeypatch.setattr(Predictor, "ask", asks)
+    said = iter([(options, RunSpec(run.path, run.manifest, "resume")), ((0,), (3,)), ((3,), ()), EOFError()])
+
+    def recv():
+        message = next(said)
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    with pytest.raises(EOFError):
+        worker._answer(SimpleNamespace(recv=recv, send=answers.append))
+    ids = [one for group in asked for one in group]
+    assert [id for id, _ in built] == ids and len(ids) == 2
+    assert {name for _, name in built} == {"contexts_0"}
+    assert answers[0] is None and len(answers) == 3

@@ -16,7 +16,7 @@ from refinelens.cli import main
 from refinelens.config import EngineConfig, SweepConfig
 from refinelens.errors import FaultError, InputError
 from refinelens.machine import PACKAGE_ROOT, module_path
-from refinelens.store.results import open_run
+from refinelens.store.results import QuestionResult, open_run
 from refinelens.sweeping.run_spec import RunSpec
 from refinelens.sweeping.sweep import run_sweep
 from refinelens.sweeping.workers import Workers, _Worker
@@ -163,20 +163,72 @@ def test_a_file_that_a_worker_cannot_use():
     "signum, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 def test_a_signal_lets_every_question_finish(fork_server, by_workers, finish, tmp_path, signum, code):
-    """Two are asked when it comes, to the workers too; both are there afterwards, and no worker is."""
-    pid, log, faults = by_workers(2, "hold-8", "hold-9")
-    wait_for(lambda: all((faults / f"holds-{i}").exists() for i in (8, 9)))
+    """Two are asked when it comes, to the workers too; both are there afterwards, those before them, and no worker."""
+    late = range(8, 16)
+    pid, log, faults = by_workers(2, *(f"hold-{i}" for i in late))
+    wait_for(lambda: len({path.read_text() for path in faults.glob("holds-*")} - {""}) == 2)
+    asked = [i for i in late if (faults / f"holds-{i}").exists()]
     workers = pids_in(faults)
     for each in (*workers, pid):
         os.kill(each, signum)
     wait_for((tmp_path / "log.heard").exists)
-    for i in (8, 9):
+    for i in late:
         (faults / f"hold-{i}").unlink()
     assert fork_server.wait(pid) == code
     assert "interrupted; the finished questions stay readable" in only_error(log)
-    assert open_run(tmp_path / "run").manifest["counts"]["done"] == 10
+    assert open_run(tmp_path / "run").manifest["counts"]["done"] == max(asked) + 1 and len(asked) == 2
     assert len(workers) == 2 and not any(map(is_alive, workers))
     finish()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two workers that are played here: what asks them, both of them, and the ends at which they hear and answer."""
+    (ours_a, a), (ours_b, b) = Pipe(), Pipe()
+    processes = [SimpleNamespace(pid=pid, kill=lambda: None, wait=lambda: -signal.SIGKILL) for pid in (1, 2)]
+    both = [_Worker(process, ours) for process, ours in zip(processes, (ours_a, ours_b), strict=True)]
+    a.send(None), b.send(None)  # ready
+    lines = []
+    asks = Workers(SweepConfig(), RunSpec(tmp_path, {"model": {"device": "cpu"}}, "out"), 2, lines.append)
+    return asks, both, a, b, lines
+
+
+def answered(end):
+    """What a worker is asked, and what comes next, which it answers."""
+    heard = end.recv()
+    for _ in heard[0]:
+        end.send(QuestionResult(None, {}, {}, {}, ()))
+    return heard
+
+
+def test_what_a_dead_worker_would_have_been_asked_goes_to_another(pair):
+    """What it was asked comes first, then what it was told to expect."""
+    asks, both, a, b, lines = pair
+    heard = []
+
+    def each_round():
+        if not b.closed and b.poll():
+            assert b.recv() == ((2,), (3,))
+            b.close()
+        elif b.closed and a.poll():
+            heard.append(answered(a))
+
+    assert [place for place, _ in asks._ask(both, list(range(5)), each_round)] == [0, 1, 2, 3, 4]
+    assert heard == [((0,), (1,)), ((1,), (2,)), ((2,), (3,)), ((3,), (4,)), ((4,), ())]
+    assert lines == ["worker 2 was ended by SIGKILL; its question goes to another; 1 of 2 left"]
+
+
+def test_a_stop_asks_what_comes_before_a_question_under_way(pair):
+    """And nothing behind it; without the former its answer would be thrown away."""
+    asks, both, a, b, _ = pair
+    heard = []
+
+    def stopped():
+        heard.extend(answered(end) for end in (a, b) if end.poll())
+        return bool(heard)
+
+    assert [place for place, _ in asks._ask(both, list(range(9)), stopped)] == [0, 1, 2]
+    assert heard == [((0,), (1,)), ((2,), (3,)), ((1,), ())]
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="the system does not say whether a process runs")
