@@ -264,6 +264,11 @@ def shares_of_a_model(measured: dict[str, float]) -> None:
         model, _ = times["model"]
         note = lambda name, seconds, model=model: f"{seconds / model:.1%} of the model's pass"  # noqa: E731
         print_times(f"gpt2, {name}", times, digits=2, note=note)
+        for lens.replays.enabled in (False, True):
+            host = _host_seconds(lambda hidden=hidden, targets=targets: lens.read_states(hidden, targets)) * 1e6
+            how = "may be replayed" if lens.replays.enabled else "launched"
+            print(f"gpt2, {name}: lens and KL, {how}, take {host:.0f} us of the host, its one wait for them included")
+        print(f"gpt2, {name}: kinds that are replayed: {sum(map(bool, lens.replays._recorded.values()))}")
 
 
 def few_rows(measured: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,32 +57,62 @@ class GraphedLens:
 
 
 class Recording:
-    """One captured call with the buffers that its launches read and write."""
+    """One captured call with the buffers that its launches read and write.
 
-    def __init__(self, run, hidden: Tensor, targets: Tensor | None):
-        self._hidden = hidden.clone(memory_format=torch.contiguous_format)
-        self._targets = None if targets is None else targets.clone(memory_format=torch.contiguous_format)
+    Args:
+        run: Of tensors on one GPU, or None; what it returns has a ``map`` over its tensors, as `LensStats` has. It must
+            not wait for the device.
+        inputs: Of the call, in their place.
+    """
+
+    def __init__(self, run: Callable, *inputs: Tensor | None):
+        self._inputs = [None if one is None else one.clone(memory_format=torch.contiguous_format) for one in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                run(self._hidden, self._targets)
+                run(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            out = run(self._hidden, self._targets)
-            # One buffer, so that handing out a copy is one launch more and not one a statistic.
-            self._packed = torch.cat([value.view(torch.uint8) for _, value in out.items()])
-        self._fields = {name: (value.dtype, value.nbytes) for name, value in out.items()}
+        # What other threads do with the device meanwhile is none of this capture's.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._out = run(*self._inputs)
+            self._packed, self._fields = packed(self._out)
 
-    def replay(self, hidden: Tensor, targets: Tensor | None) -> LensStats:
+    def replay(self, *inputs: Tensor | None) -> Any:
         """Run the captured launches on new values; the result is the caller's own copy."""
-        self._hidden.copy_(hidden)
-        if targets is not None:
-            self._targets.copy_(targets)
+        for own, given in zip(self._inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(given)
         self._graph.replay()
-        packed, values, start = self._packed.clone(), {}, 0
-        for name, (dtype, size) in self._fields.items():
-            values[name] = packed[start : start + size].view(dtype)
-            start += size
-        return LensStats(**values)
+        return unpacked(self._out, self._packed.clone(), self._fields)
+
+
+def packed(out: Any) -> tuple[Tensor, list[tuple]]:
+    """The bytes of all tensors in one, so that a copy of them is one launch, and where in it each of them lies."""
+    values: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        values.append(value)
+        return value
+
+    out.map(keep)
+    places: list[tuple] = [()] * len(values)
+    parts, start = [], 0
+    for index in sorted(range(len(values)), key=lambda index: -values[index].element_size()):  # so that all are aligned
+        value = values[index]
+        parts.append(value.flatten().view(torch.uint8))
+        places[index] = (start, start + value.nbytes, value.dtype, value.shape)
+        start += value.nbytes
+    return torch.cat(parts), places
+
+
+def unpacked(like: Any, data: Tensor, places: list[tuple]) -> Any:
+    """As ``like``, with what `packed` put into these bytes."""
+    each = iter(places)
+
+    def take(_: Tensor) -> Tensor:
+        start, end, dtype, shape = next(each)
+        return data[start:end].view(dtype).view(shape)
+
+    return like.map(take)

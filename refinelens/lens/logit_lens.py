@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -26,28 +26,14 @@ from ..model.loading import LoadedModel, memory_for
 from ..model.positions import Independence, Rows, aligned, check_independence, checked_positions
 from ..model.resid_mid import Sublayers, keep_mid
 from ..op.backends import choose_backend
-from ..op.divergences import kl_to_final
 from ..op.fused_lens import fused_lens, values_fit
-from ..op.vocabulary import fused_lens_with
 from .chunks import ChunkedPrefill, read_tokens
 from .files import Lens, load_lens
 from .inputs import spread_alternatives, spread_targets, states_of, targets_of, tokens_of
 from .parity import ParityReport, check_logits, check_parity, looks_normed, returns_normed
 from .reading import LayerReading
+from .replays import Readout, Replays
 from .translators import MODEL_KEYS, Translators, check_made_for, rows_at_a_time
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How states are read."""
-
-    targets: Tensor | None  # [N]
-    alternatives: Tensor | None  # [N, T]
-    translators: Translators | None
-    kl: bool
-    top_k: int
-    normed: bool  # the last layer's states are behind the final norm
-
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of models that only one thread may run at a time
 
@@ -102,6 +88,7 @@ class LogitLens:
         self.independence: Independence = independence
         self.hooks = hooks_on(modules_around(model))  # around the base model when it was proven
         self.proofs: dict[int, ChunkedPrefill] = {}  # by tokens of a chunk, found out since; copies share it
+        self.replays = Replays()
         self.name = "plain"  # of the lens
         self.translators: Translators | None = None  # before the norm, None for the plain logit lens
 
@@ -354,11 +341,12 @@ class LogitLens:
         states = hidden.reshape(len(hidden), -1, hidden.shape[-1]).to(self.head.weight.device)
         place = (hidden.shape[1:-1], states.device)
         targets, flat = spread_targets(targets, self.tokenizer, *place)
-        plan = _Plan(flat, spread_alternatives(alternatives, self.tokenizer, *place), translators, kl, top_k, normed)
+        readout = Readout(self.head, kl, top_k, normed, self.backend)
+        given = (states, flat, spread_alternatives(alternatives, self.tokenizer, *place), translators)
         at_once = not normed and self._checks_at_once(states)  # without a norm an infinity could leave no trace
-        reading = self._read_blocks(states, plan, check_values=not at_once)
+        reading = self._read_blocks(readout, *given, check_values=not at_once)
         if at_once and not values_fit(reading.stats, states, flat, self.head.vocab_size, saturates=False):
-            self._read_blocks(states, plan, check_values=True)  # says what is wrong
+            self._read_blocks(readout, *given, check_values=True)  # says what is wrong
         shape = hidden.shape[:-1]
         reading = reading.map(lambda value: value.view(*shape, *value.shape[2:]))
         if logits is not None:
@@ -392,9 +380,17 @@ class LogitLens:
         leaves_trace = self.head.norm is not None or self.head.softcap is None
         return leaves_trace and choose_backend(states.device.type, self.backend)[0] == "triton"
 
-    def _read_blocks(self, states: Tensor, plan: _Plan, check_values: bool) -> LayerReading:
-        """`read_states` of states ``[n_layers + 1, N, d_model]``, block by block."""
-        n, translators = states.shape[1], plan.translators
+    def _read_blocks(
+        self,
+        readout: Readout,
+        states: Tensor,
+        targets: Tensor | None,
+        alternatives: Tensor | None,
+        translators: Translators | None,
+        check_values: bool,
+    ) -> LayerReading:
+        """`read_states` of states ``[n_layers + 1, N, d_model]``, block by block; targets ``[N]`` and ``[N, T]``."""
+        n = states.shape[1]
         step = n if translators is None else rows_at_a_time(states)
         blocks = []
         for start in range(0, max(1, n), max(1, step)):
@@ -406,23 +402,9 @@ class LogitLens:
                     raise InputError(
                         f"lens: expected translated states that fit {block.dtype}; use ``dtype='float32'``"
                     )
-                blocks.append(self._read_block(block, rows, plan, check_values))
+                own, others = (None if ids is None else ids[rows] for ids in (targets, alternatives))
+                blocks.append(self.replays(readout, block, own, others, check_values))
         return LayerReading.cat(blocks, 1)
-
-    def _read_block(self, block: Tensor, rows: slice, plan: _Plan, check_values: bool) -> LayerReading:
-        own, others = (None if ids is None else ids[rows] for ids in (plan.targets, plan.alternatives))
-        heads = [(block, self.head)]
-        if plan.normed:  # the last layer has no norm before it any more
-            heads = [(block[:-1], self.head), (block[-1:], replace(self.head, norm=None))]
-        parts = []
-        for states, head in heads:
-            stats, several, top = fused_lens_with(states, head, own, others, plan.top_k, self.backend, check_values)
-            parts.append(LayerReading(stats, top=top, alternatives=several))
-        reading = LayerReading.cat(parts, 0)
-        if not plan.kl:
-            return reading
-        kl = kl_to_final(block, reading.stats, self.head, last_is_normed=plan.normed, backend=self.backend)
-        return replace(reading, kl=kl)
 
 
 def model_entry(loaded: LoadedModel, logit_lens: LogitLens) -> dict[str, Any]:

@@ -103,9 +103,10 @@ class LayerReading:
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     def _values(self) -> dict[str, Tensor]:
-        values = dict(self.stats.items()) | {"kl": self.kl, "top_ids": self.top_ids}
-        if self.alternatives is not None:
-            values |= {f"alternatives.{name}": value for name, value in vars(self.alternatives).items()}
+        values = dict(self.stats.items()) | {"kl": self.kl}
+        for part in ("top", "alternatives"):
+            if (own := getattr(self, part)) is not None:
+                values |= {f"{part}.{name}": value for name, value in vars(own).items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerReading:
