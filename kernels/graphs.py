@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .fused_lens import fused_lens_triton
 from .reference import LensHead, LensStats
 
+_capturing = Lock()
 WARM_UPS = 3  # compile, settle what is tried once per device, fill the allocator's pools
 
 
@@ -63,21 +65,31 @@ class Recording:
         run: Of tensors on one GPU, or None; what it returns has a ``map`` over its tensors, as `LensStats` has. It must
             not wait for the device.
         inputs: Of the call, in their place.
+        pool: Memory that recordings share which are replayed on one stream and whose results are copies, see
+            `torch.cuda.graph_pool_handle`; by default one of its own.
+
+    Raises:
+        RuntimeError: CUDA cannot record the call, or no memory for it.
     """
 
-    def __init__(self, run: Callable, *inputs: Tensor | None):
+    def __init__(self, run: Callable, *inputs: Tensor | None, pool: Any = None):
         self._inputs = [None if one is None else one.clone(memory_format=torch.contiguous_format) for one in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 run(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        own = torch.cuda.current_stream()
+        own.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # What other threads do with the device meanwhile is none of this capture's.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._out = run(*self._inputs)
-            self._packed, self._fields = packed(self._out)
+        # A process captures one call at a time; what other threads allocate meanwhile is none of this capture's.
+        with _capturing:
+            try:
+                with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
+                    self._out = run(*self._inputs)
+                    self._packed, self._fields = packed(self._out)
+            finally:
+                torch.cuda.set_stream(own)  # which torch does not where a capture fails
 
     def replay(self, *inputs: Tensor | None) -> Any:
         """Run the captured launches on new values; the result is the caller's own copy."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LONG = 4096  # tokens
 CPU_CHUNK = 512  # tokens: matrix products of a CPU are no faster with more, and the mask is as long as the context
 GPU_CHUNK = 2048  # tokens that keep one busy
-PROVEN = 5120  # tokens of the text that is run in both ways, so as to hold no more than the contexts that are long
+PROVEN = 5120  # tokens of the text that is run in both ways, little more than those from which on a context is long
 COMPARED = 64  # of its positions
 
 
@@ -64,13 +64,16 @@ def prove_chunks(lens: LogitLens, size: int) -> ChunkedPrefill:
     gate = check_branching(lens)
     if not gate.used:
         return ChunkedPrefill(False, gate.why)
-    n_tokens, n_vocab = min(PROVEN, position_limit(lens.model) or PROVEN), text_config(lens.model).vocab_size
+    n_tokens = min(PROVEN, position_limit(lens.model) or PROVEN)
+    n_vocab = min(text_config(lens.model).vocab_size, len(lens.model.get_input_embeddings().weight))
     tokens = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.linspace(0, tokens.shape[1] - 1, COMPARED).long().unique()[None]
     try:
         parts = [own for _, own in in_chunks(lens, tokens, positions, roomy_cache(tokens.shape[1]), size)]
         chunked = torch.cat(parts, 2)
     except Exception as error:  # a model's own code may take no such cache; one pass still works
+        if is_out_of_memory(error):
+            raise
         return ChunkedPrefill(False, f"{type(lens.model).__name__} does not run in chunks ({in_words(error)})")
     try:
         whole = lens.hidden(tokens, positions)

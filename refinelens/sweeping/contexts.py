@@ -173,6 +173,10 @@ class ContextBuilder:
             new = [question for question in questions if question.id not in self._ahead]
             self._ahead |= {question.id: self._thread.submit(self._built, question) for question in new}
 
+    def close(self) -> None:
+        """Nothing more is prepared; what nobody asked for yet is not waited for."""
+        self._thread.shutdown(cancel_futures=True)
+
     def build(self, question: Question) -> QuestionContexts:
         """Contexts in the order of sizes and gold positions. A sweep is paired: of a size all positions, or none."""
         ahead = self._ahead.pop(question.id, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -215,12 +216,13 @@ class SweepInputs:
         """
         predictor, questions = self.predictor(), self.questions
         groups = groups_of(places, questions_together(self.options, self.loaded.device.type))
-        for index, group in enumerate(groups):
-            if stopped():
-                return
-            for soon in groups[index : index + 2]:
-                predictor.prepare(questions, soon)
-            yield from zip(group, predictor.ask(questions, group), strict=True)
+        with closing(predictor):
+            for index, group in enumerate(groups):
+                if stopped():
+                    return
+                for soon in groups[index : index + 2]:
+                    predictor.prepare(questions, soon)
+                yield from zip(group, predictor.ask(questions, group), strict=True)
 
 
 def load_questions(options: SweepConfig, spec: RunSpec | None = None) -> tuple[Task, Template, list[Question]]:

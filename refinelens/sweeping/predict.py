@@ -309,6 +309,10 @@ class Predictor:
         """Let a thread build the contexts that `ask` will take for the questions at some places."""
         self._builder.prepare(self._group(questions, places))
 
+    def close(self) -> None:
+        """Nothing more is asked."""
+        self._builder.close()
+
     def _group(self, questions: Sequence[Question], places: Sequence[int]) -> Sequence[Question]:
         """The questions that share the batches of those at some places."""
         first = places[0] // self._together * self._together

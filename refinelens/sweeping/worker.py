@@ -2,15 +2,14 @@
 
 Over the connection it is given it takes options and manifest, loads everything, says that it is ready, and then answers
 the places of questions with a `QuestionResult` each, told meanwhile which come next, whose contexts a thread builds. An
-exception is the answer to whatever went wrong, and the last
-one.
+exception is the answer to whatever went wrong, and the last one.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 
 from ..machine import calm_libraries
@@ -37,14 +36,14 @@ def _answer(connection: Connection) -> None:
     from .inputs import SweepInputs
 
     inputs = SweepInputs.load(options, spec)
-    predictor = inputs.predictor()
-    connection.send(None)  # ready
-    while True:
-        places, soon = connection.recv()
-        for some in filter(None, (places, soon)):
-            predictor.prepare(inputs.questions, some)
-        for result in predictor.ask(inputs.questions, places):
-            connection.send(result)
+    with closing(inputs.predictor()) as predictor:
+        connection.send(None)  # ready
+        while True:
+            places, soon = connection.recv()
+            for some in filter(None, (places, soon)):
+                predictor.prepare(inputs.questions, some)
+            for result in predictor.ask(inputs.questions, places):
+                connection.send(result)
 
 
 if __name__ == "__main__":

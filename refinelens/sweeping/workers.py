@@ -43,8 +43,8 @@ class Workers:
     def ask(self, places: list[int], stopped: Callable[[], bool]) -> Iterator[tuple[int, QuestionResult]]:
         """Ask the questions at these places, each with its result, in their order.
 
-        Once ``stopped`` says so no further question is begun but those before one that is under way, without which that
-        would be lost. The workers end with the iterator.
+        Once ``stopped`` says so no further question is begun but those before one that is under way or answered, which
+        would be lost without them. The workers end with the iterator.
 
         Raises:
             FaultError: What went wrong in a worker, that one could not be started, or that none is left.
@@ -90,6 +90,11 @@ class Workers:
             is_near = len(todo) >= at_least and index[todo[0][0]] < len(places) - len(left) + ahead
             return todo.popleft() if is_near else ()
 
+        def put_back(groups: list[Sequence[int]]) -> None:
+            in_order = sorted([*todo, *filter(None, groups)], key=lambda group: group[0])
+            todo.clear()
+            todo.extend(in_order)
+
         while left:
             for worker in wait(workers, POLL_SECONDS):
                 try:
@@ -97,20 +102,21 @@ class Workers:
                 except EOFError:
                     workers.remove(worker)
                     self._on_worker_exit(worker, len(workers))
-                    todo.extendleft(filter(None, [worker.soon, worker.task]))
+                    put_back([worker.task, worker.soon])
             while left and left[0] in arrived:
                 yield left[0], arrived.pop(left.popleft())
             if stopped():
+                put_back([worker.soon for worker in workers])  # for whoever is free first
                 last = max([*arrived, *(place for worker in workers for place in worker.task)], default=-1)
+                for worker in workers:
+                    worker.soon = ()
                 while todo and todo[-1][0] > last:
                     todo.pop()
-                for worker in workers:
-                    worker.soon = worker.soon if worker.soon and worker.soon[0] < last else ()
-                if not todo and not any(worker.task or worker.soon for worker in workers):
+                if not todo and not any(worker.task for worker in workers):
                     return
             for worker in workers:
                 if worker.is_free and (task := worker.soon or take(1)):
-                    worker.send(task, take(len(workers)))  # the last ones wait for whoever is free first
+                    worker.send(task, take(len(workers)))  # the last ones are for whoever is free first
 
     def _on_worker_exit(self, worker: _Worker, left: int) -> None:
         """Say that a worker died and how.

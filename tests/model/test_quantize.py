@@ -115,7 +115,7 @@ def by_gptqmodel(folder, checkpoint, **more):
 @pytest.mark.parametrize(
     "package, method, write",
     [
-        ("compressed_tensors", "compressed-tensors", compressed),
+        pytest.param("compressed_tensors", "compressed-tensors", compressed, marks=pytest.mark.medium),
         pytest.param("gptqmodel", "gptq", by_gptqmodel, marks=pytest.mark.slow),
         pytest.param("gptqmodel", "awq", partial(by_gptqmodel, method="awq", format="gemm"), marks=pytest.mark.slow),
     ],

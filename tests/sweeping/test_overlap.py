@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -46,12 +47,25 @@ def held(monkeypatch):
 
 
 def test_a_stop_waits_for_no_contexts_that_nobody_needs(inputs, monkeypatch):
-    built, own = [], ContextBuilder._built
-    monkeypatch.setattr(ContextBuilder, "_built", lambda self, one: built.append(one.id) or own(self, one))
-    asking = inputs.ask(list(range(6)), stopped=lambda: False)
-    next(asking)
-    asking.close()
-    assert len(built) <= 2
+    built, own, may_go = [], ContextBuilder._built, threading.Event()
+
+    def build(self, question):
+        built.append(question.id)
+        assert may_go.wait(30)
+        return own(self, question)
+
+    def no_answer(self, questions, places):
+        for place in (3, 4, 5):
+            self.prepare(questions, [place])
+        raise KeyboardInterrupt  # while at most the first one is built
+
+    monkeypatch.setattr(ContextBuilder, "_built", build)
+    monkeypatch.setattr(Predictor, "ask", no_answer)
+    threading.Timer(0.2, may_go.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(inputs.ask(list(range(6)), stopped=lambda: False))
+    time.sleep(0.1)
+    assert len(built) <= 1, "those that nobody waits for are not built"
 
 
 def test_the_folder_is_held_until_a_part_is_written(inputs, held, tmp_path, monkeypatch):

@@ -204,9 +204,10 @@ def answered(end):
 def test_what_a_dead_worker_would_have_been_asked_goes_to_another(pair):
     """What it was asked comes first, then what it was told to expect."""
     asks, both, a, b, lines = pair
-    heard = []
+    heard, rounds = [], iter(range(1000))
 
     def each_round():
+        next(rounds)
         if not b.closed and b.poll():
             assert b.recv() == ((2,), (3,))
             b.close()
@@ -221,9 +222,10 @@ def test_what_a_dead_worker_would_have_been_asked_goes_to_another(pair):
 def test_a_stop_asks_what_comes_before_a_question_under_way(pair):
     """And nothing behind it; without the former its answer would be thrown away."""
     asks, both, a, b, _ = pair
-    heard = []
+    heard, rounds = [], iter(range(1000))
 
     def stopped():
+        next(rounds)
         heard.extend(answered(end) for end in (a, b) if end.poll())
         return bool(heard)
 
