@@ -64,7 +64,8 @@ def test_a_stop_waits_for_no_contexts_that_nobody_needs(inputs, monkeypatch):
     threading.Timer(0.2, may_go.set).start()
     with pytest.raises(KeyboardInterrupt):
         next(inputs.ask(list(range(6)), stopped=lambda: False))
-    time.sleep(0.1)
+    assert may_go.wait(30)
+    time.sleep(0.3)
     assert len(built) <= 1, "those that nobody waits for are not built"
 
 
