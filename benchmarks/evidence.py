@@ -72,6 +72,7 @@ def write_positions(path: Path, claims: dict[str, dict]) -> None:
 
 def draw(claims: dict[str, dict], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(claims), 6.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
     panels = figure.subplots(2, len(claims), squeeze=False)
     for (name, claim), above, below in zip(claims.items(), *panels, strict=True):
         points = [one for one in claim["positions"] if one["value"] is not None]

@@ -74,18 +74,22 @@ class Limits:
     single_stages: int = 3  # of the large tile in fp32
     single_columns: int = 128  # in fp32, of the kernel of several targets
     half_tail: int = 128  # in half precision before Hopper
+    blackwell_tail: int = 64  # in half precision behind it
+    blackwell_stages: int = 3
 
 
 # The versions that the compile-only gate was passed with (`make test-triton`), and what it read from the machine code:
 # at the sizes that a GPU was measured with 3.8 spills up to 16 bytes a thread, 3.9 up to 232, and at 8 stages or a tail
 # of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none.
 # Of several targets in fp32 with a softcap 3.8 spills 8 bytes at 128 columns, at any number of stages. On Ampere a tail
-# of 128 columns spills 88 bytes in both with a softcap and no targets, one of 64 still 8 with a bias.
+# of 128 columns spills 88 bytes in both with a softcap and no targets, one of 64 still 8 with a bias. On Blackwell some
+# forms spill up to 24 in half precision at 2 or 3 stages with a tail of 64 columns, or one of 32 at 2, 3 or 4.
+_HALF_LIMITS = {"half_tail": 32, "blackwell_tail": 16, "blackwell_stages": 4}
 BY_TRITON = {
     (3, 6): Limits(),
     (3, 7): Limits(),
-    (3, 8): Limits(columns=128, tail=64, stages=5, single_columns=64, half_tail=32),
-    (3, 9): Limits(columns=128, tail=64, stages=5, single_stages=4, half_tail=32),
+    (3, 8): Limits(columns=128, tail=64, stages=5, single_columns=64, **_HALF_LIMITS),
+    (3, 9): Limits(columns=128, tail=64, stages=5, single_stages=4, **_HALF_LIMITS),
 }
 
 
@@ -104,7 +108,7 @@ LIMITS = BY_TRITON.get(_minor(triton.__version__), BY_TRITON[max(BY_TRITON)])
 # the others free; tf32x3 keeps two parts of each operand as well, so that fp32 gets half the columns.
 _HALF = LensConfig(128, 128, LIMITS.half_tail, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
-_HALF_BLACKWELL = LensConfig(128, 64, 64, 64, num_warps=8, num_stages=3)
+_HALF_BLACKWELL = LensConfig(128, 64, LIMITS.blackwell_tail, 64, num_warps=8, num_stages=LIMITS.blackwell_stages)
 _SINGLE_BLACKWELL = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=LIMITS.single_stages)
