@@ -83,8 +83,8 @@ class Limits:
 # of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none.
 # Of several targets in fp32 with a softcap 3.8 spills 8 bytes at 128 columns, at any number of stages. On Ampere a tail
 # of 128 columns spills 88 bytes in both with a softcap and no targets, one of 64 still 8 with a bias. On Blackwell some
-# forms spill up to 24 in half precision at 2 or 3 stages with a tail of 64 columns, or one of 32 at 2, 3 or 4.
-_HALF_LIMITS = {"half_tail": 32, "blackwell_tail": 16, "blackwell_stages": 4}
+# forms spill up to 24 in half precision at 3 or 4 stages, or with a tail of 32 or 64 columns.
+_HALF_LIMITS = {"half_tail": 32, "blackwell_tail": 16, "blackwell_stages": 2}
 BY_TRITON = {
     (3, 6): Limits(),
     (3, 7): Limits(),
