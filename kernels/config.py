@@ -73,8 +73,8 @@ class Limits:
     stages: int = 8
     single_stages: int = 3  # of the large tile in fp32
     single_columns: int = 128  # in fp32, of the kernel of several targets
-    half_tail: int = 128  # in half precision before Hopper
-    blackwell_tail: int = 64  # in half precision behind it
+    half_tail: int = 128  # of the lens in half precision, before Hopper and of unaligned weights on it
+    blackwell_tail: int = 64  # of the lens in half precision
     blackwell_stages: int = 3
 
 
@@ -106,9 +106,9 @@ LIMITS = BY_TRITON.get(_minor(triton.__version__), BY_TRITON[max(BY_TRITON)])
 
 # Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. Only Hopper's products leave
 # the others free; tf32x3 keeps two parts of each operand as well, so that fp32 gets half the columns.
-_HALF = LensConfig(128, 128, LIMITS.half_tail, 64, num_warps=8, num_stages=3)
+_HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
-_HALF_BLACKWELL = LensConfig(128, 64, LIMITS.blackwell_tail, 64, num_warps=8, num_stages=LIMITS.blackwell_stages)
+_HALF_BLACKWELL = LensConfig(128, 64, 64, 64, num_warps=8, num_stages=3)
 _SINGLE_BLACKWELL = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=LIMITS.single_stages)
@@ -135,7 +135,17 @@ def is_aligned(unembedding: Tensor) -> bool:
 
 
 def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: int = HOPPER) -> LensConfig:
-    """The configuration for operands of ``dtype``, by default on Hopper.
+    """`sized_config` of the lens, as far as its kernel by pointers compiles without spills, see `Limits`."""
+    config = sized_config(dtype, aligned, n_rows, generation)
+    if config == _HALF:
+        return replace(config, tail_v=LIMITS.half_tail)
+    if config == _HALF_BLACKWELL:
+        return replace(config, tail_v=LIMITS.blackwell_tail, num_stages=LIMITS.blackwell_stages)
+    return config
+
+
+def sized_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: int = HOPPER) -> LensConfig:
+    """The tiles for operands of ``dtype``, by default on Hopper.
 
     Args:
         dtype: Of both operands.

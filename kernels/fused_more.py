@@ -43,7 +43,7 @@ def fused_lens_more_triton(
         head: Norm and unembedding ``[V, d_model]`` of the dtype of ``hidden``, any strides; without a projection.
         targets: ``[R, T]`` int64, or None for none; ids outside the vocabulary as in `fused_lens_triton`. Each is one
             more multiply-add and two sums a logit.
-        k: Tokens of a list, up to `lists.MOST_LISTED`; 0 for none.
+        k: Tokens of a list, up to `lists_reference.MOST_LISTED`; 0 for none.
         with_stats: False leaves the statistics out, where there are no targets.
         config: How the product is launched, by pointer loads; None takes `more_config`.
         same_bits: As in `fused_lens_triton`; None asks `targets_match`.

@@ -21,7 +21,6 @@ from .config import LensOptions
 from .kernel import UNALIGNED, VARYING, add_product, stride_of
 from .kernel_more import GROUP
 
-MOST_LISTED = 32
 SAME = 16  # columns of a product that all are one row: the fewest that tensor cores take
 _GROUP = tl.constexpr(GROUP)
 _SEGMENTS = 128  # in which a row's groups are searched

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .reference import LensHead, z_chunks
 
+MOST_LISTED = 32  # tokens of a list that the kernel keeps
+
 
 def top_k_reference(x_hat: Tensor, head: LensHead, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` tokens with the largest logits, a chunk of the vocabulary at a time.

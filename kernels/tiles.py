@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import LIMITS, LensConfig, LensOptions, by_pointers, generation_of, is_aligned, pinned_config
+from .config import LIMITS, LensConfig, LensOptions, by_pointers, generation_of, is_aligned, sized_config
 from .kernel import add_product
 from .reference import LensHead
 
@@ -22,8 +22,8 @@ _MANY_ROWS = 1024
 
 
 def many_rows_config(weight: Tensor) -> LensConfig:
-    """The pinned configuration of many rows, from which the tiles beside the lens are made."""
-    return pinned_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
+    """The configuration of many rows, from which the tiles beside the lens are made, whose limits are not theirs."""
+    return sized_config(weight.dtype, is_aligned(weight), _MANY_ROWS, generation_of(weight.device))
 
 
 def masked_tiles(pinned: LensConfig) -> LensConfig:

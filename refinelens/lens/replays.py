@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.lists_reference import MOST_LISTED
 from ..kernels.reference import LensHead
 from ..op.divergences import kl_to_final
 from ..op.vocabulary import fused_lens_with
 from .reading import LayerReading
 
 MOST_ROWS = 1024  # of all layers; of more the device is busy for longer than their launches take
-MOST_LISTED = 32  # tokens of a list that a kernel keeps
 ORDINARY = 2  # calls of a kind before it is recorded
 MOST_RECORDED = 8  # kinds, each of which keeps its buffers
 MOST_COUNTED = 256

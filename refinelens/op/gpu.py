@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.lists_reference import MOST_LISTED
 from ..kernels.reference import LensHead, LensStats
 from .backends import choose_backend
 
@@ -40,11 +41,7 @@ def keeps_lists(hidden: Tensor, k: int, backend: str) -> bool:
     Raises:
         InputError: As `choose_backend`.
     """
-    if not runs_by_triton(hidden, backend):
-        return False
-    from ..kernels.lists import MOST_LISTED
-
-    return k <= MOST_LISTED
+    return runs_by_triton(hidden, backend) and k <= MOST_LISTED
 
 
 def top_k(hidden: Tensor, head: LensHead, k: int) -> tuple[Tensor, Tensor]:

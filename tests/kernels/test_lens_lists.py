@@ -11,7 +11,8 @@ from refinelens.errors import InputError
 from refinelens.kernels import fused_more, lists
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.fused_more import fused_lens_more_triton
-from refinelens.kernels.lists import MOST_LISTED, choose_groups
+from refinelens.kernels.lists import choose_groups
+from refinelens.kernels.lists_reference import MOST_LISTED
 from refinelens.kernels.reference import LensHead, LensStats
 from refinelens.op import gpu
 from refinelens.op.vocabulary import fused_lens_top_k, fused_lens_with

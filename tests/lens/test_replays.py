@@ -11,9 +11,10 @@ import torch
 from families import VOCAB, build
 from refinelens import LogitLens
 from refinelens.errors import InputError
+from refinelens.kernels.lists_reference import MOST_LISTED
 from refinelens.kernels.reference import LayerNorm, LensHead
 from refinelens.lens import replays
-from refinelens.lens.replays import MOST_LISTED, MOST_RECORDED, ORDINARY, Readout, Replays
+from refinelens.lens.replays import MOST_RECORDED, ORDINARY, Readout, Replays
 
 WIDTH = 16
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

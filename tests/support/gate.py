@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from refinelens.kernels import kernel, kernel_tma, launches, norm_kernel
-from refinelens.kernels.config import HOPPER, LensConfig, LensOptions, pinned_config, tile_ranges
+from refinelens.kernels.config import HOPPER, LensConfig, LensOptions, pinned_config, sized_config, tile_ranges
 from refinelens.kernels.reference import LayerNorm, LensHead
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,8 +80,10 @@ class LensVariant:
             softcap=30.0 if self.softcap else None,
             scale=2.0 if self.scale else 1.0,
         )
-        config = self.config or pinned_config(self.dtype, self.aligned, self.n_rows, self.generation)
-        if self.kernel in gate_beside.KERNELS:
+        is_beside = self.kernel in gate_beside.KERNELS
+        choose = sized_config if is_beside else pinned_config
+        config = self.config or choose(self.dtype, self.aligned, self.n_rows, self.generation)
+        if is_beside:
             config = gate_beside.launched(self.kernel, config, self.dtype)
         return LensOptions(head, config, self.targets, self.same_bits)
 

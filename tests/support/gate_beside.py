@@ -7,10 +7,11 @@ import torch
 from refinelens.kernels import divergences, kernel_more, lists
 from refinelens.kernels import mean_unembedding as mean
 from refinelens.kernels.config import LensConfig, LensOptions, tile_ranges
+from refinelens.kernels.lists_reference import MOST_LISTED
 from refinelens.kernels.tiles import masked_tiles, pointer_tiles
 
 N_GROUPS = {"choose": 6283, "choose-many": 32000}  # of GPT-2's vocabulary and of Gemma's
-LISTED = {"list": 10, "list-most": lists.MOST_LISTED}
+LISTED = {"list": 10, "list-most": MOST_LISTED}
 # The kernel of several targets and maxima: whether targets, statistics, maxima.
 MORE = {
     "maxima": (False, False, True),
@@ -30,10 +31,10 @@ VECTORS = {"p_ptr", "sums_ptr", "stride_p", "second", "log_q_ptr", "stride_q", "
 _TYPES = {"argmax_ptr": "*i32", "ranks_ptr": "*i32", "chosen_ptr": "*i32", "ids_ptr": "*i64"}
 
 
-def launched(kernel: str, pinned: LensConfig, dtype: torch.dtype) -> LensConfig:
-    """Tiles of a kernel where the lens has those of ``pinned``."""
+def launched(kernel: str, sized: LensConfig, dtype: torch.dtype) -> LensConfig:
+    """Tiles of a kernel where the lens, without its limits, has those of ``sized``."""
     whole = kernel in LISTED or kernel.removesuffix("-tail") in MORE
-    return pointer_tiles(pinned, dtype) if whole else masked_tiles(pinned)
+    return pointer_tiles(sized, dtype) if whole else masked_tiles(sized)
 
 
 def specialisation(kernel: str, options: LensOptions) -> tuple:
