@@ -4,14 +4,15 @@
 
 Both begin at the linear lens of the same statistics, take as many optimiser steps and are read on the same held-out
 tokens, over the whole vocabulary. "All logits" is what refinelens did before: 128 tokens of a sequence a step, logits
-of all of them over the whole vocabulary, layer by layer, differentiated by torch. Process CPU time on one thread, the
-model's own passes included; one run of each, as either takes minutes.
+of all of them over the whole vocabulary, layer by layer, differentiated by torch, and the model run again for every
+sequence. Process CPU time on one thread, the model's own passes included; one run of each, as either takes minutes.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -44,9 +45,10 @@ def main() -> None:
         (fit if number in states.split.fit else choose).add(hidden)
     start, _ = solve(fit, choose)
     lenses, seconds = {"linear": start}, {}
-    for name, run in {"all logits": train_on_all_logits, "refinelens": train}.items():
+    runs_again = States(replace(config, objective="linear"), text, loaded, lens)  # the model, for every sequence
+    for name, run, own in (("all logits", train_on_all_logits, runs_again), ("refinelens", train, states)):
         begin = time.process_time()
-        lenses[name] = run(lens, start, fit, lambda: states.of(states.split.fit), config.steps, config.seed)
+        lenses[name] = run(lens, start, fit, partial(own.of, own.split.fit), config.steps, config.seed)
         seconds[name] = time.process_time() - begin
     quality = measure(lens, states.sample(states.split.report, REPORT_TOKENS), lenses)
     print(f"{machine()}; {options.model}, {lens.n_layers} layers, {config.steps} steps, {config.tokens} tokens of text")

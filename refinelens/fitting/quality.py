@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..lens.logit_lens import LogitLens
 from ..lens.translators import Translators
+from ..op.divergences import kl_to_final
 
+TOKENS_AT_A_TIME = 128  # of which the layers of all lenses are read together
 NEGLIGIBLE = 1e-12  # variance as a share of the mean square: rounding
 
 
@@ -33,28 +35,31 @@ def measure(
     Raises:
         InputError: The last layer's states do not vary.
     """
-    sums: dict[str, Tensor | float] = dict.fromkeys(lenses, 0.0)  # see `_sums`
-    tokens, total, squares = 0, torch.zeros(()), torch.zeros(())  # of the last layer's states, [d_model] each
+    sums, tokens, total, squares = torch.zeros(()), 0, torch.zeros(()), torch.zeros(())
     for hidden in states:
         y = hidden[-1].double()
         tokens, total, squares = tokens + len(y), total + y.sum(0), squares + (y * y).sum(0)
-        for name, translators in lenses.items():
-            sums[name] = sums[name] + _sums(logit_lens, hidden, translators)
+        for block in hidden.split(TOKENS_AT_A_TIME, 1):
+            sums = sums + _sums(logit_lens, block, lenses.values())
     variance = float((squares - total**2 / tokens).sum())
     if not variance > NEGLIGIBLE * float(squares.sum()):
         raise InputError("``text``: expected held-out text whose tokens differ, got states that do not vary")
     return {
         name: Quality(tokens, (1.0 - error / variance).tolist(), (kl / tokens).tolist(), (agreement / tokens).tolist())
-        for name, (error, kl, agreement) in sums.items()
+        for name, (error, kl, agreement) in zip(lenses, sums, strict=True)
     }
 
 
-def _sums(logit_lens: LogitLens, hidden: Tensor, translators: Translators | None) -> Tensor:
-    """Squared error, KL and agreement of one lens, summed over some tokens: fp64 ``[3, n_layers + 1]``."""
-    reading = logit_lens.read_states(hidden[:, None], None, translators, check_last=False)
+def _sums(logit_lens: LogitLens, hidden: Tensor, lenses: Collection[Translators | None]) -> Tensor:
+    """Squared error, KL and agreement summed over some tokens: fp64 ``[lenses, 3, n_layers + 1]``."""
+    hidden = hidden.to(logit_lens.head.weight.device)
+    read = [hidden if lens is None else logit_lens.translated(hidden, logit_lens.adapted(lens)) for lens in lenses]
+    read = torch.cat([*(layers[:-1] for layers in read), hidden[-1:]])  # at the output all read the same, once
+    stats = logit_lens.stats(read)
+    kl = kl_to_final(read, stats, logit_lens.head, backend=logit_lens.backend).double().sum(1)
+    agreement = (stats.argmax == stats.argmax[-1]).double().sum(1)
     final = hidden[-1].double()
-    lower = range(0 if translators is None else translators.n_layers)
-    read = (translators.one(layer, x) if layer in lower else x for layer, x in enumerate(hidden))
     error = torch.stack([((x.double() - final) ** 2).sum() for x in read])
-    agreement = (reading.stats.argmax == reading.stats.argmax[-1]).double().sum((1, 2))
-    return torch.stack([error, reading.kl.double().sum((1, 2)), agreement]).cpu()
+    sums = torch.stack([error, kl, agreement]).cpu()
+    below, output = sums[:, :-1].unflatten(1, (len(lenses), -1)).transpose(0, 1), sums[None, :, -1:]
+    return torch.cat([below, output.expand(len(lenses), 3, 1)], 2)

@@ -19,6 +19,7 @@ from ..lens.runner import ForwardRunner
 from ..model.loading import LoadedModel
 
 LONGEST = 512  # tokens of a sequence
+KEPT_BYTES = 2**30  # of states that are read more than once, instead of running the model again
 
 
 def sequences(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> Iterator[list[int]]:
@@ -65,6 +66,9 @@ class States:
     def __init__(self, options: FitConfig, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
         self.text, self.loaded, self.lens = text, loaded, logit_lens
         self._runner = ForwardRunner(logit_lens)
+        on_cpu = loaded.device.type == "cpu"  # a GPU runs the model in no time, and its memory is dear
+        self._room = KEPT_BYTES if options.objective == "kl" and on_cpu else 0
+        self._kept: dict[int, Tensor] = {}
         length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
         self._length = min(length, loaded.max_tokens or length)
         self._limit = options.tokens // self._length
@@ -88,9 +92,18 @@ class States:
             yield ids
 
     def of(self, which: range) -> Iterator[Tensor]:
-        """States ``[n_layers + 1, tokens, d_model]`` of some sequences, one after the other."""
-        for ids in self.some(which):
-            yield self._runner.states(ids, range(1, self._length))
+        """States ``[n_layers + 1, tokens, d_model]`` of some sequences, one after the other; not to be written to.
+
+        Those that training comes back to are kept as they come, up to `KEPT_BYTES`.
+        """
+        for number, ids in zip(which, self.some(which), strict=True):
+            hidden = self._kept.get(number)
+            if hidden is None:
+                hidden = self._runner.states(ids, range(1, self._length))
+                if number in self.split.fit and hidden.nbytes <= self._room:
+                    self._kept[number] = hidden
+                    self._room -= hidden.nbytes
+            yield hidden
 
     def sample(self, which: range, limit: int) -> Iterator[Tensor]:
         """The same of tokens drawn evenly from some sequences, ``limit`` of them at most, the same ones every time."""

@@ -179,6 +179,18 @@ class LogitLens:
         except InputError as error:
             raise InputError(f"{error} once in {str(dtype).removeprefix('torch.')}; use ``dtype='float32'``") from None
 
+    def translated(self, states: Tensor, translators: Translators, check_values: bool = True) -> Tensor:
+        """States ``[n_layers + 1, N, d_model]`` behind the `adapted` translators.
+
+        Raises:
+            InputError: They do not fit each other, or what comes out does not fit the dtype.
+        """
+        with self._in_own_dtype():
+            translated = translators(states)
+        if check_values and not torch.isfinite(translated).all():
+            raise InputError(f"lens: expected translated states that fit {states.dtype}; use ``dtype='float32'``")
+        return translated
+
     def _in_own_dtype(self) -> torch.autocast:
         """Switches autocast off: a model is read, as it is proven, in its own dtype."""
         return torch.autocast(self.head.weight.device.type, enabled=False)
@@ -397,11 +409,7 @@ class LogitLens:
             rows = slice(start, start + step)
             block = states[:, rows]
             with self._in_own_dtype():
-                block = block if translators is None else translators(block)
-                if check_values and translators is not None and not torch.isfinite(block).all():
-                    raise InputError(
-                        f"lens: expected translated states that fit {block.dtype}; use ``dtype='float32'``"
-                    )
+                block = block if translators is None else self.translated(block, translators, check_values)
                 own, others = (None if ids is None else ids[rows] for ids in (targets, alternatives))
                 blocks.append(self.replays(readout, block, own, others, check_values))
         return LayerReading.cat(blocks, 1)

@@ -19,11 +19,12 @@ from refinelens.data.texts import load_text
 from refinelens.errors import FaultError, InputError
 from refinelens.fitting import fit, objectives
 from refinelens.fitting.objectives import Statistics, _Correction
-from refinelens.fitting.quality import measure
+from refinelens.fitting.quality import TOKENS_AT_A_TIME, measure
 from refinelens.fitting.text import States, sequences
 from refinelens.lens.files import load_lens
 from refinelens.lens.logit_lens import LogitLens
 from refinelens.lens.prefix import PROBE_TOKENS
+from refinelens.lens.translators import Translators
 from refinelens.model.loading import load_model
 from refinelens.store.process import LOCK, Interrupted
 from tiny import WORDS, tiny_gpt2, word_tokenizer
@@ -560,6 +561,59 @@ def test_a_sample_is_spread_over_its_sequences(model, text):
     assert places.min() >= 1 and places.max() < read.split.length
     assert len(places.unique()) > 0.4 * read.split.length and len(states) == len(which)
     assert sum(s.shape[1] for s in read.sample(which, 10**9)) == read.split.tokens(which)
+
+
+@pytest.mark.parametrize(("objective", "room", "runs"), [("kl", 10**9, 1), ("kl", 0, 2), ("linear", 10**9, 2)])
+def test_states_that_training_comes_back_to_are_kept(model, text, monkeypatch, objective, room, runs):
+    asked = []
+
+    class Spy(LogitLens):
+        def hidden(self, ids, *rest):
+            asked.append(tuple(ids.flatten().tolist()))
+            return super().hidden(ids, *rest)
+
+    monkeypatch.setattr("refinelens.fitting.text.KEPT_BYTES", room)
+    loaded = load_model(str(model))
+    read = States(options(model, text, objective=objective), load_text(str(text)), loaded, Spy(loaded.model))
+    everything, asked[:] = list(read.of(range(read.split.report.stop))), []
+    for _ in range(runs):
+        again = list(read.of(read.split.fit))
+    assert all(map(torch.equal, again, everything))
+    assert len(asked) == (0 if objective == "kl" and room else runs * len(read.split.fit))
+    list(read.of(read.split.report))
+    assert len(asked) >= len(read.split.report)  # others are read once by a fit, and not kept
+
+
+def test_only_as_many_states_are_kept_as_there_is_room_for(model, text, monkeypatch):
+    loaded = load_model(str(model))
+    source = (options(model, text, objective="kl"), load_text(str(text)), loaded, LogitLens(loaded.model))
+    size = next(States(*source).of(range(1))).nbytes
+    monkeypatch.setattr("refinelens.fitting.text.KEPT_BYTES", 3 * size)
+    read = States(*source)
+    once, again = (list(read.of(read.split.fit)) for _ in range(2))
+    assert sum(a is b for a, b in zip(once, again, strict=True)) == 3 < len(once)
+    assert all(map(torch.equal, once, again))
+
+
+def test_quality_is_that_of_the_whole_vocabulary(model):
+    """Of several lenses and more tokens than are read at a time, against logits in fp64."""
+    lens = LogitLens(load_model(str(model)).model)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(lens.n_layers + 1, TOKENS_AT_A_TIME + 31, lens.d_model, generator=generator)
+    maps = torch.randn(lens.n_layers, lens.d_model, lens.d_model, generator=generator) / lens.d_model
+    lenses = {"plain": None, "a": Translators(maps, maps[:, 0]), "b": Translators(-maps, maps[:, 1])}
+    found = measure(lens, [states[:, :50], states[:, 50:]], lenses)
+    final = states[-1].double()
+    for name, translators in lenses.items():
+        read = (states if translators is None else translators(states)).double()
+        logits = lens.head.logits(read.float()).double()
+        log_p = logits.log_softmax(-1)
+        kl = (log_p[-1].exp() * (log_p[-1] - log_p)).sum(-1).mean(1)
+        top1 = (logits.argmax(-1) == logits[-1].argmax(-1)).double().mean(1)
+        variance = 1 - ((read - final) ** 2).sum((1, 2)) / ((final - final.mean(0)) ** 2).sum()
+        assert (found[name].tokens, found[name].top1) == (states.shape[1], pytest.approx(top1.tolist()))
+        assert found[name].kl == pytest.approx(kl.tolist(), rel=1e-4, abs=1e-5)
+        assert found[name].variance_explained == pytest.approx(variance.tolist(), rel=1e-5)
 
 
 def test_states_that_do_not_vary_explain_nothing(model):
