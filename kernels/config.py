@@ -7,7 +7,8 @@ groups of row blocks follow from them and from the shapes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,7 @@ from .reference import LensHead
 
 WIDTH_MULTIPLE = 64  # of the padded columns of the normed states; every BLOCK_K divides it
 KINDS = ("plain", "few_rows", "tma")
+FAMILIES = ("lens", "several", "masked")  # of kernels that share tiles: see `tiles` for the last two
 HOPPER = 9  # the generation with warp group products; what a CPU emulates
 X_HAT_BYTES = 25 * 2**20
 MAX_CHUNK_ROWS = 2**15  # bounds the partials: 2**15 rows * 33 splits * 20 bytes = 21 MiB
@@ -63,47 +65,6 @@ class LensConfig:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What compiles without spills, as one version of Triton allots registers; at least that of the pinned sizes."""
-
-    # Of configurations by TMA where the kernel by pointers has to do, which needs registers for addresses too.
-    columns: int = 256
-    tail: int = 128
-    stages: int = 8
-    single_stages: int = 3  # of the large tile in fp32
-    single_columns: int = 128  # in fp32, of the kernel of several targets
-    half_tail: int = 128  # of the lens in half precision, before Hopper and of unaligned weights on it
-    blackwell_tail: int = 64  # of the lens in half precision
-    blackwell_stages: int = 3
-
-
-# The versions that the compile-only gate was passed with (`make test-triton`), and what it read from the machine code:
-# at the sizes that a GPU was measured with 3.8 spills up to 16 bytes a thread, 3.9 up to 232, and at 8 stages or a tail
-# of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none.
-# Of several targets in fp32 with a softcap 3.8 spills 8 bytes at 128 columns, at any number of stages. On Ampere a tail
-# of 128 columns spills 88 bytes in both with a softcap and no targets, one of 64 still 8 with a bias. On Blackwell some
-# forms spill up to 24 in half precision at 3 or 4 stages, or with a tail of 32 or 64 columns.
-_HALF_LIMITS = {"half_tail": 32, "blackwell_tail": 16, "blackwell_stages": 2}
-BY_TRITON = {
-    (3, 6): Limits(),
-    (3, 7): Limits(),
-    (3, 8): Limits(columns=128, tail=64, stages=5, single_columns=64, **_HALF_LIMITS),
-    (3, 9): Limits(columns=128, tail=64, stages=5, single_stages=4, **_HALF_LIMITS),
-}
-
-
-def is_proven(version: str) -> bool:
-    """Whether a version of Triton, such as ``"3.7.1"``, is one of `BY_TRITON`."""
-    return _minor(version) in BY_TRITON
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-LIMITS = BY_TRITON.get(_minor(triton.__version__), BY_TRITON[max(BY_TRITON)])
-
 # Registers decide: 128 x 256 fp32 accumulators take 128 of the 255 of a thread at 8 warps. Only Hopper's products leave
 # the others free; tf32x3 keeps two parts of each operand as well, so that fp32 gets half the columns.
 _HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
@@ -111,7 +72,7 @@ _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_BLACKWELL = LensConfig(128, 64, 64, 64, num_warps=8, num_stages=3)
 _SINGLE_BLACKWELL = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
-_SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=LIMITS.single_stages)
+_SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 # Up to 16 rows (64 in fp32): one warp group's 64 rows would stand mostly empty, tokens take their place.
 _HALF_16_ROWS = LensConfig(16, 128, 128, 64, num_warps=4, num_stages=6, kind="few_rows")
 _SINGLE_16_ROWS = LensConfig(16, 128, 128, 32, num_warps=4, num_stages=3, kind="few_rows")
@@ -127,6 +88,62 @@ _HALF_UNALIGNED = LensConfig(64, 64, 64, 32, num_warps=8, num_stages=2)
 _SINGLE_UNALIGNED = LensConfig(64, 32, 32, 32, num_warps=8, num_stages=1)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What compiles without spills, as one version of Triton allots registers; at least that of the pinned sizes."""
+
+    # Of configurations by TMA where the kernel by pointers has to do, which needs registers for addresses too.
+    columns: int = 256
+    tail: int = 128
+    stages: int = 8
+    # What else becomes of a pinned configuration, for one of `FAMILIES`.
+    changes: Mapping[tuple[str, LensConfig], dict] = field(default_factory=dict)
+
+
+# The versions that the compile-only gate was passed with (`make test-triton`), and what it read from the machine code:
+# at the sizes that a GPU was measured with 3.8 spills up to 16 bytes a thread, 3.9 up to 232, and at 8 stages or a tail
+# of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none. With a softcap 3.8 spills 8 for several targets
+# in fp32 at 128 columns, at any number of stages. On Ampere a tail of 128 columns spills 88 in both with a softcap, one
+# of 64 still 8 with a bias, and several targets 32 at 3 stages. On Blackwell some forms spill up to 32 in half
+# precision at 3 or 4 stages, or with a tail of 32 or 64 columns, of unaligned fp32 8 at one stage, and averages in 3.9
+# 8 at 64 columns.
+_IN_BOTH = {
+    ("lens", _HALF): dict(tail_v=32),
+    ("lens", _HALF_BLACKWELL): dict(tail_v=16, num_stages=2),
+    ("several", _HALF): dict(tail_v=32, num_stages=2),
+    ("several", _HALF_BLACKWELL): dict(block_v=32, tail_v=16, num_stages=2),
+}
+_IN_3_8 = {("several", _SINGLE_HOPPER): dict(block_v=64)}
+_IN_3_9 = {
+    **{(family, _SINGLE_HOPPER): dict(num_stages=4) for family in FAMILIES},
+    ("masked", _HALF_BLACKWELL): dict(tail_v=32),
+    ("several", _SINGLE_UNALIGNED): dict(num_stages=2),
+}
+BY_TRITON = {
+    (3, 6): Limits(),
+    (3, 7): Limits(),
+    (3, 8): Limits(columns=128, tail=64, stages=5, changes=_IN_BOTH | _IN_3_8),
+    (3, 9): Limits(columns=128, tail=64, stages=5, changes=_IN_BOTH | _IN_3_9),
+}
+
+
+def is_proven(version: str) -> bool:
+    """Whether a version of Triton, such as ``"3.7.1"``, is one of `BY_TRITON`."""
+    return _minor(version) in BY_TRITON
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+LIMITS = BY_TRITON.get(_minor(triton.__version__), BY_TRITON[max(BY_TRITON)])
+
+
+def limited(family: str, pinned: LensConfig) -> LensConfig:
+    """A pinned configuration as far as the kernels of one of `FAMILIES` compile with it, see `Limits`."""
+    return replace(pinned, **LIMITS.changes.get((family, pinned), {}))
+
+
 def is_aligned(unembedding: Tensor) -> bool:
     """Whether every 16-element run of the rows of ``[V, d_model]`` can be loaded as 16-byte vectors."""
     stride_v, stride_d = unembedding.stride()
@@ -135,13 +152,8 @@ def is_aligned(unembedding: Tensor) -> bool:
 
 
 def pinned_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: int = HOPPER) -> LensConfig:
-    """`sized_config` of the lens, as far as its kernel by pointers compiles without spills, see `Limits`."""
-    config = sized_config(dtype, aligned, n_rows, generation)
-    if config == _HALF:
-        return replace(config, tail_v=LIMITS.half_tail)
-    if config == _HALF_BLACKWELL:
-        return replace(config, tail_v=LIMITS.blackwell_tail, num_stages=LIMITS.blackwell_stages)
-    return config
+    """`sized_config` of the lens, as far as it compiles without spills."""
+    return limited("lens", sized_config(dtype, aligned, n_rows, generation))
 
 
 def sized_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: int = HOPPER) -> LensConfig:

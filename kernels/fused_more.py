@@ -23,7 +23,7 @@ from .tiles import SCRATCH_BYTES, many_rows_config, pointer_tiles
 
 def more_config(weight: Tensor) -> LensConfig:
     """Tiles of the pinned configuration of many rows, by pointer loads."""
-    return pointer_tiles(many_rows_config(weight), weight.dtype)
+    return pointer_tiles(many_rows_config(weight))
 
 
 def fused_lens_more_triton(

@@ -146,4 +146,5 @@ def list_flags(options: LensOptions, n_chosen: int) -> dict:
     """What `list_tokens` compiles the kernel for."""
     block_c = max(64, triton.next_power_of_2(n_chosen * GROUP))
     flags = options.product_flags() | options.logit_flags() | dict(SAME=SAME, BLOCK_C=block_c)
-    return flags | dict(num_warps=4 if block_c <= 128 else 8, num_stages=3)
+    few = block_c <= 128 and options.config.block_m > 64  # element-wise loads need registers for addresses too
+    return flags | dict(num_warps=4 if few else 8, num_stages=3)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import LIMITS, LensConfig, LensOptions, by_pointers, generation_of, is_aligned, sized_config
+from .config import LensConfig, LensOptions, by_pointers, generation_of, is_aligned, limited, sized_config
 from .kernel import add_product
 from .reference import LensHead
 
@@ -29,14 +28,13 @@ def many_rows_config(weight: Tensor) -> LensConfig:
 def masked_tiles(pinned: LensConfig) -> LensConfig:
     """The last tiles of ``pinned``, with masks: a processor has room for two programs, one of which can multiply while
     the other reduces."""
+    pinned = limited("masked", pinned)
     return replace(pinned, block_v=pinned.tail_v, kind="plain")
 
 
-def pointer_tiles(pinned: LensConfig, dtype: torch.dtype) -> LensConfig:
+def pointer_tiles(pinned: LensConfig) -> LensConfig:
     """The configuration by pointer loads with tiles of ``pinned``, narrower where several targets would spill."""
-    config = replace(by_pointers(pinned), kind="plain")
-    most = LIMITS.single_columns if dtype == torch.float32 else config.block_v
-    return replace(config, block_v=min(config.block_v, most), tail_v=min(config.tail_v, most))
+    return replace(by_pointers(limited("several", pinned)), kind="plain")
 
 
 def plain_options(head: LensHead) -> LensOptions:

@@ -22,9 +22,11 @@ pytestmark = [
 ]
 CAP, LINEAR = dict(softcap=True), dict(bias=True, scale=True)
 # The options of logits that each kernel may meet: averages of weights are of linear heads, maxima come before the cap,
-# and only heads without bias and scale have targets with the bits of the main product.
+# only heads without bias and scale have targets with the bits of the main product, and only capped ones do without
+# averages.
 OF_LOGITS = {"probabilities": [{}, LINEAR], "average": [{}], "maxima": [{}, LINEAR], "maxima-tail": [{}, LINEAR]}
 OF_LOGITS |= {name: [{}, LINEAR] for name in gate_beside.LISTED}
+OF_LOGITS["expected-capped"] = [CAP, CAP | LINEAR]
 ANY = [{}, CAP, LINEAR, CAP | LINEAR]
 FEW = {
     "list": LensVariant("list"),

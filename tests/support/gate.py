@@ -84,7 +84,7 @@ class LensVariant:
         choose = sized_config if is_beside else pinned_config
         config = self.config or choose(self.dtype, self.aligned, self.n_rows, self.generation)
         if is_beside:
-            config = gate_beside.launched(self.kernel, config, self.dtype)
+            config = gate_beside.launched(self.kernel, config)
         return LensOptions(head, config, self.targets, self.same_bits)
 
     @property

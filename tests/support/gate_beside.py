@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from refinelens.kernels import divergences, kernel_more, lists
 from refinelens.kernels import mean_unembedding as mean
 from refinelens.kernels.config import LensConfig, LensOptions, tile_ranges
@@ -31,10 +29,10 @@ VECTORS = {"p_ptr", "sums_ptr", "stride_p", "second", "log_q_ptr", "stride_q", "
 _TYPES = {"argmax_ptr": "*i32", "ranks_ptr": "*i32", "chosen_ptr": "*i32", "ids_ptr": "*i64"}
 
 
-def launched(kernel: str, sized: LensConfig, dtype: torch.dtype) -> LensConfig:
+def launched(kernel: str, sized: LensConfig) -> LensConfig:
     """Tiles of a kernel where the lens, without its limits, has those of ``sized``."""
     whole = kernel in LISTED or kernel.removesuffix("-tail") in MORE
-    return pointer_tiles(sized, dtype) if whole else masked_tiles(sized)
+    return pointer_tiles(sized) if whole else masked_tiles(sized)
 
 
 def specialisation(kernel: str, options: LensOptions) -> tuple:
