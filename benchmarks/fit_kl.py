@@ -5,7 +5,8 @@
 Both begin at the linear lens of the same statistics, take as many optimiser steps and are read on the same held-out
 tokens, over the whole vocabulary. "All logits" is what refinelens did before: 128 tokens of a sequence a step, logits
 of all of them over the whole vocabulary, layer by layer, differentiated by torch, and the model run again for every
-sequence. Process CPU time on one thread, the model's own passes included; one run of each, as either takes minutes.
+sequence, in its time; ours has kept what the statistics were made of. Process CPU time on one thread, one run of each,
+as either takes minutes.
 """
 
 from __future__ import annotations

@@ -159,6 +159,8 @@ def add_averages(p: Tensor, sums: Tensor, first_id: int, options: LensOptions) -
     head, flags = options.head, average_flags(options)
     n_splits, padded_rows, width = sums.shape
     tokens = p.shape[1] // (2 if flags["IN_TWO"] else 1)
+    if tokens % flags["BLOCK_K"]:
+        raise ValueError(f"p: expected a multiple of {flags['BLOCK_K']} tokens, got {tokens}")
     row_blocks, col_blocks = padded_rows // flags["BLOCK_M"], triton.cdiv(width, flags["BLOCK_N"])
     _average_kernel[(row_blocks * col_blocks * n_splits,)](
         p, head.weight, sums, *head.weight.shape, row_blocks, col_blocks, first_id, tokens // flags["BLOCK_K"],

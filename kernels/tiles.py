@@ -27,7 +27,7 @@ def many_rows_config(weight: Tensor) -> LensConfig:
 
 def masked_tiles(pinned: LensConfig) -> LensConfig:
     """The last tiles of ``pinned``, with masks: a processor has room for two programs, one of which can multiply while
-    the other reduces."""
+    the other reduces. A multiple of ``block_k`` wide, as averages go over the tokens in steps of that."""
     pinned = limited("masked", pinned)
     return replace(pinned, block_v=pinned.tail_v, kind="plain")
 

@@ -40,7 +40,8 @@ def measure(
         y = hidden[-1].double()
         tokens, total, squares = tokens + len(y), total + y.sum(0), squares + (y * y).sum(0)
         for block in hidden.split(TOKENS_AT_A_TIME, 1):
-            sums = sums + _sums(logit_lens, block, lenses.values())
+            with logit_lens.in_own_dtype():
+                sums = sums + _sums(logit_lens, block, lenses.values())
     variance = float((squares - total**2 / tokens).sum())
     if not variance > NEGLIGIBLE * float(squares.sum()):
         raise InputError("``text``: expected held-out text whose tokens differ, got states that do not vary")

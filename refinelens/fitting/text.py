@@ -66,7 +66,7 @@ class States:
     def __init__(self, options: FitConfig, text: Text, loaded: LoadedModel, logit_lens: LogitLens):
         self.text, self.loaded, self.lens = text, loaded, logit_lens
         self._runner = ForwardRunner(logit_lens)
-        on_cpu = loaded.device.type == "cpu"  # a GPU runs the model in no time, and its memory is dear
+        on_cpu = logit_lens.head.weight.device.type == "cpu"  # a GPU's memory is dear, and it runs the model in no time
         self._room = KEPT_BYTES if options.objective == "kl" and on_cpu else 0
         self._kept: dict[int, Tensor] = {}
         length = max(SHORTEST, min(LONGEST, options.tokens // (2 * SEQUENCES)))
@@ -96,7 +96,7 @@ class States:
 
         Those that training comes back to are kept as they come, up to `KEPT_BYTES`.
         """
-        for number, ids in zip(which, self.some(which), strict=True):
+        for number, ids in zip(which, self.some(which), strict=False):
             hidden = self._kept.get(number)
             if hidden is None:
                 hidden = self._runner.states(ids, range(1, self._length))

@@ -185,20 +185,20 @@ class LogitLens:
         Raises:
             InputError: They do not fit each other, or what comes out does not fit the dtype.
         """
-        with self._in_own_dtype():
+        with self.in_own_dtype():
             translated = translators(states)
         if check_values and not torch.isfinite(translated).all():
             raise InputError(f"lens: expected translated states that fit {states.dtype}; use ``dtype='float32'``")
         return translated
 
-    def _in_own_dtype(self) -> torch.autocast:
+    def in_own_dtype(self) -> torch.autocast:
         """Switches autocast off: a model is read, as it is proven, in its own dtype."""
         return torch.autocast(self.head.weight.device.type, enabled=False)
 
     def stats(self, hidden: Tensor, targets: Tensor | int | None = None, check_values: bool = True) -> LensStats:
         """`fused_lens` of residual-stream states ``[..., d_model]`` with this model's head."""
         hidden = hidden.to(self.head.weight.device)
-        with self._in_own_dtype():
+        with self.in_own_dtype():
             return fused_lens(hidden, self.head, targets=targets, backend=self.backend, check_values=check_values)
 
     @contextmanager
@@ -408,7 +408,7 @@ class LogitLens:
         for start in range(0, max(1, n), max(1, step)):
             rows = slice(start, start + step)
             block = states[:, rows]
-            with self._in_own_dtype():
+            with self.in_own_dtype():
                 block = block if translators is None else self.translated(block, translators, check_values)
                 own, others = (None if ids is None else ids[rows] for ids in (targets, alternatives))
                 blocks.append(self.replays(readout, block, own, others, check_values))

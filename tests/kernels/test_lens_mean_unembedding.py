@@ -1,12 +1,14 @@
 """The softmax average of the unembedding's rows against whole fp64 distributions, by Triton and in plain torch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from lens_cases import BF16, DEVICE, DTYPES, operands, poison_buffers, randn
-from refinelens.kernels import mean_unembedding, tiles
+from lens_cases import BF16, DEVICE, DTYPES, SMALL, operands, poison_buffers, randn
+from refinelens.kernels import config, mean_unembedding, tiles
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.mean_unembedding import mean_unembedding_triton
 from refinelens.kernels.mean_unembedding_reference import mean_unembedding_reference
@@ -62,6 +64,27 @@ SIZES = [
 def test_agrees_with_whole_distributions(n_rows, d_model, n_vocab, dtype):
     hidden, unembedding, _ = operands(n_rows, d_model, n_vocab, dtype)
     check(hidden, LensHead(unembedding, scale=0.25), mean_unembedding_triton(hidden, LensHead(unembedding, scale=0.25)))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("generation", [8, 9, 10])
+@pytest.mark.parametrize("version", config.BY_TRITON)
+def test_tiles_of_every_version_and_generation(version, generation, dtype, monkeypatch):
+    """Of 331 tokens, an odd number of tiles of 32 columns, and of aligned rows."""
+    monkeypatch.setattr(config, "LIMITS", config.BY_TRITON[version])
+    monkeypatch.setattr(tiles, "generation_of", lambda device: generation)
+    hidden, unembedding, _ = operands(2, 64, 331, dtype)
+    head = LensHead(unembedding, scale=0.25)
+    check(hidden, head, mean_unembedding_triton(hidden, head))
+
+
+def test_a_width_that_averages_cannot_take_is_refused():
+    p = torch.zeros(128, 96, device=DEVICE)
+    options = tiles.LensOptions(LensHead(torch.zeros(96, 64, device=DEVICE)), SMALL)
+    wide = replace(options, config=replace(SMALL, block_k=64))
+    with pytest.raises(ValueError, match="p: expected a multiple of 64 tokens, got 96"):
+        mean_unembedding.add_averages(p, torch.zeros(1, 128, 64, device=DEVICE), 0, wide)
 
 
 @pytest.mark.medium

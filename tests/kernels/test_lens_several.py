@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from lens_cases import BF16, DEVICE, DTYPES, SMALL, TMA, check_order, operands, poison_buffers, randint, randn
-from refinelens.kernels import config
+from refinelens.kernels import config, tiles
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.fused_more import fused_lens_more_triton, more_config, targets_match
 from refinelens.kernels.reference import LensHead, fused_lens_reference
@@ -55,6 +55,24 @@ def test_sizes(n_rows, d_model, n_vocab, n_targets, dtype):
         one = replace(stats, target_logit=logit[:, i], target_rank=rank[:, i])
         assert check_order(one, truth, z, own, error) <= 1
         assert (logit[:, i] - truth.target_logit).abs().max() <= error
+
+
+@MEDIUM
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("generation", [8, 9, 10])
+@pytest.mark.parametrize("version", config.BY_TRITON)
+def test_tiles_of_every_version_and_generation(version, generation, dtype, monkeypatch):
+    monkeypatch.setattr(config, "LIMITS", config.BY_TRITON[version])
+    monkeypatch.setattr(tiles, "generation_of", lambda device: generation)
+    hidden, unembedding, _ = operands(2, 64, 331, dtype)
+    call = (hidden, LensHead(unembedding), several_of(2, 331, 3), 3)
+    found, expected = fused_lens_more_triton(*call), fused_lens_more_triton(*call, config=SMALL)
+    assert torch.equal(found[0].argmax, expected[0].argmax)
+    assert torch.equal(found[2], expected[2]) and torch.equal(found[4], expected[4])
+    for name in ("max_logit", "logsumexp", "entropy"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(expected[0], name), rtol=1e-5, atol=1e-5)
+    for index in (1, 3):
+        torch.testing.assert_close(found[index], expected[index], rtol=1e-5, atol=1e-5)
 
 
 @MEDIUM
