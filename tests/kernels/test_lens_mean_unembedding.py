@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lens_cases import BF16, DEVICE, DTYPES, SMALL, operands, poison_buffers, randn
-from refinelens.kernels import config, mean_unembedding, tiles
+from lens_cases import BF16, DEVICE, DTYPES, EVERY_VERSION, SMALL, operands, poison_buffers, randn, tiles_of
+from refinelens.kernels import mean_unembedding, tiles
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.mean_unembedding import mean_unembedding_triton
 from refinelens.kernels.mean_unembedding_reference import mean_unembedding_reference
@@ -68,12 +68,10 @@ def test_agrees_with_whole_distributions(n_rows, d_model, n_vocab, dtype):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("generation", [8, 9, 10])
-@pytest.mark.parametrize("version", config.BY_TRITON)
+@pytest.mark.parametrize("version, generation", EVERY_VERSION)
 def test_tiles_of_every_version_and_generation(version, generation, dtype, monkeypatch):
     """Of 331 tokens, an odd number of tiles of 32 columns, and of aligned rows."""
-    monkeypatch.setattr(config, "LIMITS", config.BY_TRITON[version])
-    monkeypatch.setattr(tiles, "generation_of", lambda device: generation)
+    tiles_of(monkeypatch, version, generation)
     hidden, unembedding, _ = operands(2, 64, 331, dtype)
     head = LensHead(unembedding, scale=0.25)
     check(hidden, head, mean_unembedding_triton(hidden, head))

@@ -7,8 +7,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from lens_cases import BF16, DEVICE, DTYPES, SMALL, TMA, check_order, operands, poison_buffers, randint, randn
-from refinelens.kernels import config, tiles
+from lens_cases import (
+    BF16,
+    DEVICE,
+    DTYPES,
+    EVERY_VERSION,
+    SMALL,
+    TMA,
+    check_order,
+    operands,
+    poison_buffers,
+    randint,
+    randn,
+    tiles_of,
+)  # fmt: skip
+from refinelens.kernels import config
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.fused_more import fused_lens_more_triton, more_config, targets_match
 from refinelens.kernels.reference import LensHead, fused_lens_reference
@@ -59,11 +72,9 @@ def test_sizes(n_rows, d_model, n_vocab, n_targets, dtype):
 
 @MEDIUM
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("generation", [8, 9, 10])
-@pytest.mark.parametrize("version", config.BY_TRITON)
+@pytest.mark.parametrize("version, generation", EVERY_VERSION)
 def test_tiles_of_every_version_and_generation(version, generation, dtype, monkeypatch):
-    monkeypatch.setattr(config, "LIMITS", config.BY_TRITON[version])
-    monkeypatch.setattr(tiles, "generation_of", lambda device: generation)
+    tiles_of(monkeypatch, version, generation)
     hidden, unembedding, _ = operands(2, 64, 331, dtype)
     call = (hidden, LensHead(unembedding), several_of(2, 331, 3), 3)
     found, expected = fused_lens_more_triton(*call), fused_lens_more_triton(*call, config=SMALL)

@@ -2,6 +2,7 @@
 
 import torch
 
+from refinelens.kernels import config, tiles
 from refinelens.kernels.config import LensConfig
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.reference import LayerNorm, LensHead, RMSNorm, apply_norm, fused_lens_reference
@@ -31,6 +32,16 @@ def poison_buffers(monkeypatch):
         return buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+# The sizes of tiles that any call may have: of each version of Triton and generation of GPU.
+EVERY_VERSION = [(version, generation) for version in config.BY_TRITON for generation in (8, 9, 10)]
+
+
+def tiles_of(monkeypatch, version, generation):
+    """Kernels beside the lens are launched as with that version of Triton on that generation."""
+    monkeypatch.setattr(config, "LIMITS", config.BY_TRITON[version])
+    monkeypatch.setattr(tiles, "generation_of", lambda device: generation)
 
 
 def randn(*shape, seed, dtype=torch.float32):
