@@ -104,9 +104,9 @@ class Limits:
 # at the sizes that a GPU was measured with 3.8 spills up to 16 bytes a thread, 3.9 up to 232, and at 8 stages or a tail
 # of 128 columns still 8; at 3 stages in fp32 3.9 spills 8, at 4 none. With a softcap 3.8 spills 8 for several targets
 # in fp32 at 128 columns, at any number of stages. On Ampere a tail of 128 columns spills 88 in both with a softcap, one
-# of 64 still 8 with a bias, and several targets 32 at 3 stages. On Blackwell all but 3.7 spill up to 32 in some forms
-# in half precision at 3 or 4 stages, or with a tail of 32 or 64 columns, and averages 8 at a depth of 64 in 3.6 and
-# 3.9; of unaligned weights several targets spill 8 to 16 in all but 3.8.
+# of 64 still 8 with a bias, and several targets 32 at 3 stages. On Blackwell all spill up to 32 in some forms in half
+# precision at 3 or 4 stages, or with a tail of 32 or 64 columns, 3.7 those with a tail of 64 alone, and averages 8 at a
+# depth of 64 in 3.6 and 3.9; of unaligned weights several targets spill 8 to 16 in all but 3.8.
 _LENS = {("lens", _HALF): dict(tail_v=32), ("lens", _HALF_BLACKWELL): dict(tail_v=16, num_stages=2)}
 _SEVERAL_HALF = {("several", _HALF): dict(tail_v=32, num_stages=2)}
 _SEVERAL_BLACKWELL = {("several", _HALF_BLACKWELL): dict(block_v=32, tail_v=16, num_stages=2)}
@@ -115,16 +115,17 @@ _IN_3_6 = {
     ("several", _HALF_UNALIGNED): dict(tail_v=32),
     ("several", _SINGLE_UNALIGNED): dict(num_stages=4),
 }
-_IN_3_7 = {("several", _SINGLE_UNALIGNED): dict(num_stages=2)}
+_UNALIGNED = {("several", _SINGLE_UNALIGNED): dict(num_stages=2)}
+_IN_3_7 = {("lens", _HALF_BLACKWELL): dict(tail_v=32)}
 _IN_3_8 = {("several", _SINGLE_HOPPER): dict(block_v=64)}
 _IN_3_9 = {(family, _SINGLE_HOPPER): dict(num_stages=4) for family in FAMILIES}
 _HALF_SIZE = dict(columns=128, tail=64, stages=5)
 BY_TRITON = {
     (3, 6): Limits(changes=_SEVERAL_BLACKWELL | _AVERAGES_BLACKWELL | _IN_3_6),
-    (3, 7): Limits(changes=_IN_3_7),
+    (3, 7): Limits(changes=_UNALIGNED | _IN_3_7),
     (3, 8): Limits(**_HALF_SIZE, changes=_LENS | _SEVERAL_HALF | _SEVERAL_BLACKWELL | _IN_3_8),
     (3, 9): Limits(
-        **_HALF_SIZE, changes=_LENS | _SEVERAL_HALF | _SEVERAL_BLACKWELL | _AVERAGES_BLACKWELL | _IN_3_7 | _IN_3_9
+        **_HALF_SIZE, changes=_LENS | _SEVERAL_HALF | _SEVERAL_BLACKWELL | _AVERAGES_BLACKWELL | _UNALIGNED | _IN_3_9
     ),
 }
 
