@@ -70,7 +70,6 @@ class LensConfig:
 _HALF = LensConfig(128, 128, 128, 64, num_warps=8, num_stages=3)
 _SINGLE = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_BLACKWELL = LensConfig(128, 64, 64, 64, num_warps=8, num_stages=3)
-_SINGLE_BLACKWELL = LensConfig(128, 64, 64, 32, num_warps=8, num_stages=3)
 _HALF_HOPPER = LensConfig(128, 256, 128, 64, num_warps=8, num_stages=3, kind="tma")
 _SINGLE_HOPPER = LensConfig(128, 128, 64, 32, num_warps=8, num_stages=3)
 # Up to 16 rows (64 in fp32): one warp group's 64 rows would stand mostly empty, tokens take their place.
@@ -107,26 +106,33 @@ class Limits:
 # of 64 still 8 with a bias, and several targets 32 at 3 stages. On Blackwell all spill up to 32 in some forms in half
 # precision at 3 or 4 stages, or with a tail of 32 or 64 columns, 3.7 those with a tail of 64 alone, and averages 8 at a
 # depth of 64 in 3.6 and 3.9; of unaligned weights several targets spill 8 to 16 in all but 3.8.
-_LENS = {("lens", _HALF): dict(tail_v=32), ("lens", _HALF_BLACKWELL): dict(tail_v=16, num_stages=2)}
-_SEVERAL_HALF = {("several", _HALF): dict(tail_v=32, num_stages=2)}
-_SEVERAL_BLACKWELL = {("several", _HALF_BLACKWELL): dict(block_v=32, tail_v=16, num_stages=2)}
-_AVERAGES_BLACKWELL = {("masked", _HALF_BLACKWELL): dict(block_k=32)}
-_IN_3_6 = {
-    ("several", _HALF_UNALIGNED): dict(tail_v=32),
-    ("several", _SINGLE_UNALIGNED): dict(num_stages=4),
-}
-_UNALIGNED = {("several", _SINGLE_UNALIGNED): dict(num_stages=2)}
-_IN_3_7 = {("lens", _HALF_BLACKWELL): dict(tail_v=32)}
-_IN_3_8 = {("several", _SINGLE_HOPPER): dict(block_v=64)}
-_IN_3_9 = {(family, _SINGLE_HOPPER): dict(num_stages=4) for family in FAMILIES}
-_HALF_SIZE = dict(columns=128, tail=64, stages=5)
+_CHANGES = (
+    ((8, 9), "lens", _HALF, dict(tail_v=32)),
+    ((8, 9), "lens", _HALF_BLACKWELL, dict(tail_v=16, num_stages=2)),
+    ((7,), "lens", _HALF_BLACKWELL, dict(tail_v=32)),
+    ((9,), "lens", _SINGLE_HOPPER, dict(num_stages=4)),
+    ((8, 9), "several", _HALF, dict(tail_v=32, num_stages=2)),
+    ((6, 8, 9), "several", _HALF_BLACKWELL, dict(block_v=32, tail_v=16, num_stages=2)),
+    ((6,), "several", _HALF_UNALIGNED, dict(tail_v=32)),
+    ((6,), "several", _SINGLE_UNALIGNED, dict(num_stages=4)),
+    ((7, 9), "several", _SINGLE_UNALIGNED, dict(num_stages=2)),
+    ((8,), "several", _SINGLE_HOPPER, dict(block_v=64)),
+    ((9,), "several", _SINGLE_HOPPER, dict(num_stages=4)),
+    ((6, 9), "masked", _HALF_BLACKWELL, dict(block_k=32)),
+    ((9,), "masked", _SINGLE_HOPPER, dict(num_stages=4)),
+)  # in which minor versions of Triton 3, for which kernels, of which configuration
+
+
+def _limits(minor: int, **own: int) -> Limits:
+    changes = {(family, pinned): change for minors, family, pinned, change in _CHANGES if minor in minors}
+    return Limits(**own, changes=changes)
+
+
 BY_TRITON = {
-    (3, 6): Limits(changes=_SEVERAL_BLACKWELL | _AVERAGES_BLACKWELL | _IN_3_6),
-    (3, 7): Limits(changes=_UNALIGNED | _IN_3_7),
-    (3, 8): Limits(**_HALF_SIZE, changes=_LENS | _SEVERAL_HALF | _SEVERAL_BLACKWELL | _IN_3_8),
-    (3, 9): Limits(
-        **_HALF_SIZE, changes=_LENS | _SEVERAL_HALF | _SEVERAL_BLACKWELL | _AVERAGES_BLACKWELL | _UNALIGNED | _IN_3_9
-    ),
+    (3, 6): _limits(6),
+    (3, 7): _limits(7),
+    (3, 8): _limits(8, columns=128, tail=64, stages=5),
+    (3, 9): _limits(9, columns=128, tail=64, stages=5),
 }
 
 
@@ -183,7 +189,7 @@ def sized_config(dtype: torch.dtype, aligned: bool, n_rows: int, generation: int
     if generation < HOPPER:
         return _SINGLE if single else _HALF
     if generation > HOPPER:
-        return _SINGLE_BLACKWELL if single else _HALF_BLACKWELL
+        return _SINGLE if single else _HALF_BLACKWELL
     if n_rows <= 64:
         return _SINGLE_64_ROWS if single else _HALF_64_ROWS
     if single:

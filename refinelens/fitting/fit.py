@@ -105,7 +105,7 @@ def fit_lens(
 
     Memory: ``32 * n_layers * d_model**2`` bytes of statistics, whatever the amount of text, and a third of that
     while the lens is made of them; as much on disk until it is written. On a CPU ``objective="kl"`` keeps up to 1 GiB
-    of states beside them, as far as the text's go.
+    of the text's states beside them.
 
     Args:
         options: What to fit.

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..lens.logit_lens import LogitLens
-from ..lens.translators import Translators
+from ..lens.translators import Translators, rows_at_a_time
 from ..op.divergences import kl_to_final
 
-TOKENS_AT_A_TIME = 128  # of which the layers of all lenses are read together
 NEGLIGIBLE = 1e-12  # variance as a share of the mean square: rounding
 
 
@@ -35,11 +34,12 @@ def measure(
     Raises:
         InputError: The last layer's states do not vary.
     """
-    sums, tokens, total, squares = torch.zeros(()), 0, torch.zeros(()), torch.zeros(())
+    sums, tokens = torch.zeros(()), 0  # see `_sums`
+    total, squares = torch.zeros(()), torch.zeros(())  # of the last layer's states, [d_model] each
     for hidden in states:
         y = hidden[-1].double()
         tokens, total, squares = tokens + len(y), total + y.sum(0), squares + (y * y).sum(0)
-        for block in hidden.split(TOKENS_AT_A_TIME, 1):
+        for block in hidden.split(rows_at_a_time(hidden), 1):
             with logit_lens.in_own_dtype():
                 sums = sums + _sums(logit_lens, block, lenses.values())
     variance = float((squares - total**2 / tokens).sum())

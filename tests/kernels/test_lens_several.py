@@ -20,7 +20,7 @@ from lens_cases import (
     randint,
     randn,
     tiles_of,
-)  # fmt: skip
+)
 from refinelens.kernels import config
 from refinelens.kernels.fused_lens import fused_lens_triton
 from refinelens.kernels.fused_more import fused_lens_more_triton, more_config, targets_match
