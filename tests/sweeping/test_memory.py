@@ -32,6 +32,7 @@ def growth(name, hidden, unembedding, threads, **how):
         print(f'["{name}", {fell_back or 0}, {resident() - before}]', flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
+torch.manual_seed(0)  # of some draws one row does fall back
 refinelens.fused_lens(torch.zeros(1, 16), torch.zeros(2, 16), targets=0)  # what a first call imports
 for backend in ("cpp", "reference"):
     growth(backend, lambda: torch.randn(513, 16), lambda: torch.randn(50257, 16), 2, backend=backend)
